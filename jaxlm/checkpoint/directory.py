@@ -1,0 +1,170 @@
+"""A model as a Hugging Face directory: config.json, model.safetensors, tokenizer.json, generation_config.json.
+
+``read_model`` also reads directories of the Hugging Face families in ``hf_maps`` and the directory of a training run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlm import nn
+from jaxlm.checkpoint.disk import replaced_directory
+from jaxlm.checkpoint.formats import pack_params, unpack_params
+from jaxlm.checkpoint.hf import read_hf
+from jaxlm.checkpoint.tensors import TensorFiles, write_tensors
+from jaxlm.core.config import from_dict, to_dict
+from jaxlm.core.errors import UserError
+from jaxlm.core.tree import Params, flatten, unflatten
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.nn.config import ModelConfig
+
+__all__ = ["read_model", "weight_bytes", "write_model"]
+
+_PREFIX = "jaxlm-"  # of our model types
+
+
+def write_model(
+    directory: str | Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    *,
+    storage: str = "plain",
+    info: Mapping[str, Any] | None = None,
+    files: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes a model directory, all of it or nothing, in place of an older one of that name.
+
+    Args:
+        directory: made, with its parents; where it exists it must be empty or hold a model.
+        config, params, tokenizer: the model. Parameters keep their representation; on several hosts, each must call.
+        storage: "plain", or "huffman" for entropy coding.
+        info: JSON-safe, kept in config.json under "jaxlm" (how the model came about).
+        files: JSON-safe contents of further files, by name.
+    """
+    directory = Path(directory).expanduser()
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not _holds_model(directory)):
+        raise UserError(f"{directory} exists and is not a model directory; choose another")
+    params = jax.tree.map(_on_host, params)
+    if jax.process_index() == 0:
+        with replaced_directory(directory) as new:
+            tensors, weights = pack_params(params, storage)
+            write_tensors(new, tensors, {"jaxlm": json.dumps(weights)})
+            fields = to_dict(config)
+            ids = {f"{role}_token_id": fields[f"{role}_id"] for role in ("bos", "eos", "pad")}
+            kind = _PREFIX + fields.pop("kind")
+            _write_json(new / "config.json", {"model_type": kind, **fields, "jaxlm": dict(info or {})})
+            _write_json(new / "generation_config.json", ids)
+            if tokenizer is not None:
+                tokenizer.save(new)
+            for name, content in (files or {}).items():
+                _write_json(new / name, content)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jaxlm.write_model")
+    return directory
+
+
+def read_model(path: str | Path) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
+    """(config, params, tokenizer, info) of a model directory, a Hugging Face one, or a training run.
+
+    Parameters come as stored, compressed leaves included. ``info`` is what ``write_model`` was given, with ``source``
+    (the directory), ``bytes_on_disk`` (of the weights) and ``weights`` (the metadata of packed weights).
+
+    Raises:
+        UserError: nothing there, or something missing or damaged; the message names the file, and the tensor.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        problem = "is not a directory" if path.exists() else "does not exist"
+        raise UserError(f"{path} {problem}; name a model directory or a training run")
+    if not _holds_model(path):
+        if (path / "experiment.json").is_file():
+            return _read_run(path)
+        raise UserError(f"{path} has no config.json; name a model directory or a training run")
+    fields = read_json(path / "config.json")
+    tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
+    if not str(fields.get("model_type")).startswith(_PREFIX):
+        config, params = read_hf(path, fields)
+        return config, params, tokenizer, {"source": str(path), "bytes_on_disk": TensorFiles(path).nbytes}
+    info = fields.pop("jaxlm", {})
+    kind = fields.pop("model_type").removeprefix(_PREFIX)
+    try:
+        config = from_dict(ModelConfig, fields | {"kind": kind})
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'}: {error}") from None
+    files = TensorFiles(path)
+    weights = _weights_metadata(files, path)
+    try:
+        params = unpack_params(nn.abstract(config)[1], files, weights)
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    return config, params, tokenizer, info | {
+        "source": str(path), "bytes_on_disk": files.nbytes, "weights": weights
+    }
+
+
+def _weights_metadata(files: TensorFiles, path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(files.metadata["jaxlm"])
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: the weights do not belong to this config.json; copy both again") from None
+
+
+def _read_run(run: Path) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
+    """A training run: the model it exported, else its best checkpoint, else its latest."""
+    if _holds_model(run / "model"):
+        return read_model(run / "model")
+    from jaxlm.checkpoint.store import Store  # Orbax, which only this needs
+
+    experiment = read_json(run / "experiment.json")
+    config = from_dict(ModelConfig, experiment.get("model"))
+    mode = "min" if experiment.get("eval", {}).get("metric", "loss") == "loss" else "max"
+    if not (run / "checkpoints").is_dir():
+        raise UserError(f"{run} holds no checkpoint yet; let it train until it has one")
+    store = Store(run / "checkpoints", metric_mode=mode, read_only=True)
+    try:
+        steps = store.best_steps(1) or store.steps()[-1:]
+        if not steps:
+            raise UserError(f"{run} holds no checkpoint yet; let it train until it has one")
+        like = nn.abstract(config)[1]
+        params = unflatten(like, store.restore_params(steps[0], flatten(like)))
+    finally:
+        store.close()
+    return config, params, Tokenizer.load(run), {"source": str(run), "step": steps[0]}
+
+
+def weight_bytes(directory: str | Path) -> int:
+    """What the weights of a model directory take on disk."""
+    return TensorFiles(Path(directory)).nbytes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. UserError if it is something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); copy or save it again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} does not hold a JSON object; copy or save it again")
+    return data
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def _holds_model(directory: Path) -> bool:
+    return (directory / "config.json").is_file()
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

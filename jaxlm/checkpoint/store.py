@@ -1,0 +1,228 @@
+"""Training checkpoints over Orbax: written in the background, kept by recency and score, restored past damage.
+
+    DIRECTORY/STEP/state/      every array of the state, by its path, so that structure types may change
+    DIRECTORY/STEP/data/       JSON: where the data stood, whatever else the caller remembers, and the score
+    DIRECTORY/STEP.damaged/    a checkpoint that could not be read, set aside
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from jaxlm.checkpoint.disk import room_for
+from jaxlm.core.errors import UserError
+
+__all__ = ["Store"]
+
+log = logging.getLogger(__name__)
+
+
+class Store:
+    """The checkpoints of one run.
+
+    Keeps the newest ``keep_latest`` and the ``keep_best`` with the lowest (``metric_mode`` "min") or highest score. All
+    processes of a run make the same calls; who only looks (``read_only``) disturbs nobody who writes.
+
+    Methods raise UserError when the disk is full; what was saved before is then untouched, and the unfinished
+    checkpoint is not there.
+    """
+
+    def __init__(
+        self, directory: str | Path, *, keep_latest: int = 1, keep_best: int = 0,
+        metric_mode: Literal["min", "max"] = "min", read_only: bool = False,
+    ):
+        self.directory = Path(directory).absolute()
+        self.keep_latest, self.keep_best, self.metric_mode = keep_latest, keep_best, metric_mode
+        with room_for(str(self.directory)):
+            self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+                preservation_policy=_Keep(self._kept), read_only=read_only, cleanup_tmp_directories=not read_only
+            ))
+        self._scores = {step: score for step in self.steps() if (score := self._score_of(step)) is not None}
+
+    def save(self, step: int, state: Any, data_state: dict[str, Any], score: float | None = None) -> None:
+        """Begins to write a checkpoint; returns as soon as the arrays are copied to the host.
+
+        Args:
+            step: its number, larger than any before.
+            state: any pytree of arrays; typed PRNG keys are welcome.
+            data_state: JSON-safe.
+            score: what "best" compares; a checkpoint without one is never among the best.
+        """
+        self._scores.pop(step, None)
+        if score is not None:
+            self._scores[step] = float(score)
+        data = {"data_state": data_state, "score": self._scores.get(step)}
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(_stored(state)), data=ocp.args.JsonSave(data))
+        with self._writing():
+            self._manager.save(step, args=args, force=True)
+
+    def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        """(state, data_state) of a step, in the structure, types and shardings of ``abstract_state`` (arrays or
+        ``ShapeDtypeStruct``s), whatever mesh it was saved from. UserError if it cannot be read or does not fit."""
+        try:
+            return self._read(step, abstract_state)
+        except Exception as error:
+            raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {_brief(error)}") from error
+
+    def restore_params(self, step: int, abstract_params: dict[str, Any]) -> dict[str, Any]:
+        """Only what lies under ``state.params``, which was saved as a dict by path. UserError as in ``restore``."""
+        try:
+            return self._arrays(step, {"params": abstract_params}, partial=True)["params"]
+        except Exception as error:
+            raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {_brief(error)}") from error
+
+    def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
+        """(state, data_state, step) of the newest checkpoint that can be read; None if there is none at all.
+
+        Newer ones that cannot be read are set aside, with a warning in the log. UserError if no checkpoint can be read:
+        then none is touched, for the fault may be that the state has changed.
+        """
+        damaged: dict[int, Exception] = {}
+        for step in reversed(self.steps()):
+            try:
+                state, data_state = self._read(step, abstract_state)
+            except Exception as error:
+                damaged[step] = error
+                continue
+            for each, error in damaged.items():
+                log.warning("checkpoint %d is damaged (%s): going back to %d", each, _brief(error), step)
+            self._set_aside(list(damaged))
+            return state, data_state, step
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.directory} can be read ({_brief(next(iter(damaged.values())))}); "
+                "train into another directory, or with the configuration that this one was made with"
+            )
+        return None
+
+    def steps(self) -> list[int]:
+        """The checkpoints there are, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def best_steps(self, n: int) -> list[int]:
+        """The ``n`` checkpoints with the best scores, best first; fewer if fewer have one."""
+        return self._best(self.steps())[:n]
+
+    def wait(self) -> None:
+        """Until everything is written."""
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the directory."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """An error of a save, this one or one in the background, leaves nothing of it behind."""
+        try:
+            with room_for(f"a checkpoint in {self.directory}"):
+                yield
+        except Exception:
+            if jax.process_index() == 0:
+                for unfinished in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+            self._manager.reload()  # it has forgotten checkpoints that it meant to delete afterwards
+            raise
+
+    def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+        state = self._arrays(step, abstract_state, partial=False)
+        return state, self._data(step)["data_state"]
+
+    def _data(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+
+    def _score_of(self, step: int) -> float | None:
+        try:
+            return self._data(step)["score"]
+        except Exception as error:  # whoever wants to restore it will hear more
+            log.warning("checkpoint %d is damaged (%s)", step, _brief(error))
+            return None
+
+    def _best(self, steps: list[int]) -> list[int]:
+        scored = [step for step in steps if step in self._scores]
+        return sorted(scored, key=self._scores.__getitem__, reverse=self.metric_mode == "max")
+
+    def _kept(self, steps: list[int]) -> set[int]:
+        return {*steps[len(steps) - self.keep_latest:], *self._best(steps)[: self.keep_best]}
+
+    def _arrays(self, step: int, abstract: Any, *, partial: bool) -> Any:
+        stored = _stored(abstract)
+        args = ocp.args.PyTreeRestore(stored, jax.tree.map(_restore_args, stored), partial_restore=partial)
+        found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        leaves, structure = jax.tree.flatten(abstract)
+        return structure.unflatten(
+            _like(leaf, value) for leaf, value in zip(leaves, (found[path] for path in stored), strict=True)
+        )
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                aside = self.directory / f"{step}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(step)).rename(aside)
+        if steps and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("jaxlm.checkpoint.store")
+        self._manager.reload()
+
+
+@dataclass(frozen=True)
+class _Keep(checkpoint_managers.PreservationPolicy):
+    """Orbax's own options will not do: ``max_to_keep`` with ``best_fn`` may delete the newest checkpoint, and its
+    policies forget the scores when the program ends."""
+
+    kept: Callable[[list[int]], set[int]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        kept = self.kept(sorted(info.step for info in checkpoints))
+        return [info.step in kept for info in checkpoints]
+
+
+def _stored(state: Any) -> dict[str, Any]:
+    """Path -> array, with PRNG keys as their data."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): _key_data(leaf) if _is_key(leaf) else leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(key: Any) -> Any:
+    if isinstance(key, jax.Array):
+        return jax.random.key_data(key)
+    data = jax.eval_shape(jax.random.key_data, key)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
+
+
+def _like(abstract: Any, value: jax.Array) -> jax.Array:
+    if not _is_key(abstract):
+        return value
+    impls: list[Any] = []
+    jax.eval_shape(lambda key: impls.append(jax.random.key_impl(key)), abstract)
+    return jax.random.wrap_key_data(value, impl=impls[0])
+
+
+def _restore_args(leaf: Any) -> ocp.ArrayRestoreArgs:
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=sharding, global_shape=leaf.shape)
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

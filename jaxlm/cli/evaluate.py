@@ -1,0 +1,39 @@
+"""Scores a model on some data: loss and perplexity a token, word and byte; BLEU and chrF where it translates.
+
+SPEC is text:PATH, jsonl:PATH, tokens:PATH.npy, bitext:SRC,TGT or builtin:phrasebook.
+"""
+
+from __future__ import annotations
+
+from jaxlm.cli.output import Progress, add_json, check_json, print_fields, write_json
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
+    parser.add_argument("--data", metavar="SPEC", required=True, help="what to score the model on")
+    parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens in a window; 0: what fits")
+    parser.add_argument("--stride", type=int, default=0, metavar="N", help="tokens between windows; 0: the context")
+    parser.add_argument("--batch-size", type=int, default=0, metavar="N", help="rows at a time; 0: what fits")
+    parser.add_argument("--beam", type=int, default=5, metavar="N", help="translations considered; 1 is greedy (5)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="exponent of the length (1.0)")
+    parser.add_argument("--max-length", type=int, default=128, metavar="N", help="tokens of a translation (128)")
+    parser.add_argument("--sentences", type=int, default=0, metavar="N", help="translate only the first N; 0: all")
+    parser.add_argument("--no-translations", action="store_true", help="leave BLEU and chrF out")
+    parser.add_argument("--speed", action="store_true", help="also measure tokens per second")
+    add_json(parser)
+
+
+def run(args) -> None:
+    check_json(args.json)
+    import jaxlm
+
+    lm = jaxlm.load(args.model)
+    for note in lm.info["notes"]:
+        print(f"note: {note}")
+    scores = lm.evaluate(
+        args.data, context=args.context, stride=args.stride, batch_size=args.batch_size, beam=args.beam,
+        length_penalty=args.length_penalty, max_length=args.max_length, sentences=args.sentences,
+        translations=not args.no_translations, speed=args.speed, progress=Progress(),
+    )
+    print_fields(scores)
+    write_json(args.json, scores)

@@ -1,0 +1,44 @@
+"""Shows what is in a model: its configuration, its sizes, and every tensor with its representation."""
+
+from __future__ import annotations
+
+from jaxlm.cli.output import add_json, check_json, print_fields, print_table, shape_str, size, write_json
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
+    add_json(parser)
+
+
+def run(args) -> None:
+    check_json(args.json)
+    import jax
+
+    import jaxlm
+    from jaxlm.compression.placement import describe, place
+    from jaxlm.core.config import to_dict
+    from jaxlm.core.tree import count_bytes, count_params, flatten
+
+    lm = jaxlm.load(args.model, expand=False)
+    placed, notes = place(lm.params, jax.default_backend())
+    summary = {
+        "source": lm.info["source"],
+        "parameters": count_params(lm.params),
+        "bytes_on_disk": lm.info.get("bytes_on_disk"),
+        "bytes_in_memory": count_bytes(placed),
+        "recipe": lm.recipe.name if lm.recipe else None,
+        "vocabulary": lm.tokenizer.vocab_size if lm.tokenizer else None,
+        "notes": notes,
+    }
+    config = to_dict(lm.config)
+    tensors = [
+        {"tensor": path, "shape": list(leaf.shape), "representation": describe(leaf)}
+        for path, leaf in flatten(lm.params).items()
+    ]
+    shown = {name: size(value) if name.startswith("bytes") and value else value for name, value in summary.items()}
+    print_fields({name: value for name, value in shown.items() if value})
+    print()
+    print_fields(config)
+    print()
+    print_table([row | {"shape": shape_str(row["shape"])} for row in tensors])
+    write_json(args.json, {**summary, "config": config, "tensors": tensors})

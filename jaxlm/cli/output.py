@@ -1,0 +1,100 @@
+"""What commands print: tables, figures, progress, and JSON files."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlm.core.errors import UserError
+
+__all__ = ["Progress", "add_json", "check_json", "print_fields", "print_table", "shape_str", "size", "write_json"]
+
+_EVERY = 5.0  # seconds between plain lines of progress
+
+
+def add_json(parser) -> None:
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to FILE")
+
+
+def check_json(path: Path | None) -> None:
+    """UserError now rather than after the work, if the file cannot be written."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"--json {path}: {'that is a directory' if path.is_dir() else 'its directory does not exist'}")
+
+
+def write_json(path: Path | None, data: Any) -> None:
+    """All or nothing; nothing where there is no path."""
+    if path is None:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def print_fields(fields: Mapping[str, Any]) -> None:
+    """``name  value`` lines."""
+    width = max(map(len, fields))
+    for name, value in fields.items():
+        print(f"{name:<{width}}  {_cell(value)}")
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of the same fields under their names; numbers to the right."""
+    header = list(rows[0])
+    cells = [[_cell(row[name]) for name in header] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
+    signs = [">" if isinstance(rows[0][name], int | float) else "<" for name in header]
+    for line in [header, *cells]:
+        padded = (f"{cell:{sign}{width}}" for cell, sign, width in zip(line, signs, widths, strict=True))
+        print("  ".join(padded).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:g}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def shape_str(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def size(count: int) -> str:
+    """Bytes for people: ``8.3 MiB``."""
+    amount, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024 or unit == "TiB":
+            break
+        amount /= 1024
+    return f"{amount:.1f} {unit}" if unit != "B" else f"{count} B"
+
+
+class Progress:
+    """Call it with (what, done, of how many). On a terminal a bar, elsewhere a line every few seconds.
+
+    Both go to standard error: standard output belongs to results.
+    """
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._shown = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._terminal:
+            filled = round(30 * done / max(total, 1))
+            end = "\r\033[K" if done >= total else ""
+            print(f"\r\033[K{what} [{'=' * filled}{' ' * (30 - filled)}] {done:,}/{total:,}", end=end, file=sys.stderr)
+            sys.stderr.flush()
+        elif now - self._shown > _EVERY:
+            print(f"{what} {done:,}/{total:,}", file=sys.stderr, flush=True)
+            self._shown = now

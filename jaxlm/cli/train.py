@@ -1,0 +1,45 @@
+"""Trains the experiment that a Python file defines as `config`, into a run directory.
+
+Where the directory holds a checkpoint, training goes on from there. Any field of the experiment can be set by its
+dotted path, as in `jaxlm train configs/phrasebook.py --out runs/a --optim.lr 3e-4 --train.steps 500`.
+"""
+
+from __future__ import annotations
+
+from jaxlm.core.errors import UserError
+
+
+def add_arguments(parser) -> None:
+    parser.usage = "jaxlm train CONFIG.py --out RUN [--a.b VALUE ...]"
+    parser.add_argument("config", metavar="CONFIG.py", help="a Python file that says config = Experiment(...)")
+    parser.add_argument("--out", metavar="RUN", required=True, help="the run directory: checkpoints, metrics, model")
+    parser.set_defaults(overrides=[])
+
+
+def run(args) -> None:
+    from jaxlm.core.config import load_config, override
+    from jaxlm.training.config import Experiment
+
+    config = load_config(args.config)
+    if not isinstance(config, Experiment):
+        raise UserError(f"{args.config}: config is a {type(config).__name__}; it must be a jaxlm Experiment")
+    config = override(config, parse_overrides(args.overrides))
+    from jaxlm.training.loop import train
+
+    train(config, args.out)
+
+
+def parse_overrides(words: list[str]) -> dict[str, str]:
+    """``["--a.b", "1", "--c.d=2"]`` as ``{"a.b": "1", "c.d": "2"}``; UserError on anything else."""
+    changes = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}; settings are written --a.b VALUE")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(rest, None)
+        if value is None:
+            raise UserError(f"{word} has no value; write {word} VALUE")
+        changes[key] = value
+    return changes

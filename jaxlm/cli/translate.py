@@ -1,0 +1,54 @@
+"""Translates lines: from standard input to standard output unless files are named. A blank line stays blank."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from jaxlm.cli.output import Progress
+from jaxlm.core.errors import UserError
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
+    parser.add_argument("--input", metavar="FILE", type=Path, help="UTF-8, a sentence a line (standard input)")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="(standard output)")
+    parser.add_argument("--beam", type=int, default=5, metavar="N", help="1 is greedy (5)")
+    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="exponent of the length (1.0)")
+    parser.add_argument("--max-length", type=int, default=128, metavar="N", help="tokens of a translation (128)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sentences at a time (64)")
+
+
+def run(args) -> None:
+    import jaxlm
+
+    if args.input and not args.input.is_file():
+        raise UserError(f"{args.input} does not exist; name a text file with a sentence a line")
+    if args.output and not args.output.absolute().parent.is_dir():
+        raise UserError(f"the directory of {args.output} does not exist; make it")
+    lm = jaxlm.load(args.model)
+    options = dict(
+        beam=args.beam, length_penalty=args.length_penalty, max_length=args.max_length, batch_size=args.batch_size
+    )
+    if args.input is None and args.output is None and sys.stdin.isatty():
+        for line in sys.stdin:  # a conversation
+            print(*lm.translate([line.rstrip("\n")], **options), flush=True)
+        return
+    lines = _lines(sys.stdin.buffer.read() if args.input is None else args.input.read_bytes(), args.input)
+    tell = Progress()
+    out = lm.translate(lines, **options, progress=lambda done: tell("translating", done, len(lines)))
+    text = "".join(f"{' '.join(line.split())}\n" for line in out)
+    if args.output is None:
+        sys.stdout.write(text)
+    else:
+        args.output.write_text(text, encoding="utf-8")
+
+
+def _lines(data: bytes, path: Path | None) -> list[str]:
+    """Text split at newlines only; UserError naming the line that is not UTF-8."""
+    lines = data.split(b"\n")
+    try:
+        return [line.decode("utf-8").rstrip("\r") for line in (lines[:-1] if lines[-1] == b"" else lines)]
+    except UnicodeDecodeError as error:
+        number = 1 + next(i for i, line in enumerate(lines) if line == error.object)
+        raise UserError(f"{path or 'standard input'} line {number} is not UTF-8; convert it") from None

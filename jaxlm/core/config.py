@@ -1,0 +1,215 @@
+"""Configuration: frozen dataclasses built in a Python file, changed by dotted paths, kept as JSON.
+
+The annotations of the dataclasses are the only schema. Understood are int, float, bool, str, ``Literal``,
+``tuple[T, ...]``, ``T | None``, dataclasses, and unions of dataclasses told apart by a ``kind: Literal["..."]`` field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import operator
+import runpy
+import traceback
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from jaxlm.core.errors import UserError
+
+__all__ = ["from_dict", "load_config", "override", "paths", "replace_path", "to_dict"]
+
+T = TypeVar("T")
+_BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def load_config(path: str | Path, name: str = "config") -> Any:
+    """The value that a Python file gives to ``name``. UserError if the file is missing, fails, or has no such name."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name a Python file that says {name} = ...")
+    try:
+        found = runpy.run_path(str(path))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}{_line_of(error, path)}: {type(error).__name__}: {error}") from error
+    if name not in found:
+        raise UserError(f"{path} defines no {name!r}; it must say {name} = ...")
+    return found[name]
+
+
+def _line_of(error: Exception, path: Path) -> str:
+    """Where in the file it went wrong: " line 3"."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    lines += [error.lineno] if isinstance(error, SyntaxError) else []
+    return f" line {lines[-1]}" if lines else ""
+
+
+def override(config: T, changes: Mapping[str, Any]) -> T:
+    """``config`` with fields replaced: ``override(config, {"optim.lr": "3e-4", "train.steps": 500})``.
+
+    Strings are read as the field's annotation says; other values must already have its type.
+    UserError on an unknown key (the nearest is named) and on a value of the wrong type.
+    """
+    for key, value in changes.items():
+        config = replace_path(config, key, value)
+    return config
+
+
+def replace_path(config: T, path: str, value: Any) -> T:
+    """``override`` of one field."""
+    return _replace(config, path.split("."), value, path, config)
+
+
+def _replace(node: Any, names: list[str], value: Any, path: str, root: Any) -> Any:
+    name, rest = names[0], names[1:]
+    hint = _hints(type(node)).get(name)
+    if hint is None:
+        raise UserError(f"unknown configuration key {path!r}; the nearest is {_nearest(path, root)!r}")
+    current = getattr(node, name)
+    if dataclasses.is_dataclass(current):
+        if not rest:
+            inside = ", ".join(f"{path}.{each}" for each in list(_hints(type(current)))[:3])
+            raise UserError(f"{path} is a group of settings; set one of them ({inside}, ...)")
+        return dataclasses.replace(node, **{name: _replace(current, rest, value, path, root)})
+    if rest:
+        raise UserError(f"unknown configuration key {path!r}; the nearest is {_nearest(path, root)!r}")
+    return dataclasses.replace(node, **{name: _convert(value, hint, path)})
+
+
+def paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field that can be overridden, as (dotted path, current value)."""
+    for name in _hints(type(config)):
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            yield from paths(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _nearest(key: str, root: Any) -> str:
+    """The known path most like ``key``; a lone field name counts as much as a whole path."""
+
+    def likeness(path: str) -> float:
+        ratio = difflib.SequenceMatcher(None, key, path).ratio()
+        return max(ratio, difflib.SequenceMatcher(None, key, path.rpartition(".")[2]).ratio())
+
+    return max((path for path, _ in paths(root)), key=likeness)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as JSON-safe data: dicts, lists, strings, numbers, booleans and None."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def from_dict(cls: Any, data: Mapping[str, Any]) -> Any:
+    """The inverse of ``to_dict``. ``cls`` is a dataclass, or a union of them told apart by ``kind``.
+
+    Absent fields keep their defaults. UserError on unknown keys, wrong types and missing fields.
+    """
+    return _build(cls, data, "")
+
+
+def _build(cls: Any, data: Any, path: str) -> Any:
+    where = path or "the configuration"
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: {data!r} is not a group of settings; write an object with named fields")
+    cls = _member(cls, data, where)
+    hints = _hints(cls)
+    prefix = f"{path}." if path else ""
+    for key in data:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1, 0.0)[0]
+            raise UserError(f"unknown configuration key {prefix + key!r}; the nearest is {prefix + near!r}")
+    for field in dataclasses.fields(cls):
+        if field.name not in data and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"{where} lacks {field.name!r}; add it")
+    return cls(**{key: _convert(value, hints[key], prefix + key, parse=False) for key, value in data.items()})
+
+
+def _member(cls: Any, data: Mapping[str, Any], where: str) -> type:
+    """The dataclass of a union whose ``kind`` the data names."""
+    members = {typing.get_args(_hints(each)["kind"])[0]: each for each in _options(cls) if "kind" in _hints(each)}
+    if dataclasses.is_dataclass(cls):
+        return cls
+    if data.get("kind") not in members:
+        raise UserError(f"{where}: kind is {data.get('kind')!r}; choose from {', '.join(members)}")
+    return members[data["kind"]]
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; a plain type alone."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _convert(value: Any, hint: Any, path: str, *, parse: bool = True) -> Any:
+    """``value`` as the annotation wants it; ``parse`` says whether a string may stand for something else."""
+    options = _options(hint)
+    if types.NoneType in options:
+        if value is None or (parse and isinstance(value, str) and value.lower() == "none"):
+            return None
+        options = tuple(option for option in options if option is not types.NoneType)
+    if any(dataclasses.is_dataclass(option) for option in options):
+        if type(value) in options:
+            return value
+        return _build(functools.reduce(operator.or_, options), value, path)
+    (hint,) = options
+    try:
+        result = (_read if parse and isinstance(value, str) else _check)(value, hint, path)
+        if isinstance(result, float) and not math.isfinite(result):
+            raise ValueError
+        return result
+    except UserError:
+        raise
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: {value!r} is not {_wanted(hint)}") from None
+
+
+def _read(text: str, hint: Any, path: str) -> Any:
+    """A value from its written form. KeyError or ValueError if it is none."""
+    if typing.get_origin(hint) is Literal:
+        return {str(choice): choice for choice in typing.get_args(hint)}[text]
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(part.strip(), item, path) for part in text.strip("()[] ").split(",") if part.strip())
+    return _BOOLS[text.lower()] if hint is bool else hint(text)
+
+
+def _check(value: Any, hint: Any, path: str) -> Any:
+    """A value that has its type already; whole numbers pass for floats, lists for tuples. ValueError if it is wrong."""
+    if typing.get_origin(hint) is Literal:
+        wrong = value not in typing.get_args(hint)
+    elif typing.get_origin(hint) is tuple:
+        wrong = not isinstance(value, list | tuple)
+        value = value if wrong else tuple(_convert(item, typing.get_args(hint)[0], path, parse=False) for item in value)
+    else:
+        value = float(value) if hint is float and type(value) is int else value
+        wrong = type(value) is not hint
+    if wrong:
+        raise ValueError
+    return value
+
+
+def _wanted(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if typing.get_origin(hint) is tuple:
+        return f"a list such as 1,2,3 of which each is {_wanted(typing.get_args(hint)[0])}"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]

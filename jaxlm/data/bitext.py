@@ -1,0 +1,161 @@
+"""Sentence pairs in a few fixed shapes: batches of about equal token counts, bucketed by length.
+
+A pair goes to the smallest bucket that holds both of its sides with their eos; a bucket of length L has as many rows as
+``batch_tokens`` allows. Each bucket is one shape, so the step compiles once a bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxlm.core.errors import UserError
+from jaxlm.data.packing import Batch, random_state
+from jaxlm.data.sources import Bitext
+from jaxlm.data.tokenizer import Tokenizer
+
+
+def bucket_rows(length: int, batch_tokens: int, multiple: int) -> int:
+    """Rows of a bucket: ``batch_tokens // length``, rounded down to a multiple of both 8 and ``multiple``, or of
+    ``multiple`` alone where that leaves nothing, and at least ``multiple``."""
+    for unit in (math.lcm(8, multiple), multiple):
+        if rows := batch_tokens // length // unit * unit:
+            return rows
+    return multiple
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An epoch: batch k holds the pairs ``order[starts[k]:starts[k + 1]]``, in bucket ``bucket[k]``."""
+
+    order: np.ndarray  # [pairs]
+    starts: np.ndarray  # [batches + 1]
+    bucket: np.ndarray  # [batches]
+
+
+class Pairs:
+    """Encoded pairs, their buckets, and the batches made of them."""
+
+    def __init__(
+        self, source: Bitext, tokenizer: Tokenizer, buckets: tuple[int, ...], batch_tokens: int, *,
+        keep_all: bool, multiple: int = 1,
+    ):
+        """
+        Args:
+            source: the text.
+            tokenizer: has pad, bos and eos.
+            buckets: padded lengths.
+            batch_tokens: padded tokens of a batch on its larger side.
+            keep_all: longer buckets (each twice the last) take pairs that fit none; otherwise those are left out.
+            multiple: the number of rows is one of this (devices, processes).
+
+        Raises:
+            UserError: no buckets, a tokenizer without the special tokens, or no pair that fits.
+        """
+        missing = [role for role in ("pad", "bos", "eos") if getattr(tokenizer, f"{role}_id") is None]
+        if missing:
+            raise UserError(f"the tokenizer has no {' or '.join(missing)} token, which translation needs; use another")
+        if not buckets or min(buckets) < 2:
+            raise UserError(f"data.buckets is {buckets}; give padded lengths of at least 2, such as (16, 32, 64)")
+        self._pad, self._bos = tokenizer.pad_id, tokenizer.bos_id
+        self._src, self._tgt = (_Side(texts, tokenizer) for texts in (source.src, source.tgt))
+        length = np.maximum(self._src.lengths, self._tgt.lengths)[:-1]
+        self._buckets = sorted(set(buckets))
+        while keep_all and self._buckets[-1] < length.max():
+            self._buckets.append(2 * self._buckets[-1])
+        self._bucket_of = np.searchsorted(self._buckets, length)
+        self._kept = np.flatnonzero(self._bucket_of < len(self._buckets))
+        self._longest = int(length.max())
+        if not len(self._kept):
+            raise UserError(
+                f"no pair of {source.spec!r} fits the longest bucket, {self._buckets[-1]} tokens; raise data.buckets"
+            )
+        self._rows = [bucket_rows(length, batch_tokens, multiple) for length in self._buckets]
+
+    def __len__(self) -> int:
+        """Pairs in an epoch."""
+        return len(self._kept)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(rows, length) of the batches that occur, shortest first."""
+        used = np.unique(self._bucket_of[self._kept])
+        return [(self._rows[b], self._buckets[b]) for b in used]
+
+    def plan(self, seed: int | None, epoch: int) -> Plan:
+        """The batches of an epoch: shuffled pairs in shuffled batches, or all in order, bucket by bucket, without
+        ``seed``. The last batch of a bucket may be partial. The number of batches is the same in every epoch."""
+        order = self._kept
+        random = None if seed is None else random_state(seed, epoch)
+        if random:
+            order = random.permutation(order)
+        bucket_of = self._bucket_of[order]
+        order = order[np.argsort(bucket_of, kind="stable")]
+        starts, buckets, begin = [], [], 0
+        for bucket, count in enumerate(np.bincount(bucket_of, minlength=len(self._buckets))):
+            starts.append(np.arange(begin, begin + count, self._rows[bucket]))
+            buckets.append(np.full(len(starts[-1]), bucket))
+            begin += count
+        start, bucket = np.concatenate(starts), np.concatenate(buckets)
+        if random:
+            shuffle = random.permutation(len(start))
+            size = np.diff(start, append=begin)[shuffle]
+            order = order[np.repeat(start[shuffle] - (np.cumsum(size) - size), size) + np.arange(begin)]
+            start, bucket = np.cumsum(size) - size, bucket[shuffle]
+        return Plan(order, np.append(start, begin), bucket)
+
+    def take(self, plan: Plan, k: int, part: int = 0, parts: int = 1) -> Batch:
+        """Rows ``part`` of ``parts`` of batch k: ``src``, ``inputs`` (bos + target), ``targets`` (target + eos) int32
+        and ``weights`` float32, each [rows, length].
+
+        Rows beyond the last pair have weight 0 and hold an empty pair, so that no row is without a token to attend to.
+        """
+        bucket = plan.bucket[k]
+        length, rows = self._buckets[bucket], self._rows[bucket] // parts
+        pairs_B = np.full(rows, len(self._bucket_of))  # the empty pair
+        chosen = plan.order[plan.starts[k]:plan.starts[k + 1]][part * rows:(part + 1) * rows]
+        pairs_B[:len(chosen)] = chosen
+        src_BxS, _ = self._src.take(pairs_B, length, self._pad)
+        targets_BxT, mask_BxT = self._tgt.take(pairs_B, length, self._pad)
+        inputs_BxT = np.full_like(targets_BxT, self._bos)
+        inputs_BxT[:, 1:] = np.where(mask_BxT[:, 1:], targets_BxT[:, :-1], self._pad)
+        mask_BxT[len(chosen):] = False
+        return {"src": src_BxS, "inputs": inputs_BxT, "targets": targets_BxT, "weights": mask_BxT.astype(np.float32)}
+
+    def report(self) -> dict[str, int | float]:
+        """``too_long`` pairs were left out; ``efficiency`` is the real part of the padded tokens of an epoch."""
+        plan = self.plan(None, 0)
+        padded = 2 * sum(self._rows[b] * self._buckets[b] for b in plan.bucket)
+        src, tgt = (int(side.lengths[self._kept].sum()) for side in (self._src, self._tgt))
+        return {
+            "pairs": len(self._kept), "too_long": len(self._bucket_of) - len(self._kept), "longest": self._longest,
+            "source_tokens": src, "target_tokens": tgt, "batches": len(plan.bucket), "efficiency": (src + tgt) / padded,
+        }
+
+    def notes(self) -> list[str]:
+        total, kept = len(self._bucket_of), len(self._kept)
+        if total == kept:
+            return []
+        return [
+            f"{total - kept:,} of {total:,} pairs are longer than {self._buckets[-1]} tokens (the longest: "
+            f"{self._longest}) and are left out of training; raise data.buckets to keep them"
+        ]
+
+
+class _Side:
+    """One language: sentences with their eos, end to end, and an empty one at the end."""
+
+    def __init__(self, texts: list[str], tokenizer: Tokenizer):
+        ids, lengths = tokenizer.encode_flat([*texts, ""])
+        self._ids = np.insert(ids, np.cumsum(lengths), tokenizer.eos_id)
+        self.lengths = lengths + 1
+        self._starts = np.cumsum(self.lengths) - self.lengths
+
+    def take(self, rows_B: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids [B, length] int32, and where they are not padding, bool."""
+        offset_L = np.arange(length)
+        mask_BxL = offset_L < self.lengths[rows_B][:, None]
+        at_BxL = np.minimum(self._starts[rows_B][:, None] + offset_L, len(self._ids) - 1)
+        return np.where(mask_BxL, self._ids[at_BxL], pad).astype(np.int32), mask_BxL

@@ -1,0 +1,30 @@
+"""What to train on and in what shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Sources are SPECs (see ``jaxlm.data.sources``).
+
+    A language model sees ``batch_size`` windows of ``seq_len`` tokens a step; a translation model sees about
+    ``batch_tokens`` padded tokens a step (the larger of source and target side), in one of a few bucketed shapes.
+    Both are global: over all devices and processes.
+    """
+
+    train: str = ""
+    valid: str = ""
+    test: str = ""
+    tokenizer: str = ""  # a tokenizer.json or a model directory; "" trains one on ``train``
+    tokenizer_kind: Literal["bpe", "char"] = "bpe"
+    vocab_size: int = 8192  # of a byte-pair tokenizer trained here
+    seq_len: int = 256
+    batch_size: int = 16
+    packing: Literal["stream", "documents"] = "stream"  # windows of one token stream, or whole documents side by side
+    batch_tokens: int = 4096
+    buckets: tuple[int, ...] = (12, 16, 24, 32, 64, 128)  # padded lengths; training leaves longer pairs out and says so
+    prefetch: int = 2  # batches prepared ahead by a thread; 0: none
+    seed: int = 0

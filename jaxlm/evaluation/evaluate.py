@@ -1,0 +1,78 @@
+"""``evaluate``: one model, one SPEC, every figure that fits the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxlm.core.errors import UserError
+from jaxlm.data.sources import Bitext, open_source
+from jaxlm.evaluation.perplexity import bitext_perplexity, perplexity
+from jaxlm.evaluation.speed import tokens_per_second
+
+Progress = Callable[[str, int, int], None]  # (what, done, of how many)
+
+
+def evaluate(
+    lm,
+    spec: str,
+    *,
+    context: int = 0,
+    stride: int = 0,
+    batch_size: int = 0,
+    beam: int = 5,
+    length_penalty: float = 1.0,
+    max_length: int = 128,
+    sentences: int = 0,
+    translations: bool = True,
+    speed: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Scores a model on a SPEC (``jaxlm.data.sources``; the test part of a builtin corpus).
+
+    Args:
+        lm: has ``config``, ``graphdef``, ``params`` and ``tokenizer``.
+        spec: text for a language model, ``bitext:`` or ``builtin:`` pairs for a translation model.
+        context, stride: of the windows over text; see ``perplexity``.
+        batch_size: rows at a time; 0 fits the vocabulary.
+        beam, length_penalty, max_length: of the translations; see ``translate``.
+        sentences: pairs to translate, the first ones; 0 is all. The loss is always over all.
+        translations: False leaves out BLEU and chrF.
+        speed: adds ``tokens_per_second`` of the forward pass.
+        progress: called with what is going on, how much is done and how much there is.
+
+    Returns:
+        ``data``, the figures of ``perplexity``, and for pairs those of ``bleu`` with ``beam``, ``length_penalty`` and
+        ``sentences``. Invented text is marked ``"synthetic": True`` with a ``note``. JSON-safe.
+    """
+    source = open_source(spec, "test")
+    pairs = isinstance(source, Bitext)
+    if pairs != (lm.config.kind == "seq2seq"):
+        wanted = "bitext:SRC,TGT or builtin:phrasebook" if not pairs else "text:, jsonl: or tokens:"
+        raise UserError(f"{spec!r} does not fit a {lm.config.kind} model: give it {wanted}")
+
+    def report(what: str):
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+    out: dict[str, Any] = {"data": spec}
+    if source.synthetic:
+        out |= {"synthetic": True, "note": source.synthetic}
+    if pairs:
+        out |= bitext_perplexity(lm, source, batch_size=batch_size, progress=report("scoring"))
+    else:
+        out |= perplexity(
+            lm, source, context=context, stride=stride, batch_size=batch_size, progress=report("scoring")
+        )
+    if pairs and translations:
+        from jaxlm.evaluation.bleu import bleu, translate_corpus  # sacrebleu, only where it is needed
+
+        count = min(sentences, len(source.src)) or len(source.src)
+        tell = report("translating")
+        found = translate_corpus(
+            lm, source, sentences=count, beam=beam, length_penalty=length_penalty, max_length=max_length,
+            progress=None if tell is None else lambda done: tell(done, count),
+        )
+        out |= bleu(*found) | {"sentences": count, "beam": beam, "length_penalty": length_penalty}
+    if speed:
+        out["tokens_per_second"] = tokens_per_second({"": lm}, source, context=out.get("context", 0))[""]
+    return out

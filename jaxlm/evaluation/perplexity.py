@@ -1,0 +1,184 @@
+"""How well a model predicts text: loss a token, perplexity a token, a word and a byte.
+
+Words are runs of non-white-space and bytes are UTF-8, both of the raw text, so that figures over them compare across
+tokenizers; figures over tokens do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxlm.core.errors import UserError
+from jaxlm.data.bitext import Pairs
+from jaxlm.data.packing import Batch, token_stream
+from jaxlm.data.sources import Bitext, Documents, Tokens, text_size
+
+_LOGITS = 1 << 26  # logits of one batch, 256 MiB
+_BUCKETS = (16, 32, 64, 128)
+_LONGEST_CONTEXT = 2048  # unless the caller asks for more
+
+Progress = Callable[[int, int], None]  # (done, of how many)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def row_nll(graphdef, params, batch: Batch) -> Array:
+    """Summed negative log-likelihood of each row's weighted targets, ``[B]`` float32 in nats.
+
+    ``batch`` holds ``inputs``, ``targets`` and ``weights`` ``[B, T]``, and for a translation model ``src`` ``[B, S]``.
+    """
+    model = nnx.merge(graphdef, params)
+    arguments = (batch["src"], batch["inputs"]) if "src" in batch else (batch["inputs"],)
+    logits_BxTxV = model(*arguments).astype(jnp.float32)
+    target_BxT = jnp.take_along_axis(logits_BxTxV, batch["targets"][..., None], axis=-1)[..., 0]
+    nll_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_BxT
+    return jnp.where(batch["weights"] > 0, nll_BxT * batch["weights"], 0.0).sum(-1)
+
+
+def stream(lm, source: Documents | Tokens) -> np.ndarray:
+    """A source as the model's token ids ``[N]``; UserError where they are not the model's."""
+    if lm.tokenizer is not None:
+        ids_N = token_stream(source, lm.tokenizer)
+    elif isinstance(source, Tokens):
+        ids_N = source.ids
+    else:
+        raise UserError("the model has no tokenizer: give it tokens:PATH.npy")
+    if len(ids_N) and int(ids_N.max()) >= lm.config.vocab_size:
+        raise UserError(
+            f"{source.spec!r} holds the id {int(ids_N.max())} and the model knows {lm.config.vocab_size}: "
+            "use the tokenizer the model was trained with"
+        )
+    return ids_N
+
+
+def windows(n: int, context: int, stride: int) -> list[tuple[int, int, int]]:
+    """``(begin, end, first)`` of each window over ``n`` tokens: it reads ``begin..end`` and scores ``first..end``.
+
+    Window i begins at ``i * stride``, reads ``context`` tokens (the last one what is left) and scores those that no
+    earlier window scored, but never its first. With ``stride`` below ``context`` every token but the very first is
+    scored exactly once; with ``stride == context`` the first token of each window has nothing before it and is not.
+    """
+    out, scored = [], 0
+    for begin in range(0, n, stride):
+        end = min(begin + context, n)
+        first = max(scored, begin + 1)
+        if first < end:
+            out.append((begin, end, first))
+        scored = end
+        if end == n:
+            break
+    return out
+
+
+def window_batches(ids_N: np.ndarray, context: int, stride: int, rows: int) -> Iterator[Batch]:
+    """The windows as batches of one shape ``[rows, context - 1]``; what pads has weight 0."""
+    spans = windows(len(ids_N), context, stride)
+    shape = (rows, context - 1)
+    for at in range(0, len(spans), rows):
+        inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        weights = np.zeros(shape, np.float32)
+        for r, (begin, end, first) in enumerate(spans[at : at + rows]):
+            inputs[r, : end - begin - 1] = ids_N[begin : end - 1]
+            targets[r, : end - begin - 1] = ids_N[begin + 1 : end]
+            weights[r, first - begin - 1 : end - begin - 1] = 1
+        yield {"inputs": inputs, "targets": targets, "weights": weights}
+
+
+def pair_batches(lm, source: Bitext, rows: int = 0) -> Iterator[Batch]:
+    """Every pair of a bitext, bucketed by length; about ``rows`` rows of the middling length (0: by vocabulary)."""
+    tokens = (rows or _rows(lm, 64)) * 64
+    pairs = Pairs(source, lm.tokenizer, _BUCKETS, tokens, keep_all=True)
+    plan = pairs.plan(None, 0)
+    return (pairs.take(plan, k) for k in range(len(plan.bucket)))
+
+
+def perplexity(
+    lm,
+    source: Documents | Tokens,
+    *,
+    context: int = 0,
+    stride: int = 0,
+    batch_size: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Scores a stream of text in strided windows (see ``windows``); documents are joined by the end token.
+
+    Args:
+        lm: has ``config``, ``graphdef``, ``params`` and ``tokenizer`` (None: no figures over words and bytes).
+        source: what to score.
+        context: tokens in a window; 0 is the model's own, at most 2,048.
+        stride: tokens from one window to the next; 0 is ``context``.
+        batch_size: windows at a time; 0 fits the vocabulary.
+        progress: called with (batches done, batches).
+
+    Returns:
+        ``loss`` (nats a token), ``perplexity``, ``word_perplexity``, ``byte_perplexity``, ``bits_per_byte``, ``tokens``
+        (scored), ``words``, ``bytes``, ``context``, ``stride``. Words and bytes are those of the whole text, which is
+        charged the mean loss for each of its tokens, also the few that start a window and are not scored.
+    """
+    context = context or min(getattr(lm.config, "max_positions", _LONGEST_CONTEXT), _LONGEST_CONTEXT)
+    stride = stride or context
+    if context < 2 or not 1 <= stride <= context:
+        raise UserError(f"context {context} and stride {stride}: give a context of 2 or more and a stride within it")
+    if getattr(lm.config, "positions", "") == "learned" and context > lm.config.max_positions:
+        raise UserError(f"context {context} is more than the {lm.config.max_positions} positions the model learned")
+    ids_N = stream(lm, source)
+    count = len(windows(len(ids_N), context, stride))
+    if count == 0:
+        raise UserError(f"{source.spec!r} is less than two tokens: there is nothing to predict")
+    rows = min(batch_size or _rows(lm, context), count)
+    batches = window_batches(ids_N, context, stride, rows)
+    nll, tokens = _sum(lm, batches, -(-count // rows), progress)
+    texts = source.texts if isinstance(source, Documents) else None
+    if texts is None and lm.tokenizer is not None:
+        texts = [lm.tokenizer.decode(ids_N)]
+    return {**figures(nll, tokens, len(ids_N), texts), "context": context, "stride": stride}
+
+
+def bitext_perplexity(
+    lm, source: Bitext, *, batch_size: int = 0, progress: Progress | None = None
+) -> dict[str, float]:
+    """Scores target sentences given their sources, each token given the true ones before it, the end token included.
+
+    Returns ``perplexity``'s figures, over the target side.
+    """
+    batches = list(pair_batches(lm, source, batch_size))
+    nll, tokens = _sum(lm, batches, len(batches), progress)
+    return figures(nll, tokens, tokens, source.tgt)
+
+
+def _rows(lm, length: int) -> int:
+    return max(1, min(64, _LOGITS // (length * lm.config.vocab_size)))
+
+
+def _sum(lm, batches, total: int, progress: Progress | None) -> tuple[float, int]:
+    """Nats and tokens, added up in float64."""
+    nll, tokens = 0.0, 0
+    for done, batch in enumerate(batches, 1):
+        nll += float(np.asarray(row_nll(lm.graphdef, lm.params, batch), np.float64).sum())
+        tokens += int(batch["weights"].sum())
+        if progress is not None:
+            progress(done, total)
+    return nll, tokens
+
+
+def figures(nll: float, tokens: int, text_tokens: int, texts) -> dict[str, float]:
+    """From nats over scored tokens to figures; ``text_tokens`` is how many tokens ``texts`` has (None: unknown text)."""
+    loss = nll / tokens
+    out = {"loss": loss, "perplexity": _exp(loss)}
+    words, size = text_size(texts) if texts is not None else (0, 0)
+    out["word_perplexity"] = _exp(loss * text_tokens / words) if words else None
+    out["byte_perplexity"] = _exp(loss * text_tokens / size) if size else None
+    out["bits_per_byte"] = loss * text_tokens / size / math.log(2) if size else None
+    return {**out, "tokens": tokens, "words": words or None, "bytes": size or None}
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

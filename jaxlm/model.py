@@ -1,0 +1,134 @@
+"""``LM``: a model in hand, with the verbs as methods; ``load`` gets one from disk, ``compress`` makes a smaller one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxlm import nn
+from jaxlm.checkpoint.directory import read_model, write_model
+from jaxlm.checkpoint.formats import pack_params, stored
+from jaxlm.compression.placement import place
+from jaxlm.compression.recipe import Recipe, load_recipe
+from jaxlm.compression.report import Row
+from jaxlm.compression.report import report as make_report
+from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import is_leaf
+from jaxlm.core.tree import Params, flatten
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.nn.config import ModelConfig
+
+__all__ = ["LM", "compress", "load"]
+
+
+@dataclass(frozen=True)
+class LM:
+    """A language or translation model: structure, parameters and tokenizer.
+
+    ``info`` says where it came from (see ``checkpoint.directory.read_model``; ``notes`` were made while loading).
+    ``recipe`` and ``report`` are those of ``compress``.
+    """
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef
+    params: Params
+    tokenizer: Tokenizer | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    report: tuple[Row, ...] = ()
+
+    def __call__(self, *tokens: jax.Array) -> jax.Array:
+        """Float32 logits ``[B, T, V]`` of tokens ``[B, T]``; of (source ``[B, S]``, decoder inputs ``[B, T]``) where
+        the model translates."""
+        return _logits(self.graphdef, self.params, *tokens)
+
+    def replace(self, **changes: Any) -> LM:
+        """The same model but for some fields: ``lm.replace(params=transform(lm.params))``."""
+        return dataclasses.replace(self, **changes)
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes a model directory (see ``write_model``), with compression.json if the model was just compressed."""
+        files = {}
+        if self.report:
+            rows = [row.to_json() for row in self.report]
+            files["compression.json"] = {"recipe": self.recipe.to_json(), "tensors": rows}
+        return write_model(
+            directory, self.config, self.params, self.tokenizer, files=files,
+            storage="plain" if self.recipe is None else self.recipe.storage,
+            info={} if self.recipe is None else {"recipe": self.recipe.to_json()},
+        )
+
+    def generate(self, prompts: str | Sequence[str], **options: Any) -> list[str]:
+        """Continuations of texts; see ``jaxlm.inference.generate.generate``."""
+        from jaxlm.inference.generate import generate
+
+        return generate(self, prompts, **options)
+
+    def translate(self, sentences: str | Sequence[str], **options: Any) -> list[str]:
+        """Translations of sentences; see ``jaxlm.inference.translate.translate``."""
+        from jaxlm.inference.translate import translate
+
+        return translate(self, sentences, **options)
+
+    def evaluate(self, spec: str, **options: Any) -> dict[str, Any]:
+        """Perplexity, and BLEU and chrF where it translates; see ``jaxlm.evaluation.evaluate.evaluate``."""
+        from jaxlm.evaluation.evaluate import evaluate
+
+        return evaluate(self, spec, **options)
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graphdef: nnx.GraphDef, params: Params, *tokens: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, params)(*tokens)
+
+
+def load(path: str | Path, *, expand: bool = True) -> LM:
+    """A model from a model directory, a training run (its exported model, or its best or latest checkpoint) or
+    ``hf://org/name``.
+
+    ``expand`` makes dense whatever this platform cannot run at speed as it is (``info["notes"]`` says what); without it
+    the parameters are what the file holds. UserError where there is no such model, or something in it is damaged.
+    """
+    if str(path).startswith("hf://"):
+        path = _download(str(path).removeprefix("hf://"))
+    config, params, tokenizer, info = read_model(path)
+    notes: list[str] = []
+    if expand:
+        params, notes = place(params, jax.default_backend())
+    recipe = Recipe.from_json(info["recipe"]) if "recipe" in info else None
+    return LM(config, nn.initializer(config)[0], params, tokenizer, info | {"notes": notes}, recipe)
+
+
+def compress(lm: LM, recipe: str | Recipe) -> LM:
+    """The model with its weights compressed by a recipe (a name, a file or a ``Recipe``), and a report of each tensor.
+
+    The parameters keep their compressed representation, whatever the platform makes of it when they are loaded.
+    UserError on an unknown recipe, and on a model that is compressed already.
+    """
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    if any(is_leaf(leaf) for leaf in flatten(lm.params).values()):
+        raise UserError("this model is quantized already; compress the dense one")
+    params = recipe.apply(lm.params)
+    rows = make_report(lm.params, params, stored(*pack_params(params, recipe.storage)))
+    return lm.replace(params=params, recipe=recipe, report=tuple(rows))
+
+
+def _download(name: str) -> Path:
+    """A repository of the Hugging Face hub, ``org/name`` or ``org/name@revision``, in the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = name.partition("@")
+    patterns = ["*.json", "*.safetensors"]
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"hf://{name} cannot be downloaded ({reason}); check the name and the network") from None

@@ -1,0 +1,91 @@
+"""Attention: who may look at whom, the attention itself, and the projections around it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.nn.config import StackConfig
+from jaxlm.nn.layers import Linear, Norm, dropout, softcap
+from jaxlm.nn.positions import rotate
+
+NEGATIVE = -1e9  # finite, so that a row that may look at nothing becomes uniform instead of NaN
+
+
+def causal_mask(q_slots_BxT: jax.Array, k_slots_BxS: jax.Array) -> jax.Array:
+    """``[B, T, S]``: true where the key's slot is not after the query's."""
+    return k_slots_BxS[:, None, :] <= q_slots_BxT[:, :, None]
+
+
+def window_mask(q_slots_BxT: jax.Array, k_slots_BxS: jax.Array, window: jax.Array | int) -> jax.Array:
+    """``[B, T, S]``: true where the key is less than ``window`` slots away; a window of 0 is no limit."""
+    distance = jnp.abs(q_slots_BxT[:, :, None] - k_slots_BxS[:, None, :])
+    return (distance < window) | (jnp.asarray(window) == 0)
+
+
+def attend(
+    q_BxTxHxK: jax.Array,
+    k_BxSxGxK: jax.Array,
+    v_BxSxGxK: jax.Array,
+    mask_BxTxS: jax.Array | None,
+    bias_BxHxTxS: jax.Array | None = None,
+    *,
+    scale: float,
+    cap: float = 0.0,
+    dropout_rate: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention with grouped key/value heads (arXiv:2305.13245); softmax in float32.
+
+    Head ``h`` reads key/value head ``h // (H // G)``. Mask and bias broadcast over B; the result is ``[B, T, H, K]``.
+    """
+    B, T, H, K = q_BxTxHxK.shape
+    S, G = k_BxSxGxK.shape[1:3]
+    q_BxGxRTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
+    logits = jnp.einsum("bgqk,bsgk->bgqs", q_BxGxRTxK, k_BxSxGxK, preferred_element_type=jnp.float32)
+    logits_BxHxTxS = softcap(logits.reshape(B, H, T, S), cap)
+    if bias_BxHxTxS is not None:
+        logits_BxHxTxS += bias_BxHxTxS
+    if mask_BxTxS is not None:
+        logits_BxHxTxS = jnp.where(mask_BxTxS[:, None], logits_BxHxTxS, NEGATIVE)
+    weights = dropout(jax.nn.softmax(logits_BxHxTxS, -1), dropout_rate, key).astype(v_BxSxGxK.dtype)
+    out = jnp.einsum("bgqs,bsgk->bgqk", weights.reshape(B, G, -1, S), v_BxSxGxK)
+    return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
+
+
+class Attention(nnx.Module):
+    """Projections around ``attend``: self-attention, or cross-attention when the keys come from elsewhere."""
+
+    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, scale: float):
+        width, K = config.width, config.d_head
+        self.config = config
+        q_size, kv_size = config.heads * K, config.n_kv_heads * K
+        self.q = Linear(width, q_size, ("embed", "heads"), bias=config.qkv_bias, rngs=rngs)
+        self.k = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, rngs=rngs)
+        self.v = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, rngs=rngs)
+        self.o = Linear(q_size, width, ("heads", "embed"), bias=config.out_bias, rngs=rngs, scale=scale)
+        self.q_norm = Norm(K, config) if config.qk_norm else None
+        self.k_norm = Norm(K, config) if config.qk_norm else None
+
+    def query(self, x_BxTxD: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        """``[B, T, H, K]``, normalised and rotated where the model does so."""
+        q = self.q(x_BxTxD).reshape(*x_BxTxD.shape[:2], -1, self.config.d_head)
+        q = q if self.q_norm is None else self.q_norm(q)
+        return q if angles is None else rotate(q, *angles)
+
+    def key_value(self, x_BxSxD: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array]:
+        """Keys and values ``[B, S, G, K]``; keys normalised and rotated where the model does so."""
+        k = self.k(x_BxSxD).reshape(*x_BxSxD.shape[:2], -1, self.config.d_head)
+        v = self.v(x_BxSxD).reshape(*x_BxSxD.shape[:2], -1, self.config.d_head)
+        k = k if self.k_norm is None else self.k_norm(k)
+        return (k if angles is None else rotate(k, *angles)), v
+
+    def __call__(self, q, k, v, mask, bias=None, *, key: jax.Array | None) -> jax.Array:
+        """From ``query`` and ``key_value`` to the block's output ``[B, T, D]``."""
+        config = self.config
+        out_BxTxHxK = attend(
+            q, k, v, mask, bias, scale=config.attention_scale or config.d_head**-0.5, cap=config.attention_softcap,
+            dropout_rate=config.attention_dropout, key=key,
+        )
+        return self.o(out_BxTxHxK.reshape(*out_BxTxHxK.shape[:2], -1))

@@ -1,0 +1,153 @@
+"""What a model is, as data: three frozen dataclasses and the presets built from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"]
+Positions = Literal["rotary", "sinusoidal", "learned", "relative", "none"]
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """The part of a Transformer that decoders, encoders and their combination have in common.
+
+    Sizes are counts; 0 means "derive": ``kv_heads`` = ``heads``, ``head_dim`` = ``width // heads``,
+    ``ffn`` = ``4 * width``. ``vocab_size`` 0 is filled from the tokenizer when training starts.
+    """
+
+    vocab_size: int = 0
+    width: int = 512
+    heads: int = 8
+    kv_heads: int = 0
+    head_dim: int = 0
+    ffn: int = 0
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_position: Literal["pre", "post"] = "pre"
+    norm_bias: bool = True  # LayerNorm only
+    norm_eps: float = 1e-5
+    embed_norm: bool = False  # a norm right after the embedding
+    activation: Activation = "swiglu"
+    positions: Positions = "rotary"
+    max_positions: int = 2048  # rows of a learned table; the advertised context elsewhere
+    position_offset: int = 0  # rows skipped at the start of a learned or sinusoidal table
+    rope_theta: float = 10000.0
+    relative_buckets: int = 32  # T5 (arXiv:1910.10683, section 2.1)
+    relative_max_distance: int = 128
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head's query and key (arXiv:2302.05442)
+    attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0  # 0: off; c * tanh(logits / c) (arXiv:2408.00118)
+    logit_softcap: float = 0.0
+    windows: tuple[int, ...] = ()  # sliding windows, cycled over layers; 0 is full attention
+    embed_scale: bool = False  # multiply embeddings by sqrt(width)
+    tie_embeddings: bool = True
+    dropout: float = 0.0  # after embedding, attention and MLP
+    attention_dropout: float = 0.0
+    ffn_dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
+    scan_layers: bool = True
+    remat: Literal["none", "full", "dots"] = "none"
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.kv_heads or self.heads
+
+    @property
+    def d_head(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def d_ffn(self) -> int:
+        return self.ffn or 4 * self.width
+
+    @property
+    def gated(self) -> bool:
+        return self.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
+
+
+@dataclass(frozen=True)
+class DecoderConfig(StackConfig):
+    """A decoder-only language model."""
+
+    kind: Literal["decoder"] = "decoder"
+    layers: int = 6
+    segments: tuple[int, ...] = ()  # layers in each scanned run; () is one run of all
+
+
+@dataclass(frozen=True)
+class Seq2SeqConfig(StackConfig):
+    """An encoder-decoder translation model, with one vocabulary for both languages."""
+
+    kind: Literal["seq2seq"] = "seq2seq"
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    encoder_segments: tuple[int, ...] = ()
+    decoder_segments: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LSTMConfig:
+    """A recurrent language model: the baseline (Hochreiter & Schmidhuber 1997; Merity et al., arXiv:1708.02182)."""
+
+    kind: Literal["lstm"] = "lstm"
+    vocab_size: int = 0
+    width: int = 512  # of the embedding
+    hidden: int = 0  # 0: width
+    layers: int = 2
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    pad_id: int = 0
+    bos_id: int = 1
+    eos_id: int = 2
+
+    @property
+    def d_hidden(self) -> int:
+        return self.hidden or self.width
+
+
+ModelConfig = DecoderConfig | Seq2SeqConfig | LSTMConfig
+KINDS: dict[str, type] = {"decoder": DecoderConfig, "seq2seq": Seq2SeqConfig, "lstm": LSTMConfig}
+
+_TRANSLATION = Seq2SeqConfig(
+    norm="layernorm", activation="relu", positions="sinusoidal", embed_scale=True,
+    qkv_bias=True, out_bias=True, mlp_bias=True, dropout=0.1, max_positions=1024,
+)  # Vaswani et al. 2017 (arXiv:1706.03762), pre-norm (arXiv:2002.04745)
+_LLAMA = DecoderConfig(tie_embeddings=False)
+
+PRESETS: dict[str, ModelConfig] = {
+    # translation Transformers
+    "tiny": dataclasses.replace(_TRANSLATION, width=128, heads=4, ffn=256, encoder_layers=4, decoder_layers=4, dropout=0.3),
+    "base": dataclasses.replace(_TRANSLATION, width=512, heads=8, ffn=2048),
+    "big": dataclasses.replace(_TRANSLATION, width=1024, heads=16, ffn=4096, dropout=0.3),
+    # decoder-only language models
+    "nano": DecoderConfig(
+        width=128, heads=4, layers=4, norm="layernorm", norm_bias=False, activation="gelu", positions="learned",
+        max_positions=64,
+    ),
+    "124m": DecoderConfig(
+        width=768, heads=12, layers=12, norm="layernorm", activation="gelu_tanh", positions="learned",
+        max_positions=1024, qkv_bias=True, out_bias=True, mlp_bias=True, vocab_size=50257,
+    ),
+    "1b": dataclasses.replace(
+        _LLAMA, width=2048, heads=32, kv_heads=8, ffn=8192, layers=16, rope_theta=500000.0, tie_embeddings=True,
+        vocab_size=128256, max_positions=131072, remat="full", dtype="bfloat16",
+    ),
+    "7b": dataclasses.replace(
+        _LLAMA, width=4096, heads=32, ffn=11008, layers=32, vocab_size=32000, max_positions=4096, remat="full",
+        dtype="bfloat16",
+    ),
+}
+
+
+def preset(name: str, **changes) -> ModelConfig:
+    """The named preset with fields replaced: ``preset("tiny", vocab_size=8000)``. KeyError on an unknown name."""
+    return dataclasses.replace(PRESETS[name], **changes)

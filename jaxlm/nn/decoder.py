@@ -1,0 +1,61 @@
+"""The decoder-only language model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.nn.config import DecoderConfig
+from jaxlm.nn.layers import Embedding, Linear, softcap
+from jaxlm.nn.stack import Cache, Stack
+
+
+class DecoderLM(nnx.Module):
+    """Tokens to the logits of their successors. Every variant is configuration."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        std = config.width**-0.5 if config.embed_scale else 0.02
+        self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
+        self.decoder = Stack(config, config.segments or (config.layers,), causal=True, cross=False, rngs=rngs)
+        untied = not config.tie_embeddings
+        self.head = Linear(config.width, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs) if untied else None
+
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        *,
+        segments_BxT: jax.Array | None = None,
+        positions_BxT: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits ``[B, T, V]`` in float32.
+
+        Where several documents share a row, ``segments`` numbers them (they do not see each other) and ``positions``
+        restarts in each. Dropout needs a ``key``.
+        """
+        mask = None if segments_BxT is None else segments_BxT[:, :, None] == segments_BxT[:, None, :]
+        x_BxTxD = embed(self.embed, tokens_BxT, self.config)
+        x_BxTxD = self.decoder(x_BxTxD, mask_BxTxS=mask, positions_BxT=positions_BxT, key=key)
+        return head_logits(self, x_BxTxD)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for ``batch`` rows of at most ``length`` tokens."""
+        return self.decoder.init_cache(batch, length)
+
+    def decode(self, tokens_BxT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Appends T tokens to every row: their logits ``[B, T, V]`` and the longer cache."""
+        x_BxTxD, cache = self.decoder.decode(embed(self.embed, tokens_BxT, self.config), cache)
+        return head_logits(self, x_BxTxD), cache
+
+
+def embed(table: Embedding, tokens_BxT: jax.Array, config) -> jax.Array:
+    x_BxTxD = table(tokens_BxT, jnp.dtype(config.dtype))
+    return x_BxTxD * jnp.asarray(config.width**0.5, x_BxTxD.dtype) if config.embed_scale else x_BxTxD
+
+
+def head_logits(model, x_BxTxD: jax.Array) -> jax.Array:
+    """Logits in float32 from a model with an ``embed`` table and, untied, a ``head``."""
+    logits = model.embed.logits(x_BxTxD) if model.head is None else model.head(x_BxTxD)
+    return softcap(logits.astype(jnp.float32), model.config.logit_softcap)

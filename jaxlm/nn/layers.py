@@ -1,0 +1,115 @@
+"""The small parts every model is made of: linear maps, norms, embeddings, feed-forward blocks, dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.core import ops
+from jaxlm.nn.config import StackConfig
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
+    return std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
+
+
+class Linear(nnx.Module):
+    """``x_..xI @ kernel_IxO (+ bias_O)``. The kernel may be any leaf ``ops.dot`` knows.
+
+    ``scale`` shrinks the initial standard deviation ``1 / sqrt(I)``: residual outputs use it (GPT-2, section 2.3).
+    """
+
+    def __init__(self, n_in: int, n_out: int, axes: tuple[str, str], *, bias: bool, rngs: nnx.Rngs, scale: float = 1.0):
+        self.kernel = nnx.Param(normal(rngs, (n_in, n_out), scale * n_in**-0.5), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(n_out), axes=axes[1:]) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = ops.dot(x, self.kernel.get_value())
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dimension, computed in float32."""
+
+    def __init__(self, width: int, config: StackConfig):
+        self.eps = config.norm_eps
+        self.centred = config.norm == "layernorm"
+        self.scale = nnx.Param(jnp.ones(width), axes=("norm",))
+        has_bias = self.centred and config.norm_bias
+        self.bias = nnx.Param(jnp.zeros(width), axes=("norm",)) if has_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.centred:
+            y = y - jnp.mean(y, -1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+        y = y * self.scale.get_value()
+        if self.bias is not None:
+            y = y + self.bias.get_value()
+        return y.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of rows; also the output head where embeddings are tied."""
+
+    def __init__(self, rows: int, width: int, axes: tuple[str, str], *, rngs: nnx.Rngs, std: float = 0.02):
+        self.table = nnx.Param(normal(rngs, (rows, width), std), axes=axes)
+
+    def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return ops.take(self.table.get_value(), ids).astype(dtype)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        return ops.dot_t(x, self.table.get_value())
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swiglu": jax.nn.silu,
+    "geglu": lambda x: jax.nn.gelu(x, approximate=False),
+    "geglu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "reglu": jax.nn.relu,
+}
+
+
+class Mlp(nnx.Module):
+    """The feed-forward block: ``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (arXiv:2002.05202)."""
+
+    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, scale: float):
+        width, ffn, bias = config.width, config.d_ffn, config.mlp_bias
+        self.act = ACTIVATIONS[config.activation]
+        self.ffn_dropout = config.ffn_dropout
+        self.gate = Linear(width, ffn, ("embed", "mlp"), bias=bias, rngs=rngs) if config.gated else None
+        self.up = Linear(width, ffn, ("embed", "mlp"), bias=bias, rngs=rngs)
+        self.down = Linear(ffn, width, ("mlp", "embed"), bias=bias, rngs=rngs, scale=scale)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        h = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
+        return self.down(dropout(h, self.ffn_dropout, key))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes elements with probability ``rate`` and scales up the rest; the identity without a key.
+
+    Draws 16 bits an element, so the rate is met to 1 / 65536: half the random bits of a float draw.
+    """
+    if key is None or rate == 0.0:
+        return x
+    threshold = round(rate * 2**16)
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= threshold
+    return jnp.where(keep, x * (1.0 / (1.0 - threshold / 2**16)), 0.0).astype(x.dtype)
+
+
+def split_key(key: jax.Array | None, n: int) -> list[jax.Array | None]:
+    """``n`` keys, or ``n`` times None where there is no randomness."""
+    return [None] * n if key is None else list(jax.random.split(key, n))
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """``cap * tanh(x / cap)``; 0 is off."""
+    return cap * jnp.tanh(x / cap) if cap else x

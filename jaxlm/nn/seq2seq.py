@@ -1,0 +1,69 @@
+"""The encoder-decoder translation model (arXiv:1706.03762)."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from jaxlm.nn.config import Seq2SeqConfig
+from jaxlm.nn.decoder import embed, head_logits
+from jaxlm.nn.layers import Embedding, Linear
+from jaxlm.nn.stack import Cache, Stack
+
+
+class Seq2Seq(nnx.Module):
+    """Source tokens and target prefix to the logits of the next target token; one vocabulary for both."""
+
+    def __init__(self, config: Seq2SeqConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        std = config.width**-0.5 if config.embed_scale else 0.02
+        self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
+        encoder_segments = config.encoder_segments or (config.encoder_layers,)
+        decoder_segments = config.decoder_segments or (config.decoder_layers,)
+        self.encoder = Stack(config, encoder_segments, causal=False, cross=False, rngs=rngs)
+        self.decoder = Stack(config, decoder_segments, causal=True, cross=True, rngs=rngs)
+        untied = not config.tie_embeddings
+        self.head = Linear(config.width, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs) if untied else None
+
+    def __call__(
+        self,
+        src_BxS: jax.Array,
+        tgt_BxT: jax.Array,
+        *,
+        src_mask_BxS: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits ``[B, T, V]`` in float32; ``tgt`` is the decoder's input, beginning with ``bos_id``.
+
+        The mask says which source tokens are real (default: those that are not ``pad_id``). Dropout needs a ``key``.
+        """
+        encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
+        src_mask_BxS = self._mask(src_BxS, src_mask_BxS)
+        memory_BxSxD = self._encode(src_BxS, src_mask_BxS, encoder_key)
+        x_BxTxD = self.decoder(
+            embed(self.embed, tgt_BxT, self.config),
+            memory_BxMxD=memory_BxSxD,
+            memory_mask_BxM=src_mask_BxS,
+            key=decoder_key,
+        )
+        return head_logits(self, x_BxTxD)
+
+    def encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array | None = None) -> jax.Array:
+        """The encoder's output ``[B, S, D]``."""
+        return self._encode(src_BxS, self._mask(src_BxS, src_mask_BxS), None)
+
+    def init_cache(self, memory_BxSxD: jax.Array, src_mask_BxS: jax.Array, length: int) -> Cache:
+        """A cache for targets of at most ``length`` tokens, with the memory projected once for every layer."""
+        cache = self.decoder.init_cache(memory_BxSxD.shape[0], length)
+        return cache.replace(memory=self.decoder.memory_key_values(memory_BxSxD), memory_mask=src_mask_BxS)
+
+    def decode(self, tokens_BxT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Appends T target tokens to every row: their logits ``[B, T, V]`` and the longer cache."""
+        x_BxTxD, cache = self.decoder.decode(embed(self.embed, tokens_BxT, self.config), cache)
+        return head_logits(self, x_BxTxD), cache
+
+    def _mask(self, src_BxS: jax.Array, src_mask_BxS: jax.Array | None) -> jax.Array:
+        return src_BxS != self.config.pad_id if src_mask_BxS is None else src_mask_BxS
+
+    def _encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array, key: jax.Array | None) -> jax.Array:
+        return self.encoder(embed(self.embed, src_BxS, self.config), mask_BxTxS=src_mask_BxS[:, None, :], key=key)

@@ -1,0 +1,78 @@
+"""An experiment as data: everything ``jaxlm train`` needs, in one frozen dataclass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jaxlm.data.config import DataConfig
+from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, Seq2SeqConfig
+
+__all__ = ["DataConfig", "DecoderConfig", "EvalConfig", "Experiment", "LSTMConfig", "MeshConfig", "OptimConfig",
+           "Seq2SeqConfig", "TrainConfig"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (arXiv:1711.05101) and the shape of its learning rate."""
+
+    lr: float = 1e-3  # the peak
+    schedule: Literal["cosine", "inverse_sqrt", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2  # wsd: the last part of training, spent decaying
+    min_lr_ratio: float = 0.0  # final over peak (cosine, linear, wsd)
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only; norms and biases are never decayed
+    clip_norm: float = 1.0  # 0: off
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 1000
+    accumulate: int = 1  # micro-batches a step
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # weight of log(Z)^2 (arXiv:2204.02311, section 5)
+    log_every: int = 20
+    eval_every: int = 200  # validation, in steps; 0: never
+    checkpoint_every: int = 200  # 0: only at the end
+    keep_latest: int = 1
+    keep_best: int = 1
+    patience: int = 0  # evaluations without improvement before stopping; 0: never stop
+    average: int = 0  # export the mean of this many best checkpoints (arXiv:1706.03762, 6.1); 0 or 1: the best one
+    on_nan: Literal["abort", "skip"] = "abort"
+    spike_factor: float = 0.0  # a gradient norm this many times its running mean counts as a NaN; 0: off
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    metric: Literal["loss", "bleu"] = "loss"  # decides which checkpoint is best
+    batches: int = 0  # of validation data; 0: all
+    context: int = 0  # tokens in a perplexity window; 0: data.seq_len
+    stride: int = 0  # 0: context
+    beam: int = 5
+    length_penalty: float = 1.0
+    max_length: int = 128  # generated tokens
+    bleu_sentences: int = 0  # validation pairs translated for BLEU; 0: all
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; one may be -1: whatever is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Experiment:
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    init_from: str = ""  # a MODEL whose parameters training starts from

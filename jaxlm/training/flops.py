@@ -1,0 +1,74 @@
+"""How much arithmetic a training step is, and how much a device could do: the two halves of MFU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from jaxlm.nn.config import LSTMConfig, ModelConfig, Seq2SeqConfig, StackConfig
+
+__all__ = ["FLOP_CONVENTION", "peak_flops", "step_flops"]
+
+FLOP_CONVENTION = (
+    "6 x matrix parameters x positions (embedding look-ups excluded, an output head included, tied or not) + "
+    "12 x layers x heads x head_dim x keys a query may see, causal masks not discounted, padding counted, "
+    "recomputation not counted (arXiv:2204.02311, appendix B); peak: dense bfloat16"
+)
+
+# Dense bfloat16 FLOP/s of one device (as JAX counts devices), from the vendors' data sheets; V100 and T4: float16.
+# The first name that occurs in ``device_kind`` counts.
+_PEAK = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12,
+    "TPU v6 lite": 918e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v4": 275e12,
+    "TPU v3": 61.5e12, "TPU v2": 22.5e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak FLOP/s of a known accelerator; None on a CPU or an unknown device."""
+    return next((peak for name, peak in _PEAK.items() if name in device.device_kind), None)
+
+
+def step_flops(config: ModelConfig, params: Mapping[str, jax.Array], shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """FLOPs of one forward and backward pass over a batch of the given shapes, by ``FLOP_CONVENTION``.
+
+    ``params`` are the flat parameters (shapes are enough); ``shapes`` maps "inputs", and "src" for translation, to
+    [B, T].
+    """
+    rows, length = shapes["inputs"]
+    source = shapes["src"][1] if "src" in shapes else 0
+
+    def positions(path: str) -> int:
+        """Vectors of each row that a parameter multiplies."""
+        if path == "embed/table":
+            return length if config.tie_embeddings else 0
+        if not path.endswith("/kernel"):
+            return 0
+        on_source = path.startswith("encoder/") or path.endswith(("cross/k/kernel", "cross/v/kernel"))
+        return source if on_source else length
+
+    linear = 6 * sum(math.prod(np.shape(leaf)) * positions(path) for path, leaf in params.items())
+    return float(rows * (linear + 12 * _attended(config, length, source)))
+
+
+def _attended(config: ModelConfig, length: int, source: int) -> int:
+    """Sum over layers of queries x keys x features of all heads, for one row."""
+    if isinstance(config, LSTMConfig):
+        return 0
+    features = config.heads * config.d_head
+    if isinstance(config, Seq2SeqConfig):
+        in_encoder = _self_attended(config, config.encoder_layers, source)
+        return features * (
+            in_encoder + _self_attended(config, config.decoder_layers, length) + config.decoder_layers * length * source
+        )
+    return features * _self_attended(config, config.layers, length)
+
+
+def _self_attended(config: StackConfig, layers: int, length: int) -> int:
+    windows = config.windows or (0,)
+    each = (windows[layer % len(windows)] or length for layer in range(layers))
+    return sum(length * min(window, length) for window in each)

@@ -1,0 +1,327 @@
+"""``train``: an Experiment in, a model directory out; whatever happens on the way, the run can be resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxlm.checkpoint.directory import write_model
+from jaxlm.checkpoint.store import Store
+from jaxlm.core.errors import UserError
+from jaxlm.core.sharding import batch_sharding
+from jaxlm.core.tree import count_params, unflatten
+from jaxlm.training.config import Experiment
+from jaxlm.training.flops import FLOP_CONVENTION, peak_flops, step_flops
+from jaxlm.training.loss import Batch, make_loss
+from jaxlm.training.metrics import Meter, MetricsWriter, peak_memory_bytes
+from jaxlm.training.optim import make_optimizer, make_schedule
+from jaxlm.training.progress import Reporter
+from jaxlm.training.setup import Setup, prepare
+from jaxlm.training.step import TrainState, abstract_state, init_state, make_step
+from jaxlm.training.validation import Validator
+
+__all__ = ["train"]
+
+_IN_FLIGHT = 2  # steps dispatched before the metrics of the oldest are fetched: the device never waits for the host
+
+
+def train(config: Experiment, out: str | Path) -> Path:
+    """Trains and returns the exported model directory, ``out/model``.
+
+    ``out`` gets experiment.json, tokenizer.json, metrics.jsonl, tensorboard/, checkpoints/ and model/. Where it already
+    holds a checkpoint, training resumes there, with bitwise the losses it would have had without the interruption.
+    SIGTERM saves a checkpoint and raises ``SystemExit(0)``.
+
+    Raises:
+        UserError: a mistake in the experiment; or a loss or gradient that is not finite, or spikes, where
+            ``train.on_nan`` is "abort".
+    """
+    with _terminated() as terminated:
+        setup = prepare(config, Path(out))
+        with jax.set_mesh(setup.mesh):
+            return _Training(setup, Path(out), terminated).run()
+
+
+@contextmanager
+def _terminated() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, inside the block.
+
+    Never outside the main thread, which cannot handle signals, nor with several processes: there ``jax.distributed``
+    catches it, and they agree on the step to stop at.
+    """
+    event = threading.Event()
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(Exception):
+    """SIGTERM came."""
+
+
+@dataclass
+class _History:
+    """What the loop remembers from step to step, besides the state; saved with every checkpoint, as JSON."""
+
+    skipped: int = 0  # bad updates so far
+    sums: dict[str, float] = field(default_factory=lambda: {"nll": 0.0, "loss": 0.0, "weight": 0.0})  # since last row
+    evaluated: int = 0  # step of the last validation
+    best: list[tuple[float, int]] = field(default_factory=list)  # (score, step) of the best, best first
+    stale: int = 0  # validations since the best
+
+
+class _Training:
+    """A training under way: the compiled step, where it is, and what it leaves behind."""
+
+    def __init__(self, setup: Setup, run: Path, terminated: threading.Event):
+        config, options = setup.config, setup.config.train
+        self._setup, self._options, self._directory, self._terminated = setup, options, run, terminated
+        self._tx = make_optimizer(config.optim, options.steps)
+        self._rates = np.asarray(make_schedule(config.optim, options.steps)(np.arange(options.steps)))
+        self._abstract = abstract_state(setup.like, self._tx, setup.mesh)
+        self._update = make_step(
+            setup.graphdef, setup.like,
+            make_loss(config.model, label_smoothing=options.label_smoothing, z_loss=options.z_loss), self._tx,
+            accumulate=options.accumulate, spike_factor=options.spike_factor,
+            layout=jax.tree.map(lambda leaf: leaf.sharding, self._abstract),
+        )
+        self._validator = Validator(setup, self._put, self._check) if setup.valid_loader else None
+        self._step = self._batch = 0  # updates done, batches taken
+        self._saved: int | None = None  # step of the newest checkpoint
+        self._history = _History()
+        self._pending: deque[tuple[int, float, dict[str, jax.Array]]] = deque()  # step, FLOPs, metrics
+        self._flops: dict[tuple, float] = {}  # of a step, by batch shape
+        peak = peak_flops(setup.mesh.devices.flat[0])
+        self._peak = peak * setup.mesh.size if peak else None
+
+    def run(self) -> Path:
+        """To the end, or until there is no patience left."""
+        first = jax.process_index() == 0
+        if first:
+            self._setup.write(self._directory)
+        with ExitStack() as stack:
+            self._store = self._open_store()
+            stack.callback(self._store.close)
+            self._state = self._restore() or init_state(
+                self._setup.initial, self._tx, self._options.seed, self._setup.mesh
+            )
+            self._writer = MetricsWriter(self._directory, self._step) if first else None
+            if self._writer:
+                stack.callback(self._writer.close)
+            self._reporter = Reporter(self._options.steps, self._step, enabled=first)
+            stack.callback(self._reporter.close)
+            self._announce()
+            batches = self._setup.loader.iterate(self._batch)
+            stack.callback(batches.close)
+            self._meter = Meter(self._peak)
+            try:
+                self._loop(batches)
+                return self._export()
+            except _Terminated:
+                self._save()
+                self._store.wait()
+                self._reporter.line(f"terminated: step {self._step} is saved in {self._directory}; run again to go on")
+                raise SystemExit(0) from None
+
+    def _open_store(self) -> Store:
+        options = self._options
+        return Store(
+            self._directory / "checkpoints", keep_latest=options.keep_latest,
+            keep_best=max(options.keep_best, options.average),
+            metric_mode="min" if self._setup.config.eval.metric == "loss" else "max",
+        )
+
+    def _restore(self) -> TrainState | None:
+        restored = self._store.restore_latest(self._abstract)
+        if restored is None:
+            return None
+        state, remembered, self._step = restored
+        self._saved = self._step
+        self._batch = self._setup.loader.batch_at_examples(remembered["examples"])
+        self._history = _History(**remembered["history"])
+        return state
+
+    def _announce(self) -> None:
+        setup = self._setup
+        self._reporter.line(setup.report)
+        if self._step:
+            self._reporter.line(f"resuming at step {self._step}")
+        self._write({"step": self._step, "start": {
+            "parameters": count_params(setup.like), "device": setup.mesh.devices.flat[0].device_kind,
+            "mesh": dict(setup.mesh.shape), "peak_flops": self._peak, "flop_convention": FLOP_CONVENTION,
+        }})
+
+    def _loop(self, batches: Iterator[Batch]) -> None:
+        options, history = self._options, self._history
+        while True:
+            self._check_between_steps()
+            last = self._step >= options.steps
+            if self._due(options.eval_every, last) and self._validator and history.evaluated != self._step:
+                self._evaluate()
+            if options.patience and history.stale >= options.patience:
+                self._reporter.line(f"stopping: no improvement in {history.stale} validations")
+                last = True
+            if self._due(options.checkpoint_every, last) or last:
+                self._save()
+            if last:
+                return
+            self._advance(next(batches))
+
+    def _due(self, every: int, last: bool) -> bool:
+        return every > 0 and self._step > 0 and (last or self._step % every == 0)
+
+    def _check(self) -> None:
+        """Raises if this process, on its own, was told to stop."""
+        if self._terminated.is_set():
+            raise _Terminated
+
+    def _check_between_steps(self) -> None:
+        self._check()
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._step):
+            raise _Terminated
+
+    def _put(self, batch: Batch) -> Batch:
+        """This process's rows, as part of an array over all devices."""
+        if self._setup.mesh.size == 1:
+            return batch
+        sharding = batch_sharding(self._setup.mesh)
+        return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+    def _advance(self, batch: Batch) -> None:
+        """Dispatches a step, and books one that has finished."""
+        batch = self._put(batch)
+        shapes = {name: x.shape for name, x in batch.items()}
+        known = tuple(shapes.values())
+        if known in self._flops:
+            self._state, metrics = self._update(self._state, batch)
+        else:
+            self._flops[known] = step_flops(self._setup.config.model, self._state.params, shapes)
+            with self._meter.paused():  # compiles
+                self._state, metrics = self._update(self._state, batch)
+        self._step += 1
+        self._batch += 1
+        self._pending.append((self._step, self._flops[known], metrics))
+        if len(self._pending) > _IN_FLIGHT:
+            self._book()
+        self._reporter.advance(self._step)
+
+    def _book(self) -> None:
+        """Fetches the metrics of the oldest step in flight, which waits for it if it has not finished."""
+        step, flops, metrics = self._pending.popleft()
+        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._meter.add(metrics["weight"], flops)
+        history = self._history
+        if metrics["bad"]:
+            self._bad(step, metrics)
+        else:
+            history.sums["weight"] += metrics["weight"]
+            for name in ("nll", "loss"):
+                history.sums[name] += metrics[name] * metrics["weight"]
+        if step % self._options.log_every == 0 or step == self._options.steps:
+            tokens = history.sums["weight"]
+            row = {
+                "step": step,
+                "loss": history.sums["nll"] / tokens if tokens else None,
+                "objective": history.sums["loss"] / tokens if tokens else None,
+                "grad_norm": metrics["grad_norm"] if not metrics["bad"] else None,
+                "lr": float(self._rates[step - 1 - history.skipped + int(metrics["bad"])]),  # by updates, not by steps
+                "tokens": round(tokens),
+                "skipped": history.skipped,
+                **self._meter.read(),
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+            self._write(row)
+            self._reporter.train(row)
+            history.sums = _History().sums
+
+    def _bad(self, step: int, metrics: dict[str, float]) -> None:
+        loss, norm = metrics["loss"], metrics["grad_norm"]
+        if np.isfinite(loss) and np.isfinite(norm):
+            what = f"the gradient norm {norm:.3g} is over {self._options.spike_factor:g} times its running mean"
+        else:
+            what = f"the loss is {loss:.3g} and the gradient norm {norm:.3g}"
+        if self._options.on_nan == "abort":
+            raise UserError(f"step {step}: {what}; lower optim.lr, or set train.on_nan=skip to leave such updates out")
+        self._history.skipped += 1
+        self._reporter.line(f"step {step}: update left out: {what}")
+
+    def _evaluate(self) -> None:
+        self._drain()
+        with self._meter.paused():
+            scores = self._validator(self._state.params)
+        history = self._history
+        history.evaluated = self._step
+        metric = self._setup.config.eval.metric
+        score = scores[f"valid_{metric}"]
+        history.stale += 1
+        if np.isfinite(score):
+            scored = [*history.best, (score, self._step)]
+            scored.sort(key=lambda pair: pair[0], reverse=metric == "bleu")
+            history.best = scored[:max(self._store.keep_best, 1)]
+            history.stale = history.stale if history.best[0][1] != self._step else 0
+        self._write({"step": self._step, **scores})
+        shown = "  ".join(f"{name.removeprefix('valid_')} {value:.4f}" for name, value in scores.items())
+        self._reporter.line(f"step {self._step}  validation {shown}{'' if history.stale else '  (best)'}")
+        if self._store.keep_best and any(step == self._step for _, step in history.best):
+            self._save()
+
+    def _drain(self) -> None:
+        while self._pending:
+            self._book()
+
+    def _save(self) -> None:
+        """A checkpoint of this step, if there is none."""
+        if self._saved == self._step:
+            return
+        self._drain()
+        score = next((score for score, step in self._history.best if step == self._step), None)
+        remembered = {**self._setup.loader.state(self._batch), "history": dataclasses.asdict(self._history)}
+        with self._meter.paused():
+            self._store.save(self._step, self._state, remembered, score)
+        self._saved = self._step
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._writer:
+            self._writer.write(row)
+
+    def _export(self) -> Path:
+        """RUN/model: the best parameters, the mean of the ``average`` best, or the last where none were validated."""
+        steps = [self._step]
+        if self._store.keep_best and self._history.best:
+            steps = [step for _, step in self._history.best[:max(self._options.average, 1)]]
+        setup = self._setup
+        path = write_model(
+            self._directory / "model", setup.config.model, unflatten(setup.like, self._mean(steps)), setup.tokenizer,
+            info={"training": {"data": setup.config.data.train, "steps": sorted(steps)}},
+        )
+        what = "the mean of steps" if len(steps) > 1 else "step"
+        self._reporter.line(f"model: {path} ({what} {', '.join(map(str, sorted(steps)))})")
+        return path
+
+    def _mean(self, steps: list[int]) -> dict[str, Any]:
+        """The mean of the parameters at these steps."""
+        if steps == [self._step]:
+            return self._state.params
+        self._store.wait()
+        total = None
+        for step in steps:
+            params = self._store.restore_params(step, self._abstract.params)
+            total = params if total is None else jax.tree.map(jnp.add, total, params)
+        return jax.tree.map(lambda x: x / len(steps), total)

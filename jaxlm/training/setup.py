@@ -1,0 +1,161 @@
+"""From an Experiment to the things a training needs, with every mistake in it found before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxlm import nn
+from jaxlm.core.config import to_dict
+from jaxlm.core.errors import UserError
+from jaxlm.core.sharding import AXES, RULES, make_mesh
+from jaxlm.core.tree import Params, count_params, flatten
+from jaxlm.data.loader import Loader, make_loader
+from jaxlm.data.sources import Bitext, Source, open_source
+from jaxlm.data.tokenizer import Tokenizer, tokenizer_for
+from jaxlm.model import load
+from jaxlm.nn.config import ModelConfig
+from jaxlm.training.config import Experiment
+
+__all__ = ["Setup", "prepare"]
+
+# What may differ between the start of a run and its resumption; anything else would make another training of it.
+_MAY_CHANGE = (
+    "mesh.", "eval.", "data.valid", "data.test", "data.prefetch", "train.steps", "train.log_every", "train.eval_every",
+    "train.checkpoint_every", "train.keep_", "train.patience", "train.average", "train.on_nan", "train.spike_factor",
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """An experiment made concrete. ``config.model`` has its vocabulary and special tokens filled in."""
+
+    config: Experiment
+    tokenizer: Tokenizer
+    loader: Loader
+    valid_source: Source | None
+    valid_loader: Loader | None
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    like: Params  # abstract
+    initial: Params | Callable[[], Params]
+    resuming: bool
+
+    @property
+    def report(self) -> str:
+        """One line about data, model and mesh."""
+        data = ", ".join(f"{value:,} {name}".replace("_", " ") if isinstance(value, int) else f"{name} {value:.0%}"
+                         for name, value in self.loader.report().items())
+        shape = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in AXES)
+        return (
+            f"data: {data}; model: {self.config.model.kind}, {count_params(self.like):,} parameters; "
+            f"mesh: {shape} ({self.mesh.devices.flat[0].device_kind})"
+        )
+
+
+    def write(self, run: Path) -> None:
+        """tokenizer.json and experiment.json, each all or nothing."""
+        run.mkdir(parents=True, exist_ok=True)
+        if not self.resuming:
+            self.tokenizer.save(run)
+        partial = run / "experiment.json.partial"
+        partial.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+        os.replace(partial, run / "experiment.json")
+
+
+def prepare(config: Experiment, run: Path) -> Setup:
+    """Opens the data, makes or loads the tokenizer, and checks that everything fits. Writes nothing.
+
+    ``run`` is resumed if it holds a checkpoint: with its own tokenizer, and the same experiment.
+    """
+    resuming = any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
+    source = open_source(config.data.train, "train")
+    tokenizer = Tokenizer.load(run) if resuming else tokenizer_for(config.data, source)
+    config = dataclasses.replace(config, model=_fill(config.model, tokenizer, translates=isinstance(source, Bitext)))
+    if resuming:
+        _check_unchanged(config, run)
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    place = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    rows = ways * config.train.accumulate
+    loader = make_loader(config.data, source, tokenizer, train=True, row_multiple=rows, **place)
+    _check_lengths(config, loader)
+    valid_source = valid_loader = None
+    if config.data.valid:
+        valid_source = open_source(config.data.valid, "valid")
+        valid_loader = make_loader(config.data, valid_source, tokenizer, train=False, row_multiple=ways, **place)
+    graphdef, like = nn.abstract(config.model)
+    initial = _initial(config, like)
+    return Setup(config, tokenizer, loader, valid_source, valid_loader, mesh, graphdef, like, initial, resuming)
+
+
+def _fill(model: ModelConfig, tokenizer: Tokenizer, translates: bool) -> ModelConfig:
+    """The model's config with vocabulary size and special tokens from the tokenizer."""
+    if translates != (model.kind == "seq2seq"):
+        needs = "plain text or tokens" if translates else "parallel text (bitext:SRC,TGT or builtin:phrasebook)"
+        raise UserError(f"a {model.kind} model trains on {needs}; change data.train or the model")
+    vocab_size = model.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
+            "leave it 0 to take the tokenizer's"
+        )
+    specials = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")}
+    specials = {name: value for name, value in specials.items() if value is not None}
+    return dataclasses.replace(model, vocab_size=vocab_size, **specials)
+
+
+def _check_unchanged(config: Experiment, run: Path) -> None:
+    before = _leaves(json.loads((run / "experiment.json").read_text()))
+    now = _leaves(json.loads(json.dumps(to_dict(config))))
+    for key in sorted({**before, **now}):
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
+            raise UserError(
+                f"{run} was trained with {key} = {before.get(key)!r}, not {now.get(key)!r}; "
+                "resume with the same experiment or choose another --out"
+            )
+
+
+def _leaves(tree: dict, prefix: str = "") -> dict:
+    """A nested dict as dotted path -> value."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _check_lengths(config: Experiment, loader: Loader) -> None:
+    if getattr(config.model, "positions", "") != "learned":
+        return
+    longest = max(length for _, length in loader.shapes)
+    rows = config.model.max_positions - config.model.position_offset
+    if longest > rows:
+        raise UserError(
+            f"sequences of {longest} tokens do not fit {rows} learned positions; raise model.max_positions or lower "
+            f"data.{'buckets' if config.model.kind == 'seq2seq' else 'seq_len'}"
+        )
+
+
+def _initial(config: Experiment, like: Params) -> Params | Callable[[], Params]:
+    """Fresh parameters, or those of ``init_from``, which must fit the model."""
+    if not config.init_from:
+        init = nn.initializer(config.model)[1]
+        return lambda: init(jax.random.key(config.train.seed))
+    params = load(config.init_from).params
+    ours, theirs = ({path: leaf.shape for path, leaf in flatten(tree).items()} for tree in (like, params))
+    for path in sorted({**ours, **theirs}):
+        if ours.get(path) != theirs.get(path):
+            raise UserError(
+                f"init_from {config.init_from}: {path} is {theirs.get(path, 'absent')}, the model wants "
+                f"{ours.get(path, 'none')}; use the model configuration that it was trained with"
+            )
+    return params

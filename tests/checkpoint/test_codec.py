@@ -1,0 +1,121 @@
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxlm.checkpoint.codec import Codes, Corrupt, Part, Planes, Words, decode, decode_stream, encode, encode_stream
+
+FLOATS = [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float64]
+
+
+def gaussian_codes(bits, count=300_000, zeros=0.0, seed=0):
+    """Codes modulo 2**bits of a normal weight on a symmetric grid, a share of them pruned."""
+    rng = np.random.default_rng(seed)
+    codes = (rng.normal(size=count) * 2 ** (bits - 1) / 3.5).round().clip(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    codes[rng.random(count) < zeros] = 0
+    return (codes.astype(np.int16) & (2**bits - 1)).astype(np.uint8)
+
+
+def entropy_bytes(values):
+    p = np.bincount(values) / len(values)
+    return -(p[p > 0] * np.log2(p[p > 0])).sum() * len(values) / 8
+
+
+@given(
+    bits=st.integers(2, 8),
+    count=st.integers(0, 3000),
+    zeros=st.sampled_from([0, 0.3, 0.6, 0.9, 0.999, 1.0]),
+    storage=st.sampled_from(["plain", "huffman"]),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=150, deadline=None)
+def test_codes_round_trip(bits, count, zeros, storage, seed):
+    codes, kind = gaussian_codes(bits, count, zeros, seed), Codes(bits)
+    np.testing.assert_array_equal(decode(encode(codes, kind, storage), kind, count), codes)
+
+
+@given(
+    dtype=st.sampled_from([*FLOATS, np.int32, np.uint8]),
+    words=st.lists(st.sampled_from([0, 1, 0x8000, 0x80000000, 0x7FC00000, 0xFFFF, 0x3F80]), max_size=200),
+    seed=st.integers(0, 9),
+    storage=st.sampled_from(["plain", "huffman"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_words_round_trip_bit_for_bit(dtype, words, seed, storage):
+    dtype = np.dtype(dtype)
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, dtype.itemsize * int(rng.integers(300)), np.uint8).view(f"u{dtype.itemsize}")
+    values = np.concatenate([np.array(words, np.uint64).astype(noise.dtype), noise])
+    kind = (Planes if storage == "huffman" else Words)(dtype)
+    np.testing.assert_array_equal(decode(encode(values, kind, storage), kind, len(values)), values)
+
+
+def test_negative_zero_is_a_value():
+    values = np.array([0.0, -0.0] * 500, np.float32).view(np.uint32)
+    for kind, storage in ((Words(np.dtype("f4")), "plain"), (Planes(np.dtype("f4")), "huffman")):
+        np.testing.assert_array_equal(decode(encode(values, kind, storage), kind, 1000), values)
+
+
+@pytest.mark.parametrize("bits,zeros", [(8, 0), (4, 0), (3, 0), (8, 0.9), (4, 0.9), (4, 0.5), (8, 0.95), (2, 0.8)])
+def test_within_2_percent_of_the_entropy(bits, zeros):
+    codes = gaussian_codes(bits, zeros=zeros)
+    part = encode(codes, Codes(bits), "huffman")
+    assert part.nbytes < 1.02 * entropy_bytes(codes)
+
+
+def test_plain_codes_are_packed_and_zeros_left_out():
+    assert encode(gaussian_codes(3, 80_000) | 1, Codes(3), "plain").nbytes == 30_000
+    sparse = gaussian_codes(8, 80_000, zeros=0.9)
+    part = encode(sparse, Codes(8), "plain")
+    assert part.layout == "mask" and part.nbytes == 10_000 + np.count_nonzero(sparse)
+
+
+def test_layouts_suit_the_zeros():
+    assert encode(gaussian_codes(8), Codes(8), "huffman").layout == "full"
+    assert encode(gaussian_codes(8, zeros=0.99), Codes(8), "huffman").layout == "gaps"
+    pattern = np.resize([0, 1, 0, 1, 1, 0, 0, 1], 400_000).astype(np.uint8) * gaussian_codes(8, 400_000)
+    assert encode(pattern, Codes(8), "huffman").layout == "mask"  # regular zeros: the mask is nearly free
+
+
+def test_bfloat16_weights_take_less_than_70_percent():
+    weights = (np.random.default_rng(0).normal(size=200_000) * 0.02).astype(ml_dtypes.bfloat16)
+    part = encode(weights.view(np.uint16), Planes(weights.dtype), "huffman")
+    assert part.nbytes < 0.7 * weights.nbytes
+    assert part.streams["plane1"][0] == "raw"  # sign and mantissa do not compress
+
+
+@pytest.mark.parametrize("symbols", [np.zeros(50_000, np.uint8), np.resize(np.arange(7, dtype=np.uint8), 50_000)])
+def test_the_cheapest_method_is_chosen(symbols):
+    method, data = encode_stream(symbols, 8, "huffman")
+    assert method == "zstd" and len(data) < 100
+    noise = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
+    assert encode_stream(noise, 8, "huffman")[0] == "raw"
+    assert encode_stream(symbols, 8, "plain")[0] == "raw"
+
+
+@pytest.mark.parametrize("zeros", [0, 0.5, 0.9])
+def test_damage_raises_corrupt_and_never_grows(zeros):
+    rng = np.random.default_rng(0)
+    kind, codes = Codes(8), gaussian_codes(8, 3000, zeros)
+    part = encode(codes, kind, "huffman")
+    for _ in range(300):
+        name = rng.choice(list(part.streams))
+        method, data = part.streams[name]
+        broken = data.copy()
+        broken[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        broken = broken[: rng.choice([len(data), rng.integers(len(data))])]
+        method = rng.choice([method, "raw", "huffman", "zstd", "lzma"], p=[0.8, 0.05, 0.05, 0.05, 0.05])
+        layout = rng.choice([part.layout, "full", "gaps", "mask", "rows"], p=[0.8, 0.05, 0.05, 0.05, 0.05])
+        gaps = rng.choice([part.gaps, -1, 5, 10**15], p=[0.7, 0.1, 0.1, 0.1])
+        damaged = Part(layout, part.streams | {name: (method, broken)}, gaps)
+        try:
+            assert decode(damaged, kind, len(codes)).shape == codes.shape
+        except (Corrupt, ValueError):
+            pass
+
+
+def test_a_frame_that_claims_more_than_is_due_is_not_decompressed():
+    _, bomb = encode_stream(np.zeros(10**7, np.uint8), 8, "huffman")
+    with pytest.raises(Corrupt, match="does not hold"):
+        decode_stream("zstd", bomb, 8, 1000)

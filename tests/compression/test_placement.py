@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxlm.compression.placement import describe, place
+from jaxlm.compression.report import report, summary
+from jaxlm.compression.rtn import quantize
+from jaxlm.core import ops
+from jaxlm.core.leaves import dequantize, is_leaf
+from jaxlm.core.tree import count_bytes, flatten
+
+
+def normal(*shape):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def tree(**leaves):
+    return nnx.State({name: nnx.Param(leaf) for name, leaf in leaves.items()})
+
+
+DENSE = dict(big=normal(2, 128, 256), small=normal(2, 128, 128), narrow=normal(2, 4096, 64), norm=jnp.ones(8))
+
+
+def compressed(**options):
+    return tree(**{name: w if name == "norm" else quantize(w, **options) for name, w in DENSE.items()})
+
+
+def test_cpu_keeps_only_integer_dots_that_are_large_enough():
+    params = compressed(bits=8, act_bits=8)
+    placed, notes = place(params, "cpu")
+    assert [name for name, leaf in flatten(placed).items() if is_leaf(leaf)] == ["big"]
+    for name, leaf in flatten(placed).items():
+        np.testing.assert_array_equal(dequantize(leaf), dequantize(flatten(params)[name]))
+    assert len(notes) == 1 and "2 tensors expanded" in notes[0] and "int8 activations" in notes[0]
+
+
+def test_cpu_expands_weight_only_integers():
+    placed, notes = place(compressed(bits=4, group=32, symmetric=False), "cpu")
+    assert not any(is_leaf(leaf) for leaf in flatten(placed).values())
+    assert notes == ["int4 g32: 3 tensors expanded, they would be slower than dense on this platform"]
+    assert place(tree(**DENSE), "cpu")[1] == []
+
+
+def test_accelerators_keep_everything_and_hold_4_bits_in_4():
+    params = compressed(bits=4, group=32, symmetric=False)
+    placed, notes = place(params, "gpu")
+    assert notes == []
+    assert all(is_leaf(leaf) for name, leaf in flatten(placed).items() if name != "norm")
+    codes = sum(w.size for name, w in DENSE.items() if name != "norm")
+    assert count_bytes(params) - count_bytes(placed) == codes // 2
+    x = normal(3, 128)
+    one, same = (jax.tree.map(lambda part: part[0], flatten(p)["big"]) for p in (params, placed))
+    np.testing.assert_array_equal(ops.dot(x, one), ops.dot(x, same))
+    eight = compressed(bits=8, act_bits=8)
+    jax.tree.map(np.testing.assert_array_equal, place(eight, "tpu")[0], eight)
+
+
+def test_descriptions():
+    w = normal(128, 8)
+    assert describe(w) == "float32"
+    assert describe(quantize(w, bits=8, act_bits=8)) == "int8 channel symmetric, int8 activations"
+    assert describe(quantize(w, bits=3, group=64, symmetric=False)) == "int3 g64"
+
+
+def test_report_counts_what_it_says():
+    before, after = tree(**DENSE), compressed(bits=4, group=32, symmetric=False)
+    rows = {row.path: row for row in report(before, after, {name: (1000, "raw") for name in DENSE})}
+    assert list(rows) == list(flatten(after))
+    for name, w in DENSE.items():
+        now = np.asarray(dequantize(flatten(after)[name]), np.float64)
+        error = np.linalg.norm(w - now) / np.linalg.norm(w)
+        np.testing.assert_allclose(rows[name].relative_error, error, rtol=1e-4, atol=1e-7)
+        assert rows[name].shape == w.shape and rows[name].bits == 8000 / w.size and rows[name].bytes == 1000
+        np.testing.assert_allclose(rows[name].sparsity, (now == 0).mean(), rtol=1e-5)
+    total = summary(list(rows.values()))
+    assert total.bytes == 4000 and total.shape == (sum(w.size for w in DENSE.values()),)
+    assert total.representation == "int4 g32 / float32"

@@ -1,0 +1,116 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlm.compression.recipe import Magnitude, NofM, Quantize, Recipe, load_recipe, parse
+from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import QArray, dequantize, is_leaf
+from jaxlm.core.tree import flatten
+
+KERNEL, CROSS, HEAD, TABLE = "decoder/layers/0/mlp/up/kernel", "layers/1/cross/q/kernel", "head/kernel", "embed/table"
+BIAS = "decoder/layers/0/mlp/up/bias"
+
+
+@pytest.fixture
+def params():
+    rng = np.random.default_rng(0)
+    shapes = {KERNEL: (2, 64, 24), CROSS: (2, 24, 24), BIAS: (2, 24), HEAD: (24, 50), TABLE: (50, 24)}
+    return nnx.from_flat_state(
+        (tuple(path.split("/")), nnx.Param(jnp.asarray(rng.normal(size=shape), jnp.float32)))
+        for path, shape in shapes.items()
+    )
+
+
+@pytest.mark.parametrize(
+    "name,steps,storage",
+    [
+        ("w8a8-dynamic", (Quantize(8, 0, True, 8),), "plain"),
+        ("w8a16-rtn", (Quantize(8, 128),), "plain"),
+        ("w4a16-rtn", (Quantize(4, 128, False, 0),), "plain"),
+        ("w3a16-rtn-g32-sym", (Quantize(3, 32, True),), "plain"),
+        ("w2a16-rtn-channel", (Quantize(2, 0),), "plain"),
+        ("sparse50-magnitude", (Magnitude(0.5),), "plain"),
+        ("sparse62.5-magnitude+huffman", (Magnitude(0.625),), "huffman"),
+        ("2:4-magnitude+w8a8-dynamic+huffman", (NofM(2, 4), Quantize(8, 0, True, 8)), "huffman"),
+        ("huffman", (), "huffman"),
+    ],
+)
+def test_names(name, steps, storage):
+    recipe = parse(name)
+    assert recipe == Recipe(steps, storage, name)
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+@pytest.mark.parametrize(
+    "name,says",
+    [
+        ("w4a16-rtm", "unknown recipe 'w4a16-rtm'"),
+        ("", "unknown recipe ''"),
+        ("huffman+w8a8-dynamic", "(last)"),
+        ("w9a16-rtn", "9 bits"),
+        ("w1a8-dynamic", "1 bits"),
+        ("sparse100-magnitude", "100%"),
+        ("sparse0-magnitude", "0%"),
+        ("4:4-magnitude", "4:4"),
+        ("missing.py", "missing.py"),
+    ],
+)
+def test_mistakes_in_names(name, says):
+    with pytest.raises(UserError) as error:
+        load_recipe(name)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_defines_a_recipe(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from jaxlm.compression.recipe import *\nrecipe = Recipe((Quantize(5, target='head/kernel'),))\n")
+    assert load_recipe(str(file)) == Recipe((Quantize(5, target="head/kernel"),))
+    file.write_text("recipe = 3\n")
+    with pytest.raises(UserError, match="does not define"):
+        load_recipe(str(file))
+
+
+@pytest.mark.parametrize("damage", [{"kind": "fold"}, {"bitz": 3}, {"bits": "four"}])
+def test_json_of_another_version(damage):
+    data = parse("w4a16-rtn").to_json()
+    data["steps"][0] |= damage
+    with pytest.raises(UserError):
+        Recipe.from_json(data)
+
+
+def test_apply_compresses_the_blocks_and_leaves_the_rest(params):
+    before = flatten(params)
+    after = flatten(jax.jit(parse("2:4-magnitude+w4a16-rtn-g32").apply)(params))
+    assert list(after) == list(before)
+    for path in (KERNEL, CROSS):
+        leaf = after[path]
+        assert isinstance(leaf, QArray) and leaf.shape == before[path].shape and leaf.bits == 4
+        zeros = np.asarray(dequantize(leaf) == 0).reshape(2, -1, 4, leaf.shape[-1])
+        assert np.all(zeros.sum(2) >= 2)
+    for path in (BIAS, HEAD, TABLE):
+        np.testing.assert_array_equal(after[path], before[path])
+
+
+def test_targets_may_name_head_and_table(params):
+    steps = (Quantize(8, symmetric=True, act_bits=8, target="head/kernel"), Quantize(4, 16, target=".*table"))
+    after = flatten(Recipe(steps).apply(params))
+    assert [path for path, leaf in after.items() if is_leaf(leaf)] == [TABLE, HEAD] or is_leaf(after[HEAD])
+    assert after[TABLE].axis == -1 and after[TABLE].scale.shape == (50, 2) and after[TABLE].shape == (50, 24)
+    assert not is_leaf(after[KERNEL])
+
+
+@pytest.mark.parametrize(
+    "steps,says",
+    [
+        ((Quantize(4, target="nothing"),), "matches no parameter"),
+        ((Quantize(4, target=".*bias"),), "only kernels and tables"),
+        ((Quantize(4), Magnitude(0.5)), "already quantized"),
+    ],
+)
+def test_mistakes_in_targets(params, steps, says):
+    with pytest.raises(UserError, match=says):
+        Recipe(steps).apply(params)

@@ -1,0 +1,32 @@
+"""Tests run on eight CPU devices that JAX makes up, so that meshes are real; data from outside is optional."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile hundreds of small programs and run each once or twice, so the compiler's effort is their time: without
+# optimisation they take a fifth of it. The last flag has another name since jax 0.11.
+_HURRY = "use_fusion_emitters=false" if version("jax") < "0.11" else "opt_preset=CPU_OPT_PRESET_FAST_COMPILE"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        f"--xla_cpu_{_HURRY}",
+    ]
+)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The directory with corpora and models that are not part of this repository, named by JAXLM_SHARED."""
+    path = Path(os.environ.get("JAXLM_SHARED") or Path(__file__).parents[2] / "shared")
+    if not (path / "models").is_dir():
+        pytest.skip(f"{path} is not there: set JAXLM_SHARED to a directory with models/ and data/")
+    return path

@@ -1,0 +1,100 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.compression.rtn import quantize
+from jaxlm.core import ops
+from jaxlm.core.leaves import dequantize
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def integer_reference(x, leaf):
+    """w8a8 in NumPy: int64 sums of the codes, float64 scales."""
+    x = np.asarray(x, np.float64).reshape(-1, x.shape[-1])
+    scale = np.abs(x).max(-1, keepdims=True).astype(np.float32).astype(np.float64) / 127
+    codes = np.rint(np.divide(x, scale, out=np.zeros_like(x), where=scale > 0)).astype(np.int64)
+    zero = 0 if leaf.zero is None else np.asarray(leaf.zero, np.int64)
+    weights = np.asarray(leaf.codes, np.int64) - zero
+    return codes @ weights.T * scale * np.asarray(leaf.scale, np.float64)[:, 0]
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
+def test_dense_dot_and_its_gradients(shape):
+    x, w = normal(*shape), normal(7, 5, seed=1)
+    np.testing.assert_allclose(ops.dot(x, w), np.einsum("...i,io->...o", x, w), rtol=1e-5, atol=1e-6)
+    grads = jax.grad(lambda x, w: jnp.sum(jnp.sin(ops.dot(x, w))), (0, 1))(x, w)
+    plain = jax.grad(lambda x, w: jnp.sum(jnp.sin(jnp.einsum("...i,io->...o", x, w))), (0, 1))(x, w)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, plain)
+
+
+def test_dot_keeps_the_dtype_of_its_input():
+    w = normal(40, 6)
+    leaves = [w, quantize(w, bits=4, group=16), quantize(w, bits=8), quantize(w, bits=8, act_bits=8)]
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for leaf in leaves:
+            assert ops.dot(normal(2, 40, dtype=dtype), leaf).dtype == dtype
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("group", [0, 16, 128])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weight_only_dot_is_the_dot_with_the_dequantized_weight(bits, group, symmetric):
+    x, leaf = normal(3, 5, 40), quantize(normal(40, 6, seed=1), bits=bits, group=group, symmetric=symmetric)
+    exact = np.asarray(x, np.float64) @ np.asarray(dequantize(leaf), np.float64)
+    np.testing.assert_allclose(ops.dot(x, leaf), exact, atol=1e-5 * np.abs(exact).max())
+    half = ops.dot(x.astype(jnp.bfloat16), leaf).astype(jnp.float32)
+    np.testing.assert_allclose(half, exact, atol=2e-2 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_integer_dot_is_exact(rows, symmetric):
+    x, leaf = normal(rows, 300), quantize(normal(300, 20, seed=1), bits=8, symmetric=symmetric, act_bits=8)
+    x = jnp.round(x * 64) / 64  # products of these by 127 / max are never a rounding error away from a tie
+    np.testing.assert_allclose(jax.jit(ops.dot)(x, leaf), integer_reference(x, leaf), rtol=2e-6, atol=1e-6)
+
+
+def test_integer_dot_of_each_row_is_its_own():
+    leaf = quantize(normal(64, 8, seed=1), bits=8, act_bits=8)
+    x = normal(4, 64) * jnp.array([[1.0], [1e-6], [0.0], [1e6]])
+    together = ops.dot(x, leaf)
+    for row in range(4):
+        np.testing.assert_allclose(ops.dot(x[row], leaf), together[row], rtol=1e-6)
+    assert not together[2].any()
+    np.testing.assert_allclose(together, x @ dequantize(leaf), atol=np.asarray(jnp.abs(x).max(-1)).max() * 0.3)
+
+
+def test_integer_dot_passes_nan_on():
+    leaf = quantize(normal(64, 8, seed=1), bits=8, act_bits=8)
+    y = ops.dot(normal(3, 64).at[1, 5].set(jnp.nan), leaf)
+    assert jnp.isnan(y[1]).all() and jnp.isfinite(y[jnp.array([0, 2])]).all()
+
+
+@pytest.mark.parametrize("act_bits", [0, 8])
+def test_stacked_leaves_are_scanned_and_mapped(act_bits):
+    x, leaf = normal(5, 24), quantize(normal(3, 24, 8, seed=1), bits=8, act_bits=act_bits)
+    layers = [jax.tree.map(lambda part, i=i: part[i], leaf) for i in range(3)]
+    each = jnp.stack([ops.dot(x, layer) for layer in layers])
+    _, scanned = jax.jit(lambda x, leaf: jax.lax.scan(lambda _, layer: (None, ops.dot(x, layer)), None, leaf))(x, leaf)
+    np.testing.assert_allclose(scanned, each, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(ops.dot, (None, 0))(x, leaf), each, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("leaf_of", [lambda t: t, lambda t: quantize(t, bits=4, group=8, symmetric=False, axis=-1)])
+def test_tables_give_rows_and_logits(leaf_of):
+    table = leaf_of(normal(11, 20))
+    ids, x = jnp.array([[3, 0], [10, 3]]), normal(2, 5, 20, seed=2)
+    dense = np.asarray(dequantize(table))
+    assert table.shape == (11, 20)
+    np.testing.assert_array_equal(ops.take(table, ids), dense[np.asarray(ids)])
+    np.testing.assert_allclose(ops.dot_t(x, table), np.asarray(x) @ dense.T, rtol=1e-5, atol=1e-5)
+
+
+def test_integer_head():
+    table = quantize(normal(11, 20), bits=8, act_bits=8, axis=-1)
+    x = normal(3, 20, seed=2)
+    np.testing.assert_allclose(ops.dot_t(x, table), integer_reference(x, table), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,135 @@
+"""Cached generation against full forward passes; rows against themselves alone; stops, seeds, contexts, mistakes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests.inference.models import decoder, greedy_by_full_forward, lstm, seq2seq, total_logp
+
+from jaxlm.core.errors import UserError
+from jaxlm.inference.batching import batches_by_length, bucket, pad_rows
+from jaxlm.inference.generate import beam_tokens, generate, generate_tokens
+
+PROMPTS = ["the cat", "a", "what is it that you said to the other one of them.", "on and on"]
+MODELS = {
+    "rotary": lambda: decoder(),
+    "learned": lambda: decoder(positions="learned", max_positions=128),
+    "relative": lambda: decoder(positions="relative"),
+    "window": lambda: decoder(windows=(4, 0)),
+    "sinusoidal": lambda: decoder(positions="sinusoidal", norm="layernorm"),
+    "lstm": lstm,
+}
+
+
+def ids(lm, prompts=PROMPTS):
+    return [lm.tokenizer.encode(prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_ragged_batch_continues_each_prompt_as_the_full_forward_pass_does(name):
+    lm = MODELS[name]()
+    found = generate_tokens(lm, ids(lm), max_new_tokens=20)
+    assert len({tuple(tokens) for tokens in found}) > 1
+    for prompt, tokens in zip(ids(lm), found, strict=True):
+        assert tokens == greedy_by_full_forward(lm, prompt, 20)
+
+
+def test_the_end_token_ends_a_row_and_only_that_row():
+    lm = decoder()
+    free = generate_tokens(lm, ids(lm), max_new_tokens=20)
+    eos = free[0][3]
+    ending = decoder(eos_id=eos)
+    for before, after in zip(free, generate_tokens(ending, ids(lm), max_new_tokens=20), strict=True):
+        assert after == (before[: before.index(eos)] if eos in before else before)
+
+
+def test_sampling_depends_on_seed_and_prompt_alone():
+    lm = decoder()
+    options = {"max_new_tokens": 20, "temperature": 1.0, "top_p": 0.95}
+    first = generate(lm, PROMPTS, seed=1, **options)
+    assert first == generate(lm, PROMPTS, seed=1, **options)
+    assert first != generate(lm, PROMPTS, seed=2, **options)
+    assert first[::-1] == generate(lm, PROMPTS[::-1], seed=1, **options)
+    assert first == generate(lm, PROMPTS, seed=1, batch_size=1, **options)
+    assert first == generate(lm, PROMPTS, seed=1, stop=["never there"], **options)
+    copies = generate(lm, ["on and on"] * 4, seed=1, **options)
+    assert len(set(copies)) == 4 and copies[0] == first[3]
+
+
+def test_a_text_ends_before_the_first_stop_string():
+    lm = decoder()
+    full = generate(lm, PROMPTS, max_new_tokens=70)
+    stops = [full[0][40:43], full[2][5:8]]
+    cut = generate(lm, PROMPTS, max_new_tokens=70, stop=stops)
+    for text, short in zip(full, cut, strict=True):
+        found = [at for at in map(text.find, stops) if at >= 0]
+        assert short == (text[: min(found)] if found else text)
+
+
+def test_long_texts_come_in_pieces_without_a_seam():
+    lm = decoder()
+    whole = generate_tokens(lm, ids(lm), max_new_tokens=70)
+    looked = []
+    pieces = generate_tokens(
+        lm, ids(lm), max_new_tokens=70, finished=lambda i, tokens: bool(looked.append((i, len(tokens))))
+    )
+    assert pieces == whole
+    assert {n for _, n in looked} == {32, 64, 70}
+
+
+def test_learned_positions_go_on_from_the_last_half_of_the_context():
+    lm = decoder(positions="learned", max_positions=16)
+    found = generate_tokens(lm, ids(lm), max_new_tokens=40)
+    for prompt, tokens in zip(ids(lm), found, strict=True):
+        wanted: list[int] = []
+        while len(wanted) < 40:
+            seen = prompt + wanted
+            seen = seen if len(seen) < 16 else seen[-8:]
+            wanted += greedy_by_full_forward(lm, seen, min(16 - len(seen), 40 - len(wanted)))
+        assert tokens == wanted
+
+
+def test_one_beam_is_greedy_and_more_beams_do_not_score_less():
+    lm = decoder()
+    greedy = generate_tokens(lm, ids(lm), max_new_tokens=20)
+    assert beam_tokens(lm, ids(lm), max_new_tokens=20, beam=1) == greedy
+    wide = beam_tokens(lm, ids(lm), max_new_tokens=20, beam=6)
+    assert wide != greedy
+    assert wide[1] == beam_tokens(lm, ids(lm)[1:2], max_new_tokens=20, beam=6)[0]
+    for prompt, a, b in zip(ids(lm), greedy, wide, strict=True):
+        assert total_logp(lm, prompt, b) >= total_logp(lm, prompt, a) - 1e-4
+
+
+def test_nothing_asked_and_nothing_to_go_on():
+    lm = decoder()
+    assert generate(lm, []) == []
+    assert generate(lm, ["a", "b"], max_new_tokens=0) == ["", ""]
+    assert len(generate(lm, [""], max_new_tokens=5)) == 1
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens"), ({"stop": [""]}, "stop"), ({"beam": 0}, "beam"),
+        ({"beam": 2, "temperature": 1.0}, "beam"), ({"temperature": -1.0}, "temperature"), ({"top_p": 2.0}, "top_p"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(options, named):
+    with pytest.raises(UserError, match=named):
+        generate(decoder(), ["a"], **options)
+
+
+def test_the_wrong_kind_of_model_is_named():
+    with pytest.raises(UserError, match="translate"):
+        generate(seq2seq(), ["a"])
+    with pytest.raises(UserError, match="tokenizer"):
+        generate(replace(decoder(), tokenizer=None), ["a"])
+
+
+def test_shapes_are_few_and_rows_keep_their_place():
+    assert [bucket(n) for n in (0, 16, 17, 25, 33, 49, 65, 97)] == [16, 16, 24, 32, 48, 64, 96, 128]
+    np.testing.assert_array_equal(pad_rows([[5, 6], [], [7]], (4, 3), 0), [[5, 6, 0], [0] * 3, [7, 0, 0], [0] * 3])
+    np.testing.assert_array_equal(pad_rows([[5, 6]], (1, 3), 9, left=True), [[9, 5, 6]])
+    assert batches_by_length([3, 9, 9, 1], 2) == [[1, 2], [0, 3]]

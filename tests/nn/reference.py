@@ -1,0 +1,113 @@
+"""The decoder in float64 NumPy, one sequence and one head at a time, written from the papers: the golden reference."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+erf = np.vectorize(math.erf)
+ACTIVATIONS = {
+    "gelu": lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+}
+GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+
+
+def decoder_logits(config, weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
+    """Logits ``[T, V]``; ``weights`` maps parameter paths to float64 arrays, layers stacked in segments."""
+    scale = np.sqrt(config.width) if config.embed_scale else 1.0
+    x = weights["embed/table"][tokens] * scale
+    positions = np.arange(len(tokens)) + config.position_offset
+    if config.positions == "learned":
+        x = x + weights["decoder/pos/table"][positions]
+    if config.positions == "sinusoidal":
+        angle = positions[:, None] / 10000 ** (np.arange(0, config.width, 2) / config.width)
+        x = x + np.concatenate([np.sin(angle), np.cos(angle)], 1)
+    if config.embed_norm:
+        x = norm(config, x, weights, "decoder/embed_norm")
+    number = 0
+    for segment, count in enumerate(config.segments or (config.layers,)):
+        prefix = f"decoder/layers/{segment}/"
+        for i in range(count):
+            layer = {k.removeprefix(prefix): v[i] for k, v in weights.items() if k.startswith(prefix)}
+            window = config.windows[number % len(config.windows)] if config.windows else 0
+            parts = [
+                ("attn_norm", lambda h, w=window, p=layer: attention(config, h, p, w, weights.get("decoder/rel/table"))),
+                ("mlp_norm", lambda h, p=layer: mlp(config, h, p)),
+            ]
+            for name, inner in parts:
+                if config.norm_position == "pre":
+                    x = x + inner(norm(config, x, layer, name))
+                else:
+                    x = norm(config, x + inner(x), layer, name)
+            number += 1
+    if config.norm_position == "pre":
+        x = norm(config, x, weights, "decoder/final_norm")
+    logits = x @ (weights["embed/table"].T if config.tie_embeddings else weights["head/kernel"])
+    return cap(logits, config.logit_softcap)
+
+
+def cap(x, c):
+    return c * np.tanh(x / c) if c else x
+
+
+def norm(config, x, weights, name):
+    if config.norm == "layernorm":
+        x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * weights[f"{name}/scale"]
+    return x + weights.get(f"{name}/bias", 0)
+
+
+def linear(x, weights, name):
+    return x @ weights[f"{name}/kernel"] + weights.get(f"{name}/bias", 0)
+
+
+def mlp(config, x, weights):
+    act = ACTIVATIONS[GATES.get(config.activation, config.activation)]
+    up = linear(x, weights, "mlp/up")
+    hidden = act(linear(x, weights, "mlp/gate")) * up if config.gated else act(up)
+    return linear(hidden, weights, "mlp/down")
+
+
+def rotate(x, position, theta):
+    half = len(x) // 2
+    out = np.empty_like(x)
+    for i in range(half):
+        angle = position * theta ** (-2 * i / len(x))
+        pair = complex(x[i], x[i + half]) * complex(np.cos(angle), np.sin(angle))
+        out[i], out[i + half] = pair.real, pair.imag
+    return out
+
+
+def bucket(config, distance):
+    """T5's bucket of a causal distance."""
+    exact = config.relative_buckets // 2
+    if distance < exact:
+        return distance
+    far = np.log(distance / exact) / np.log(config.relative_max_distance / exact) * (config.relative_buckets - exact)
+    return min(exact + int(far), config.relative_buckets - 1)
+
+
+def attention(config, x, weights, window, relative):
+    K, T = config.d_head, len(x)
+    q, k, v = (linear(x, weights, f"attn/{name}").reshape(T, -1, K) for name in "qkv")
+    if config.qk_norm:
+        q, k = norm(config, q, weights, "attn/q_norm"), norm(config, k, weights, "attn/k_norm")
+    out = np.zeros((T, config.heads, K))
+    for head in range(config.heads):
+        group = head // (config.heads // config.n_kv_heads)
+        for t in range(T):
+            keys = [s for s in range(t + 1) if not window or t - s < window]
+            logits = []
+            for s in keys:
+                a, b = q[t, head], k[s, group]
+                if config.positions == "rotary":
+                    a, b = rotate(a, t, config.rope_theta), rotate(b, s, config.rope_theta)
+                logit = cap(a @ b * (config.attention_scale or K**-0.5), config.attention_softcap)
+                logits.append(logit + (relative[bucket(config, t - s), head] if relative is not None else 0))
+            p = np.exp(np.array(logits) - max(logits))
+            out[t, head] = (p / p.sum()) @ v[keys, group]
+    return linear(out.reshape(T, -1), weights, "attn/o")

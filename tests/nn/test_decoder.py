@@ -1,0 +1,212 @@
+"""Every switch of the decoder against a float64 reference, and the equalities that decoding and training stand on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlm import nn
+from jaxlm.core.tree import flatten, map_params
+from jaxlm.nn.decoder import embed
+from tests.nn.reference import decoder_logits
+
+SMALL = nn.DecoderConfig(vocab_size=23, width=16, heads=4, kv_heads=2, ffn=24, layers=3, max_positions=32)
+VARIANTS = {
+    "llama": {},
+    "untied": {"tie_embeddings": False},
+    "gpt2": dict(
+        norm="layernorm", activation="gelu_tanh", positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True,
+        kv_heads=0, position_offset=2,
+    ),
+    "post-norm": dict(
+        norm="layernorm", norm_position="post", activation="relu", positions="sinusoidal", embed_scale=True,
+        mlp_bias=True, embed_norm=True,
+    ),
+    "no-bias-norm": dict(norm="layernorm", norm_bias=False, activation="gelu", positions="none"),
+    "relative": dict(positions="relative", activation="geglu_tanh", relative_buckets=8, relative_max_distance=12),
+    "gemma": dict(
+        qk_norm=True, attention_softcap=5.0, logit_softcap=3.0, windows=(3, 0), head_dim=8, activation="geglu",
+        attention_scale=0.3, embed_scale=True, segments=(1, 2), rope_theta=100.0,
+    ),
+    "reglu-silu": dict(activation="reglu", norm_eps=1e-2, windows=(4,)),
+    "silu": dict(activation="silu", scan_layers=False),
+}
+
+
+def make(**changes):
+    """A small decoder whose every parameter, norms and biases included, is random."""
+    config = dataclasses.replace(SMALL, **changes)
+    graphdef, params = nn.build(config, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    params = map_params(
+        lambda path, leaf: leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), params
+    )
+    return config, graphdef, params
+
+
+forward = jax.jit(lambda graphdef, params, *args, **kw: nnx.merge(graphdef, params)(*args, **kw), static_argnums=0)
+decode = jax.jit(lambda graphdef, params, *args: nnx.merge(graphdef, params).decode(*args), static_argnums=0)
+
+
+def tokens(batch=2, length=10, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(3, SMALL.vocab_size, (batch, length)))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_matches_the_float64_reference(name):
+    config, graphdef, params = make(**VARIANTS[name])
+    batch = tokens()
+    got = forward(graphdef, params, batch)
+    weights = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(params).items()}
+    want = np.stack([decoder_logits(config, weights, row) for row in np.asarray(batch)])
+    np.testing.assert_allclose(got, want, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_decoding_equals_the_full_forward_also_when_left_padded(name):
+    _, graphdef, params = make(**VARIANTS[name])
+    model = nnx.merge(graphdef, params)
+    batch = tokens(length=9)
+    full = forward(graphdef, params, batch)
+    start = jnp.array([0, 3])  # the second row begins three slots late
+    padded = jnp.stack([jnp.pad(batch[0], (0, 3)), jnp.pad(batch[1], (3, 0))])
+    cache = model.init_cache(2, 14).replace(start=start)
+    steps = []
+    for begin, end in [(0, 4), (4, 8), (8, 9), (9, 10), (10, 11), (11, 12)]:
+        logits, cache = decode(graphdef, params, padded[:, begin:end], cache)
+        steps.append(logits)
+    cached = jnp.concatenate(steps, 1)
+    np.testing.assert_allclose(cached[0, :9], full[0], atol=1e-4)
+    np.testing.assert_allclose(cached[1, 3:], full[1], atol=1e-4)
+    assert int(cache.index) == 12
+
+
+@pytest.mark.parametrize("name", ["llama", "relative", "gemma"])
+def test_no_gradient_flows_from_the_future(name):
+    _, graphdef, params = make(**VARIANTS[name])
+    batch, table = tokens(1, 8), params["embed"]["table"].get_value()
+
+    def output_sum(rows_TxD, t):
+        # Token i reads row i of the table, so that the gradient tells the inputs apart.
+        inputs = map_params(lambda path, leaf: rows_TxD if path == "embed/table" else leaf, params)
+        model = nnx.merge(graphdef, inputs)
+        x_TxD = model.decoder(embed(model.embed, jnp.arange(8)[None], model.config))[0]
+        return x_TxD[t].sum()
+
+    gradient_at = jax.jit(jax.grad(output_sum))
+    for t in range(8):
+        gradient = gradient_at(table[batch[0]], t)
+        size = jnp.abs(gradient).sum(-1)
+        assert (size[t + 1 :] == 0).all()
+        assert size[t] > 0
+
+
+def test_batch_mates_change_nothing():
+    _, graphdef, params = make()
+    batch = tokens(3)
+    alone = forward(graphdef, params, batch[1:2])
+    np.testing.assert_allclose(forward(graphdef, params, batch)[1], alone[0], atol=1e-5)
+
+
+def test_packed_documents_equal_each_alone():
+    for name in ("llama", "gpt2", "gemma"):
+        _, graphdef, params = make(**VARIANTS[name])
+        a, b = tokens(1, 6, seed=1), tokens(1, 4, seed=2)
+        packed = forward(
+            graphdef,
+            params,
+            jnp.concatenate([a, b, jnp.zeros((1, 2), int)], 1),
+            segments_BxT=jnp.array([[1] * 6 + [2] * 4 + [0] * 2]),
+            positions_BxT=jnp.array([[*range(6), *range(4), 0, 0]]),
+        )
+        np.testing.assert_allclose(packed[:, :6], forward(graphdef, params, a), atol=1e-5)
+        np.testing.assert_allclose(packed[:, 6:10], forward(graphdef, params, b), atol=1e-5)
+
+
+def loss_and_gradient(config, params, batch, key=None):
+    graphdef = nn.abstract(config)[0]
+
+    def loss(p):
+        return jnp.mean(jnp.square(nnx.merge(graphdef, p)(batch, key=key)))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    return value, flatten(gradient)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(scan_layers=False), dict(remat="full"), dict(remat="dots"), dict(scan_layers=False, remat="full")]
+)
+def test_scan_and_remat_change_nothing_but_the_schedule(changes):
+    config, _, params = make(dropout=0.2, attention_dropout=0.1, ffn_dropout=0.1, windows=(3, 0))
+    batch, key = tokens(), jax.random.key(7)
+    want_loss, want = loss_and_gradient(config, params, batch, key)
+    got_loss, got = loss_and_gradient(dataclasses.replace(config, **changes), params, batch, key)
+    np.testing.assert_allclose(got_loss, want_loss, rtol=1e-6)
+    for path in want:
+        np.testing.assert_allclose(got[path], want[path], rtol=1e-4, atol=1e-6, err_msg=path)
+
+
+def test_segments_of_one_stack_equal_the_stack():
+    config, graphdef, params = make(segments=(1, 2))
+    flat = flatten(params)
+    whole = {
+        path: np.concatenate([leaf, flat[path.replace("layers/0/", "layers/1/")]])
+        for path, leaf in flat.items() if "layers/0/" in path
+    }
+    one_graphdef, like = nn.abstract(dataclasses.replace(config, segments=()))
+    one = map_params(lambda path, _: jnp.asarray(whole.get(path, flat.get(path))), like)
+    batch = tokens()
+    np.testing.assert_allclose(forward(one_graphdef, one, batch), forward(graphdef, params, batch), atol=1e-5)
+
+
+def test_dropout_needs_a_key_and_follows_it():
+    _, graphdef, params = make(dropout=0.5)
+    batch = tokens()
+    calm = forward(graphdef, params, batch)
+    one, two, again = (forward(graphdef, params, batch, key=jax.random.key(seed)) for seed in (1, 2, 1))
+    assert (one == again).all()
+    assert jnp.abs(one - two).max() > 1e-3
+    assert jnp.abs(one - calm).max() > 1e-3
+
+
+def test_bfloat16_activations_stay_close_and_logits_are_float32():
+    config, _, params = make()
+    low = nn.abstract(dataclasses.replace(config, dtype="bfloat16"))[0]
+    high = nn.abstract(config)[0]
+    got, want = forward(low, params, tokens()), forward(high, params, tokens())
+    assert got.dtype == jnp.float32
+    assert 0 < jnp.abs(got - want).max() < 0.05 * jnp.abs(want).max()
+
+
+def test_cache_select_and_reorder_gather_rows():
+    _, graphdef, params = make()
+    model = nnx.merge(graphdef, params)
+    batch, rows = tokens(3, 8), jnp.array([2, 0, 0, 1])
+    _, cache = decode(graphdef, params, batch[:, :7], model.init_cache(3, 8))
+    want, _ = decode(graphdef, params, batch[:, 7:], cache)
+    got, _ = decode(graphdef, params, batch[rows, 7:], cache.select(rows))
+    np.testing.assert_allclose(got, want[rows], atol=1e-6)
+    turned = jnp.array([1, 2, 0])
+    got, _ = decode(graphdef, params, batch[turned, 7:], cache.reorder(turned))
+    np.testing.assert_allclose(got, want[turned], atol=1e-6)
+
+
+def test_initial_loss_is_that_of_a_uniform_guess():
+    for name in ("nano", "124m"):
+        config = nn.preset(name, vocab_size=97, width=48, heads=3, layers=4)
+        graphdef, params = nn.build(config, jax.random.key(0))
+        batch = jnp.asarray(np.random.default_rng(0).integers(0, 97, (4, 32)))
+        log_p = jax.nn.log_softmax(forward(graphdef, params, batch))
+        assert abs(-jnp.mean(log_p) - np.log(97)) < 0.1
+
+
+def test_every_preset_has_the_size_its_name_says():
+    sizes = {"124m": 124_439_808, "1b": 1_235_814_400, "7b": 6_738_415_616}
+    for name, size in sizes.items():
+        _, params = nn.abstract(nn.PRESETS[name])
+        assert sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values()) == size

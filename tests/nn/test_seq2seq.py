@@ -1,0 +1,101 @@
+"""The encoder-decoder: padding, causality, cached decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlm import nn
+from jaxlm.core.tree import flatten, map_params
+
+SMALL = nn.preset("tiny", vocab_size=29, width=16, heads=4, ffn=24, encoder_layers=2, decoder_layers=3, dropout=0.1)
+VARIANTS = {
+    "pre-norm": {},
+    "post-norm": dict(norm_position="post", embed_norm=True, tie_embeddings=False),
+    "relative": dict(positions="relative", norm="rmsnorm", activation="geglu_tanh", kv_heads=2),
+    "rotary": dict(positions="rotary", encoder_segments=(1, 1), decoder_segments=(1, 2), scan_layers=False),
+    "learned": dict(positions="learned", position_offset=2, max_positions=16),
+}
+
+
+def make(**changes):
+    config = dataclasses.replace(SMALL, **changes)
+    graphdef, params = nn.build(config, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    params = map_params(lambda _, leaf: leaf + jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32), params)
+    return graphdef, params
+
+
+forward = jax.jit(lambda graphdef, params, *args: nnx.merge(graphdef, params)(*args), static_argnums=0)
+decode = jax.jit(lambda graphdef, params, *args: nnx.merge(graphdef, params).decode(*args), static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def start(graphdef, params, src, length):
+    model = nnx.merge(graphdef, params)
+    return model.init_cache(model.encode(src), src != 0, length)
+
+
+def ids(batch, length, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).integers(3, 29, (batch, length)))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_padding_and_batch_mates_change_nothing(name):
+    model = make(**VARIANTS[name])
+    src, tgt = ids(1, 6), ids(1, 5, seed=1)
+    alone = forward(*model, src, tgt)
+    mates = forward(
+        *model,
+        jnp.concatenate([jnp.pad(src, ((0, 0), (0, 4))), ids(2, 10, seed=2)]),
+        jnp.concatenate([jnp.pad(tgt, ((0, 0), (0, 3))), ids(2, 8, seed=3)]),
+    )
+    np.testing.assert_allclose(mates[:1, :5], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_decoding_equals_the_full_forward(name):
+    model = make(**VARIANTS[name])
+    src, tgt = jnp.pad(ids(3, 7), ((0, 0), (0, 2))), ids(3, 8, seed=1)
+    full = forward(*model, src, tgt)
+    cache = start(*model, src, 8)
+    steps = []
+    for begin, end in [(0, 4), (4, 5), (5, 6), (6, 7), (7, 8)]:
+        logits, cache = decode(*model, tgt[:, begin:end], cache)
+        steps.append(logits)
+    np.testing.assert_allclose(jnp.concatenate(steps, 1), full, atol=1e-5)
+
+
+def test_the_target_is_causal_and_the_source_is_not():
+    model = make()
+    src, tgt = ids(1, 6), ids(1, 5, seed=1)
+    base = forward(*model, src, tgt)
+    later = forward(*model, src, tgt.at[0, 3].set(3))
+    np.testing.assert_array_equal(base[:, :3], later[:, :3])
+    assert jnp.abs(base[:, 3:] - later[:, 3:]).max() > 1e-4
+    other = forward(*model, src.at[0, 5].set(3), tgt)
+    assert (jnp.abs(base - other).max(-1) > 1e-5).all()
+
+
+def test_select_gathers_rows_of_everything_and_reorder_leaves_the_memory():
+    model = make()
+    src, tgt = ids(2, 6), ids(2, 5, seed=1)
+    cache = start(*model, src, 5)
+    _, cache = decode(*model, tgt[:, :4], cache)
+    want, _ = decode(*model, tgt[:, 4:], cache)
+    rows = jnp.array([1, 1, 0])
+    got, _ = decode(*model, tgt[rows, 4:], cache.select(rows))
+    np.testing.assert_allclose(got, want[rows], atol=1e-6)
+    assert cache.reorder(jnp.array([1, 0])).memory is cache.memory
+
+
+def test_parameters_are_shared_between_the_languages():
+    _, params = nn.abstract(SMALL)
+    tables = [path for path in flatten(params) if path.endswith("table")]
+    assert tables == ["embed/table"]

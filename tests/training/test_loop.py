@@ -1,0 +1,272 @@
+"""A whole training: killed, terminated, resumed, stopped early, averaged, and what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import nn
+from jaxlm.checkpoint.directory import read_model
+from jaxlm.core.errors import UserError
+from jaxlm.core.tree import flatten
+from jaxlm.training import loop
+from jaxlm.training.config import DataConfig, EvalConfig, Experiment, MeshConfig, OptimConfig, TrainConfig
+from jaxlm.training.loop import train
+from jaxlm.training.metrics import read_metrics
+from jaxlm.training.optim import make_optimizer
+from jaxlm.training.setup import prepare
+from jaxlm.training.step import init_state
+
+MODEL = nn.DecoderConfig(width=16, heads=2, layers=1, dropout=0.1)
+TIMINGS = ("step_ms", "tokens_per_second", "mfu", "peak_memory_bytes")
+
+
+def experiment(folder: Path, **changes) -> Experiment:
+    """A tiny character model on made-up words; ``changes`` go to its TrainConfig."""
+    text = folder / "text.txt"
+    if not text.exists():
+        words = random.Random(0).choices(["ab", "bcd", "dae", "f", "gha"], k=3000)
+        text.write_text(" ".join(words))
+    options = dict(steps=30, log_every=1, eval_every=10, checkpoint_every=5, keep_latest=2)
+    data = DataConfig(
+        train=f"text:{text}[:90%]", valid=f"text:{text}[90%:]", tokenizer_kind="char", seq_len=8, batch_size=8
+    )
+    return Experiment(model=MODEL, data=data, optim=OptimConfig(lr=1e-2, warmup_steps=5),
+                      train=TrainConfig(**options | changes), eval=EvalConfig(batches=4))
+
+
+def rows(run: Path) -> list[dict]:
+    """What a run logged, without what a clock says and without the marks of its starts."""
+    return [{name: value for name, value in row.items() if name not in TIMINGS}
+            for row in read_metrics(run / "metrics.jsonl") if "start" not in row]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the data is; all trainings, here and in other processes, share what XLA compiles."""
+    folder = tmp_path_factory.mktemp("training")
+    settings = {"jax_compilation_cache_dir": str(folder / "xla"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    with pytest.MonkeyPatch.context() as patch:
+        before = {name: getattr(jax.config, name) for name in settings}
+        for name, value in settings.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
+        yield folder
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """A training that nothing disturbed."""
+    train(experiment(folder), folder / "finished")
+    return folder / "finished"
+
+
+def test_it_learns_and_writes_everything(finished):
+    log = read_metrics(finished / "metrics.jsonl")
+    training = [row for row in log if "loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 31))
+    assert training[-1]["loss"] < training[0]["loss"] - 0.5
+    assert all(row["step_ms"] > 0 and row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 0 for row in training)
+    assert training[0]["mfu"] is None and training[0]["tokens"] == 64 and training[0]["lr"] == pytest.approx(1e-2 / 6)
+    assert [row["step"] for row in log if "valid_loss" in row] == [10, 20, 30]
+    assert "6 x matrix parameters" in log[0]["start"]["flop_convention"]
+    assert {"experiment.json", "tokenizer.json", "metrics.jsonl", "tensorboard", "checkpoints", "model"} <= {
+        path.name for path in finished.iterdir()}
+    assert list((finished / "tensorboard").iterdir())
+    config, params, tokenizer, _ = read_model(finished / "model")
+    assert config.vocab_size == tokenizer.vocab_size and flatten(params)["embed/table"].shape[0] == config.vocab_size
+
+
+def killed(folder: Path, run: Path, step: int) -> None:
+    """Trains in another process, and kills it once it has logged ``step``."""
+    with subprocess.Popen([sys.executable, __file__, str(folder), str(run)], stdout=subprocess.DEVNULL) as process:
+        log = run / "metrics.jsonl"
+        while not (log.exists() and any(row["step"] >= step for row in read_metrics(log))):
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.002)
+        process.kill()
+
+
+def test_killed_at_random_steps_it_resumes_bitwise(folder, finished):
+    run = folder / "killed"
+    for low, high in ((6, 13), (14, 28)):
+        killed(folder, run, random.randint(low, high))
+    train(experiment(folder), run)
+    assert rows(run) == rows(finished)
+    theirs = flatten(read_model(run / "model")[1])
+    for path, leaf in flatten(read_model(finished / "model")[1]).items():
+        np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+
+
+def terminate_when(monkeypatch, name: str, call: int) -> None:
+    """SIGTERM at the ``call``-th call of a method of the training."""
+    original, calls = getattr(loop._Training, name), []
+
+    def wrapped(self, *args):
+        calls.append(name)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args)
+
+    monkeypatch.setattr(loop._Training, name, wrapped)
+
+
+@pytest.mark.parametrize(("name", "call", "saved"), [("_advance", 8, 8), ("_evaluate", 2, 20)])
+def test_sigterm_saves_and_exits_with_0(folder, finished, monkeypatch, tmp_path, name, call, saved):
+    """Between steps, and in the middle of a validation, which is then done again."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        terminate_when(patch, name, call)
+        with pytest.raises(SystemExit) as stopped:
+            train(experiment(folder, checkpoint_every=0), tmp_path)
+    assert stopped.value.code == 0 and signal.getsignal(signal.SIGTERM) is handler
+    assert rows(tmp_path)[-1]["step"] == saved and not (tmp_path / "model").exists()
+    train(experiment(folder, checkpoint_every=0), tmp_path)
+    assert rows(tmp_path) == rows(finished)
+
+
+def test_works_outside_the_main_thread(folder, tmp_path):
+    """Signals cannot be handled there; everything else can."""
+    thread = threading.Thread(target=train, args=(experiment(folder, eval_every=0), tmp_path))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "model").exists()
+
+
+def test_rows_hold_the_mean_since_the_row_before(folder, finished, tmp_path):
+    train(experiment(folder, log_every=10), tmp_path)
+    each = [row for row in rows(finished) if "loss" in row]
+    for row in rows(tmp_path):
+        if "loss" in row:
+            since = each[row["step"] - 10:row["step"]]
+            tokens = [one["tokens"] for one in since]
+            assert row["tokens"] == sum(tokens)
+            assert row["loss"] == pytest.approx(np.average([one["loss"] for one in since], weights=tokens), rel=1e-6)
+
+
+def test_poison(folder, tmp_path, monkeypatch):
+    """A batch with a NaN: abort names the step, skip goes on without it, also after a resumption."""
+    original = loop._Training._put
+
+    def put(self, batch):
+        poisoned = self._batch == 7 and "loss" not in batch
+        return original(self, batch | {"weights": batch["weights"] * np.float32(np.nan)} if poisoned else batch)
+
+    monkeypatch.setattr(loop._Training, "_put", put)
+    with pytest.raises(UserError, match="^step 8: the loss is nan .*train.on_nan=skip"):
+        train(experiment(folder), tmp_path / "abort")
+    train(experiment(folder, on_nan="skip"), tmp_path / "abort")  # from the checkpoint at step 5
+    training = [row for row in rows(tmp_path / "abort") if "loss" in row]
+    assert [row["skipped"] for row in training] == [0] * 7 + [1] * 23
+    assert training[7]["loss"] is None and training[-1]["loss"] < training[0]["loss"] - 0.5
+    assert training[8]["lr"] == training[7]["lr"]  # the schedule waits for the update that was left out
+
+
+class Scripted:
+    """Stands in for the validator: says what it is told, and keeps the parameters it saw."""
+
+    def __init__(self, losses):
+        self.losses, self.seen = iter(losses), []
+
+    def __call__(self, params):
+        self.seen.append(jax.tree.map(np.array, params))
+        return {"valid_loss": next(self.losses)}
+
+
+def scripted(monkeypatch, losses) -> Scripted:
+    validator = Scripted(losses)
+    monkeypatch.setattr(loop, "Validator", lambda *_: validator)
+    return validator
+
+
+def test_patience(folder, tmp_path, monkeypatch):
+    scripted(monkeypatch, [3.0, 2.0, 2.5, float("nan"), 1.0])
+    train(experiment(folder, eval_every=5, patience=2), tmp_path)
+    assert [row["step"] for row in rows(tmp_path) if "valid_loss" in row] == [5, 10, 15, 20]
+    assert rows(tmp_path)[-1]["step"] == 20
+
+
+@pytest.mark.parametrize(("average", "chosen"), [(0, [3]), (2, [1, 3])])
+def test_export_of_the_best(folder, tmp_path, monkeypatch, average, chosen):
+    validator = scripted(monkeypatch, [3.0, 2.0, 4.0, 1.0, 5.0, 5.0])
+    path = train(experiment(folder, eval_every=5, average=average, checkpoint_every=0), tmp_path)
+    for name, leaf in flatten(read_model(path)[1]).items():
+        expected = np.mean([validator.seen[i][name].astype(np.float64) for i in chosen], 0)
+        np.testing.assert_allclose(leaf, expected, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_init_from(folder, finished, tmp_path):
+    setup = prepare(dataclasses.replace(experiment(folder), init_from=str(finished / "model")), tmp_path)
+    state = init_state(setup.initial, make_optimizer(setup.config.optim, 30), 0, setup.mesh)
+    for path, leaf in flatten(read_model(finished / "model")[1]).items():
+        np.testing.assert_array_equal(leaf, state.params[path], err_msg=path)
+    with pytest.raises(UserError, match="decoder/layers/0/attn/k/kernel is .*, the model wants"):
+        prepare(dataclasses.replace(changed(experiment(folder), "model", layers=2), init_from=str(finished)), tmp_path)
+
+
+def test_another_mesh_may_resume(folder, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        terminate_when(patch, "_advance", 12)
+        train(experiment(folder), tmp_path)
+    train(dataclasses.replace(experiment(folder), mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path)
+    losses, others = ([row["loss"] for row in rows(run) if "loss" in row] for run in (finished, tmp_path))
+    np.testing.assert_allclose(losses, others, rtol=1e-4)
+
+
+def changed(config: Experiment, section: str, **fields) -> Experiment:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **fields)})
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "message"),
+    [
+        ("data", dict(batch_size=12), "batch_size 12 cannot be shared evenly by 8"),
+        ("train", dict(accumulate=3), "batch_size 8 cannot be shared evenly by 24"),
+        ("mesh", dict(data=3), "mesh .* does not fit 8 devices"),
+        ("model", dict(positions="learned", max_positions=4), "8 tokens do not fit 4 learned positions"),
+        ("model", dict(vocab_size=3), "vocab_size=3 is smaller than the tokenizer's"),
+        ("optim", dict(warmup_steps=30), "warmup_steps=30 leaves nothing"),
+        ("eval", dict(metric="bleu"), "needs parallel validation text"),
+    ],
+)
+def test_mistakes_are_found_before_the_first_step(folder, tmp_path, section, fields, message):
+    with pytest.raises(UserError, match=message):
+        train(changed(experiment(folder), section, **fields), tmp_path)
+
+
+def test_a_translation_model_needs_pairs(folder, tmp_path):
+    config = dataclasses.replace(experiment(folder), model=nn.preset("tiny"))
+    with pytest.raises(UserError, match="seq2seq model trains on parallel text"):
+        train(config, tmp_path)
+
+
+def test_nothing_is_written_for_a_mistake(folder, tmp_path):
+    with pytest.raises(UserError):
+        train(changed(experiment(folder), "model", vocab_size=3), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_experiment_does_not_resume(folder, finished):
+    before = json.loads((finished / "experiment.json").read_text())
+    for section, fields, name in (("optim", dict(lr=0.5), "optim.lr"), ("model", dict(width=32), "model.width")):
+        with pytest.raises(UserError, match=f"{name} = .*resume with the same experiment or choose another --out"):
+            train(changed(experiment(folder), section, **fields), finished)
+    assert json.loads((finished / "experiment.json").read_text()) == before
+
+
+if __name__ == "__main__":
+    train(experiment(Path(sys.argv[1])), Path(sys.argv[2]))

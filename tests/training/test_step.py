@@ -1,0 +1,189 @@
+"""The step: accumulation, meshes, bad updates, transforms, untrained leaves and dropout keys."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxlm import nn
+from jaxlm.core.sharding import batch_sharding, make_mesh
+from jaxlm.core.tree import map_params
+from jaxlm.training.config import OptimConfig
+from jaxlm.training.loss import lm_loss, make_loss
+from jaxlm.training.optim import make_optimizer
+from jaxlm.training.step import abstract_state, init_state, make_eval, make_step
+
+ROWS, LENGTH, VOCABULARY = 16, 6, 32
+# The gradient of a key's bias is zero but for rounding; with AdamW's usual eps its sign alone would move the bias.
+OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, eps=1e-5)
+DECODER = nn.preset("1b", vocab_size=VOCABULARY, width=16, heads=4, kv_heads=2, ffn=32, layers=2, dtype="float32",
+                    remat="none")
+SEQ2SEQ = nn.preset("tiny", vocab_size=VOCABULARY, width=16, heads=4, ffn=32, encoder_layers=1, decoder_layers=1)
+
+
+def batches(config, count, seed=0):
+    random = np.random.default_rng(seed)
+    names = ["inputs", "targets"] + ["src"] * (config.kind == "seq2seq")
+    return [
+        {name: random.integers(3, VOCABULARY, (ROWS, LENGTH)).astype(np.int32) for name in names}
+        | {"weights": (random.random((ROWS, LENGTH)) < 0.7).astype(np.float32)}
+        for _ in range(count)
+    ]
+
+
+def run(config, data, mesh=None, **options):
+    """Final state and the metrics of every step."""
+    graphdef, like = nn.abstract(config)
+    init = nn.initializer(config)[1]
+    tx = make_optimizer(OPTIM, 20)
+    layout = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh))
+    loss = make_loss(config, label_smoothing=0.1, z_loss=1e-3)
+    step = make_step(graphdef, like, loss, tx, layout=layout, **options)
+    state = init_state(lambda: init(jax.random.key(0)), tx, 0, mesh)
+    history = []
+    for batch in data:
+        if mesh is not None:
+            batch = jax.device_put(batch, batch_sharding(mesh))
+        state, metrics = step(state, batch)
+        history.append(jax.device_get(metrics))
+    assert step._cache_size() == 1
+    return jax.device_get(state), history
+
+
+def assert_same(left, right, tolerance):
+    (state, history), (other, others) = left, right
+    for name in ("loss", "nll", "grad_norm", "weight"):
+        np.testing.assert_allclose([m[name] for m in history], [m[name] for m in others], rtol=tolerance, err_msg=name)
+    for path, leaf in state.params.items():
+        np.testing.assert_allclose(leaf, other.params[path], atol=tolerance, rtol=0, err_msg=path)
+
+
+def test_accumulation_is_one_big_batch():
+    config = DECODER
+    data = batches(config, 3)
+    assert_same(run(config, data), run(config, data, accumulate=4), 1e-5)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return {config.kind: run(config, batches(config, 3)) for config in (DECODER, SEQ2SEQ)}
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (DECODER, dict(data=8)), (DECODER, dict(data=1, fsdp=8)), (DECODER, dict(data=1, fsdp=2, tensor=4)),
+        (DECODER, dict(data=2, fsdp=2, tensor=2)), (SEQ2SEQ, dict(data=2, fsdp=2, tensor=2)),
+    ],
+    ids=lambda value: getattr(value, "kind", None) or "-".join(f"{k}{v}" for k, v in value.items()),
+)
+def test_eight_devices_equal_one(config, sizes, on_one_device):
+    """Loss, gradient norm and parameters after several steps, with dropout on in the translation model."""
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        assert_same(on_one_device[config.kind], run(config, batches(config, 3), mesh), 1e-5)
+
+
+def test_moments_lie_like_their_parameters():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    like = nn.abstract(DECODER)[1]
+    state = abstract_state(like, make_optimizer(OPTIM, 20), mesh)
+    moments = optax.tree.get(state.opt_state, "mu")
+    assert {path: leaf.sharding for path, leaf in moments.items()} == {
+        path: leaf.sharding for path, leaf in state.params.items()}
+    assert not state.params["embed/table"].sharding.is_fully_replicated
+
+
+class Linear(nnx.Module):
+    """logits = table[token]; a leaf of integers comes along."""
+
+    def __init__(self):
+        self.table = nnx.Param(jnp.linspace(-1, 1, VOCABULARY**2).reshape(VOCABULARY, VOCABULARY), axes=("vocab", None))
+        self.shift = nnx.Param(jnp.arange(VOCABULARY), axes=("vocab",))
+
+    def __call__(self, tokens, key=None):
+        noise = 0.0 if key is None else jax.random.normal(key, (VOCABULARY,))
+        return self.table.get_value()[tokens] + noise + 0.01 * self.shift.get_value()
+
+
+def linear_step(**options):
+    graphdef, params = nnx.split(Linear())
+    tx = make_optimizer(OptimConfig(lr=1e-2, warmup_steps=0), 100)
+    return make_step(graphdef, params, lm_loss, tx, **options), lambda seed=0: init_state(params, tx, seed)
+
+
+def test_integer_leaves_are_carried_along():
+    step, start = linear_step()
+    state, _ = step(start(), batches(DECODER, 1)[0])
+    np.testing.assert_array_equal(state.params["shift"], np.arange(VOCABULARY))
+    assert np.any(state.params["table"] != start().params["table"])
+
+
+def test_transform_runs_before_the_forward_pass():
+    """A mask on the parameters stops the gradient of what it hides."""
+    def mask(params):
+        return map_params(lambda path, leaf: leaf.at[:, 5:].set(0) if path == "table" else leaf, params)
+
+    step, start = linear_step(transform=mask)
+    moments = optax.tree.get(step(start(), batches(DECODER, 1)[0])[0].opt_state, "mu")["table"]
+    assert np.any(moments[:, :5]) and not np.any(moments[:, 5:])
+
+
+def test_dropout_depends_on_seed_and_step():
+    step, start = linear_step()
+    batch = batches(DECODER, 1)[0]
+
+    def losses(seed):
+        state, seen = start(seed), []
+        for _ in range(2):
+            state, metrics = step(state, batch)
+            seen.append(float(metrics["loss"]))
+        return seen
+
+    assert losses(0) == losses(0) != losses(1)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_a_bad_update_changes_nothing(poison):
+    step, start = linear_step()
+    batch = batches(DECODER, 1)[0]
+    before = jax.device_get(start())
+    after, metrics = step(start(), batch | {"weights": np.where(batch["weights"], np.float32(poison), 0)})
+    assert metrics["bad"] and after.step == 1
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        if old.shape:
+            np.testing.assert_array_equal(old, new)
+    after, metrics = step(after, batch)
+    assert not metrics["bad"] and np.isfinite(metrics["grad_norm"])
+
+
+def test_spike():
+    """A jump of the gradient norm over the limit is bad, once there is a mean to compare with."""
+    step, start = linear_step(spike_factor=2.0)
+    calm = batches(DECODER, 1)[0]
+    wild = calm | {"inputs": np.full_like(calm["inputs"], 3), "targets": np.full_like(calm["targets"], 4)}
+    state, metrics = step(start(), wild)
+    assert not metrics["bad"]  # the first steps are always taken
+    for _ in range(30):
+        state, metrics = step(state, calm)
+        assert not metrics["bad"]
+    mean = float(state.norm_mean)
+    state, metrics = step(state, wild)
+    assert metrics["bad"] and metrics["grad_norm"] > 2 * mean
+    for _ in range(300):
+        state, metrics = step(state, wild)
+    assert not metrics["bad"]  # what stays is no spike
+
+
+def test_eval_is_deterministic_and_plain():
+    graphdef, params = nn.build(SEQ2SEQ, jax.random.key(0))
+    state = init_state(params, make_optimizer(OPTIM, 20), 0)
+    batch = batches(SEQ2SEQ, 1)[0]
+    sums = make_eval(graphdef, params, make_loss(SEQ2SEQ))(state.params, batch)
+    objective, expected = make_loss(SEQ2SEQ)(nnx.merge(graphdef, params), batch, None)
+    np.testing.assert_allclose(sums["nll"], objective, rtol=1e-6)
+    assert sums["weight"] == expected["weight"] == batch["weights"].sum()
