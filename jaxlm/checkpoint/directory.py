@@ -56,7 +56,7 @@ def write_model(
     if jax.process_index() == 0:
         with replaced_directory(directory) as new:
             tensors, weights = pack_params(params, storage)
-            write_tensors(new, tensors, {"jaxlm": json.dumps(weights)})
+            write_tensors(new, tensors, json.dumps(weights))
             fields = to_dict(config)
             ids = {f"{role}_token_id": fields[f"{role}_id"] for role in ("bos", "eos", "pad")}
             kind = _PREFIX + fields.pop("kind")

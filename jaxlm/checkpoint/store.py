@@ -67,6 +67,10 @@ class Store:
         with self._writing():
             self._manager.save(step, args=args, force=True)
 
+    def score(self, step: int, score: float) -> None:
+        """Gives a checkpoint already saved the score that it should have had; lasts as long as this object."""
+        self._scores[step] = float(score)
+
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """(state, data_state) of a step, in the structure, types and shardings of ``abstract_state`` (arrays or
         ``ShapeDtypeStruct``s), whatever mesh it was saved from. UserError if it cannot be read or does not fit."""
@@ -158,7 +162,7 @@ class Store:
         return sorted(scored, key=self._scores.__getitem__, reverse=self.metric_mode == "max")
 
     def _kept(self, steps: list[int]) -> set[int]:
-        return {*steps[len(steps) - self.keep_latest:], *self._best(steps)[: self.keep_best]}
+        return {*steps[max(len(steps) - self.keep_latest, 0) :], *self._best(steps)[: self.keep_best]}
 
     def _arrays(self, step: int, abstract: Any, *, partial: bool) -> Any:
         stored = _stored(abstract)

@@ -90,7 +90,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
             raise UserError(f"{path}: tensor {name!r} cannot be read ({error})") from None
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes model.safetensors."""
+def write_tensors(directory: Path, tensors: Mapping[str, np.ndarray], note: str) -> None:
+    """Writes model.safetensors, with a note in its metadata under "jaxlm". The same arguments give the same bytes: more
+    metadata than one entry would be written in any order."""
     contiguous = {name: np.require(tensor, requirements="C") for name, tensor in tensors.items()}
-    save_file(contiguous, directory / FILE, metadata={"format": "np", **metadata})
+    save_file(contiguous, directory / FILE, metadata={"jaxlm": note})

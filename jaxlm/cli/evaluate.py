@@ -1,16 +1,21 @@
 """Scores a model on some data: loss and perplexity a token, word and byte; BLEU and chrF where it translates.
 
-SPEC is text:PATH, jsonl:PATH, tokens:PATH.npy, bitext:SRC,TGT or builtin:phrasebook.
+SPEC is text:PATH, jsonl:PATH, tokens:PATH.npy, bitext:SRC,TGT or builtin:phrasebook. A training run brings its own: the
+data.test of its experiment.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from jaxlm.cli.output import Progress, add_json, check_json, print_fields, write_json
+from jaxlm.core.errors import UserError
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
-    parser.add_argument("--data", metavar="SPEC", required=True, help="what to score the model on")
+    parser.add_argument("--data", metavar="SPEC", help="what to score the model on")
     parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens in a window; 0: what fits")
     parser.add_argument("--stride", type=int, default=0, metavar="N", help="tokens between windows; 0: the context")
     parser.add_argument("--batch-size", type=int, default=0, metavar="N", help="rows at a time; 0: what fits")
@@ -25,15 +30,28 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     check_json(args.json)
+    spec = args.data or _test_data(Path(args.model))
     import jaxlm
 
     lm = jaxlm.load(args.model)
     for note in lm.info["notes"]:
         print(f"note: {note}")
     scores = lm.evaluate(
-        args.data, context=args.context, stride=args.stride, batch_size=args.batch_size, beam=args.beam,
+        spec, context=args.context, stride=args.stride, batch_size=args.batch_size, beam=args.beam,
         length_penalty=args.length_penalty, max_length=args.max_length, sentences=args.sentences,
         translations=not args.no_translations, speed=args.speed, progress=Progress(),
     )
     print_fields(scores)
     write_json(args.json, scores)
+
+
+def _test_data(run: Path) -> str:
+    """The SPEC that a training run keeps for the end. UserError where there is none."""
+    path = run / "experiment.json"
+    if path.is_file():
+        from jaxlm.core.config import from_dict
+        from jaxlm.training.config import Experiment
+
+        if spec := from_dict(Experiment, json.loads(path.read_text(encoding="utf-8"))).data.test:
+            return spec
+    raise UserError(f"{run} names no test data of its own; give --data SPEC")

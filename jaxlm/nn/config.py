@@ -131,7 +131,7 @@ PRESETS: dict[str, ModelConfig] = {
     # decoder-only language models
     "nano": DecoderConfig(
         width=128, heads=4, layers=4, norm="layernorm", norm_bias=False, activation="gelu", positions="learned",
-        max_positions=64,
+        max_positions=64, scan_layers=False,
     ),
     "124m": DecoderConfig(
         width=768, heads=12, layers=12, norm="layernorm", activation="gelu_tanh", positions="learned",

@@ -50,12 +50,10 @@ class TrainConfig:
 class EvalConfig:
     metric: Literal["loss", "bleu"] = "loss"  # decides which checkpoint is best
     batches: int = 0  # of validation data; 0: all
-    context: int = 0  # tokens in a perplexity window; 0: data.seq_len
-    stride: int = 0  # 0: context
-    beam: int = 5
+    beam: int = 5  # this and the rest: of the translations that "bleu" needs
     length_penalty: float = 1.0
     max_length: int = 128  # generated tokens
-    bleu_sentences: int = 0  # validation pairs translated for BLEU; 0: all
+    bleu_sentences: int = 0  # validation pairs translated; 0: all
 
 
 @dataclass(frozen=True)

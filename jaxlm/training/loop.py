@@ -156,6 +156,8 @@ class _Training:
         self._saved = self._step
         self._batch = self._setup.loader.batch_at_examples(remembered["examples"])
         self._history = _History(**remembered["history"])
+        for score, step in self._history.best:  # also of one saved in the middle of its validation
+            self._store.score(step, score)
         return state
 
     def _announce(self) -> None:
@@ -288,10 +290,12 @@ class _Training:
 
     def _save(self) -> None:
         """A checkpoint of this step, if there is none."""
+        score = next((score for score, step in self._history.best if step == self._step), None)
         if self._saved == self._step:
+            if score is not None:
+                self._store.score(self._step, score)
             return
         self._drain()
-        score = next((score for score, step in self._history.best if step == self._step), None)
         remembered = {**self._setup.loader.state(self._batch), "history": dataclasses.asdict(self._history)}
         with self._meter.paused():
             self._store.save(self._step, self._state, remembered, score)
@@ -307,21 +311,27 @@ class _Training:
         if self._store.keep_best and self._history.best:
             steps = [step for _, step in self._history.best[:max(self._options.average, 1)]]
         setup = self._setup
+        params, steps = self._mean(steps)
         path = write_model(
-            self._directory / "model", setup.config.model, unflatten(setup.like, self._mean(steps)), setup.tokenizer,
+            self._directory / "model", setup.config.model, unflatten(setup.like, params), setup.tokenizer,
             info={"training": {"data": setup.config.data.train, "steps": sorted(steps)}},
         )
         what = "the mean of steps" if len(steps) > 1 else "step"
         self._reporter.line(f"model: {path} ({what} {', '.join(map(str, sorted(steps)))})")
         return path
 
-    def _mean(self, steps: list[int]) -> dict[str, Any]:
-        """The mean of the parameters at these steps."""
-        if steps == [self._step]:
-            return self._state.params
+    def _mean(self, steps: list[int]) -> tuple[dict[str, Any], list[int]]:
+        """The mean of the parameters at those of these steps that can be read, and which they are."""
+        total, read = None, []
         self._store.wait()
-        total = None
-        for step in steps:
-            params = self._store.restore_params(step, self._abstract.params)
+        for step in steps if steps != [self._step] else ():
+            try:
+                params = self._store.restore_params(step, self._abstract.params)
+            except UserError as error:
+                self._reporter.line(f"{error}; the model is made without it")
+                continue
             total = params if total is None else jax.tree.map(jnp.add, total, params)
-        return jax.tree.map(lambda x: x / len(steps), total)
+            read.append(step)
+        if not read:
+            return self._state.params, [self._step]
+        return jax.tree.map(lambda x: x / len(read), total), read

@@ -9,6 +9,7 @@ before), ``skipped`` (updates, in all), ``step_ms``, ``tokens_per_second``, ``mf
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -19,6 +20,8 @@ from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
+
+from jaxlm.checkpoint.disk import room_for
 
 __all__ = ["Meter", "MetricsWriter", "peak_memory_bytes", "read_metrics"]
 
@@ -37,27 +40,33 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends rows to ``RUN/metrics.jsonl`` and ``RUN/tensorboard``.
 
-    A run that resumes at ``step`` repeats what came after it, so rows past ``step`` are dropped first.
+    A run that resumes at ``step`` repeats what came after it, so rows past ``step`` are dropped first. Methods raise
+    UserError when the disk is full.
     """
 
     def __init__(self, run: Path, step: int):
-        path = run / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self._path = run / "metrics.jsonl"
+        kept = [row for row in read_metrics(self._path) if row["step"] <= step] if step and self._path.exists() else []
+        with room_for(str(self._path)):
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(partial, self._path)
+            self._file = self._path.open("a")
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """``row`` must have ``step``; numbers go to both files, everything else to the JSON lines only."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with room_for(str(self._path)):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         for name, value in row.items():
             if isinstance(value, (int, float)) and name != "step":
                 self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with room_for(str(self._path)):
+            self._file.close()
+            self._board.close()
 
 
 class Meter:

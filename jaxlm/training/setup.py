@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm import nn
+from jaxlm.checkpoint.disk import room_for
 from jaxlm.core.config import to_dict
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import AXES, RULES, make_mesh
@@ -41,6 +42,7 @@ class Setup:
 
     config: Experiment
     tokenizer: Tokenizer
+    source: Source
     loader: Loader
     valid_source: Source | None
     valid_loader: Loader | None
@@ -56,20 +58,21 @@ class Setup:
         data = ", ".join(f"{value:,} {name}".replace("_", " ") if isinstance(value, int) else f"{name} {value:.0%}"
                          for name, value in self.loader.report().items())
         shape = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in AXES)
+        note = f" ({self.source.synthetic})" if self.source.synthetic else ""
         return (
-            f"data: {data}; model: {self.config.model.kind}, {count_params(self.like):,} parameters; "
+            f"data: {data}{note}; model: {self.config.model.kind}, {count_params(self.like):,} parameters; "
             f"mesh: {shape} ({self.mesh.devices.flat[0].device_kind})"
         )
 
-
     def write(self, run: Path) -> None:
-        """tokenizer.json and experiment.json, each all or nothing."""
-        run.mkdir(parents=True, exist_ok=True)
-        if not self.resuming:
-            self.tokenizer.save(run)
-        partial = run / "experiment.json.partial"
-        partial.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
-        os.replace(partial, run / "experiment.json")
+        """experiment.json, and the tokenizer at the start. UserError when the disk is full."""
+        with room_for(str(run)):
+            run.mkdir(parents=True, exist_ok=True)
+            if not self.resuming:
+                self.tokenizer.save(run)
+            partial = run / "experiment.json.partial"
+            partial.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+            os.replace(partial, run / "experiment.json")
 
 
 def prepare(config: Experiment, run: Path) -> Setup:
@@ -95,7 +98,9 @@ def prepare(config: Experiment, run: Path) -> Setup:
         valid_loader = make_loader(config.data, valid_source, tokenizer, train=False, row_multiple=ways, **place)
     graphdef, like = nn.abstract(config.model)
     initial = _initial(config, like)
-    return Setup(config, tokenizer, loader, valid_source, valid_loader, mesh, graphdef, like, initial, resuming)
+    return Setup(
+        config, tokenizer, source, loader, valid_source, valid_loader, mesh, graphdef, like, initial, resuming
+    )
 
 
 def _fill(model: ModelConfig, tokenizer: Tokenizer, translates: bool) -> ModelConfig:

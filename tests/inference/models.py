@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ class Handle:
     tokenizer: Any
 
 
+@cache
 def letters() -> Tokenizer:
     """Ids 0 to 2 are <pad>, <s>, </s>; then one a character."""
     return Tokenizer.train([LETTERS], kind="char")
@@ -42,21 +43,24 @@ def handle(config, *, seed: int = 0, sharpen: float = 1.0, **changes) -> Handle:
 NEVER = 999  # as the end token: no model says it
 
 
+@cache
 def decoder(**changes) -> Handle:
     options = {"width": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "layers": 2, "eos_id": NEVER} | changes
     return handle(nn.DecoderConfig(**options), sharpen=3.0)
 
 
+@cache
 def lstm() -> Handle:
     return handle(nn.LSTMConfig(width=24, hidden=32, layers=2, eos_id=NEVER), sharpen=3.0)
 
 
+@cache
 def seq2seq(**changes) -> Handle:
     options = {"width": 32, "heads": 4, "ffn": 48, "encoder_layers": 1, "decoder_layers": 2} | changes
     return handle(nn.preset("tiny", **options), sharpen=2.0)
 
 
-LENGTH = 96  # of every full forward pass here: one shape
+LENGTH = 128  # of every full forward pass here: one shape
 
 
 @partial(jax.jit, static_argnames="graphdef")
@@ -66,7 +70,8 @@ def _logits(graphdef, params, *arrays):
 
 def full_logits(lm: Handle, tokens: list[int], src: list[int] | None = None) -> np.ndarray:
     """Logits after each of ``tokens`` from one uncached pass: causality hides the padding behind them."""
-    padded = np.zeros((1, LENGTH), np.int32)
+    learned = getattr(lm.config, "positions", "") == "learned"
+    padded = np.zeros((1, min(LENGTH, lm.config.max_positions) if learned else LENGTH), np.int32)
     padded[0, : len(tokens)] = tokens
     arrays = (padded,) if src is None else (np.asarray([src], np.int32), padded)
     return np.asarray(_logits(lm.graphdef, lm.params, *arrays))[0, : len(tokens)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -139,6 +140,21 @@ def test_sigterm_saves_and_exits_with_0(folder, finished, monkeypatch, tmp_path,
     assert rows(tmp_path) == rows(finished)
 
 
+def test_the_best_may_have_been_saved_in_the_middle_of_its_validation(folder, tmp_path, monkeypatch):
+    config = experiment(folder, checkpoint_every=0, keep_latest=1)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        terminate_when(patch, "_evaluate", 2)
+        train(config, tmp_path)
+    for step, losses in ((24, [1.0]), (None, [2.0])):  # stops between the validations at 20 and 30
+        with monkeypatch.context() as patch:
+            scripted(patch, losses)
+            if step is not None:
+                terminate_when(patch, "_advance", step - 20)
+            with contextlib.nullcontext() if step is None else pytest.raises(SystemExit):
+                train(config, tmp_path)
+    assert read_model(tmp_path / "model")[3]["training"]["steps"] == [20]
+
+
 def test_works_outside_the_main_thread(folder, tmp_path):
     """Signals cannot be handled there; everything else can."""
     thread = threading.Thread(target=train, args=(experiment(folder, eval_every=0), tmp_path))
@@ -207,6 +223,20 @@ def test_export_of_the_best(folder, tmp_path, monkeypatch, average, chosen):
     for name, leaf in flatten(read_model(path)[1]).items():
         expected = np.mean([validator.seen[i][name].astype(np.float64) for i in chosen], 0)
         np.testing.assert_allclose(leaf, expected, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_a_damaged_checkpoint_is_left_out_of_the_mean(folder, tmp_path, monkeypatch):
+    scripted(monkeypatch, [3.0, 2.0, 4.0, 1.0, 5.0, 5.0])
+    original = loop.Store.restore_params
+
+    def restore_params(self, step, abstract):
+        if step == 20:
+            raise UserError("checkpoint 20 cannot be read")
+        return original(self, step, abstract)
+
+    monkeypatch.setattr(loop.Store, "restore_params", restore_params)
+    path = train(experiment(folder, eval_every=5, average=2, checkpoint_every=0), tmp_path)
+    assert read_model(path)[3]["training"]["steps"] == [10]
 
 
 def test_init_from(folder, finished, tmp_path):

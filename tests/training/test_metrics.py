@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 
 from jaxlm import nn
+from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten
 from jaxlm.training import metrics as metrics_module
 from jaxlm.training.flops import peak_flops, step_flops
@@ -84,6 +86,14 @@ def test_rows_past_the_resumed_step_are_dropped(tmp_path):
     assert [json.loads(line)["loss"] for line in log.read_text().splitlines()] == [1.5, 0.75, 0.25]
     MetricsWriter(tmp_path, 0).close()
     assert read_metrics(log) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    writer._file = open("/dev/full", "w")
+    with pytest.raises(UserError, match="no space left for .*metrics.jsonl"):
+        writer.write({"step": 1})
 
 
 def test_memory():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +98,19 @@ def test_moments_lie_like_their_parameters():
     assert {path: leaf.sharding for path, leaf in moments.items()} == {
         path: leaf.sharding for path, leaf in state.params.items()}
     assert not state.params["embed/table"].sharding.is_fully_replicated
+
+
+def test_bfloat16_is_for_activations_only():
+    """Parameters, moments and metrics stay float32; nothing is compiled to see it."""
+    config = dataclasses.replace(DECODER, dtype="bfloat16")
+    graphdef, like = nn.abstract(config)
+    tx = make_optimizer(OPTIM, 20)
+    before = abstract_state(like, tx, make_mesh())
+    step = make_step(graphdef, like, make_loss(config), tx, accumulate=2)
+    state, metrics = jax.eval_shape(step, before, batches(config, 1)[0])
+    for leaf in jax.tree.leaves((state.params, state.opt_state, metrics)):
+        assert leaf.dtype in (np.float32, np.int32, np.bool_)
+    assert jax.tree.map(lambda leaf: leaf.dtype, state) == jax.tree.map(lambda leaf: leaf.dtype, before)
 
 
 class Linear(nnx.Module):

@@ -1,10 +1,10 @@
 """A synthetic English-German phrasebook: tens of thousands of sentence pairs from small tables and pattern functions.
 
 ``lexicon`` holds the words, ``grammar`` declension, conjugation and word order, ``draws`` chance; ``situations``,
-``errands`` and ``stories`` the patterns, each a small function that draws one pair. Every English sentence has one German
-translation. The conventions that make it so: *you* is Sie unless the sentence addresses somebody by the first name, the
-English past is the German perfect (was, had and could stay preterite), *is doing* without a time is *gerade*, *will do* is
-*werden*, and articles, possessives and names settle every gender.
+``errands`` and ``stories`` the patterns, each a small function that draws one pair. Every English sentence has one
+German translation. The conventions that make it so: *you* is Sie unless the sentence addresses somebody by the first
+name, the English past is the German perfect (was, had and could stay preterite), *is doing* without a time is *gerade*,
+*will do* is *werden*, and articles, possessives and names settle every gender.
 """
 
 from __future__ import annotations

@@ -10,7 +10,24 @@ from typing import TypeVar
 
 from jaxlm.data.phrasebook import lexicon as lex
 from jaxlm.data.phrasebook.grammar import (
-    CLOCK, DATES, HE, ME, SHE, THEY, THOU, WE, YOU, Clause, Complement, Pair, Phrase, at_place, number, phrase, to_place, words,
+    CLOCK,
+    DATES,
+    HE,
+    ME,
+    SHE,
+    THEY,
+    THOU,
+    WE,
+    YOU,
+    Clause,
+    Complement,
+    Pair,
+    Phrase,
+    at_place,
+    number,
+    phrase,
+    to_place,
+    words,
 )
 
 T = TypeVar("T")
@@ -139,6 +156,8 @@ def thing(dice: Dice, kind: lex.Kind, subject: Phrase) -> Phrase:
 
 # ---- Events: a clause with everything chosen ----
 
+Deed = tuple[lex.Verb, Complement, bool]  # the bool: whether the complement carries a German negation
+
 MODALS = ("can", "must", "should", "want", "would like")
 PAST = ("past", "could", "had to", "wanted")
 TENSES_OF = {  # by the style of the verb
@@ -164,12 +183,14 @@ def coming(dice: Dice) -> Pair:
 def tense_and_time(
     dice: Dice, verb: lex.Verb, tenses: Sequence[str] | None = None, negative: bool = False
 ) -> tuple[str, Pair]:
-    """A tense that suits the verb, one of ``tenses`` where there is a choice, and an adverb of time that suits the tense.
+    """A tense that suits the verb, one of ``tenses`` where there is a choice, and an adverb of time to go with it.
 
     Present and past always have an adverb, so that "I read" is never unclear.
     """
     known = TENSES_OF[verb.style]
-    tense = dice.pick([t for t in known if (tenses is None or t in tenses) and not (negative and t == "must")] or ["past"])
+    tense = dice.pick(
+        [t for t in known if (tenses is None or t in tenses) and not (negative and t == "must")] or ["past"]
+    )
     if tense == "present":
         return tense, dice.pick(lex.PRESENT_TIMES if verb.style == "s" else lex.HABITUAL)
     if tense == "progressive":
@@ -179,21 +200,18 @@ def tense_and_time(
     return tense, coming(dice) if dice.chance(0.65) else ("", "")
 
 
-def act(dice: Dice, subject: Phrase) -> tuple[lex.Verb, Complement, bool]:
-    """Somebody does something to a thing: (verb, complement, whether it is negated)."""
+def act(dice: Dice, subject: Phrase) -> Deed:
+    """Somebody does something to a thing."""
     kind, verbs = dice.pick(lex.ACTS)
-    verb, what = dice.pick(verbs), thing(dice, kind, subject)
     if not dice.chance(0.12):
-        return verb, Complement(what.acc[0], late=what.acc[1]), False
-    if kind is lex.DRINKS:
-        what = described(dice, kind, "the")
-    if dice.chance(0.5) and kind is not lex.DRINKS:
-        what = described(dice, kind, "no")
-        return verb, Complement(what.acc[0], late=what.acc[1]), True
-    return verb, Complement(what.acc[0], early=what.acc[1], late="nicht"), True
+        en, de = thing(dice, kind, subject).acc
+        return dice.pick(verbs), Complement(en, late=de), False
+    determiner = "the" if kind is lex.DRINKS else dice.pick(("no", "no", "the", "this", own(subject)))
+    en, de = described(dice, kind, determiner).acc
+    return dice.pick(verbs), Complement(en, late=de) if determiner == "no" else Complement(en, de, "nicht"), True
 
 
-def meeting(dice: Dice, subject: Phrase) -> tuple[lex.Verb, Complement, bool]:
+def meeting(dice: Dice, subject: Phrase) -> Deed:
     """Somebody does something to a person (accusative) or for one (dative)."""
     other = somebody_else(dice, subject)
     if dice.chance(0.3):
@@ -205,13 +223,13 @@ def meeting(dice: Dice, subject: Phrase) -> tuple[lex.Verb, Complement, bool]:
     return verb, Complement(en, de if early else "", words("" if early else de, "nicht" if negative else "")), negative
 
 
-def gift(dice: Dice, subject: Phrase) -> tuple[lex.Verb, Complement, bool]:
+def gift(dice: Dice, subject: Phrase) -> Deed:
     """Somebody gives a person (dative) a thing (accusative)."""
     other, what = somebody_else(dice, subject), thing(dice, lex.BELONGINGS, subject)
     return dice.pick(lex.GIFTS), Complement(words(other.dat[0], what.acc[0]), other.dat[1], what.acc[1]), False
 
 
-def trip(dice: Dice, _: Phrase) -> tuple[lex.Verb, Complement, bool]:
+def trip(dice: Dice, _: Phrase) -> Deed:
     """Somebody goes somewhere or is somewhere."""
     roll = dice.roll()
     if roll < 0.5:
@@ -231,7 +249,7 @@ def event(
     dice: Dice,
     subject: Phrase | None = None,
     tenses: Sequence[str] | None = None,
-    deeds: Sequence[Callable[[Dice, Phrase], tuple[lex.Verb, Complement, bool]]] = DEEDS,
+    deeds: Sequence[Callable[[Dice, Phrase], Deed]] = DEEDS,
 ) -> Clause:
     """A clause about somebody doing something, in one of these tenses (any that sounds natural if None)."""
     subject = subject or anybody(dice)

@@ -8,12 +8,10 @@ from jaxlm.data.phrasebook.draws import (
     OWNERS,
     PRONOUNS,
     Dice,
-    anybody,
     described,
     drink,
     either,
     euros,
-    kin,
     pattern,
     person,
     sentence,
@@ -21,6 +19,7 @@ from jaxlm.data.phrasebook.draws import (
 )
 from jaxlm.data.phrasebook.grammar import (
     ACC,
+    CLOCK,
     DAT,
     IT,
     ME,
@@ -34,7 +33,7 @@ from jaxlm.data.phrasebook.grammar import (
     number,
     phrase,
 )
-from jaxlm.data.phrasebook.situations import CLOCK, destination
+from jaxlm.data.phrasebook.situations import to_city, to_site
 
 # ---- Prices ----
 
@@ -72,13 +71,15 @@ def paid(dice: Dice) -> Pair:
 def other_colour(dice: Dice) -> Pair:
     """Do you have this coat in red?"""
     colour, what = dice.pick(lex.adjectives(lex.COLOURS)), phrase("this", dice.pick(lex.CLOTHES.nouns))
-    return sentence(f"do you have {what.en} in {colour.en}", f"haben Sie {what.de[ACC]} in {colour.de.capitalize()}", "?")
+    return sentence(
+        f"do you have {what.en} in {colour.en}", f"haben Sie {what.de[ACC]} in {colour.de.capitalize()}", "?"
+    )
 
 
 @pattern("prices", 600)
 def fare(dice: Dice) -> Pair:
     """Two tickets to Berlin cost ninety euros."""
-    count, (to, nach), (en, de) = dice.between(1, 5), destination(dice), euros(dice)
+    count, (to, nach), (en, de) = dice.between(1, 5), (to_city if dice.chance(0.7) else to_site)(dice), euros(dice)
     tickets = phrase("a", lex.TICKET, None, count)
     cost, kosten = ("costs", "kostet") if count == 1 else ("cost", "kosten")
     return sentence(f"{tickets.en} {to} {cost} {en}", f"{tickets.de[NOM]} {nach} {kosten} {de}")
@@ -129,13 +130,10 @@ def neighbours(dice: Dice) -> Pair:
 @pattern("directions", 700)
 def turn(dice: Dice) -> Pair:
     """Go to the station and turn left at the second traffic light."""
-    (left, links), mark, site = dice.pick(SIDES), described(dice, lex.LANDMARKS, "the", 0.6), dice.pick(lex.SITES.nouns)
-    goal = phrase("the", site)
-    go, gehen = ("go straight ahead", "gehen Sie geradeaus")
-    if dice.chance(0.7):
-        go, gehen = f"go to {goal.en}", f"gehen Sie {after('zu', goal.de[DAT])}"
-    corner = after("an", mark.de[DAT])
-    return sentence(f"{go} and turn {left} at {mark.en}", f"{gehen} und biegen Sie {corner} {links} ab")
+    (left, links), mark = dice.pick(SIDES), described(dice, lex.LANDMARKS, "the", 0.6)
+    where, wohin = to_site(dice) if dice.chance(0.7) else ("straight ahead", "geradeaus")
+    en = f"go {where} and turn {left} at {mark.en}"
+    return sentence(en, f"gehen Sie {wohin} und biegen Sie {after('an', mark.de[DAT])} {links} ab")
 
 
 @pattern("directions", 500)
@@ -150,9 +148,8 @@ def street(dice: Dice) -> Pair:
 @pattern("directions", 500)
 def bus(dice: Dice) -> Pair:
     """Take bus number forty-one to the airport."""
-    (line, linie), goal = number(dice.between(2, 99)), phrase("the", dice.pick(lex.SITES.nouns))
-    ride = f"nehmen Sie den Bus Nummer {linie} {after('zu', goal.de[DAT])}"
-    return sentence(f"take bus number {line} to {goal.en}", ride)
+    (line, linie), (to, zum) = number(dice.between(2, 99)), to_site(dice)
+    return sentence(f"take bus number {line} {to}", f"nehmen Sie den Bus Nummer {linie} {zum}")
 
 
 @pattern("directions", 400)
@@ -173,8 +170,8 @@ def course(dice: Dice) -> Phrase:
     return phrase("a", dice.pick(lex.FOOD.nouns), adjective, dice.pick((1, 1, 1, 2, 3)))
 
 
-LIKE = lex.pairs("""I would like = ich möchte; we would like = wir möchten; I will take = ich nehme; we will take = wir nehmen;
-    for me = für mich; for us = für uns""")
+LIKE = lex.pairs("""I would like = ich möchte; we would like = wir möchten; I will take = ich nehme;
+    we will take = wir nehmen; for me = für mich; for us = für uns""")
 
 
 @pattern("orders", 1600)
@@ -203,7 +200,9 @@ def for_whom(dice: Dice) -> Pair:
 @pattern("orders", 600)
 def review(dice: Dice) -> Pair:
     """The soup was good, but the fish was too salty."""
-    dish, other = phrase("the", dice.pick(lex.FOOD.nouns)), phrase("the", dice.pick(lex.FOOD.nouns))
+    dish, other = phrase("the", dice.pick(lex.DISHES[:4])), phrase("the", dice.pick(lex.DISHES[4:]))
+    if dice.chance(0.5):
+        dish, other = other, dish
     (good, gut), (bad, schlecht) = dice.pick(lex.PRAISE), dice.pick(lex.BLAME)
     en = f"{dish.en} was {good}, but {other.en} was {bad}"
     return sentence(en, f"{dish.de[NOM]} war {gut}, aber {other.de[NOM]} war {schlecht}")
@@ -266,8 +265,11 @@ def too_small(dice: Dice) -> Pair:
 @pattern("things", 1000)
 def comparison(dice: Dice) -> Pair:
     """The blue coat is cheaper than the red dress."""
-    one, other = described(dice, lex.BELONGINGS, dice.pick(("the", "my", "this"))), None
-    other = described(dice, lex.BELONGINGS, dice.pick(("the", "his", "her", "our")))
+    kind = dice.pick((lex.THINGS, lex.CLOTHES))
+    one, other = (
+        phrase(dice.pick(determiners), dice.pick(kind.nouns), dice.pick((None, *lex.adjectives(lex.COLOURS))))
+        for determiners in (("the", "my", "this"), ("the", "his", "her", "our"))
+    )
     cheaper, billiger = dice.pick(lex.COMPARISONS)
     return sentence(f"{one.en} is {cheaper} than {other.en}", f"{one.de[NOM]} ist {billiger} als {other.de[NOM]}")
 
@@ -292,7 +294,10 @@ def lay(dice: Dice) -> Pair:
 @pattern("places", 900)
 def animal(dice: Dice) -> Pair:
     """The cat is sleeping on the sofa (dative); the dog jumped onto the bed yesterday (accusative)."""
-    who, base = described(dice, lex.ANIMALS, dice.pick(("the", *OWNERS)), 0.3), described(dice, lex.FURNITURE, "the", 0.3)
+    who, base = (
+        described(dice, lex.ANIMALS, dice.pick(("the", *OWNERS)), 0.3),
+        described(dice, lex.FURNITURE, "the", 0.3),
+    )
     leaps = dice.chance(0.5)
     verb, (spot, wo) = dice.pick(lex.LEAPS if leaps else lex.RESTS), dice.pick(lex.LEAP_SPOTS if leaps else lex.SPOTS)
     tense = dice.pick(("progressive", "past", "past"))

@@ -107,9 +107,10 @@ DETERMINERS: dict[str, tuple[str, str, Endings, Endings]] = {
     "a": ("a", "ein", EIN, MIXED),
     "no": ("a", "kein", EIN, MIXED),  # "does not buy a car": the negation is in the English verb
     "": ("", "", dict.fromkeys("mfnp", ("", "", "")), STRONG),
+    "thy": ("your", "dein", EIN, MIXED),  # your, to somebody called by the first name
 } | {
     en: (en, de, EIN, MIXED)
-    for en, de in (("my", "mein"), ("his", "sein"), ("her", "ihr"), ("our", "unser"), ("your", "Ihr"), ("thy", "dein"))
+    for en, de in (("my", "mein"), ("his", "sein"), ("her", "ihr"), ("our", "unser"), ("your", "Ihr"))
 }
 
 
@@ -161,7 +162,7 @@ def phrase(determiner: str, noun: Noun, adjective: Adjective | None = None, coun
         determined = de_head or de_det + det_endings[gender][case]
         described = adjective.stem + adj_endings[gender][case] if adjective else ""
         de.append(words(determined, described, de_noun))
-    return Phrase(en.replace("thy ", "your "), tuple(de), 4 if count > 1 else 2, gender)
+    return Phrase(en, tuple(de), 4 if count > 1 else 2, gender)
 
 
 ME, HE, SHE, WE, THEY, YOU, THOU = (

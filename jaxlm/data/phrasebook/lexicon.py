@@ -1,6 +1,6 @@
 """The words of the phrasebook: small bilingual tables in the notation of a printed dictionary.
 
-Nouns read ``english gender German plural`` as in ``apple m Apfel ¨``: gender m, f, n or w (a weak masculine, which takes
+Nouns read ``english gender German plural`` as in ``apple m Apfel ¨``: gender m, f, n or w (a weak masculine, which has
 its plural form in every case but the nominative), then the plural as an ending (``-en``), an umlaut (``¨er``) or the
 whole word. Verbs read ``style base/past [particle] infinitive[/er-form] participle``: a bar marks a separable prefix
 (``an|rufen``), a plus sign a perfect with *sein* (``+gegangen``). The style says which tenses sound natural:
@@ -35,7 +35,7 @@ class Adjective:
 
 @dataclass(frozen=True, eq=False)
 class Verb:
-    """A verb: English ``base``, ``past``, ``particle``; German ``forms`` for ich, du, er, wir, sie without ``prefix``."""
+    """A verb: English ``base``, ``past``, ``particle``; German ``forms`` (ich, du, er, wir, sie) without ``prefix``."""
 
     style: str
     base: str
@@ -50,7 +50,7 @@ class Verb:
 
 UMLAUT = str.maketrans("aouAOU", "äöüÄÖÜ")
 ENGLISH_PLURALS = {"child": "children", "man": "men", "woman": "women", "policeman": "policemen", "fish": "fish",
-                   "mouse": "mice", "saleswoman": "saleswomen"}  # fmt: skip
+                   "mouse": "mice", "saleswoman": "saleswomen", "scarf": "scarves"}  # fmt: skip
 
 
 def entries(table: str) -> list[str]:
@@ -126,9 +126,10 @@ ADJECTIVES = {
         (en, de.partition("/"))
         for en, de in pairs("""red = rot; blue = blau; green = grün; black = schwarz; white = weiß; yellow = gelb;
     brown = braun; grey = grau; new = neu; old = alt; small = klein; big = groß; beautiful = schön; cheap = billig;
-    expensive = teuer/teur; heavy = schwer; good = gut; fresh = frisch; warm = warm; cold = kalt; hot = heiß; long = lang;
-    short = kurz; modern = modern; young = jung; friendly = freundlich; tall = groß; nice = nett; interesting = interessant;
-    quiet = ruhig; next = nächst; nearest = nächst; second = zweit; third = dritt; first = erst""")
+    expensive = teuer/teur; heavy = schwer; good = gut; fresh = frisch; warm = warm; cold = kalt; hot = heiß; long =
+    lang; short = kurz; modern = modern; young = jung; friendly = freundlich; tall = groß; nice = nett; polite =
+    höflich; happy = glücklich; tired = müde/müd; interesting = interessant; quiet = ruhig; next = nächst; nearest =
+    nächst; second = zweit; third = dritt; first = erst""")
     )
 }
 
@@ -185,9 +186,10 @@ FOOD = kind(
 )
 DRINKS = kind(
     "good cold hot fresh",
-    """coffee m Kaffee -s; tea m Tee -s; milk f Milch -; water n Wasser -; juice m Saft ¨e; wine m Wein -e; beer n Bier -e;
-    lemonade f Limonade -n""",
+    """coffee m Kaffee -s; tea m Tee -s; milk f Milch -; water n Wasser -; juice m Saft ¨e; wine m Wein -e; beer n
+    Bier -e; lemonade f Limonade -n""",
 )
+DISHES = FOOD.nouns[1:9]
 CUP, GLASS, BOTTLE = nouns("cup f Tasse -n; glass n Glas ¨er; bottle f Flasche -n")
 TEXTS = kind(
     "long short new old interesting beautiful",
@@ -215,7 +217,7 @@ ANIMALS = kind(
     "cat f Katze -n; dog m Hund -e; bird m Vogel ¨; mouse f Maus ¨e; rabbit n Kaninchen -",
 )
 PEOPLE = kind(
-    "young old friendly tall nice",
+    "friendly tall nice polite happy tired",
     """man m Mann ¨er; woman f Frau -en; child n Kind -er; boy w Junge -n; girl n Mädchen -; teacher m Lehrer -;
     doctor m Arzt ¨e; waiter m Kellner -; policeman w Polizist -en; student w Student -en; guest m Gast ¨e;
     tourist w Tourist -en; neighbour w Nachbar -n; saleswoman f Verkäuferin -nen""",
@@ -226,29 +228,33 @@ FAMILY = kind(
     grandmother f Großmutter ¨; grandfather m Großvater ¨; son m Sohn ¨e; daughter f Tochter ¨; colleague w Kollege -n;
     boss m Chef -s""",
 )
-GATHERINGS = nouns("""concert n Konzert -e; party f Feier -n; exam f Prüfung -en; wedding f Hochzeit -en; course m Kurs -e;
-    meeting f Besprechung -en; exhibition f Ausstellung -en""")
+GATHERINGS = nouns("""concert n Konzert -e; party f Feier -n; exam f Prüfung -en; wedding f Hochzeit -en; course m
+    Kurs -e; meeting f Besprechung -en; exhibition f Ausstellung -en""")
 LANDMARKS = kind(
     "first second third next",
     """traffic light f Ampel -n; crossing f Kreuzung -en; church f Kirche -n; bridge f Brücke -n; corner f Ecke -n;
     tower m Turm ¨e""",
 )
 TICKET, ROOM, STREET = nouns("ticket f Fahrkarte -n; room n Zimmer -; street f Straße -n")
-VEHICLES = nouns("train m Zug ¨e; bus m Bus Busse; ship n Schiff -e; tram f Straßenbahn -en")
+VEHICLES = nouns("train m Zug ¨e; ship n Schiff -e; bus m Bus Busse; tram f Straßenbahn -en")
 LIGHT_THINGS = Kind(
-    tuple(n for n in THINGS.nouns if n.en in ("book", "bag", "key", "camera", "umbrella")) + CLOTHES.nouns + TEXTS.nouns[:3],
+    tuple(n for n in THINGS.nouns if n.en in ("book", "bag", "key", "camera", "umbrella"))
+    + CLOTHES.nouns
+    + TEXTS.nouns[:3],
     adjectives(f"new old {COLOURS}"),
 )
 BELONGINGS = Kind(THINGS.nouns + CLOTHES.nouns, adjectives(f"new old small big beautiful cheap expensive {COLOURS}"))
 
-PLACES = tuple(map(place, entries("""at cinema n Kino -s in in; at theatre n Theater - in in; at museum n Museum Museen in in;
-    at restaurant n Restaurant -s in in; in park m Park -s in in; at supermarket m Supermarkt ¨e in in;
-    at school f Schule -n in in; at library f Bibliothek -en in in; in garden m Garten ¨ in in; at office n Büro -s in in;
-    at station m Bahnhof ¨e an zu; at airport m Flughafen ¨ an zu; at market m Markt ¨e auf auf; at hospital n Krankenhaus
-    ¨er in in; at bakery f Bäckerei -en in zu; at pharmacy f Apotheke -n in zu; at bank f Bank -en in zu;
-    at town hall n Rathaus ¨er in zu; at hotel n Hotel -s in zu; at university f Universität -en an zu""")))  # fmt: skip
+PLACES = tuple(map(place, entries("""at cinema n Kino -s in in; at theatre n Theater - in in; at
+    museum n Museum Museen in in; at restaurant n Restaurant -s in in; in park m Park -s in in; at
+    supermarket m Supermarkt ¨e in in; at school f Schule -n in in; at library f Bibliothek -en in
+    in; in garden m Garten ¨ in in; at office n Büro -s in in; at station m Bahnhof ¨e an zu; at
+    airport m Flughafen ¨ an zu; at market m Markt ¨e auf auf; at hospital n Krankenhaus ¨er in in;
+    at bakery f Bäckerei -en in zu; at pharmacy f Apotheke -n in zu; at bank f Bank -en in zu; at
+    town hall n Rathaus ¨er in zu; at hotel n Hotel -s in zu; at university f Universität -en an zu""")))  # fmt: skip
 SITES = Kind(
-    tuple(p.noun for p in PLACES if p.noun.en not in ("garden", "office")), adjectives("old new small big beautiful modern")
+    tuple(p.noun for p in PLACES if p.noun.en not in ("garden", "office")),
+    adjectives("old new small big beautiful modern"),
 )
 
 ACTS = (  # (what, what one does with it)
@@ -266,38 +272,46 @@ ACTS = (  # (what, what one does with it)
     (DEVICES, verbs("""o repair/repaired reparieren repariert; h turn/turned on ein|schalten eingeschaltet;
         h turn/turned off aus|schalten ausgeschaltet; h use/used benutzen benutzt""")),
     (OPENINGS, verbs("""h open/opened auf|machen aufgemacht; h close/closed zu|machen zugemacht;
-        o paint/painted streichen gestrichen; h clean/cleaned putzen geputzt""")),
+        h clean/cleaned putzen geputzt""")),
+    (FURNITURE, verbs("""o paint/painted streichen gestrichen; h clean/cleaned putzen geputzt;
+        o carry/carried tragen/trägt getragen""")),
 )  # fmt: skip
-MEETINGS = verbs("""h visit/visited besuchen besucht; h meet/met treffen/trifft getroffen; h call/called an|rufen angerufen;
-    h collect/collected ab|holen abgeholt; o invite/invited ein|laden/lädt eingeladen; a see/saw sehen/sieht gesehen;
-    o ask/asked fragen gefragt; o greet/greeted grüßen gegrüßt""")
-FAVOURS = verbs("h help/helped helfen/hilft geholfen; o thank/thanked danken gedankt; o answer/answered antworten geantwortet")
+MEETINGS = verbs("""h visit/visited besuchen besucht; h meet/met treffen/trifft getroffen; h call/called an|rufen
+    angerufen; h collect/collected ab|holen abgeholt; o invite/invited ein|laden/lädt eingeladen; a see/saw
+    sehen/sieht gesehen; o ask/asked fragen gefragt; o greet/greeted grüßen gegrüßt""")
+FAVOURS = verbs(
+    "h help/helped helfen/hilft geholfen; o thank/thanked danken gedankt; o answer/answered antworten geantwortet"
+)
 GIFTS = verbs("""o give/gave geben/gibt gegeben; o show/showed zeigen gezeigt; o send/sent schicken geschickt;
     o lend/lent leihen geliehen; o bring/brought bringen gebracht; o sell/sold verkaufen verkauft""")
 TRIPS = verbs("h go/went gehen +gegangen; h drive/drove fahren/fährt +gefahren; h come/came kommen +gekommen")
 STAYS = verbs("h work/worked arbeiten gearbeitet; h wait/waited warten gewartet; o stay/stayed bleiben +geblieben")
-JOURNEYS = verbs("h travel/travelled reisen +gereist; h fly/flew fliegen +geflogen; h drive/drove fahren/fährt +gefahren")
+JOURNEYS = verbs(
+    "h travel/travelled reisen +gereist; h fly/flew fliegen +geflogen; h drive/drove fahren/fährt +gefahren"
+)
 ROUTINES = verbs("""h get/got up auf|stehen +aufgestanden; h arrive/arrived an|kommen +angekommen;
     h leave/left los|fahren/fährt +losgefahren; h wake/woke up auf|wachen +aufgewacht;
     h fall/fell asleep ein|schlafen/schläft +eingeschlafen; h have/had breakfast frühstücken gefrühstückt""")
 HANDLING, TRADE = ACTS[0][1][:7], ACTS[0][1][:2]  # what also goes with "it"; with numbers
-RESTS = verbs("h sleep/slept schlafen/schläft geschlafen; o wait/waited warten gewartet; o play/played spielen gespielt")
+RESTS = verbs(
+    "h sleep/slept schlafen/schläft geschlafen; o wait/waited warten gewartet; o play/played spielen gespielt"
+)
 LEAPS = verbs("o jump/jumped springen +gesprungen; o run/ran laufen/läuft +gelaufen")
 
 WOMEN = "Anna Lena Julia Maria Clara Sophie".split()
 MEN = "Paul Max Thomas Peter Felix Jonas".split()
 SURNAMES = "Müller Schmidt Weber Fischer Wagner Becker Koch Hoffmann Schneider Klein".split()
-CITIES = pairs("""Berlin = Berlin; Hamburg = Hamburg; Munich = München; Cologne = Köln; Vienna = Wien; Dresden = Dresden;
-    Frankfurt = Frankfurt; Zurich = Zürich; Leipzig = Leipzig; Bremen = Bremen""")
+CITIES = pairs("""Berlin = Berlin; Hamburg = Hamburg; Munich = München; Cologne = Köln; Vienna = Wien; Dresden =
+    Dresden; Frankfurt = Frankfurt; Zurich = Zürich; Leipzig = Leipzig; Bremen = Bremen""")
 COUNTRIES = pairs("""Germany = Deutschland; Austria = Österreich; France = Frankreich; Italy = Italien; Spain = Spanien;
     Poland = Polen""")
 WEEKDAYS = pairs("""Monday = Montag; Tuesday = Dienstag; Wednesday = Mittwoch; Thursday = Donnerstag; Friday = Freitag;
     Saturday = Samstag; Sunday = Sonntag""")
-MONTHS = pairs("""January = Januar; February = Februar; March = März; April = April; May = Mai; June = Juni; July = Juli;
-    August = August; September = September; October = Oktober; November = November; December = Dezember""")
+MONTHS = pairs("""January = Januar; February = Februar; March = März; April = April; May = Mai; June = Juni; July =
+    Juli; August = August; September = September; October = Oktober; November = November; December = Dezember""")
 MONTH_DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-HABITUAL = pairs("""every day = jeden Tag; every week = jede Woche; every morning = jeden Morgen; every evening = jeden Abend;
-    at the weekend = am Wochenende; in summer = im Sommer; in winter = im Winter""")
+HABITUAL = pairs("""every day = jeden Tag; every week = jede Woche; every morning = jeden Morgen; every evening =
+    jeden Abend; at the weekend = am Wochenende; in summer = im Sommer; in winter = im Winter""")
 HABITUAL += tuple((f"on {en}s", f"{de.lower()}s") for en, de in WEEKDAYS)
 PRESENT_TIMES = pairs("today = heute; now = jetzt; tomorrow = morgen; this evening = heute Abend")
 PAST_TIMES = pairs("""yesterday = gestern; last week = letzte Woche; this morning = heute Morgen; yesterday evening =
@@ -305,29 +319,34 @@ PAST_TIMES = pairs("""yesterday = gestern; last week = letzte Woche; this mornin
     a week ago = vor einer Woche; three weeks ago = vor drei Wochen; an hour ago = vor einer Stunde""")
 PAST_DAYS = tuple((f"last {en}", f"letzten {de}") for en, de in WEEKDAYS)
 PAST_TIMES += PAST_DAYS
-FUTURE_TIMES = pairs("""tomorrow = morgen; next week = nächste Woche; this evening = heute Abend; next month = nächsten Monat;
-    tomorrow morning = morgen früh; tomorrow evening = morgen Abend; in two days = in zwei Tagen;
-    in a week = in einer Woche; the day after tomorrow = übermorgen""")
+FUTURE_TIMES = pairs("""tomorrow = morgen; next week = nächste Woche; this evening = heute Abend; next month =
+    nächsten Monat; tomorrow morning = morgen früh; tomorrow evening = morgen Abend; in two days = in zwei Tagen; in
+    a week = in einer Woche; the day after tomorrow = übermorgen""")
 COMING_DAYS = tuple((f"on {en}", f"am {de}") for en, de in WEEKDAYS)
 FUTURE_TIMES += COMING_DAYS
-MOODS = pairs("""tired = müde; happy = glücklich; sad = traurig; angry = wütend; ill = krank; nervous = nervös;
-    satisfied = zufrieden; hungry = hungrig""")
-HOLDINGS = pairs("""no time = keine Zeit; enough money = genug Geld; a lot of work = viel Arbeit; no money = kein Geld;
-    guests = Gäste""")
-WEATHER = pairs("""it rains = es {} regnet; it snows = es {} schneit; the sun shines = die Sonne {} scheint; the weather is good =
-    das Wetter {} gut ist; the weather is bad = das Wetter {} schlecht ist; it is cold = es {} kalt ist""")
+MOODS = pairs("happy = glücklich; sad = traurig; angry = wütend; nervous = nervös; satisfied = zufrieden")
+MEANS = pairs(
+    "be happy = glücklich; be healthy = gesund; have time = Zeit; have enough money = genug Geld; have guests = Gäste"
+)
+HINDRANCES = pairs("""be tired = müde; be ill = krank; be sad = traurig; be angry = wütend; have no time = keine Zeit;
+    have no money = kein Geld; have a lot of work = viel Arbeit""")
+WEATHER = pairs("""it rains = es {} regnet; it snows = es {} schneit; the sun shines = die Sonne {} scheint; the
+    weather is good = das Wetter {} gut ist; the weather is bad = das Wetter {} schlecht ist; it is cold = es {}
+    kalt ist""")
 OPINIONS = pairs("""I think = ich glaube; I know = ich weiß; I hope = ich hoffe; he says = er sagt; she says = sie sagt;
     we know = wir wissen; they think = sie glauben; he hopes = er hofft; she writes = sie schreibt;
     it is good = es ist gut; it is possible = es ist möglich; everybody knows = alle wissen; we hope = wir hoffen;
     it is a pity = es ist schade; I am sure = ich bin sicher""")
 WONDERINGS = pairs("""I do not know = ich weiß nicht; we do not know = wir wissen nicht; nobody knows = niemand weiß;
     she is asking = sie fragt; he is asking = er fragt; it is not clear = es ist nicht klar""")
-COMPARISONS = pairs("""bigger = größer; smaller = kleiner; cheaper = billiger; more expensive = teurer; heavier = schwerer;
-    older = älter; newer = neuer; more beautiful = schöner""")
-FAULTS = pairs("small = klein; big = groß; expensive = teuer; heavy = schwer; old = alt; ugly = hässlich")
-PRAISE = pairs("good = gut; very good = sehr gut; excellent = ausgezeichnet; fresh = frisch; cheap = billig; big = groß")
+COMPARISONS = pairs("""bigger = größer; smaller = kleiner; cheaper = billiger; more expensive = teurer; heavier =
+    schwerer; older = älter; newer = neuer; more beautiful = schöner""")
+FAULTS = pairs("small = klein; big = groß; expensive = teuer; heavy = schwer")
+PRAISE = pairs(
+    "good = gut; very good = sehr gut; excellent = ausgezeichnet; fresh = frisch; cheap = billig; delicious = lecker"
+)
 BLAME = pairs("cold = kalt; too hot = zu heiß; too salty = zu salzig; too small = zu klein; not fresh = nicht frisch")
-VIRTUES = adjectives("new beautiful good cheap modern")
+VIRTUES = adjectives("new beautiful good modern")
 SPOTS = pairs("on = auf; under = unter; behind = hinter; next to = neben; in front of = vor")
 NEAR = SPOTS[2:]
 LEAP_SPOTS = pairs("onto = auf; under = unter; behind = hinter; in front of = vor")

@@ -24,11 +24,14 @@ from jaxlm.data.phrasebook.grammar import (
 
 # ---- Greetings ----
 
-GREETINGS = lex.pairs("Hello = Hallo; Good morning = Guten Morgen; Good evening = Guten Abend; Good afternoon = Guten Tag")
+GREETINGS = lex.pairs(
+    "Hello = Hallo; Good morning = Guten Morgen; Good evening = Guten Abend; Good afternoon = Guten Tag"
+)
 PARTINGS = lex.pairs("Goodbye = Auf Wiedersehen; Bye = Tschüss; Good night = Gute Nacht; Thank you = Danke")
-WISHES = lex.pairs("""Have a good trip = Gute Reise; Have a nice weekend = Schönes Wochenende; Get well soon = Gute Besserung;
-    Happy birthday = Alles Gute zum Geburtstag; Nice to see you again = Schön, Sie wiederzusehen; Good luck = Viel Glück;
-    Many thanks for your help = Vielen Dank für Ihre Hilfe; Have a nice evening = Schönen Abend noch""")
+WISHES = lex.pairs("""Have a good trip = Gute Reise; Have a nice weekend = Schönes Wochenende; Good luck = Viel Glück;
+    Get well soon = Gute Besserung; Nice to see you again = Schön, Sie wiederzusehen;
+    Have a nice evening = Schönen Abend noch; Many thanks for your help = Vielen Dank für Ihre Hilfe;
+    Happy birthday = Alles Gute zum Geburtstag""")
 TITLES = lex.pairs("Mr. = Herr; Mrs. = Frau")
 
 
@@ -216,24 +219,32 @@ def built(dice: Dice) -> Pair:
 @pattern("times", 200)
 def what_time(dice: Dice) -> Pair:
     """It is already half past two."""
-    (hour, uhr), (now, jetzt) = dice.pick(CLOCK), dice.pick(lex.pairs("is = ist; is already = ist schon; is almost = ist fast"))
-    return sentence(f"it {now} {hour}", f"es {jetzt} {uhr}")
+    (hour, uhr), (already, schon) = (
+        dice.pick(CLOCK),
+        dice.pick((("", ""), (" already", " schon"), (" almost", " fast"))),
+    )
+    return sentence(f"it is{already} {hour}", f"es ist{schon} {uhr}")
 
 
-def destination(dice: Dice) -> Pair:
-    """To Berlin, nach Berlin; to the airport, zum Flughafen."""
-    if dice.chance(0.5):
-        city, stadt = dice.pick(lex.CITIES)
-        return f"to {city}", f"nach {stadt}"
+def to_city(dice: Dice) -> Pair:
+    """To Berlin, nach Berlin."""
+    city, stadt = dice.pick(lex.CITIES)
+    return f"to {city}", f"nach {stadt}"
+
+
+def to_site(dice: Dice) -> Pair:
+    """To the airport, zum Flughafen."""
     goal = phrase("the", dice.pick(lex.SITES.nouns))
     return f"to {goal.en}", after("zu", goal.de[DAT])
 
 
 @pattern("times", 1200)
 def departure(dice: Dice) -> Pair:
-    """The next train to Berlin leaves at half past two. When does the train leave?"""
-    vehicle = phrase("the", dice.pick(lex.VEHICLES), dice.pick((None, None, *lex.adjectives("next first second third"))))
-    (to, nach), (hour, uhr), zug = destination(dice), dice.pick(CLOCK), vehicle.de[NOM]
+    """The next train to Berlin leaves at half past two. When does the tram to the museum leave?"""
+    local, which = dice.chance(0.5), dice.pick((None, None, *lex.adjectives("next first second third")))
+    vehicle = phrase("the", dice.pick(lex.VEHICLES[2:] if local else lex.VEHICLES[:3]), which)
+    to, nach = to_site(dice) if local else to_city(dice)
+    (hour, uhr), zug = dice.pick(CLOCK), vehicle.de[NOM]
     if dice.chance(0.25):
         return sentence(f"when does {vehicle.en} {to} leave", f"wann fährt {zug} {nach} ab", "?")
     return sentence(f"{vehicle.en} {to} leaves at {hour}", f"{zug} {nach} fährt um {uhr} ab")
@@ -242,8 +253,8 @@ def departure(dice: Dice) -> Pair:
 @pattern("times", 700)
 def arrival(dice: Dice) -> Pair:
     """The train from Hamburg arrives in Berlin at half past two."""
-    vehicle, (hour, uhr) = phrase("the", dice.pick(lex.VEHICLES)), dice.pick(CLOCK)
-    (city, stadt), (origin, herkunft) = dice.pick(lex.CITIES), dice.pick(lex.CITIES + lex.COUNTRIES)
+    vehicle, (hour, uhr) = phrase("the", dice.pick(lex.VEHICLES[:3])), dice.pick(CLOCK)
+    (city, stadt), (origin, herkunft) = dice.pick(lex.CITIES[:5]), dice.pick(lex.CITIES[5:] + lex.COUNTRIES)
     en = f"{vehicle.en} from {origin} arrives in {city} at {hour}"
     return sentence(en, f"{vehicle.de[NOM]} aus {herkunft} kommt um {uhr} in {stadt} an")
 
@@ -266,7 +277,13 @@ def rendezvous(dice: Dice) -> Pair:
 
 
 SOON = (*lex.FUTURE_TIMES[:1], *lex.COMING_DAYS)
-DAYS = {"present": lex.HABITUAL, "past": (*lex.PAST_TIMES[:1], *lex.PAST_DAYS), "future": SOON, "must": SOON, "want": SOON}
+DAYS = {
+    "present": lex.HABITUAL,
+    "past": (*lex.PAST_TIMES[:1], *lex.PAST_DAYS),
+    "future": SOON,
+    "must": SOON,
+    "want": SOON,
+}
 
 
 @pattern("times", 2500)

@@ -1,0 +1,103 @@
+"""Trains a small English-German translator on built-in phrases, compresses it three ways, and shows what each costs.
+
+Minutes on a CPU. DIR gets the models, report.md with its pictures, and report.json. The phrases are made by a program:
+their figures say that everything works, and nothing about real text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxlm.cli.output import Progress, print_table, size, write_json
+
+RECIPES = ("w8a8-dynamic", "w4a16-rtn-g64", "sparse50-magnitude+w4a16-rtn-g64+huffman")
+DATA = "builtin:phrasebook"
+SHOWN = 4  # sentences translated by each model
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/quickstart"), help="%(default)s")
+    parser.add_argument("--steps", type=int, default=900, metavar="N", help="of training (%(default)s)")
+
+
+def run(args) -> None:
+    import jaxlm
+    from jaxlm.data.sources import open_source
+    from jaxlm.evaluation.compare import compare
+    from jaxlm.training.loop import train
+
+    out = args.out
+    trained = train(_experiment(args.steps), out / "run")
+    models = {"dense": trained}
+    for recipe in RECIPES:
+        print(f"compressing: {recipe}", flush=True)
+        models[recipe] = jaxlm.compress(jaxlm.load(trained, expand=False), recipe).save(out / recipe)
+    lms = {name: jaxlm.load(path) for name, path in models.items()}
+    rows = compare(lms, DATA, progress=Progress())
+    test = open_source(DATA, "test")
+    sources, references = test.src[:SHOWN], test.tgt[:SHOWN]
+    translations = {name: lm.translate(sources) for name, lm in lms.items()}
+
+    print(f"\n{test.synthetic}\n")
+    print_table([_shown(row, rows[0]) for row in rows])
+    for name, note in _notes(rows):
+        print(f"{name}: {note}")
+    for i, (source, reference) in enumerate(zip(sources, references, strict=True)):
+        print(f"\n{source}\n  {'reference':<44}{reference}")
+        for name, lines in translations.items():
+            print(f"  {name:<44}{lines[i]}")
+    _write_report(out, rows, test.synthetic, sources, references, translations)
+    print(f"\nreport: {out / 'report.md'}; models: {', '.join(str(path) for path in models.values())}")
+
+
+def _experiment(steps: int):
+    from jaxlm import nn
+    from jaxlm.training.config import DataConfig, Experiment, OptimConfig, TrainConfig
+
+    return Experiment(
+        model=nn.preset("tiny", encoder_layers=2, decoder_layers=2, ffn=512, dropout=0.0, scan_layers=False),
+        data=DataConfig(
+            train=DATA, valid=f"{DATA}:valid", vocab_size=1200, batch_tokens=2048, buckets=(8, 12, 16, 24, 32)
+        ),
+        optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_steps=steps // 9, b2=0.98, weight_decay=0.01),
+        train=TrainConfig(steps=steps, label_smoothing=0.05, eval_every=max(steps // 3, 1), checkpoint_every=0),
+    )
+
+
+def _shown(row, dense) -> dict[str, object]:
+    """A row of the table, with each figure beside the dense model's."""
+    return {
+        "model": row.name,
+        "on disk": f"{size(row.bytes_on_disk)} ({row.bytes_on_disk / dense.bytes_on_disk:.2f}x)",
+        "in memory": f"{size(row.bytes_in_memory)} ({row.bytes_in_memory / dense.bytes_in_memory:.2f}x)",
+        "bits a weight": f"{row.bits_per_weight:.2f}",
+        "perplexity": f"{row.perplexity:.3f} ({row.perplexity - dense.perplexity:+.3f})",
+        "BLEU": f"{row.bleu:.1f} ({row.bleu - dense.bleu:+.1f})",
+        "tokens/s": f"{row.tokens_per_second:,.0f} ({row.tokens_per_second / dense.tokens_per_second:.2f}x)",
+    }
+
+
+def _notes(rows) -> list[tuple[str, str]]:
+    return [(row.name, note) for row in rows for note in row.notes]
+
+
+def _write_report(out: Path, rows, synthetic: str, sources, references, translations) -> None:
+    from jaxlm.evaluation.plots import plot_loss, plot_size_against_bleu
+
+    plot_loss(out / "run" / "metrics.jsonl", out / "loss.png")
+    plot_size_against_bleu(rows, out / "size.png")
+    table = [_shown(row, rows[0]) for row in rows]
+    lines = ["# Quickstart", "", synthetic, "", f"BLEU: `{rows[0].signature}`", "", _markdown(table), ""]
+    lines += [f"- {name}: {note}" for name, note in _notes(rows)]
+    lines += ["", "![Loss over training](loss.png)", "", "![BLEU against bytes on disk](size.png)", "", "## Translations"]
+    for i, (source, reference) in enumerate(zip(sources, references, strict=True)):
+        found = [{"model": name, "translation": texts[i]} for name, texts in translations.items()]
+        lines += ["", f"**{source}** (reference: {reference})", "", _markdown(found)]
+    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(out / "report.json", {"data": DATA, "note": synthetic, "rows": [row.to_json() for row in rows]})
+
+
+def _markdown(rows: list[dict[str, object]]) -> str:
+    header = list(rows[0])
+    cells = [header, ["---"] * len(header), *[[str(value) for value in row.values()] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

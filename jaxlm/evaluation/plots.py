@@ -1,0 +1,45 @@
+"""Two pictures for a report: the loss over training, and quality against size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file is all we draw on
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+from jaxlm.evaluation.compare import Comparison  # noqa: E402
+
+
+def plot_loss(metrics: str | Path, out: str | Path) -> None:
+    """Training and validation loss of a run's ``metrics.jsonl``, as a PNG."""
+    rows = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("valid_loss", "validation", "o-")):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="nats a token", yscale="log", title="Loss")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+
+
+def plot_size_against_bleu(rows: Sequence[Comparison], out: str | Path) -> None:
+    """BLEU over bytes on disk, one labelled point a model, as a PNG: up and to the left is better."""
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for row in rows:
+        x = row.bytes_on_disk / 2**20
+        axes.plot(x, row.bleu, "o")
+        axes.annotate(row.name, (x, row.bleu), textcoords="offset points", xytext=(6, 6), fontsize=8)
+    axes.set(xlabel="MiB on disk", ylabel="BLEU", title="Size against BLEU")
+    axes.margins(x=0.25, y=0.25)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,29 @@
+"""Running commands in this process, without leaving traces in it."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+
+from jaxlm.cli.main import main
+
+
+@pytest.fixture
+def jaxlm_command(capsys, monkeypatch):
+    """``jaxlm_command("inspect", "MODEL") -> (exit status, standard output, standard error)``."""
+    logger, absl = logging.getLogger("jaxlm"), logging.getLogger("absl")
+    before = logger.handlers, logger.propagate, absl.level
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))  # so that what the command sets is undone
+
+    def run(*words: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(word) for word in words])
+        out = capsys.readouterr()
+        return caught.value.code, out.out, out.err
+
+    yield run
+    logger.handlers, logger.propagate = before[:2]
+    absl.setLevel(before[2])

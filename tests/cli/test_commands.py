@@ -1,0 +1,137 @@
+"""The commands on small models: from a text file to a compressed model that generates."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm import nn
+from jaxlm.checkpoint.directory import write_model
+from jaxlm.core.tree import map_params
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig
+
+EXPERIMENT = """
+from jaxlm.training.config import *
+
+config = Experiment(
+    model=LSTMConfig(width=16, layers=1),
+    data=DataConfig(train="text:{text}", valid="text:{text}", test="text:{text}", tokenizer_kind="char", seq_len=8,
+                    batch_size=8),
+    train=TrainConfig(steps=3, log_every=1, eval_every=3),
+)
+"""
+
+
+def save(path, config, tokenizer):
+    rng = np.random.default_rng(0)
+    like = nn.abstract(config)[1]
+    params = map_params(lambda _, leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), like)
+    return write_model(path, config, params, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory):
+    tokenizer = Tokenizer.train(["abcdefgh "], "char")
+    config = DecoderConfig(vocab_size=tokenizer.vocab_size, width=16, heads=2, layers=2)
+    return save(tmp_path_factory.mktemp("decoder") / "model", config, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    tokenizer = Tokenizer.train(["abcdefgh "], "char")
+    config = Seq2SeqConfig(vocab_size=tokenizer.vocab_size, width=16, heads=2, encoder_layers=1, decoder_layers=1)
+    return save(tmp_path_factory.mktemp("seq2seq") / "model", config, tokenizer)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    (tmp_path / "text.txt").write_text("all work and no play makes jack a dull boy\n" * 20)
+    path = tmp_path / "experiment.py"
+    path.write_text(EXPERIMENT.format(text=tmp_path / "text.txt"))
+    return path
+
+
+def start(*words: object, cache: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+    command = [sys.executable, "-m", "jaxlm", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_a_second_start_compiles_nothing_and_a_run_can_be_evaluated(jaxlm_command, experiment, tmp_path):
+    cache = tmp_path / "cache"
+    for run in ("a", "b"):
+        done = start("train", experiment, "--out", tmp_path / run, "--train.eval_every", "2", cache=cache)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        if run == "a":
+            compiled = {path.name for path in cache.iterdir() if path.name.endswith("-cache")}
+            assert compiled
+    assert {path.name for path in cache.iterdir() if path.name.endswith("-cache")} == compiled
+    assert json.loads((tmp_path / "a" / "experiment.json").read_text())["train"]["eval_every"] == 2
+    status, out, err = jaxlm_command("evaluate", tmp_path / "a", "--json", tmp_path / "scores.json")
+    assert status == 0, err
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert {"loss", "perplexity", "bits_per_byte", "tokens"} <= scores.keys()
+    assert f"{scores['loss']:.4f}" in out
+
+
+def test_compress_inspect_generate(jaxlm_command, decoder, tmp_path):
+    small = tmp_path / "small"
+    status, out, err = jaxlm_command("compress", decoder, "--recipe", "w4a16-rtn-g8+huffman", "--out", small)
+    assert status == 0, err
+    assert "decoder/layers/0/attn/q/kernel" in out and "int4 g8" in out
+    assert json.loads((small / "compression.json").read_text())["recipe"]["name"] == "w4a16-rtn-g8+huffman"
+    status, out, _ = jaxlm_command("inspect", small, "--json", tmp_path / "facts.json")
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert (status, facts["recipe"], facts["config"]["width"]) == (0, "w4a16-rtn-g8+huffman", 16)
+    assert facts["bytes_on_disk"] == (small / "model.safetensors").stat().st_size
+    kinds = {row["tensor"]: row["representation"] for row in facts["tensors"]}
+    assert kinds["decoder/layers/0/attn/q/kernel"] == "int4 g8" and kinds["embed/table"] == "float32"
+    assert "int4 g8: " in out  # what it is here
+    status, out, err = jaxlm_command("generate", small, "--prompt", "abc", "--prompt", "d", "--max-new-tokens", 3)
+    first, second = out.removesuffix("\n").split("\n\n")
+    assert (status, first[:3], second[:1]) == (0, "abc", "d")
+    status, _, err = jaxlm_command("compress", small, "--recipe", "w8a8-dynamic", "--out", tmp_path / "smaller")
+    assert (status, err) == (2, "jaxlm: this model is quantized already; compress the dense one\n")
+    assert not (tmp_path / "smaller").exists()
+
+
+def test_translate_files_and_pipes(jaxlm_command, translator, tmp_path, monkeypatch):
+    source = tmp_path / "source.txt"
+    source.write_bytes(b"abc\r\n\nfed cab\n")
+    options = ["--beam", 1, "--max-length", 4]
+    status, out, err = jaxlm_command("translate", translator, "--input", source, *options)
+    assert (status, err) == (0, "")
+    lines = out.split("\n")
+    assert len(lines) == 4 and lines[1] == lines[3] == ""
+    target = tmp_path / "target.txt"
+    assert jaxlm_command("translate", translator, "--input", source, "--output", target, *options) == (0, "", "")
+    assert target.read_text() == out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source.read_bytes())))
+    assert jaxlm_command("translate", translator, *options) == (0, out, "")
+
+
+def test_translate_names_a_line_that_is_not_utf8(jaxlm_command, translator, tmp_path):
+    source = tmp_path / "source.txt"
+    source.write_bytes(b"abc\nab\xff\n")
+    status, _, err = jaxlm_command("translate", translator, "--input", source)
+    assert (status, err) == (2, f"jaxlm: {source} line 2 is not UTF-8; convert it\n")
+
+
+def test_each_kind_of_model_has_its_verb(jaxlm_command, decoder, translator, tmp_path):
+    (tmp_path / "x.txt").write_text("abc\n")
+    status, _, err = jaxlm_command("translate", decoder, "--input", tmp_path / "x.txt")
+    assert status == 2 and "use generate instead of translate" in err
+    status, _, err = jaxlm_command("generate", translator, "--prompt", "a")
+    assert status == 2 and "use translate instead of generate" in err
+    status, _, err = jaxlm_command("evaluate", translator, "--data", f"text:{tmp_path / 'x.txt'}")
+    assert status == 2 and "does not fit a seq2seq model" in err
