@@ -17,15 +17,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from jaxlm.core.errors import UserError
+    from jaxlm.evaluation.evaluate import evaluate
+    from jaxlm.inference.generate import generate
+    from jaxlm.inference.translate import translate
     from jaxlm.model import LM, compress, load
     from jaxlm.training.loop import train
 
 # Imported at first use, so that the command line answers before JAX is there.
 _HOMES = {
-    "LM": "jaxlm.model", "UserError": "jaxlm.core.errors", "compress": "jaxlm.model", "load": "jaxlm.model",
-    "train": "jaxlm.training.loop",
+    "LM": "jaxlm.model", "UserError": "jaxlm.core.errors", "compress": "jaxlm.model",
+    "evaluate": "jaxlm.evaluation.evaluate", "generate": "jaxlm.inference.generate", "load": "jaxlm.model",
+    "train": "jaxlm.training.loop", "translate": "jaxlm.inference.translate",
 }
-__all__ = ["LM", "UserError", "compress", "load", "train"]
+__all__ = ["LM", "UserError", "compress", "evaluate", "generate", "load", "train", "translate"]
 
 
 def __getattr__(name: str) -> Any:

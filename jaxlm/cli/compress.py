@@ -33,6 +33,6 @@ def run(args) -> None:
 def _shown(row) -> dict:
     error = "" if row.relative_error != row.relative_error else f"{row.relative_error:.4f}"
     return {
-        "tensor": row.path, "shape": shape_str(row.shape), "representation": row.representation, "bits": f"{row.bits:.2f}",
-        "sparsity": f"{row.sparsity:.0%}", "bytes": row.bytes, "error": error,
+        "tensor": row.path, "shape": shape_str(row.shape), "representation": row.representation,
+        "bits": f"{row.bits:.2f}", "sparsity": f"{row.sparsity:.0%}", "bytes": row.bytes, "error": error,
     }

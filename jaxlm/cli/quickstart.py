@@ -18,6 +18,7 @@ SHOWN = 4  # sentences translated by each model
 def add_arguments(parser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/quickstart"), help="%(default)s")
     parser.add_argument("--steps", type=int, default=900, metavar="N", help="of training (%(default)s)")
+    parser.add_argument("--sentences", type=int, default=0, metavar="N", help="translate only the first N for BLEU; 0: all")
 
 
 def run(args) -> None:
@@ -33,7 +34,7 @@ def run(args) -> None:
         print(f"compressing: {recipe}", flush=True)
         models[recipe] = jaxlm.compress(jaxlm.load(trained, expand=False), recipe).save(out / recipe)
     lms = {name: jaxlm.load(path) for name, path in models.items()}
-    rows = compare(lms, DATA, progress=Progress())
+    rows = compare(lms, DATA, sentences=args.sentences, progress=Progress())
     test = open_source(DATA, "test")
     sources, references = test.src[:SHOWN], test.tgt[:SHOWN]
     translations = {name: lm.translate(sources) for name, lm in lms.items()}
@@ -83,8 +84,9 @@ def _notes(rows) -> list[tuple[str, str]]:
 
 def _write_report(out: Path, rows, synthetic: str, sources, references, translations) -> None:
     from jaxlm.evaluation.plots import plot_loss, plot_size_against_bleu
+    from jaxlm.training.metrics import read_metrics
 
-    plot_loss(out / "run" / "metrics.jsonl", out / "loss.png")
+    plot_loss(read_metrics(out / "run" / "metrics.jsonl"), out / "loss.png")
     plot_size_against_bleu(rows, out / "size.png")
     table = [_shown(row, rows[0]) for row in rows]
     lines = ["# Quickstart", "", synthetic, "", f"BLEU: `{rows[0].signature}`", "", _markdown(table), ""]

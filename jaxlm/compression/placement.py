@@ -1,23 +1,23 @@
 """Which representations a platform can run at speed; the others are expanded when a model is loaded.
 
 A compressed model must not be slower than the dense one. Measured with XLA on CPU (jax 0.10, AVX-512, one core,
-float32; medians of interleaved runs of stacked layers under ``lax.scan``; time dense / time compressed):
+float32; medians of interleaved runs; time dense / time w8a8; M rows of activations):
 
-    w8a8, in x out   M = 1 row    M = 8   M = 64   M = 512
-    128 x 128             0.99     0.85     1.16      1.07
-    128 x 256             1.20     1.14     1.44      1.84
-    128 x 512             1.60     1.54     1.46      1.07
-    256 x 256             1.67     1.37     1.44      1.30
-    512 x 512             4.87     2.92     1.68      1.41
-    1024 x 1024           2.23     2.39     1.75      1.43
-    2048 x 2048           3.13     3.10     2.82      1.70
-    2048 x 64             2.40     1.88     1.18      0.97
-    1024 x 64             2.10     1.87     1.23      0.91
-    64 x 1024             0.72     1.00     1.51      1.46
+    layers of a stack, under lax.scan                    one matrix, used whole again and again
+    in x out       M = 1   M = 8  M = 64  M = 512        in x out       M = 1   M = 8  M = 64
+    128 x 128       0.99    0.85    1.16     1.07        128 x 512       0.65    0.76    1.15
+    128 x 256       1.20    1.14    1.44     1.84        256 x 1024      0.62    1.01    1.55
+    128 x 512       1.60    1.54    1.46     1.07        512 x 2048      1.08    1.32    1.67
+    256 x 256       1.67    1.37    1.44     1.30        1024 x 4096     2.63    2.60    1.83
+    512 x 512       4.87    2.92    1.68     1.41        256 x 16384     1.81    2.09    1.60
+    1024 x 1024     2.23    2.39    1.75     1.43
+    2048 x 2048     3.13    3.10    2.82     1.70
+    1024 x 64       2.10    1.87    1.23     0.91
+    64 x 1024       0.72    1.00    1.51     1.46
 
-So int8 dots stay where both sides are at least 128 and one of them is more; in smaller ones rounding the activations
-costs what the product saves. Weight-only integers are converted before a float dot, which XLA on CPU does not fuse
-(17 times slower at M = 1): they are always expanded.
+A layer is copied out of its stack at every use, and int8 is a quarter of the copy: there w8a8 wins from 128 x 256 on.
+A matrix that stays in cache has to be larger before the product saves more than rounding the activations costs.
+Weight-only integers are converted to float at every use, 0.2 to 0.8 of the dense speed at M = 8: always expanded.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def place(params: Params, platform: str) -> tuple[Params, list[str]]:
 
 def fast_on_cpu(leaf: QArray) -> bool:
     """Whether the leaf's product is at least as fast as float32 on CPU, by the table above."""
-    n_out, n_in = leaf.codes.shape[-2:]
-    return leaf.act_bits == 8 and min(n_in, n_out) >= 128 and n_in * n_out >= 2**15
+    *layers, n_out, n_in = leaf.codes.shape
+    return leaf.act_bits == 8 and min(n_in, n_out) >= 128 and n_in * n_out >= (2**15 if layers else 2**20)
 
 
 def narrow(leaf: QArray) -> QArray:

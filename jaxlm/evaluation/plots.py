@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -15,9 +15,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from jaxlm.evaluation.compare import Comparison  # noqa: E402
 
 
-def plot_loss(metrics: str | Path, out: str | Path) -> None:
-    """Training and validation loss of a run's ``metrics.jsonl``, as a PNG."""
-    rows = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
+def plot_loss(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
+    """Training and validation loss from the rows of a run's ``metrics.jsonl``, as a PNG."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for key, label, style in (("loss", "training", "-"), ("valid_loss", "validation", "o-")):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]

@@ -88,7 +88,8 @@ def test_what_may_go_wrong_in_a_command(jaxlm_command, monkeypatch, error, statu
     def run(args):
         raise error
 
-    monkeypatch.setitem(sys.modules, "jaxlm.cli.fails", types.SimpleNamespace(add_arguments=lambda parser: None, run=run))
+    module = types.SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setitem(sys.modules, "jaxlm.cli.fails", module)
     monkeypatch.setitem(main_module.COMMANDS, "fails", "")
     assert jaxlm_command("fails") == (status, "", text)
 

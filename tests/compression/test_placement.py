@@ -19,7 +19,10 @@ def tree(**leaves):
     return nnx.State({name: nnx.Param(leaf) for name, leaf in leaves.items()})
 
 
-DENSE = dict(big=normal(2, 128, 256), small=normal(2, 128, 128), narrow=normal(2, 4096, 64), norm=jnp.ones(8))
+DENSE = dict(
+    big=normal(2, 128, 256), small=normal(2, 128, 128), narrow=normal(2, 4096, 64), lone=normal(128, 256),
+    norm=jnp.ones(8),
+)
 
 
 def compressed(**options):
@@ -32,13 +35,13 @@ def test_cpu_keeps_only_integer_dots_that_are_large_enough():
     assert [name for name, leaf in flatten(placed).items() if is_leaf(leaf)] == ["big"]
     for name, leaf in flatten(placed).items():
         np.testing.assert_array_equal(dequantize(leaf), dequantize(flatten(params)[name]))
-    assert len(notes) == 1 and "2 tensors expanded" in notes[0] and "int8 activations" in notes[0]
+    assert len(notes) == 1 and "3 tensors expanded" in notes[0] and "int8 activations" in notes[0]
 
 
 def test_cpu_expands_weight_only_integers():
     placed, notes = place(compressed(bits=4, group=32, symmetric=False), "cpu")
     assert not any(is_leaf(leaf) for leaf in flatten(placed).values())
-    assert notes == ["int4 g32: 3 tensors expanded, they would be slower than dense on this platform"]
+    assert notes == ["int4 g32: 4 tensors expanded, they would be slower than dense on this platform"]
     assert place(tree(**DENSE), "cpu")[1] == []
 
 
@@ -74,5 +77,5 @@ def test_report_counts_what_it_says():
         assert rows[name].shape == w.shape and rows[name].bits == 8000 / w.size and rows[name].bytes == 1000
         np.testing.assert_allclose(rows[name].sparsity, (now == 0).mean(), rtol=1e-5)
     total = summary(list(rows.values()))
-    assert total.bytes == 4000 and total.shape == (sum(w.size for w in DENSE.values()),)
+    assert total.bytes == 5000 and total.shape == (sum(w.size for w in DENSE.values()),)
     assert total.representation == "int4 g32 / float32"

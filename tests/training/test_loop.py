@@ -94,7 +94,9 @@ def test_it_learns_and_writes_everything(finished):
 
 def killed(folder: Path, run: Path, step: int) -> None:
     """Trains in another process, and kills it once it has logged ``step``."""
-    with subprocess.Popen([sys.executable, __file__, str(folder), str(run)], stdout=subprocess.DEVNULL) as process:
+    command = [sys.executable, __file__, str(folder), str(run)]
+    here = {"PYTHONPATH": str(Path(loop.__file__).parents[2])}
+    with subprocess.Popen(command, env=os.environ | here, stdout=subprocess.DEVNULL) as process:
         log = run / "metrics.jsonl"
         while not (log.exists() and any(row["step"] >= step for row in read_metrics(log))):
             assert process.poll() is None, "it ended before it was killed"

@@ -65,7 +65,7 @@ def pairs(table: str) -> tuple[tuple[str, str], ...]:
 
 def ends_hissing(word: str) -> bool:
     """Whether an English word takes -es: box, dress, church, tomato."""
-    return word.endswith(("s", "x", "ch", "sh", "o")) and not word.endswith(("io", "ano", "eo"))
+    return word.endswith(("s", "x", "ch", "sh", "o")) and not word.endswith("io")
 
 
 def with_s(word: str) -> str:
@@ -107,7 +107,7 @@ def verb(entry: str) -> Verb:
     prefix, _, german = german.rpartition("|")
     infinitive, _, er = german.partition("/")
     stem = infinitive.removesuffix("n").removesuffix("e")
-    er = er or stem + ("et" if stem.endswith(("t", "d", "ffn")) else "t")
+    er = er or stem + ("et" if stem.endswith(("t", "d")) else "t")
     du = er[:-1] + ("t" if er[-2] in "sßzx" else "st")
     forms = (stem + "e", du, er, infinitive, infinitive)
     tail = "".join(f" {word}" for word in particle)

@@ -1,0 +1,31 @@
+"""The quickstart from end to end, too short to learn anything."""
+
+from __future__ import annotations
+
+import json
+
+import jaxlm
+from jaxlm.cli.quickstart import RECIPES
+
+
+def test_leaves_models_a_table_and_a_report(jaxlm_command, tmp_path):
+    out = tmp_path / "quickstart"
+    status, stdout, _ = jaxlm_command("quickstart", "--steps", "18", "--sentences", "8", "--out", out)
+    assert status == 0 and "synthetic" in stdout
+    report = json.loads((out / "report.json").read_text())
+    names = [row["name"] for row in report["rows"]]
+    assert names == ["dense", *RECIPES]
+    fields = {"bytes_on_disk", "bytes_in_memory", "bits_per_weight", "perplexity", "bleu", "tokens_per_second"}
+    assert all(fields <= set(row) and row["bytes_on_disk"] > 0 for row in report["rows"])
+    dense, *small = report["rows"]
+    assert all(row["bytes_on_disk"] < 0.5 * dense["bytes_on_disk"] for row in small)
+    assert all(row["bytes_in_memory"] <= dense["bytes_in_memory"] for row in small)
+
+    text = (out / "report.md").read_text()
+    assert "synthetic" in text and dense["signature"] in text
+    for name in ("loss.png", "size.png"):
+        assert name in text
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    for name in names:
+        assert name in text and name in stdout
+    assert len(jaxlm.load(out / RECIPES[0]).translate(["Good morning."])) == 1
