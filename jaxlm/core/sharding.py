@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import is_leaf
 
 log = logging.getLogger(__name__)
 
@@ -86,10 +87,10 @@ def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> A
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
         value, axes = leaf.get_value(), leaf.get_metadata("axes")
-        if jax.tree_util.all_leaves([value]):
+        if not is_leaf(value):
             return leaf.replace(of_array(value, axes))
         # The parts of a compressed leaf are all [..., out, in or groups of in].
-        axes = (*axes[:-2], axes[-1], axes[-2])
+        axes = (*axes[:-2], axes[-1], axes[-2]) if value.axis == -2 else axes
         return leaf.replace(jax.tree.map(lambda part: of_array(part, axes), value))
 
     return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -17,6 +17,7 @@ class DataConfig:
 
     train: str = ""
     valid: str = ""
+    test: str = ""
     tokenizer: str = ""  # a tokenizer.json or a model directory; "" trains one on ``train``
     tokenizer_kind: Literal["bpe", "char"] = "bpe"
     vocab_size: int = 8192  # of a byte-pair tokenizer trained here

@@ -31,7 +31,7 @@ __all__ = ["Setup", "prepare"]
 
 # What may differ between the start of a run and its resumption; anything else would make another training of it.
 _MAY_CHANGE = (
-    "mesh.", "eval.", "data.valid", "data.prefetch", "train.steps", "train.log_every", "train.eval_every",
+    "mesh.", "eval.", "data.valid", "data.test", "data.prefetch", "train.steps", "train.log_every", "train.eval_every",
     "train.checkpoint_every", "train.keep_", "train.patience", "train.average", "train.on_nan", "train.spike_factor",
 )
 

@@ -24,9 +24,8 @@ from jaxlm.training.config import *
 
 config = Experiment(
     model=LSTMConfig(width=16, layers=1),
-    data=DataConfig(train="text:{text}", valid="text:{text}", tokenizer_kind="char", seq_len=8,
+    data=DataConfig(train="text:{text}", valid="text:{text}", test="text:{text}", tokenizer_kind="char", seq_len=8,
                     batch_size=8),
-    optim=OptimConfig(warmup_steps=1),
     train=TrainConfig(steps=3, log_every=1, eval_every=3),
 )
 """
