@@ -1,7 +1,8 @@
-"""Multi30k English to German with the tiny translation Transformer (the task-1 text of Elliott et al., arXiv:1605.00459).
+"""Multi30k English to German with the tiny translation Transformer (task 1 of Elliott et al., arXiv:1605.00459).
 
-    jaxlm train configs/multi30k.py --data.train bitext:train.en.gz,train.de.gz --data.valid bitext:val.en.gz,val.de.gz --out runs/multi30k
-    jaxlm evaluate runs/multi30k --data bitext:test_2016_flickr.en.gz,test_2016_flickr.de.gz --beam 5
+    jaxlm train configs/multi30k.py --out runs/multi30k --data.train bitext:train.en.gz,train.de.gz \\
+        --data.valid bitext:val.en.gz,val.de.gz --data.test bitext:test_2016_flickr.en.gz,test_2016_flickr.de.gz
+    jaxlm evaluate runs/multi30k --beam 5
 """
 
 from jaxlm import nn

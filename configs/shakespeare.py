@@ -1,6 +1,7 @@
 """Character-level Shakespeare: nanoGPT's CPU configuration (4 layers, width 128, block 64, batch 12, 2,000 steps).
 
-    jaxlm train configs/shakespeare.py --data.train 'text:input.txt[:90%]' --data.valid 'text:input.txt[90%:]' --out runs/shakespeare
+    jaxlm train configs/shakespeare.py --out runs/shakespeare \\
+        --data.train 'text:input.txt[:90%]' --data.valid 'text:input.txt[90%:]'
 """
 
 from jaxlm import nn

@@ -11,14 +11,13 @@ from pathlib import Path
 from jaxlm.cli.output import Progress, print_table, size, write_json
 
 RECIPES = ("w8a8-dynamic", "w4a16-rtn-g64", "sparse50-magnitude+w4a16-rtn-g64+huffman")
-DATA = "builtin:phrasebook"
+TRAIN, VALID, TEST = (f"builtin:phrasebook:{part}" for part in ("train", "valid", "test"))
 SHOWN = 4  # sentences translated by each model
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/quickstart"), help="%(default)s")
-    parser.add_argument("--steps", type=int, default=900, metavar="N", help="of training (%(default)s)")
-    parser.add_argument("--sentences", type=int, default=0, metavar="N", help="translate only the first N for BLEU; 0: all")
+    parser.add_argument("--steps", type=int, default=700, metavar="N", help="of training (%(default)s)")
 
 
 def run(args) -> None:
@@ -34,8 +33,8 @@ def run(args) -> None:
         print(f"compressing: {recipe}", flush=True)
         models[recipe] = jaxlm.compress(jaxlm.load(trained, expand=False), recipe).save(out / recipe)
     lms = {name: jaxlm.load(path) for name, path in models.items()}
-    rows = compare(lms, DATA, sentences=args.sentences, progress=Progress())
-    test = open_source(DATA, "test")
+    rows = compare(lms, TEST, progress=Progress())
+    test = open_source(TEST)
     sources, references = test.src[:SHOWN], test.tgt[:SHOWN]
     translations = {name: lm.translate(sources) for name, lm in lms.items()}
 
@@ -58,7 +57,7 @@ def _experiment(steps: int):
     return Experiment(
         model=nn.preset("tiny", encoder_layers=2, decoder_layers=2, ffn=512, dropout=0.0, scan_layers=False),
         data=DataConfig(
-            train=DATA, valid=f"{DATA}:valid", vocab_size=1200, batch_tokens=2048, buckets=(8, 12, 16, 24, 32)
+            train=TRAIN, valid=VALID, vocab_size=1200, batch_tokens=2048, buckets=(8, 12, 16, 24, 48)
         ),
         optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_steps=steps // 9, b2=0.98, weight_decay=0.01),
         train=TrainConfig(steps=steps, label_smoothing=0.05, eval_every=max(steps // 3, 1), checkpoint_every=0),
@@ -91,12 +90,13 @@ def _write_report(out: Path, rows, synthetic: str, sources, references, translat
     table = [_shown(row, rows[0]) for row in rows]
     lines = ["# Quickstart", "", synthetic, "", f"BLEU: `{rows[0].signature}`", "", _markdown(table), ""]
     lines += [f"- {name}: {note}" for name, note in _notes(rows)]
-    lines += ["", "![Loss over training](loss.png)", "", "![BLEU against bytes on disk](size.png)", "", "## Translations"]
+    lines += ["", "![Loss over training](loss.png)", "", "![BLEU against bytes on disk](size.png)"]
+    lines += ["", "## Translations"]
     for i, (source, reference) in enumerate(zip(sources, references, strict=True)):
         found = [{"model": name, "translation": texts[i]} for name, texts in translations.items()]
         lines += ["", f"**{source}** (reference: {reference})", "", _markdown(found)]
     (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(out / "report.json", {"data": DATA, "note": synthetic, "rows": [row.to_json() for row in rows]})
+    write_json(out / "report.json", {"data": TEST, "note": synthetic, "rows": [row.to_json() for row in rows]})
 
 
 def _markdown(rows: list[dict[str, object]]) -> str:

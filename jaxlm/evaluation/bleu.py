@@ -1,4 +1,4 @@
-"""Translation quality by sacreBLEU, each score with the signature that says how it was computed (Post, arXiv:1804.08771)."""
+"""Translation quality by sacreBLEU (Post, arXiv:1804.08771), each score with the signature that says how."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from jaxlm.inference.translate import translate
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:
     """Corpus scores against one reference each, 0 to 100.
 
-    ``bleu`` is cased with 13a tokenisation, ``bleu_lowercase`` the same in lower case, ``chrf`` is chrF2; ``signature``,
-    ``signature_lowercase`` and ``signature_chrf`` belong to them.
+    ``bleu`` is cased with 13a tokenisation, ``bleu_lowercase`` the same in lower case, ``chrf`` is chrF2;
+    ``signature``, ``signature_lowercase`` and ``signature_chrf`` belong to them.
     """
     out: dict[str, float | str] = {}
     for name, suffix, metric in (

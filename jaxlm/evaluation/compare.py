@@ -36,7 +36,7 @@ def compare(
     """The figures of each model on ``spec``, in the order given.
 
     Args:
-        lms: loaded models (``jaxlm.load``) by name. They share a tokenizer, and their ``info`` tells their size on disk.
+        lms: loaded models (``jaxlm.load``) by name. They share a tokenizer; ``info`` tells their size on disk.
         spec: see ``evaluate``; speed is measured on it too, the models in turn.
         beam, sentences: of the translations.
         progress: see ``evaluate``; the names of the models are put in front.

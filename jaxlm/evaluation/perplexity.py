@@ -95,6 +95,11 @@ def pair_batches(lm, source: Bitext, rows: int = 0) -> Iterator[Batch]:
     """Every pair of a bitext, bucketed by length; about ``rows`` rows of the middling length (0: by vocabulary)."""
     tokens = (rows or _rows(lm, 64)) * 64
     pairs = Pairs(source, lm.tokenizer, _BUCKETS, tokens, keep_all=True)
+    if lm.config.positions == "learned" and pairs.report()["longest"] > lm.config.max_positions:
+        raise UserError(
+            f"{source.spec!r} has a sentence of {pairs.report()['longest']} tokens and the model reads "
+            f"{lm.config.max_positions}: split it"
+        )
     plan = pairs.plan(None, 0)
     return (pairs.take(plan, k) for k in range(len(plan.bucket)))
 
@@ -170,7 +175,7 @@ def _sum(lm, batches, total: int, progress: Progress | None) -> tuple[float, int
 
 
 def figures(nll: float, tokens: int, text_tokens: int, texts) -> dict[str, float]:
-    """From nats over scored tokens to figures; ``text_tokens`` is how many tokens ``texts`` has (None: unknown text)."""
+    """From nats over scored tokens to figures; ``text_tokens`` is how many ``texts`` has (None: unknown text)."""
     loss = nll / tokens
     out = {"loss": loss, "perplexity": _exp(loss)}
     words, size = text_size(texts) if texts is not None else (0, 0)

@@ -21,7 +21,7 @@ def power_of_two(n: int) -> int:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], shape: tuple[int, int], pad_id: int, *, left: bool = False) -> np.ndarray:
-    """An int32 array of ``shape`` with each row at its left edge, or at its right edge after padding on the ``left``."""
+    """An int32 array of ``shape`` with each row at its left edge, or at its right edge after padding on the left."""
     out = np.full(shape, pad_id, np.int32)
     for i, row in enumerate(rows):
         begin = shape[1] - len(row) if left else 0

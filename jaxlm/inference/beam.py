@@ -64,9 +64,9 @@ def search(
 ) -> Hypotheses:
     """The best continuations of ``first_B`` (the last token before them, int32 ``[B]``); call it inside ``jit``.
 
-    ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, ``cache.select(rows_R)`` and ``cache.reorder(rows_R)`` are the
-    decoding protocol of ``jaxlm.nn``; ``cache`` holds B rows and everything before ``first_B``. Sentence ``b`` gets at most
-    ``limit_B[b] <= size`` new tokens. ``exact`` searches on until no continuation of any allowed length could win,
+    ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, ``cache.select(rows_R)`` and ``cache.reorder(rows_R)`` are
+    the decoding protocol of ``jaxlm.nn``; ``cache`` holds B rows and everything before ``first_B``. Sentence ``b`` gets
+    at most ``limit_B[b] <= size`` new tokens. ``exact`` searches on until no continuation of any allowed length could win,
     where the rule above only asks about ending now (they differ for a positive length penalty).
     """
     batch = first_B.shape[0]
@@ -136,7 +136,7 @@ def search(
 def search_seq2seq(
     graphdef, params, src_BxS: Array, limit_B: Array, length_penalty: Array, exact: Array, *, beams: int, size: int
 ) -> Hypotheses:
-    """Translations of padded sources (each ending with the end token); ``limit_B`` 0 marks a row that is only padding."""
+    """Translations of padded sources (each ending with the end token); ``limit_B`` 0 marks a row of padding."""
     model = nnx.merge(graphdef, params)
     config = model.config
     mask_BxS = (src_BxS != config.pad_id).at[:, 0].set(True)  # a row of padding still needs something to attend to

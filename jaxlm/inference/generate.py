@@ -98,8 +98,8 @@ def _start(graphdef, params, prompts_BxP: Array, start_B: Array, until: Array, d
 
 
 def _marks(prompts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Two numbers a row, ``[B, 2]`` uint32: a digest of the prompt's tokens and how often the prompt came before. Not its
-    place or its neighbours, so that these do not change what is drawn."""
+    """Two numbers a row, ``[B, 2]`` uint32: a digest of the prompt's tokens and how often the prompt came before. Not
+    its place or its neighbours, so that these do not change what is drawn."""
     seen: Counter[int] = Counter()
     marks = np.zeros((len(prompts), 2), np.uint32)
     for row, prompt in enumerate(prompts):
@@ -148,7 +148,7 @@ def generate_tokens(
         starts = np.full(batch, length, np.int32)
         starts[: len(rows)] = [length - len(tokens) for tokens in windows]
         settings = jax.tree.map(lambda x: np.repeat(x, batch), sampling)
-        draw = _Draw(np.uint32(seed), marks[np.resize(rows, batch)], np.int32(len(new[rows[0]])), settings)
+        draw = _Draw(np.uint32(seed % 2**32), marks[np.resize(rows, batch)], np.int32(len(new[rows[0]])), settings)
         prompts_BxP = pad_rows(windows, (batch, length), config.pad_id, left=True)
         until = min(_CHECK_EVERY, room) if finished else room
         state = _start(lm.graphdef, lm.params, prompts_BxP, starts, np.int32(until), draw, size=size)
@@ -191,8 +191,17 @@ def beam_tokens(
     length_penalty: float = 1.0,
     batch_size: int = 8,
 ) -> list[list[int]]:
-    """The best continuation of each token prompt by beam search, without the end token."""
+    """The best continuation of each token prompt by beam search, without the end token.
+
+    UserError where it would not fit a model with learned positions.
+    """
     config = lm.config
+    longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+    if getattr(config, "positions", "") == "learned" and longest > config.max_positions:
+        raise UserError(
+            f"a prompt and its continuation make {longest} tokens and the model reads {config.max_positions}: lower "
+            "max_new_tokens, or do not use a beam"
+        )
     out: list[list[int]] = [[] for _ in prompts]
     for rows in batches_by_length([len(prompt) for prompt in prompts], batch_size):
         batch, length = power_of_two(len(rows)), bucket(len(prompts[rows[0]]))

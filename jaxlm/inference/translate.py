@@ -31,6 +31,8 @@ def translate_tokens(
     out: list[list[int]] = [[] for _ in sources]
     scores = np.zeros(len(sources), np.float32)
     done = 0
+    if config.positions == "learned":
+        max_length = min(max_length, config.max_positions)
     for rows in batches_by_length([len(source) for source in sources], batch_size):
         length = bucket(len(sources[rows[0]]))
         batch = power_of_two(len(rows))

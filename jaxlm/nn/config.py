@@ -125,7 +125,9 @@ _LLAMA = DecoderConfig(tie_embeddings=False)
 
 PRESETS: dict[str, ModelConfig] = {
     # translation Transformers
-    "tiny": dataclasses.replace(_TRANSLATION, width=128, heads=4, ffn=256, encoder_layers=4, decoder_layers=4, dropout=0.3),
+    "tiny": dataclasses.replace(
+        _TRANSLATION, width=128, heads=4, ffn=256, encoder_layers=4, decoder_layers=4, dropout=0.3
+    ),
     "base": dataclasses.replace(_TRANSLATION, width=512, heads=8, ffn=2048),
     "big": dataclasses.replace(_TRANSLATION, width=1024, heads=16, ffn=4096, dropout=0.3),
     # decoder-only language models

@@ -19,8 +19,8 @@ class DecoderLM(nnx.Module):
         std = config.width**-0.5 if config.embed_scale else 0.02
         self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
         self.decoder = Stack(config, config.segments or (config.layers,), causal=True, cross=False, rngs=rngs)
-        untied = not config.tie_embeddings
-        self.head = Linear(config.width, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs) if untied else None
+        untied, axes = not config.tie_embeddings, ("embed", "vocab")
+        self.head = Linear(config.width, config.vocab_size, axes, bias=False, rngs=rngs) if untied else None
 
     def __call__(
         self,

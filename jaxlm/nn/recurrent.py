@@ -36,7 +36,7 @@ class LSTMState:
 
 
 class LSTMLayer(nnx.Module):
-    """``c' = f * c + i * g``, ``h' = o * tanh(c')``; the four gates come from one product (input, forget, cell, output).
+    """``c' = f * c + i * g``, ``h' = o * tanh(c')``; one product gives the four gates (input, forget, cell, output).
 
     The forget gate starts open (bias 1; Jozefowicz et al. 2015).
     """

@@ -22,8 +22,8 @@ class Seq2Seq(nnx.Module):
         decoder_segments = config.decoder_segments or (config.decoder_layers,)
         self.encoder = Stack(config, encoder_segments, causal=False, cross=False, rngs=rngs)
         self.decoder = Stack(config, decoder_segments, causal=True, cross=True, rngs=rngs)
-        untied = not config.tie_embeddings
-        self.head = Linear(config.width, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs) if untied else None
+        untied, axes = not config.tie_embeddings, ("embed", "vocab")
+        self.head = Linear(config.width, config.vocab_size, axes, bias=False, rngs=rngs) if untied else None
 
     def __call__(
         self,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 
 import jaxlm
+from jaxlm.cli import quickstart
 from jaxlm.cli.quickstart import RECIPES
 
 
-def test_leaves_models_a_table_and_a_report(jaxlm_command, tmp_path):
+def test_leaves_models_a_table_and_a_report(jaxlm_command, tmp_path, monkeypatch):
+    for part in ("TRAIN", "VALID", "TEST"):
+        monkeypatch.setattr(quickstart, part, f"builtin:phrasebook:{part.lower()}[:{24 if part == 'TRAIN' else 6}]")
     out = tmp_path / "quickstart"
-    status, stdout, _ = jaxlm_command("quickstart", "--steps", "18", "--sentences", "8", "--out", out)
+    status, stdout, _ = jaxlm_command("quickstart", "--steps", "10", "--out", out)
     assert status == 0 and "synthetic" in stdout
     report = json.loads((out / "report.json").read_text())
     names = [row["name"] for row in report["rows"]]

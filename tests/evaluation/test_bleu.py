@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import sacrebleu
-from tests.inference.models import seq2seq
 
 from jaxlm.data.sources import Bitext
 from jaxlm.evaluation.bleu import bleu, translate_corpus
 from jaxlm.inference.translate import translate
+from tests.inference.models import seq2seq
 
 REFERENCES = ["Ein Mann mit einem Hut steht am See.", "Zwei Hunde spielen im Schnee.", "Eine Frau liest ein Buch."]
 

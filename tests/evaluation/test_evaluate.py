@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.inference.models import decoder, seq2seq
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import sources
 from jaxlm.evaluation.evaluate import evaluate
+from tests.inference.models import decoder, seq2seq
 
 
 @pytest.fixture

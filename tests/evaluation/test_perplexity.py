@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.inference.models import decoder, full_logits, lstm, seq2seq
 
 import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.data.sources import Bitext, Documents, Tokens, open_source
 from jaxlm.evaluation.perplexity import bitext_perplexity, perplexity, windows
+from tests.inference.models import decoder, full_logits, lstm, seq2seq
 
 TEXT = "the cat sat on the mat. it was a fat cat and that was that. a dog came by and the cat left the mat at once."
 

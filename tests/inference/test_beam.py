@@ -7,9 +7,9 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from tests.inference import toys
 
 from jaxlm.inference.beam import search
+from tests.inference import toys
 
 EOS = 2
 

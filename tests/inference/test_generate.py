@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.inference.models import decoder, greedy_by_full_forward, lstm, seq2seq, total_logp
 
+from jaxlm import nn
+from jaxlm.checkpoint.directory import read_model
 from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows
 from jaxlm.inference.generate import beam_tokens, generate, generate_tokens
+from tests.inference.models import Handle, decoder, greedy_by_full_forward, lstm, seq2seq, total_logp
 
 PROMPTS = ["the cat", "a", "what is it that you said to the other one of them.", "on and on"]
 MODELS = {
@@ -91,8 +93,9 @@ def test_learned_positions_go_on_from_the_last_half_of_the_context():
         assert tokens == wanted
 
 
-def test_one_beam_is_greedy_and_more_beams_do_not_score_less():
-    lm = decoder()
+@pytest.mark.parametrize("make", [decoder, lstm])
+def test_one_beam_is_greedy_and_more_beams_do_not_score_less(make):
+    lm = make()
     greedy = generate_tokens(lm, ids(lm), max_new_tokens=20)
     assert beam_tokens(lm, ids(lm), max_new_tokens=20, beam=1) == greedy
     wide = beam_tokens(lm, ids(lm), max_new_tokens=20, beam=6)
@@ -122,6 +125,8 @@ def test_mistakes_are_named(options, named):
 
 
 def test_the_wrong_kind_of_model_is_named():
+    with pytest.raises(UserError, match="the model reads 16"):
+        generate(decoder(positions="learned", max_positions=16), ["abc"], beam=2, max_new_tokens=14)
     with pytest.raises(UserError, match="translate"):
         generate(seq2seq(), ["a"])
     with pytest.raises(UserError, match="tokenizer"):
@@ -133,3 +138,33 @@ def test_shapes_are_few_and_rows_keep_their_place():
     np.testing.assert_array_equal(pad_rows([[5, 6], [], [7]], (4, 3), 0), [[5, 6, 0], [0] * 3, [7, 0, 0], [0] * 3])
     np.testing.assert_array_equal(pad_rows([[5, 6]], (1, 3), 9, left=True), [[9, 5, 6]])
     assert batches_by_length([3, 9, 9, 1], 2) == [[1, 2], [0, 3]]
+
+
+# --- transformers
+
+
+def test_transformers_continues_alike(tmp_path):
+    """Greedy and beam, ragged prompts, against a random Llama that makes up its mind."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.6, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )).eval()  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    config, params, _, _ = read_model(tmp_path)
+    ours = Handle(config, nn.abstract(config)[0], params, None)
+    rng = np.random.default_rng(0)
+    prompts = [[1, *rng.integers(3, 50, n).tolist()] for n in (3, 8, 1, 5)]
+    for beam, length_penalty in ((1, 1.0), (4, 1.0), (3, 0.0)):
+        if beam == 1:
+            found = generate_tokens(ours, prompts, max_new_tokens=20)
+        else:
+            found = beam_tokens(ours, prompts, max_new_tokens=20, beam=beam, length_penalty=length_penalty)
+        for prompt, tokens in zip(prompts, found, strict=True):
+            said = theirs.generate(
+                torch.tensor([prompt]), max_new_tokens=20, num_beams=beam, length_penalty=length_penalty,
+                do_sample=False, early_stopping=False,
+            )[0, len(prompt) :].tolist()  # fmt: skip
+            assert tokens == (said[: said.index(2)] if 2 in said else said)

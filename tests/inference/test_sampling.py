@@ -79,7 +79,8 @@ def test_draws_follow_the_filtered_distribution():
 def test_a_row_is_its_own_business():
     logits = RNG.normal(size=(4, 50)).astype(np.float32)
     keys = jax.random.split(jax.random.key(2), 4)
-    mixed = Sampling(jnp.array([0.0, 1.0, 2.0, 0.0]), jnp.array([0, 3, 0, 7]), jnp.array([1, 1, 0.9, 0.1]), jnp.zeros(4))
+    temperatures, top_ks, top_ps = jnp.array([0.0, 1.0, 2.0, 0.0]), jnp.array([0, 3, 0, 7]), jnp.array([1, 1, 0.9, 0.1])
+    mixed = Sampling(temperatures, top_ks, top_ps, jnp.zeros(4))
     together = np.asarray(sample(logits, keys, mixed))
     for row in range(4):
         alone = sample(logits[row : row + 1], keys[row : row + 1], jax.tree.map(lambda x, r=row: x[r : r + 1], mixed))

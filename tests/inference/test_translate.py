@@ -7,12 +7,12 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from tests.inference.models import Handle, decoder, greedy_by_full_forward, seq2seq, total_logp
 
 from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, unflatten
 from jaxlm.inference.translate import encode_sources, translate, translate_tokens
+from tests.inference.models import Handle, decoder, greedy_by_full_forward, seq2seq, total_logp
 
 SENTENCES = ["the cat sat.", "a", "what is it that you said to the other one of them.", "on and on and on"]
 

@@ -34,8 +34,9 @@ def decoder_logits(config, weights: dict[str, np.ndarray], tokens: list[int]) ->
         for i in range(count):
             layer = {k.removeprefix(prefix): v[i] for k, v in weights.items() if k.startswith(prefix)}
             window = config.windows[number % len(config.windows)] if config.windows else 0
+            relative = weights.get("decoder/rel/table")
             parts = [
-                ("attn_norm", lambda h, w=window, p=layer: attention(config, h, p, w, weights.get("decoder/rel/table"))),
+                ("attn_norm", lambda h, w=window, p=layer, r=relative: attention(config, h, p, w, r)),
                 ("mlp_norm", lambda h, p=layer: mlp(config, h, p)),
             ]
             for name, inner in parts:
