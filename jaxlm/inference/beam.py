@@ -66,8 +66,8 @@ def search(
 
     ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, ``cache.select(rows_R)`` and ``cache.reorder(rows_R)`` are
     the decoding protocol of ``jaxlm.nn``; ``cache`` holds B rows and everything before ``first_B``. Sentence ``b`` gets
-    at most ``limit_B[b] <= size`` new tokens. ``exact`` searches on until no continuation of any allowed length could win,
-    where the rule above only asks about ending now (they differ for a positive length penalty).
+    at most ``limit_B[b] <= size`` new tokens. ``exact`` searches on until no continuation of any allowed length could
+    win, where the rule above only asks about ending now (they differ for a positive length penalty).
     """
     batch = first_B.shape[0]
     group_Bx1 = jnp.arange(batch)[:, None] * beams

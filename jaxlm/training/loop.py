@@ -163,6 +163,9 @@ class _Training:
     def _announce(self) -> None:
         setup = self._setup
         self._reporter.line(setup.report)
+        for loader in (setup.loader, setup.valid_loader):
+            for note in loader.notes() if loader else ():
+                self._reporter.line(f"note: {note}")
         if self._step:
             self._reporter.line(f"resuming at step {self._step}")
         self._write({"step": self._step, "start": {

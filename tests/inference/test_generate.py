@@ -156,8 +156,8 @@ def test_transformers_continues_alike(tmp_path):
     config, params, _, _ = read_model(tmp_path)
     ours = Handle(config, nn.abstract(config)[0], params, None)
     rng = np.random.default_rng(0)
-    prompts = [[1, *rng.integers(3, 50, n).tolist()] for n in (3, 8, 1, 5)]
-    for beam, length_penalty in ((1, 1.0), (4, 1.0), (3, 0.0)):
+    prompts = [[1, *rng.integers(3, 50, n).tolist()] for n in (3, 8, 1)]
+    for beam, length_penalty in ((1, 1.0), (4, 0.5)):
         if beam == 1:
             found = generate_tokens(ours, prompts, max_new_tokens=20)
         else:
