@@ -15,5 +15,5 @@ config = Experiment(
         test="bitext:test_2016_flickr.en.gz,test_2016_flickr.de.gz", vocab_size=6000, batch_tokens=4096,
     ),
     optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_steps=400, b2=0.98, weight_decay=0.01),
-    train=TrainConfig(steps=4500, label_smoothing=0.1, eval_every=250, checkpoint_every=250, keep_best=3, average=3),
+    train=TrainConfig(steps=3000, label_smoothing=0.1, eval_every=250, checkpoint_every=250, keep_best=3, average=3),
 )

@@ -64,13 +64,12 @@ def search(
 ) -> Hypotheses:
     """The best continuations of ``first_B`` (the last token before them, int32 ``[B]``); call it inside ``jit``.
 
-    ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, ``cache.select(rows_R)`` and ``cache.reorder(rows_R)`` are
+    ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, ``cache.fork(beams)`` and ``cache.reorder(beams_BxK)`` are
     the decoding protocol of ``jaxlm.nn``; ``cache`` holds B rows and everything before ``first_B``. Sentence ``b`` gets
     at most ``limit_B[b] <= size`` new tokens. ``exact`` searches on until no continuation of any allowed length could
     win, where the rule above only asks about ending now (they differ for a positive length penalty).
     """
     batch = first_B.shape[0]
-    group_Bx1 = jnp.arange(batch)[:, None] * beams
 
     def scaled(logp, length):
         return logp / jnp.asarray(length, jnp.float32) ** length_penalty
@@ -110,7 +109,7 @@ def search(
         hopeful_B = scaled(logp_BxK[:, 0], longest_B) > score_BxK[:, -1]
         return _State(
             step=length,
-            cache=cache.reorder((group_Bx1 + _take(beam_Bx2K, live_BxK)).reshape(-1)),
+            cache=cache.reorder(_take(beam_Bx2K, live_BxK)),
             last_BxK=_take(token_Bx2K, live_BxK),
             tokens_BxKxN=_take(tokens_Bx2KxN, live_BxK),
             logp_BxK=logp_BxK,
@@ -122,7 +121,7 @@ def search(
     no_score_BxK = jnp.full((batch, beams), -jnp.inf)
     start = _State(
         step=jnp.int32(0),
-        cache=cache.select(jnp.repeat(jnp.arange(batch), beams)),
+        cache=cache.fork(beams),
         last_BxK=jnp.broadcast_to(first_B[:, None], (batch, beams)),
         tokens_BxKxN=tokens_BxKxN,
         logp_BxK=no_score_BxK.at[:, 0].set(0.0),  # the beams are still one

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
-from jaxlm.inference.beam import search_seq2seq
+from jaxlm.inference.beam import Hypotheses, search_seq2seq
 
 
 def translate_tokens(
@@ -31,8 +32,20 @@ def translate_tokens(
     out: list[list[int]] = [[] for _ in sources]
     scores = np.zeros(len(sources), np.float32)
     done = 0
+
+    def finish(rows: list[int], found: Hypotheses) -> None:
+        nonlocal done
+        best, lengths, score = (np.asarray(x)[:, 0] for x in (found.tokens, found.length, found.score))
+        for r, i in enumerate(rows):
+            out[i] = [token for token in best[r, : lengths[r]].tolist() if token != config.eos_id]
+            scores[i] = score[r]
+        done += len(rows)
+        if progress is not None:
+            progress(done)
+
     if config.positions == "learned":
         max_length = min(max_length, config.max_positions)
+    running: deque[tuple[list[int], Hypotheses]] = deque()  # the next batch is under way before one is read
     for rows in batches_by_length([len(source) for source in sources], batch_size):
         length = bucket(len(sources[rows[0]]))
         batch = power_of_two(len(rows))
@@ -43,13 +56,11 @@ def translate_tokens(
             lm.graphdef, lm.params, src_BxS, limits, np.float32(length_penalty), exact, beams=beam,
             size=min(bucket(max_length), bucket(2 * length + 10)),
         )
-        best, lengths, score = (np.asarray(x[:, 0]) for x in (found.tokens, found.length, found.score))
-        for r, i in enumerate(rows):
-            out[i] = [token for token in best[r, : lengths[r]].tolist() if token != config.eos_id]
-            scores[i] = score[r]
-        done += len(rows)
-        if progress is not None:
-            progress(done)
+        running.append((rows, found))
+        if len(running) > 1:
+            finish(*running.popleft())
+    for rows, found in running:
+        finish(rows, found)
     return out, scores
 
 
@@ -87,10 +98,10 @@ def translate(
     if beam < 1 or max_length < 1 or batch_size < 1:
         raise UserError("beam, max_length and batch_size must be at least 1")
     told = [i for i, sentence in enumerate(sentences) if sentence.strip()]
-    sources = encode_sources(lm, [sentences[i] for i in told])
+    sources = encode_sources(lm, sentences)
     found, _ = translate_tokens(
-        lm, sources, beam=beam, length_penalty=length_penalty, max_length=max_length, batch_size=batch_size,
-        progress=progress,
+        lm, [sources[i] for i in told], beam=beam, length_penalty=length_penalty, max_length=max_length,
+        batch_size=batch_size, progress=progress,
     )
     out = [""] * len(sentences)
     for i, tokens in zip(told, found, strict=True):

@@ -26,8 +26,8 @@ def window_mask(q_slots_BxT: jax.Array, k_slots_BxS: jax.Array, window: jax.Arra
 
 def attend(
     q_BxTxHxK: jax.Array,
-    k_BxSxGxK: jax.Array,
-    v_BxSxGxK: jax.Array,
+    k_BxGxSxK: jax.Array,
+    v_BxGxSxK: jax.Array,
     mask_BxTxS: jax.Array | None,
     bias_BxHxTxS: jax.Array | None = None,
     *,
@@ -41,16 +41,16 @@ def attend(
     Head ``h`` reads key/value head ``h // (H // G)``. Mask and bias broadcast over B; the result is ``[B, T, H, K]``.
     """
     B, T, H, K = q_BxTxHxK.shape
-    S, G = k_BxSxGxK.shape[1:3]
+    G, S = k_BxGxSxK.shape[1:3]
     q_BxGxRTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
-    logits = jnp.einsum("bgqk,bsgk->bgqs", q_BxGxRTxK, k_BxSxGxK, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bgqk,bgsk->bgqs", q_BxGxRTxK, k_BxGxSxK, preferred_element_type=jnp.float32)
     logits_BxHxTxS = softcap(logits.reshape(B, H, T, S), cap)
     if bias_BxHxTxS is not None:
         logits_BxHxTxS += bias_BxHxTxS
     if mask_BxTxS is not None:
         logits_BxHxTxS = jnp.where(mask_BxTxS[:, None], logits_BxHxTxS, NEGATIVE)
-    weights = dropout(jax.nn.softmax(logits_BxHxTxS, -1), dropout_rate, key).astype(v_BxSxGxK.dtype)
-    out = jnp.einsum("bgqs,bsgk->bgqk", weights.reshape(B, G, -1, S), v_BxSxGxK)
+    weights = dropout(jax.nn.softmax(logits_BxHxTxS, -1), dropout_rate, key).astype(v_BxGxSxK.dtype)
+    out = jnp.einsum("bgqs,bgsk->bgqk", weights.reshape(B, G, -1, S), v_BxGxSxK)
     return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
 
 
@@ -75,17 +75,24 @@ class Attention(nnx.Module):
         return q if angles is None else rotate(q, *angles)
 
     def key_value(self, x_BxSxD: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array]:
-        """Keys and values ``[B, S, G, K]``; keys normalised and rotated where the model does so."""
+        """Keys and values ``[B, G, S, K]``; keys normalised and rotated where the model does so."""
         k = self.k(x_BxSxD).reshape(*x_BxSxD.shape[:2], -1, self.config.d_head)
         v = self.v(x_BxSxD).reshape(*x_BxSxD.shape[:2], -1, self.config.d_head)
         k = k if self.k_norm is None else self.k_norm(k)
-        return (k if angles is None else rotate(k, *angles)), v
+        k = k if angles is None else rotate(k, *angles)
+        return k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def __call__(self, q, k, v, mask, bias=None, *, key: jax.Array | None) -> jax.Array:
-        """From ``query`` and ``key_value`` to the block's output ``[B, T, D]``."""
+        """From ``query`` and ``key_value`` to the block's output ``[B, T, D]``.
+
+        Where there are fewer rows of keys than of queries (the beams of a sentence), neighbouring rows share theirs: to
+        attention they are one row of queries, and the mask ``[keys' rows, B * T / keys' rows, S]`` tells them apart.
+        """
         config = self.config
-        out_BxTxHxK = attend(
+        B, T, H, K = q.shape
+        q = q.reshape(k.shape[0], -1, H, K)
+        out = attend(
             q, k, v, mask, bias, scale=config.attention_scale or config.d_head**-0.5, cap=config.attention_softcap,
             dropout_rate=config.attention_dropout, key=key,
         )
-        return self.o(out_BxTxHxK.reshape(*out_BxTxHxK.shape[:2], -1))
+        return self.o(out.reshape(B, T, -1))

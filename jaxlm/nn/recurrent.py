@@ -25,13 +25,16 @@ class LSTMState:
     def replace(self, **changes) -> LSTMState:
         return replace(self, **changes)
 
-    def select(self, rows_R: jax.Array) -> LSTMState:
-        """The state of the batch made of these rows, in this order; rows may repeat."""
-        return replace(self.reorder(rows_R), start=self.start[rows_R])
+    def fork(self, beams: int) -> LSTMState:
+        """Every row as ``beams`` equal rows."""
+        hidden, cell, start = jax.tree.map(lambda x: jnp.repeat(x, beams, 0), (self.hidden, self.cell, self.start))
+        return replace(self, hidden=hidden, cell=cell, start=start)
 
-    def reorder(self, rows_R: jax.Array) -> LSTMState:
-        """``select`` among rows of equal start (the protocol of ``Cache.reorder``)."""
-        hidden, cell = jax.tree.map(lambda x: x[rows_R], (self.hidden, self.cell))
+    def reorder(self, beams_BxK: jax.Array) -> LSTMState:
+        """After ``fork``: beam k goes on from the state of the given beam of its sentence."""
+        batch, beams = beams_BxK.shape
+        rows = (beams * jnp.arange(batch)[:, None] + beams_BxK).reshape(-1)
+        hidden, cell = jax.tree.map(lambda x: x[rows], (self.hidden, self.cell))
         return replace(self, hidden=hidden, cell=cell)
 
 

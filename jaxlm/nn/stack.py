@@ -31,29 +31,33 @@ class Cache:
     """What decoding remembers of a batch: keys and values of the slots written so far.
 
     A row's sequence may begin late: slots before ``start`` are padding at the left, never looked at.
+
+    In beam search each of the B sentences has several rows, its beams, one after the other. A beam writes slots of its
+    own and looks at those of all beams of its sentence, as far as they are its past: ``writer`` says which beam wrote
+    what it remembers in each slot. So giving a beam another past copies nothing, and a memory is there once a sentence.
     """
 
-    keys: tuple[jax.Array, ...]  # a segment: [L, B, slots, G, K]
+    keys: tuple[jax.Array, ...]  # a segment: [L, B, G, beams, slots, K]
     values: tuple[jax.Array, ...]
     index: jax.Array  # int32 scalar, the next slot to write
-    start: jax.Array  # int32 [B], each row's first real slot
-    memory: tuple[KeyValue, ...] = ()  # cross-attention keys and values a segment, each [L, B, M, G, K]
+    start: jax.Array  # int32 [B], each sentence's first real slot
+    memory: tuple[KeyValue, ...] = ()  # cross-attention keys and values a segment, each [L, B, G, M, K]
     memory_mask: jax.Array | None = None  # bool [B, M]
+    writer: jax.Array | None = None  # int32 [B, beams, slots]; None: one beam
 
     def replace(self, **changes: Any) -> Cache:
         return replace(self, **changes)
 
-    def select(self, rows_R: jax.Array) -> Cache:
-        """The cache of the batch made of these rows, in this order; rows may repeat."""
-        mask = None if self.memory_mask is None else self.memory_mask[rows_R]
-        memory = jax.tree.map(lambda x: x[:, rows_R], self.memory)
-        return replace(self.reorder(rows_R), start=self.start[rows_R], memory=memory, memory_mask=mask)
+    def fork(self, beams: int) -> Cache:
+        """Every row as ``beams`` equal rows."""
+        keys, values = jax.tree.map(lambda x: jnp.repeat(x, beams, 3), (self.keys, self.values))
+        batch, slots = keys[0].shape[1], keys[0].shape[4]
+        writer = jnp.broadcast_to(jnp.arange(beams)[:, None], (batch, beams, slots))
+        return replace(self, keys=keys, values=values, writer=writer)
 
-    def reorder(self, rows_R: jax.Array) -> Cache:
-        """``select`` where every row is replaced by one of the same source and start, as in beam search:
-        only the written slots move, the memory stays."""
-        keys, values = jax.tree.map(lambda x: x[:, rows_R], (self.keys, self.values))
-        return replace(self, keys=keys, values=values)
+    def reorder(self, beams_BxK: jax.Array) -> Cache:
+        """After ``fork``: beam k goes on from what the given beam of its sentence remembers."""
+        return replace(self, writer=jnp.take_along_axis(self.writer, beams_BxK[:, :, None], axis=1))
 
 
 @jax.tree_util.register_dataclass
@@ -117,22 +121,27 @@ class LayerCache:
     """One layer's place in a segment's cache. The whole cache is carried through the scan and written in place:
     as scanned inputs and outputs it would be copied at every step."""
 
-    keys: jax.Array  # [L, B, slots, G, K]
+    keys: jax.Array  # [L, B, G, beams, slots, K]
     values: jax.Array
     layer: jax.Array
     index: jax.Array
 
-    def write(self, k_BxTxGxK: jax.Array, v_BxTxGxK: jax.Array) -> LayerCache:
+    def write(self, k_RxGxTxK: jax.Array, v_RxGxTxK: jax.Array) -> LayerCache:
         def into(cache, new):
-            return jax.lax.dynamic_update_slice(cache, new[None].astype(cache.dtype), (self.layer, 0, self.index, 0, 0))
+            by_beam = new.reshape(cache.shape[1], -1, *new.shape[1:]).swapaxes(1, 2)
+            at = (self.layer, 0, 0, 0, self.index, 0)
+            return jax.lax.dynamic_update_slice(cache, by_beam[None].astype(cache.dtype), at)
 
-        return replace(self, keys=into(self.keys, k_BxTxGxK), values=into(self.values, v_BxTxGxK))
+        return replace(self, keys=into(self.keys, k_RxGxTxK), values=into(self.values, v_RxGxTxK))
 
     def read(self) -> KeyValue:
-        return (
-            jax.lax.dynamic_index_in_dim(self.keys, self.layer, keepdims=False),
-            jax.lax.dynamic_index_in_dim(self.values, self.layer, keepdims=False),
-        )
+        """``[B, G, beams * slots, K]`` each."""
+
+        def of(cache):
+            layer = jax.lax.dynamic_index_in_dim(cache, self.layer, keepdims=False)
+            return layer.reshape(*layer.shape[:2], -1, layer.shape[-1])
+
+        return of(self.keys), of(self.values)
 
 
 def segment(config: StackConfig, layers: int, *, cross: bool, depth: int, rngs: nnx.Rngs) -> Block:
@@ -187,10 +196,17 @@ class Stack(nnx.Module):
 
     def decode(self, x_BxTxD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """The next T slots of every row, written to the cache and looking back at it."""
-        slots_q = cache.index + jnp.arange(x_BxTxD.shape[1])[None]
-        slots_k = jnp.arange(cache.keys[0].shape[2])[None]
+        T, (beams, slots) = x_BxTxD.shape[1], cache.keys[0].shape[3:5]
+        new_T = cache.index + jnp.arange(T)
+        slots_q, slots_k = jnp.tile(new_T, beams)[None], jnp.tile(jnp.arange(slots), beams)[None]
         mask = causal_mask(slots_q, slots_k) & (slots_k >= cache.start[:, None])[:, None, :]
-        positions = jnp.maximum(slots_q - cache.start[:, None], 0)
+        if cache.writer is not None:
+            own = jnp.arange(beams)[:, None]
+            written = jnp.broadcast_to(own, (*cache.writer.shape[:2], T))
+            cache = cache.replace(writer=jax.lax.dynamic_update_slice(cache.writer, written, (0, 0, cache.index)))
+            remembered_BxKxKxS = cache.writer[:, :, None] == own
+            mask &= jnp.repeat(remembered_BxKxKxS.reshape(-1, beams, beams * slots), T, axis=1)
+        positions = jnp.maximum(new_T - jnp.repeat(cache.start, beams)[:, None], 0)
         view = self._view(slots_q, slots_k, positions, mask, cache.memory_mask)
         x_BxTxD = self._enter(x_BxTxD, positions, None)
         keys, values = [], []
@@ -208,13 +224,14 @@ class Stack(nnx.Module):
         """An empty cache for ``batch`` rows of at most ``length`` slots."""
         config = self.config
         shapes = [
-            (block.attn_norm.scale.shape[0], batch, length, config.n_kv_heads, config.d_head) for block in self.layers
+            (block.attn_norm.scale.shape[0], batch, config.n_kv_heads, 1, length, config.d_head)
+            for block in self.layers
         ]
         empty = tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
         return Cache(empty, jax.tree.map(jnp.copy, empty), jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
     def memory_key_values(self, memory_BxMxD: jax.Array) -> tuple[KeyValue, ...]:
-        """Cross-attention keys and values of every layer, ``[L, B, M, G, K]`` a segment."""
+        """Cross-attention keys and values of every layer, ``[L, B, G, M, K]`` a segment."""
 
         def of_segment(block):
             graphdef, params = nnx.split(block.cross)

@@ -26,6 +26,7 @@ config = Experiment(
     model=LSTMConfig(width=16, layers=1),
     data=DataConfig(train="text:{text}", valid="text:{text}", test="text:{text}", tokenizer_kind="char", seq_len=8,
                     batch_size=8),
+    optim=OptimConfig(warmup_steps=1),
     train=TrainConfig(steps=3, log_every=1, eval_every=3),
 )
 """

@@ -24,11 +24,12 @@ class History:
     state: jax.Array  # [R]
     sentence: jax.Array  # [R]
 
-    def select(self, rows):
-        return History(self.state[rows], self.sentence[rows])
+    def fork(self, beams):
+        return History(jnp.repeat(self.state, beams), jnp.repeat(self.sentence, beams))
 
-    def reorder(self, rows):
-        return replace(self, state=self.state[rows])
+    def reorder(self, beams_BxK):
+        state_BxK = self.state.reshape(beams_BxK.shape)
+        return replace(self, state=jnp.take_along_axis(state_BxK, beams_BxK, axis=1).reshape(-1))
 
 
 def decode(table_BxSxV, tokens_RxT, cache: History):

@@ -183,17 +183,28 @@ def test_bfloat16_activations_stay_close_and_logits_are_float32():
     assert 0 < jnp.abs(got - want).max() < 0.05 * jnp.abs(want).max()
 
 
-def test_cache_select_and_reorder_gather_rows():
-    _, graphdef, params = make()
-    model = nnx.merge(graphdef, params)
-    batch, rows = tokens(3, 8), jnp.array([2, 0, 0, 1])
-    _, cache = decode(graphdef, params, batch[:, :7], model.init_cache(3, 8))
-    want, _ = decode(graphdef, params, batch[:, 7:], cache)
-    got, _ = decode(graphdef, params, batch[rows, 7:], cache.select(rows))
-    np.testing.assert_allclose(got, want[rows], atol=1e-6)
-    turned = jnp.array([1, 2, 0])
-    got, _ = decode(graphdef, params, batch[turned, 7:], cache.reorder(turned))
-    np.testing.assert_allclose(got, want[turned], atol=1e-6)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "relative", "gemma"])
+def test_beams_remember_the_past_they_were_given(name):
+    """Two sentences of three beams, given other pasts after every token, against each path in one full pass."""
+    _, graphdef, params = make(**VARIANTS[name])
+    model, rng = nnx.merge(graphdef, params), np.random.default_rng(0)
+    prompt, start = tokens(2, 5), jnp.array([0, 2])
+    cache = model.init_cache(2, 10).replace(start=start)
+    _, cache = decode(graphdef, params, prompt, cache)
+    cache = cache.fork(3)
+    paths = [[prompt[b, start[b] :].tolist() for _ in range(3)] for b in range(2)]
+    for _ in range(4):
+        new = rng.integers(0, 23, (2, 3))
+        logits, cache = decode(graphdef, params, jnp.asarray(new.reshape(6, 1)), cache)
+        paths = [[[*paths[b][k], int(new[b, k])] for k in range(3)] for b in range(2)]
+        for b in range(2):
+            for k in range(3):
+                padded = jnp.asarray([paths[b][k] + [0] * (10 - len(paths[b][k]))])
+                want = forward(graphdef, params, padded)[0, len(paths[b][k]) - 1]
+                np.testing.assert_allclose(logits[3 * b + k, 0], want, atol=2e-5)
+        given = rng.integers(0, 3, (2, 3))
+        cache = cache.reorder(jnp.asarray(given))
+        paths = [[paths[b][k] for k in given[b]] for b in range(2)]
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():

@@ -83,16 +83,15 @@ def test_the_target_is_causal_and_the_source_is_not():
     assert (jnp.abs(base - other).max(-1) > 1e-5).all()
 
 
-def test_select_gathers_rows_of_everything_and_reorder_leaves_the_memory():
+def test_the_beams_of_a_sentence_share_its_memory():
     model = make()
-    src, tgt = ids(2, 6), ids(2, 5, seed=1)
-    cache = start(*model, src, 5)
-    _, cache = decode(*model, tgt[:, :4], cache)
-    want, _ = decode(*model, tgt[:, 4:], cache)
-    rows = jnp.array([1, 1, 0])
-    got, _ = decode(*model, tgt[rows, 4:], cache.select(rows))
-    np.testing.assert_allclose(got, want[rows], atol=1e-6)
-    assert cache.reorder(jnp.array([1, 0])).memory is cache.memory
+    src, tgt = ids(2, 6), ids(4, 5, seed=1)
+    forked = start(*model, src, 5).fork(2)
+    assert forked.memory[0][0].shape[1] == 2
+    _, cache = decode(*model, tgt[:, :4], forked)
+    got, _ = decode(*model, tgt[jnp.array([1, 0, 3, 3]), 4:], cache.reorder(jnp.array([[1, 0], [1, 1]])))
+    want = forward(*model, src[jnp.array([0, 0, 1, 1])], tgt[jnp.array([1, 0, 3, 3])])
+    np.testing.assert_allclose(got, want[:, 4:], atol=1e-5)
 
 
 def test_parameters_are_shared_between_the_languages():
