@@ -60,7 +60,7 @@ def _experiment(steps: int):
             train=TRAIN, valid=VALID, vocab_size=1200, batch_tokens=2048, buckets=(8, 12, 16, 24, 48)
         ),
         optim=OptimConfig(lr=4e-3, schedule="cosine", warmup_steps=steps // 9, b2=0.98, weight_decay=0.01),
-        train=TrainConfig(steps=steps, label_smoothing=0.05, eval_every=max(steps // 3, 1), checkpoint_every=0),
+        train=TrainConfig(steps=steps, label_smoothing=0.05, eval_every=-(-steps // 3), checkpoint_every=0),
     )
 
 

@@ -292,8 +292,11 @@ class Stack(nnx.Module):
         xs = (jnp.arange(count), params, windows, keys, memory_kv)
         if self.config.scan_layers:
             return jax.lax.scan(body, carry, xs)[0]
+        # Split at once: the gradient is then one concatenation, where that of indexing is a sum of padded layers.
+        layers = jax.tree.map(lambda leaf: jax.lax.split(leaf, [1] * count), params)
         for i in range(count):
-            carry, _ = body(carry, jax.tree.map(lambda leaf, i=i: leaf[i], xs))
+            one = jax.tree.map(lambda _, split, i=i: split[i][0], params, layers)
+            carry, _ = body(carry, (i, one, *jax.tree.map(lambda leaf, i=i: leaf[i], xs[2:])))
         return carry
 
 
