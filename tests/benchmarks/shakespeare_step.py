@@ -2,8 +2,8 @@
 
     python tests/benchmarks/shakespeare_step.py --nanogpt DIR      # a checkout of nanoGPT; needs torch
 
-Both train 4 layers of width 128 on 12 windows of 64 characters with AdamW and clipping, data left out. Rounds alternate,
-so that the ratio holds while the machine's speed drifts.
+Both train 4 layers of width 128 on 12 windows of 64 characters with AdamW and clipping, data left out. Rounds
+alternate, so that the ratio holds while the machine's speed drifts.
 """
 
 from __future__ import annotations
