@@ -11,12 +11,16 @@ from jaxlm.cli.main import main
 
 
 @pytest.fixture
-def jaxlm_command(capsys, monkeypatch):
+def jaxlm_command(capsys, monkeypatch, tmp_path_factory):
     """``jaxlm_command("inspect", "MODEL") -> (exit status, standard output, standard error)``."""
     logger, absl = logging.getLogger("jaxlm"), logging.getLogger("absl")
     before = logger.handlers, logger.propagate, absl.level
-    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        monkeypatch.setenv(name, os.environ.get(name, "0"))  # so that what the command sets is undone
+    # What the command would set is set here, and so undone. A process that has yet to import jax takes it at its word.
+    for name, value in (
+        ("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla"))),
+        ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0"),
+    ):
+        monkeypatch.setenv(name, os.environ.get(name, value))
 
     def run(*words: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as caught:
