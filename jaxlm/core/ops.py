@@ -38,6 +38,15 @@ def take(table: jax.Array | QArray, ids: jax.Array) -> jax.Array:
     return dequantize(rows) if is_leaf(rows) else rows
 
 
+def ragged_dot(x_MxI: jax.Array, w_ExIxO: jax.Array | QArray, sizes_E: jax.Array) -> jax.Array:
+    """Rows ``sizes_E[0]`` by the first matrix, the next ``sizes_E[1]`` by the second, ...: ``[M, O]``.
+
+    The matrices of compressed experts are opened whole: rows meet few of them, but XLA has no ragged integer product.
+    """
+    w_ExIxO = dequantize(w_ExIxO) if is_leaf(w_ExIxO) else w_ExIxO
+    return jax.lax.ragged_dot(x_MxI, w_ExIxO.astype(x_MxI.dtype), sizes_E)
+
+
 def _contract_last(x_MxI: jax.Array, w_OxI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
     return jax.lax.dot_general(x_MxI, w_OxI, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
 

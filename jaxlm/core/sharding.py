@@ -33,6 +33,7 @@ RULES: Mapping[str, MeshAxes] = {
     "mlp": "tensor",
     "vocab": "tensor",
     "layers": None,
+    "experts": None,
     "norm": None,
     "positions": None,
     "length": None,

@@ -65,22 +65,26 @@ class Attention(nnx.Module):
         self.k = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, rngs=rngs)
         self.v = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, rngs=rngs)
         self.o = Linear(q_size, width, ("heads", "embed"), bias=config.out_bias, rngs=rngs, scale=scale)
-        self.q_norm = Norm(K, config) if config.qk_norm else None
-        self.k_norm = Norm(K, config) if config.qk_norm else None
+        sizes = {"none": None, "head": (K, K), "width": (q_size, kv_size)}[config.qk_norm]
+        self.q_norm, self.k_norm = (None, None) if sizes is None else (Norm(size, config) for size in sizes)
 
     def query(self, x_BxTxD: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         """``[B, T, H, K]``, normalised and rotated where the model does so."""
-        q = self.q(x_BxTxD).reshape(*x_BxTxD.shape[:2], -1, self.config.d_head)
-        q = q if self.q_norm is None else self.q_norm(q)
-        return q if angles is None else rotate(q, *angles)
+        return self._position(self.q(x_BxTxD), self.q_norm, angles)
 
     def key_value(self, x_BxSxD: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array]:
         """Keys and values ``[B, G, S, K]``; keys normalised and rotated where the model does so."""
-        k = self.k(x_BxSxD).reshape(*x_BxSxD.shape[:2], -1, self.config.d_head)
-        v = self.v(x_BxSxD).reshape(*x_BxSxD.shape[:2], -1, self.config.d_head)
-        k = k if self.k_norm is None else self.k_norm(k)
-        k = k if angles is None else rotate(k, *angles)
-        return k.swapaxes(1, 2), v.swapaxes(1, 2)
+        k = self._position(self.k(x_BxSxD), self.k_norm, angles)
+        return k.swapaxes(1, 2), self._heads(self.v(x_BxSxD)).swapaxes(1, 2)
+
+    def _position(self, x_BxTxN: jax.Array, norm: Norm | None, angles: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        x_BxTxN = norm(x_BxTxN) if self.config.qk_norm == "width" else x_BxTxN
+        x_BxTxHxK = self._heads(x_BxTxN)
+        x_BxTxHxK = norm(x_BxTxHxK) if self.config.qk_norm == "head" else x_BxTxHxK
+        return x_BxTxHxK if angles is None else rotate(x_BxTxHxK, *angles)
+
+    def _heads(self, x_BxTxN: jax.Array) -> jax.Array:
+        return x_BxTxN.reshape(*x_BxTxN.shape[:2], -1, self.config.d_head)
 
     def __call__(self, q, k, v, mask, bias=None, *, key: jax.Array | None) -> jax.Array:
         """From ``query`` and ``key_value`` to the block's output ``[B, T, D]``.

@@ -6,8 +6,26 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"]
-Positions = Literal["rotary", "sinusoidal", "learned", "relative", "none"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "swiglu", "geglu", "geglu_tanh", "reglu"]
+Positions = Literal["rotary", "sinusoidal", "sinusoidal_t2t", "learned", "relative", "none"]
+NormPosition = Literal["pre", "post", "output", "sandwich"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are changed for contexts longer than those of pre-training; see ``nn.positions``."""
+
+    method: Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"] = "none"
+    factor: float = 1.0
+    original_positions: int = 0  # the context of pre-training (yarn, llama3, longrope)
+    attention_factor: float = 1.0  # multiplies queries and keys (yarn, longrope)
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()  # longrope: a divisor for each frequency, up to the original context ...
+    long_factor: tuple[float, ...] = ()  # ... and beyond it
 
 
 @dataclass(frozen=True)
@@ -25,7 +43,8 @@ class StackConfig:
     head_dim: int = 0
     ffn: int = 0
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_position: Literal["pre", "post"] = "pre"
+    norm_position: NormPosition = "pre"  # of what: see ``nn.stack.Block``
+    parallel: bool = False  # attention and MLP read the same input (arXiv:2204.06745, section 2.1)
     norm_bias: bool = True  # LayerNorm only
     norm_eps: float = 1e-5
     embed_norm: bool = False  # a norm right after the embedding
@@ -34,18 +53,27 @@ class StackConfig:
     max_positions: int = 2048  # rows of a learned table; the advertised context elsewhere
     position_offset: int = 0  # rows skipped at the start of a learned or sinusoidal table
     rope_theta: float = 10000.0
+    rope_local_theta: float = 0.0  # in layers with a window, without scaling; 0: as in the others (arXiv:2503.19786)
+    rope_scaling: RopeScaling = RopeScaling()
+    rotary_fraction: float = 1.0  # of each head that is rotated, the first dimensions
     relative_buckets: int = 32  # T5 (arXiv:1910.10683, section 2.1)
     relative_max_distance: int = 128
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over each head's query and key (arXiv:2302.05442)
+    qk_norm: Literal["none", "head", "width"] = "none"  # of queries and keys (arXiv:2302.05442), each head or all
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     attention_softcap: float = 0.0  # 0: off; c * tanh(logits / c) (arXiv:2408.00118)
     logit_softcap: float = 0.0
     windows: tuple[int, ...] = ()  # sliding windows, cycled over layers; 0 is full attention
+    experts: int = 0  # mixture-of-experts MLPs (``nn.moe``); 0: dense ones
+    experts_per_token: int = 2
+    expert_ffn: int = 0  # 0: d_ffn
+    expert_renormalize: bool = True  # the weights of a token's experts sum to 1
+    dense_layers: tuple[int, ...] = ()  # layers without experts in a model that has them
     embed_scale: bool = False  # multiply embeddings by sqrt(width)
     tie_embeddings: bool = True
+    logits_bias: bool = False
     dropout: float = 0.0  # after embedding, attention and MLP
     attention_dropout: float = 0.0
     ffn_dropout: float = 0.0
@@ -69,6 +97,14 @@ class StackConfig:
         return self.ffn or 4 * self.width
 
     @property
+    def d_expert(self) -> int:
+        return self.expert_ffn or self.d_ffn
+
+    @property
+    def d_rotary(self) -> int:
+        return int(self.d_head * self.rotary_fraction)
+
+    @property
     def gated(self) -> bool:
         return self.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
 
@@ -79,18 +115,30 @@ class DecoderConfig(StackConfig):
 
     kind: Literal["decoder"] = "decoder"
     layers: int = 6
-    segments: tuple[int, ...] = ()  # layers in each scanned run; () is one run of all
+    segments: tuple[int, ...] = ()  # layers in each scanned run; () is as few runs as layers of equal shape allow
 
 
 @dataclass(frozen=True)
 class Seq2SeqConfig(StackConfig):
-    """An encoder-decoder translation model, with one vocabulary for both languages."""
+    """An encoder-decoder model. The sizes are those of both stacks, save where the decoder has its own."""
 
     kind: Literal["seq2seq"] = "seq2seq"
     encoder_layers: int = 6
     decoder_layers: int = 6
     encoder_segments: tuple[int, ...] = ()
     decoder_segments: tuple[int, ...] = ()
+    decoder_heads: int = 0  # 0: as the encoder
+    decoder_ffn: int = 0
+    src_vocab_size: int = 0  # 0: one vocabulary and one embedding for both sides
+
+    @property
+    def encoder(self) -> StackConfig:
+        return self
+
+    @property
+    def decoder(self) -> StackConfig:
+        heads, ffn = self.decoder_heads or self.heads, self.decoder_ffn or self.ffn
+        return dataclasses.replace(self, heads=heads, head_dim=self.head_dim, ffn=ffn)
 
 
 @dataclass(frozen=True)
@@ -118,9 +166,9 @@ ModelConfig = DecoderConfig | Seq2SeqConfig | LSTMConfig
 KINDS: dict[str, type] = {"decoder": DecoderConfig, "seq2seq": Seq2SeqConfig, "lstm": LSTMConfig}
 
 _TRANSLATION = Seq2SeqConfig(
-    norm="layernorm", activation="relu", positions="sinusoidal", embed_scale=True,
+    norm="layernorm", activation="relu", positions="sinusoidal_t2t", position_offset=1, embed_scale=True,
     qkv_bias=True, out_bias=True, mlp_bias=True, dropout=0.1, max_positions=1024,
-)  # Vaswani et al. 2017 (arXiv:1706.03762), pre-norm (arXiv:2002.04745)
+)  # Vaswani et al. 2017 (arXiv:1706.03762), pre-norm (arXiv:2002.04745); positions as in M2M-100, to export as one
 _LLAMA = DecoderConfig(tie_embeddings=False)
 
 PRESETS: dict[str, ModelConfig] = {

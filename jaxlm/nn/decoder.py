@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxlm.nn.config import DecoderConfig
 from jaxlm.nn.layers import Embedding, Linear, softcap
-from jaxlm.nn.stack import Cache, Stack
+from jaxlm.nn.stack import Cache, Stack, runs
 
 
 class DecoderLM(nnx.Module):
@@ -18,9 +18,11 @@ class DecoderLM(nnx.Module):
         self.config = config
         std = config.width**-0.5 if config.embed_scale else 0.02
         self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
-        self.decoder = Stack(config, config.segments or (config.layers,), causal=True, cross=False, rngs=rngs)
+        segments = runs(config, config.layers, config.segments)
+        self.decoder = Stack(config, segments, causal=True, cross=False, rngs=rngs)
         untied, axes = not config.tie_embeddings, ("embed", "vocab")
         self.head = Linear(config.width, config.vocab_size, axes, bias=False, rngs=rngs) if untied else None
+        self.logits_bias = nnx.Param(jnp.zeros(config.vocab_size), axes=("vocab",)) if config.logits_bias else None
 
     def __call__(
         self,
@@ -58,4 +60,6 @@ def embed(table: Embedding, tokens_BxT: jax.Array, config) -> jax.Array:
 def head_logits(model, x_BxTxD: jax.Array) -> jax.Array:
     """Logits in float32 from a model with an ``embed`` table and, untied, a ``head``."""
     logits = model.embed.logits(x_BxTxD) if model.head is None else model.head(x_BxTxD)
-    return softcap(logits.astype(jnp.float32), model.config.logit_softcap)
+    logits = logits.astype(jnp.float32)
+    logits = logits if model.logits_bias is None else logits + model.logits_bias.get_value()
+    return softcap(logits, model.config.logit_softcap)

@@ -75,6 +75,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
     "swiglu": jax.nn.silu,
     "geglu": gelu,
     "geglu_tanh": lambda x: jax.nn.gelu(x, approximate=True),

@@ -7,26 +7,89 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxlm.nn.config import StackConfig
+from jaxlm.nn.config import RopeScaling, StackConfig
 
 
-def rotary_angles(positions_BxT: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines ``[B, T, 1, head_dim / 2]`` of the rotation of each pair (arXiv:2104.09864)."""
-    frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    angles_BxTx1xK = positions_BxT[..., None, None].astype(jnp.float32) * frequencies.astype(np.float32)
-    return jnp.cos(angles_BxTx1xK), jnp.sin(angles_BxTx1xK)
+def rotary_angles(positions_BxT: jax.Array, config: StackConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines ``[B, T, 1, d_rotary / 2]`` of the rotation of each pair (arXiv:2104.09864).
+
+    Methods whose frequencies depend on the length of the text take it from the largest position there is. While
+    decoding, keys stay as they were rotated: what was read at another length keeps the frequencies of that length.
+    """
+    scaling, size = config.rope_scaling, config.d_rotary
+    length = jnp.max(positions_BxT) + 1
+    if scaling.method == "dynamic":  # the base grows with the text (github.com/jquesnelle/yarn, "dynamic NTK")
+        stretch = scaling.factor * jnp.maximum(length / config.max_positions, 1.0) - (scaling.factor - 1)
+        exponents = -np.arange(0, size, 2) / size
+        frequencies_K = config.rope_theta**exponents * stretch ** (exponents * size / (size - 2))
+    elif scaling.method == "longrope":
+        long, short = (
+            _frequencies(size, config.rope_theta) / np.array(factors)
+            for factors in (scaling.long_factor, scaling.short_factor)
+        )
+        frequencies_K = jnp.where(length > scaling.original_positions, long, short)
+    else:
+        frequencies_K = _scaled(_frequencies(size, config.rope_theta), config.rope_theta, scaling)
+    return _angles(positions_BxT, frequencies_K, scaling.attention_factor)
+
+
+def local_rotary_angles(positions_BxT: jax.Array, config: StackConfig) -> tuple[jax.Array, jax.Array]:
+    """``rotary_angles`` of the layers with a window, where those have a base of their own."""
+    return _angles(positions_BxT, _frequencies(config.d_rotary, config.rope_local_theta))
+
+
+def _angles(positions_BxT: jax.Array, frequencies_K, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    angles_BxTx1xK = positions_BxT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies_K, jnp.float32)
+    return jnp.cos(angles_BxTx1xK) * factor, jnp.sin(angles_BxTx1xK) * factor
+
+
+def _frequencies(size: int, theta: float) -> np.ndarray:
+    return theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
+
+
+def _scaled(frequencies_K: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Frequencies by the methods that depend on nothing else."""
+    slowed = frequencies_K / scaling.factor
+    if scaling.method == "linear":  # position interpolation (arXiv:2306.15595)
+        return slowed
+    if scaling.method == "llama3":  # arXiv:2407.21783; between two wavelengths, a mixture
+        turns = scaling.original_positions * frequencies_K / (2 * np.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = np.clip(kept, 0.0, 1.0)
+        return kept * frequencies_K + (1 - kept) * slowed
+    if scaling.method == "yarn":  # arXiv:2309.00071, section 3.2: the ramp is linear in the index of the dimension
+        size = 2 * len(frequencies_K)
+
+        def dimension(turns: float) -> float:
+            return size * np.log(scaling.original_positions / (turns * 2 * np.pi)) / (2 * np.log(theta))
+
+        low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+        low, high = (np.floor(low), np.ceil(high)) if scaling.truncate else (low, high)
+        low, high = max(low, 0), min(high, size - 1)
+        slow = np.clip((np.arange(size // 2) - low) / (high - low if high != low else 0.001), 0.0, 1.0)
+        return slow * slowed + (1 - slow) * frequencies_K
+    return frequencies_K
 
 
 def rotate(x_BxTxHxK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs ``(i, i + K/2)``: the half-split convention of Llama checkpoints."""
-    a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxTxHxK.dtype)
+    """Rotates the pairs ``(i, i + R/2)`` of the first R dimensions: the half-split convention of Llama checkpoints."""
+    half = cos.shape[-1]
+    x = x_BxTxHxK.astype(jnp.float32)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [a * cos - b * sin, b * cos + a * sin]
+    return jnp.concatenate(turned + [rest] * (rest.shape[-1] > 0), -1).astype(x_BxTxHxK.dtype)
 
 
-def sinusoids(positions_BxT: jax.Array, width: int) -> jax.Array:
-    """``[B, T, width]``: sines in the first half, cosines in the second (arXiv:1706.03762, section 3.5)."""
-    frequencies = 10000.0 ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-    angles = positions_BxT[..., None].astype(jnp.float32) * frequencies.astype(np.float32)
+def sinusoids(positions_BxT: jax.Array, config: StackConfig) -> jax.Array:
+    """``[B, T, width]``: sines in the first half, cosines in the second (arXiv:1706.03762, section 3.5).
+
+    Wavelengths go geometrically from 2 pi to just below 10000 * 2 pi, as in the paper, or, for ``sinusoidal_t2t``, to
+    10000 * 2 pi itself, as in the code its authors published (tensor2tensor) and in what followed that (fairseq).
+    """
+    half = config.width // 2
+    steps = half - 1 if config.positions == "sinusoidal_t2t" else half
+    frequencies_K = 10000.0 ** -(np.arange(half, dtype=np.float64) / max(steps, 1))
+    angles = positions_BxT[..., None].astype(jnp.float32) * frequencies_K.astype(np.float32)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
 
 

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.nn.config import Seq2SeqConfig
 from jaxlm.nn.decoder import embed, head_logits
 from jaxlm.nn.layers import Embedding, Linear
-from jaxlm.nn.stack import Cache, Stack
+from jaxlm.nn.stack import Cache, Stack, runs
 
 
 class Seq2Seq(nnx.Module):
-    """Source tokens and target prefix to the logits of the next target token; one vocabulary for both."""
+    """Source tokens and target prefix to the logits of the next target token."""
 
     def __init__(self, config: Seq2SeqConfig, *, rngs: nnx.Rngs):
         self.config = config
         std = config.width**-0.5 if config.embed_scale else 0.02
         self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
-        encoder_segments = config.encoder_segments or (config.encoder_layers,)
-        decoder_segments = config.decoder_segments or (config.decoder_layers,)
-        self.encoder = Stack(config, encoder_segments, causal=False, cross=False, rngs=rngs)
-        self.decoder = Stack(config, decoder_segments, causal=True, cross=True, rngs=rngs)
+        rows, axes = config.src_vocab_size, ("vocab", "embed")
+        self.src_embed = Embedding(rows, config.width, axes, rngs=rngs, std=std) if rows else None
+        encoder_runs = runs(config, config.encoder_layers, config.encoder_segments)
+        decoder_runs = runs(config, config.decoder_layers, config.decoder_segments)
+        self.encoder = Stack(config.encoder, encoder_runs, causal=False, cross=False, rngs=rngs)
+        self.decoder = Stack(config.decoder, decoder_runs, causal=True, cross=True, rngs=rngs)
         untied, axes = not config.tie_embeddings, ("embed", "vocab")
         self.head = Linear(config.width, config.vocab_size, axes, bias=False, rngs=rngs) if untied else None
+        self.logits_bias = nnx.Param(jnp.zeros(config.vocab_size), axes=("vocab",)) if config.logits_bias else None
 
     def __call__(
         self,
@@ -66,4 +70,5 @@ class Seq2Seq(nnx.Module):
         return src_BxS != self.config.pad_id if src_mask_BxS is None else src_mask_BxS
 
     def _encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array, key: jax.Array | None) -> jax.Array:
-        return self.encoder(embed(self.embed, src_BxS, self.config), mask_BxTxS=src_mask_BxS[:, None, :], key=key)
+        table = self.embed if self.src_embed is None else self.src_embed
+        return self.encoder(embed(table, src_BxS, self.config), mask_BxTxS=src_mask_BxS[:, None, :], key=key)

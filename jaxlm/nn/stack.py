@@ -6,9 +6,10 @@ leading layer dimension; ``lax.scan`` walks it, so that compile time does not gr
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ from jaxlm.core.sharding import constrain
 from jaxlm.nn.attention import Attention, causal_mask, window_mask
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.layers import Embedding, Mlp, Norm, dropout, split_key
-from jaxlm.nn.positions import RelativeBias, rotary_angles, sinusoids
+from jaxlm.nn.moe import Moe
+from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
 
 KeyValue = tuple[jax.Array, jax.Array]
 ACTIVATION_AXES = ("batch", "length", "features")
@@ -70,30 +72,45 @@ class View:
     mask_BxTxS: jax.Array | None
     bias_BxHxTxS: jax.Array | None = None
     angles: tuple[jax.Array, jax.Array] | None = None
+    local_angles: tuple[jax.Array, jax.Array] | None = None  # of layers with a window, where theirs are different
     memory_mask: jax.Array | None = None  # [B, 1, M]
 
 
 class Block(nnx.Module):
-    """One layer: self-attention, cross-attention where there is a memory, feed-forward; pre- or post-norm."""
+    """One layer: self-attention, cross-attention where there is a memory, feed-forward.
 
-    def __init__(self, config: StackConfig, *, cross: bool, depth: int, rngs: nnx.Rngs):
+    Each part f is added to the residual stream x, with norms N where ``norm_position`` has them:
+
+    - ``pre``: x + f(N(x)) (arXiv:2002.04745)
+    - ``post``: N(x + f(x)) (arXiv:1706.03762)
+    - ``output``: x + N(f(x)) (OLMo 2, arXiv:2501.00656)
+    - ``sandwich``: x + N'(f(N(x))) (Gemma 2, arXiv:2408.00118)
+
+    ``parallel`` layers are x + attention(N(x)) + mlp(N'(x)).
+    """
+
+    def __init__(self, config: StackConfig, *, cross: bool, experts: bool, depth: int, rngs: nnx.Rngs):
         scale = (2 * depth) ** -0.5
+        sandwich = config.norm_position == "sandwich"
         self.config = config
         self.attn = Attention(config, rngs=rngs, scale=scale)
         self.attn_norm = Norm(config.width, config)
+        self.attn_out_norm = Norm(config.width, config) if sandwich else None
         self.cross = Attention(config, rngs=rngs, scale=scale) if cross else None
         self.cross_norm = Norm(config.width, config) if cross else None
-        self.mlp = Mlp(config, rngs=rngs, scale=scale)
+        self.cross_out_norm = Norm(config.width, config) if cross and sandwich else None
+        self.mlp = (Moe if experts else Mlp)(config, rngs=rngs, scale=scale)
         self.mlp_norm = Norm(config.width, config)
+        self.mlp_out_norm = Norm(config.width, config) if sandwich else None
 
-    def __call__(self, x_BxTxD, view: View, *, mask_BxTxS, past: LayerCache | None, memory: KeyValue | None, key):
+    def __call__(self, x_BxTxD, view: View, *, mask_BxTxS, angles, past: LayerCache | None, memory, key):
         """Returns the layer's output and its cache with the new slots written (None without one)."""
         keys = iter(split_key(key, 6))
 
         def attention(h):
             nonlocal past
-            q = self.attn.query(h, view.angles)
-            k, v = self.attn.key_value(h, view.angles)
+            q = self.attn.query(h, angles)
+            k, v = self.attn.key_value(h, angles)
             if past is not None:
                 past = past.write(k, v)
                 k, v = past.read()
@@ -102,17 +119,25 @@ class Block(nnx.Module):
         def cross_attention(h):
             return self.cross(self.cross.query(h, None), *memory, view.memory_mask, key=next(keys))
 
-        x_BxTxD = self._residual(x_BxTxD, self.attn_norm, attention, keys)
-        if self.cross is not None:
-            x_BxTxD = self._residual(x_BxTxD, self.cross_norm, cross_attention, keys)
-        x_BxTxD = self._residual(x_BxTxD, self.mlp_norm, lambda h: self.mlp(h, next(keys)), keys)
-        return x_BxTxD, past
+        def mlp(h):
+            return self.mlp(h, next(keys))
 
-    def _residual(self, x, norm: Norm, inner, keys: Iterator) -> jax.Array:
-        pre = self.config.norm_position == "pre"
-        y = dropout(inner(norm(x) if pre else x), self.config.dropout, next(keys))
-        y = constrain(x + y, ACTIVATION_AXES)
-        return y if pre else norm(y)
+        if self.config.parallel:
+            y = dropout(attention(self.attn_norm(x_BxTxD)), self.config.dropout, next(keys))
+            y += dropout(mlp(self.mlp_norm(x_BxTxD)), self.config.dropout, next(keys))
+            return constrain(x_BxTxD + y, ACTIVATION_AXES), past
+        x_BxTxD = self._residual(x_BxTxD, self.attn_norm, self.attn_out_norm, attention, keys)
+        if self.cross is not None:
+            x_BxTxD = self._residual(x_BxTxD, self.cross_norm, self.cross_out_norm, cross_attention, keys)
+        return self._residual(x_BxTxD, self.mlp_norm, self.mlp_out_norm, mlp, keys), past
+
+    def _residual(self, x, norm: Norm, out_norm: Norm | None, inner, keys: Iterator) -> jax.Array:
+        position = self.config.norm_position
+        y = inner(norm(x) if position in ("pre", "sandwich") else x)
+        if position in ("output", "sandwich"):
+            y = (norm if out_norm is None else out_norm)(y)
+        x = constrain(x + dropout(y, self.config.dropout, next(keys)), ACTIVATION_AXES)
+        return norm(x) if position == "post" else x
 
 
 @jax.tree_util.register_dataclass
@@ -144,32 +169,46 @@ class LayerCache:
         return of(self.keys), of(self.values)
 
 
-def segment(config: StackConfig, layers: int, *, cross: bool, depth: int, rngs: nnx.Rngs) -> Block:
+def segment(config: StackConfig, layers: int, *, cross: bool, experts: bool, depth: int, rngs: nnx.Rngs) -> Block:
     """A Block whose parameters are those of ``layers`` layers, stacked."""
 
-    def one(key):
-        return nnx.state(Block(config, cross=cross, depth=depth, rngs=nnx.Rngs(params=key)))
+    def block(rngs):
+        return Block(config, cross=cross, experts=experts, depth=depth, rngs=rngs)
 
-    state = jax.vmap(one)(jax.random.split(rngs.params(), layers))
+    state = jax.vmap(lambda key: nnx.state(block(nnx.Rngs(params=key))))(jax.random.split(rngs.params(), layers))
     for _, variable in nnx.to_flat_state(state):
         variable.set_metadata("axes", ("layers", *variable.get_metadata("axes")))
-    template = nnx.eval_shape(lambda: Block(config, cross=cross, depth=depth, rngs=nnx.Rngs(0)))
-    return nnx.merge(nnx.graphdef(template), state)
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: block(nnx.Rngs(0)))), state)
+
+
+def runs(config: StackConfig, layers: int, segments: tuple[int, ...] = ()) -> list[range]:
+    """The layers of each segment: as asked for, else as few segments as layers with and without experts allow."""
+    if not segments:
+        kinds = [has_experts(config, layer) for layer in range(layers)]
+        segments = tuple(len(list(run)) for _, run in itertools.groupby(kinds))
+    ends = list(itertools.accumulate(segments))
+    return [range(end - count, end) for end, count in zip(ends, segments, strict=True)]
+
+
+def has_experts(config: StackConfig, layer: int) -> bool:
+    return config.experts > 0 and layer not in config.dense_layers
 
 
 class Stack(nnx.Module):
     """Layers with what surrounds them: absolute positions before, the final norm after."""
 
-    def __init__(self, config: StackConfig, segments: tuple[int, ...], *, causal: bool, cross: bool, rngs: nnx.Rngs):
-        self.config, self.causal, self.depth = config, causal, sum(segments)
+    def __init__(self, config: StackConfig, segments: list[range], *, causal: bool, cross: bool, rngs: nnx.Rngs):
+        self.config, self.causal, self.segments = config, causal, tuple(segments)
         learned, rows = config.positions == "learned", config.max_positions + config.position_offset
         self.pos = Embedding(rows, config.width, ("positions", "embed"), rngs=rngs) if learned else None
         self.rel = RelativeBias(config, bidirectional=not causal) if config.positions == "relative" else None
         self.embed_norm = Norm(config.width, config) if config.embed_norm else None
-        self.layers = nnx.List(
-            [segment(config, count, cross=cross, depth=self.depth, rngs=rngs) for count in segments]
-        )
-        self.final_norm = Norm(config.width, config) if config.norm_position == "pre" else None
+        depth = segments[-1].stop
+        self.layers = nnx.List([
+            segment(config, len(run), cross=cross, experts=has_experts(config, run[0]), depth=depth, rngs=rngs)
+            for run in segments
+        ])
+        self.final_norm = Norm(config.width, config) if config.norm_position != "post" else None
 
     def __call__(
         self,
@@ -190,8 +229,8 @@ class Stack(nnx.Module):
         view = self._view(slots, slots, positions, mask_BxTxS, memory_mask_BxM)
         keys = split_key(key, len(self.layers) + 1)
         x_BxTxD = self._enter(x_BxTxD, positions, keys[-1])
-        for block, layer_keys in zip(self.layers, keys, strict=False):
-            x_BxTxD, _ = self._run(block, x_BxTxD, view, memory=memory_BxMxD, key=layer_keys)
+        for i, layer_keys in enumerate(keys[:-1]):
+            x_BxTxD, _ = self._run(i, x_BxTxD, view, memory=memory_BxMxD, key=layer_keys)
         return x_BxTxD if self.final_norm is None else self.final_norm(x_BxTxD)
 
     def decode(self, x_BxTxD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -210,10 +249,10 @@ class Stack(nnx.Module):
         view = self._view(slots_q, slots_k, positions, mask, cache.memory_mask)
         x_BxTxD = self._enter(x_BxTxD, positions, None)
         keys, values = [], []
-        for i, block in enumerate(self.layers):
+        for i in range(len(self.segments)):
             past = (cache.keys[i], cache.values[i], cache.index)
             memory = cache.memory[i] if cache.memory else None
-            x_BxTxD, (k, v) = self._run(block, x_BxTxD, view, past=past, memory_kv=memory)
+            x_BxTxD, (k, v) = self._run(i, x_BxTxD, view, past=past, memory_kv=memory)
             keys.append(k)
             values.append(v)
         x_BxTxD = x_BxTxD if self.final_norm is None else self.final_norm(x_BxTxD)
@@ -223,10 +262,7 @@ class Stack(nnx.Module):
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``length`` slots."""
         config = self.config
-        shapes = [
-            (block.attn_norm.scale.shape[0], batch, config.n_kv_heads, 1, length, config.d_head)
-            for block in self.layers
-        ]
+        shapes = [(len(run), batch, config.n_kv_heads, 1, length, config.d_head) for run in self.segments]
         empty = tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
         return Cache(empty, jax.tree.map(jnp.copy, empty), jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
@@ -241,12 +277,14 @@ class Stack(nnx.Module):
 
     def _view(self, slots_q, slots_k, positions, mask_BxTxS, memory_mask_BxM) -> View:
         config = self.config
+        rotary, local = config.positions == "rotary", config.rope_local_theta > 0
         return View(
             slots_q,
             slots_k,
             mask_BxTxS,
             bias_BxHxTxS=None if self.rel is None else self.rel(slots_q, slots_k),
-            angles=rotary_angles(positions, config.d_head, config.rope_theta) if config.positions == "rotary" else None,
+            angles=rotary_angles(positions, config) if rotary else None,
+            local_angles=local_rotary_angles(positions, config) if rotary and local else None,
             memory_mask=None if memory_mask_BxM is None else memory_mask_BxM[:, None, :],
         )
 
@@ -255,36 +293,38 @@ class Stack(nnx.Module):
         positions = positions + config.position_offset
         if self.pos is not None:
             x_BxTxD = x_BxTxD + self.pos(positions, x_BxTxD.dtype)
-        elif config.positions == "sinusoidal":
-            x_BxTxD = x_BxTxD + sinusoids(positions, config.width).astype(x_BxTxD.dtype)
+        elif config.positions in ("sinusoidal", "sinusoidal_t2t"):
+            x_BxTxD = x_BxTxD + sinusoids(positions, config).astype(x_BxTxD.dtype)
         if self.embed_norm is not None:
             x_BxTxD = self.embed_norm(x_BxTxD)
         return constrain(dropout(x_BxTxD, config.dropout, key), ACTIVATION_AXES)
 
-    def _run(self, block, x_BxTxD, view: View, *, past=None, memory=None, memory_kv=None, key=None):
-        """Walks one segment. ``past`` is (keys, values, index) of its cache; a memory is given whole (``memory``,
+    def _run(self, i: int, x_BxTxD, view: View, *, past=None, memory=None, memory_kv=None, key=None):
+        """Walks segment i. ``past`` is (keys, values, index) of its cache; a memory is given whole (``memory``,
         projected in each layer) or already projected (``memory_kv``)."""
-        graphdef, params = nnx.split(block)
-        count = jax.tree.leaves(params)[0].shape[0]
-        first = sum(b.attn_norm.scale.shape[0] for b in self.layers[: list(self.layers).index(block)])
-        windows = None
-        if any(self.config.windows):
-            cycle = self.config.windows
-            windows = jnp.array([cycle[i % len(cycle)] for i in range(first, first + count)])
+        graphdef, params = nnx.split(self.layers[i])
+        run, cycle, windows = self.segments[i], self.config.windows, None
+        count = len(run)
+        if any(cycle):
+            windows = jnp.array([cycle[layer % len(cycle)] for layer in run])
         keys = None if key is None else jax.random.split(key, count)
 
         def body(carry, xs):
             x, kv = carry
             layer, layer_params, window, layer_key, layer_memory = xs
             block = nnx.merge(graphdef, layer_params)
-            mask = view.mask_BxTxS
+            mask, angles = view.mask_BxTxS, view.angles
             if window is not None:
                 near = window_mask(view.slots_q, view.slots_k, window)
                 mask = near if mask is None else mask & near
+                if view.local_angles is not None:
+                    angles = jax.tree.map(partial(jnp.where, window > 0), view.local_angles, angles)
             if memory is not None:
                 layer_memory = block.cross.key_value(memory, None)
             layer_past = None if kv is None else LayerCache(*kv, layer, past[2])
-            x, layer_past = block(x, view, mask_BxTxS=mask, past=layer_past, memory=layer_memory, key=layer_key)
+            x, layer_past = block(
+                x, view, mask_BxTxS=mask, angles=angles, past=layer_past, memory=layer_memory, key=layer_key
+            )
             return (x, None if kv is None else (layer_past.keys, layer_past.values)), None
 
         body = _remat(body, self.config.remat)
@@ -305,4 +345,4 @@ def _remat(body, policy: str):
     if policy == "none":
         return body
     saveable = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
-    return functools.partial(jax.checkpoint, prevent_cse=False, policy=saveable)(body)
+    return partial(jax.checkpoint, prevent_cse=False, policy=saveable)(body)

@@ -13,7 +13,8 @@ from jaxlm.nn.config import LSTMConfig, ModelConfig, Seq2SeqConfig, StackConfig
 __all__ = ["FLOP_CONVENTION", "peak_flops", "step_flops"]
 
 FLOP_CONVENTION = (
-    "6 x matrix parameters x positions (embedding look-ups excluded, an output head included, tied or not) + "
+    "6 x matrix parameters x positions (embedding look-ups excluded, an output head included, tied or not, of experts "
+    "those that a token goes to) + "
     "12 x layers x heads x head_dim x keys a query may see, causal masks not discounted, padding counted, "
     "recomputation not counted (arXiv:2204.02311, appendix B); peak: dense bfloat16"
 )
@@ -51,7 +52,12 @@ def step_flops(config: ModelConfig, params: Mapping[str, jax.Array], shapes: Map
         on_source = path.startswith("encoder/") or path.endswith(("cross/k/kernel", "cross/v/kernel"))
         return source if on_source else length
 
-    linear = 6 * sum(math.prod(np.shape(leaf)) * positions(path) for path, leaf in params.items())
+    def used(path: str) -> float:
+        """The part of a parameter that each of those vectors meets: of experts, a few."""
+        expert = np.ndim(params[path]) == 4 and "/mlp/" in path
+        return math.prod(np.shape(params[path])) * (config.experts_per_token / config.experts if expert else 1)
+
+    linear = 6 * sum(used(path) * positions(path) for path in params)
     return float(rows * (linear + 12 * _attended(config, length, source)))
 
 
@@ -59,13 +65,12 @@ def _attended(config: ModelConfig, length: int, source: int) -> int:
     """Sum over layers of queries x keys x features of all heads, for one row."""
     if isinstance(config, LSTMConfig):
         return 0
-    features = config.heads * config.d_head
     if isinstance(config, Seq2SeqConfig):
-        in_encoder = _self_attended(config, config.encoder_layers, source)
-        return features * (
-            in_encoder + _self_attended(config, config.decoder_layers, length) + config.decoder_layers * length * source
-        )
-    return features * _self_attended(config, config.layers, length)
+        encoder, decoder = config.encoder, config.decoder
+        in_encoder = encoder.heads * encoder.d_head * _self_attended(config, config.encoder_layers, source)
+        in_decoder = _self_attended(config, config.decoder_layers, length) + config.decoder_layers * length * source
+        return in_encoder + decoder.heads * decoder.d_head * in_decoder
+    return config.heads * config.d_head * _self_attended(config, config.layers, length)
 
 
 def _self_attended(config: StackConfig, layers: int, length: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -23,32 +24,44 @@ def decoder_logits(config, weights: dict[str, np.ndarray], tokens: list[int]) ->
     positions = np.arange(len(tokens)) + config.position_offset
     if config.positions == "learned":
         x = x + weights["decoder/pos/table"][positions]
-    if config.positions == "sinusoidal":
-        angle = positions[:, None] / 10000 ** (np.arange(0, config.width, 2) / config.width)
+    if config.positions.startswith("sinusoidal"):
+        last = config.width / 2 - (config.positions == "sinusoidal_t2t")  # index of the wavelength 10000 * 2 pi
+        angle = positions[:, None] / 10000 ** (np.arange(config.width // 2) / last)
         x = x + np.concatenate([np.sin(angle), np.cos(angle)], 1)
     if config.embed_norm:
         x = norm(config, x, weights, "decoder/embed_norm")
     number = 0
-    for segment, count in enumerate(config.segments or (config.layers,)):
+    kinds = [config.experts > 0 and i not in config.dense_layers for i in range(config.layers)]
+    segments = config.segments or [len(list(run)) for _, run in itertools.groupby(kinds)]
+    for segment, count in enumerate(segments):
         prefix = f"decoder/layers/{segment}/"
         for i in range(count):
             layer = {k.removeprefix(prefix): v[i] for k, v in weights.items() if k.startswith(prefix)}
             window = config.windows[number % len(config.windows)] if config.windows else 0
             relative = weights.get("decoder/rel/table")
             parts = [
-                ("attn_norm", lambda h, w=window, p=layer, r=relative: attention(config, h, p, w, r)),
-                ("mlp_norm", lambda h, p=layer: mlp(config, h, p)),
+                ("attn", lambda h, w=window, p=layer, r=relative: attention(config, h, p, w, r)),
+                ("mlp", lambda h, p=layer: (moe if "mlp/router/kernel" in p else mlp)(config, h, p)),
             ]
+            if config.parallel:
+                x = x + sum(inner(norm(config, x, layer, f"{name}_norm")) for name, inner in parts)
+                parts = []
             for name, inner in parts:
-                if config.norm_position == "pre":
-                    x = x + inner(norm(config, x, layer, name))
-                else:
-                    x = norm(config, x + inner(x), layer, name)
+                match config.norm_position:
+                    case "pre":
+                        x = x + inner(norm(config, x, layer, f"{name}_norm"))
+                    case "post":
+                        x = norm(config, x + inner(x), layer, f"{name}_norm")
+                    case "output":
+                        x = x + norm(config, inner(x), layer, f"{name}_norm")
+                    case "sandwich":
+                        y = inner(norm(config, x, layer, f"{name}_norm"))
+                        x = x + norm(config, y, layer, f"{name}_out_norm")
             number += 1
-    if config.norm_position == "pre":
+    if config.norm_position != "post":
         x = norm(config, x, weights, "decoder/final_norm")
     logits = x @ (weights["embed/table"].T if config.tie_embeddings else weights["head/kernel"])
-    return cap(logits, config.logit_softcap)
+    return cap(logits + weights.get("logits_bias", 0), config.logit_softcap)
 
 
 def cap(x, c):
@@ -73,11 +86,26 @@ def mlp(config, x, weights):
     return linear(hidden, weights, "mlp/down")
 
 
-def rotate(x, position, theta):
-    half = len(x) // 2
-    out = np.empty_like(x)
+def moe(config, x, weights):
+    """One token and one expert at a time."""
+    act, out = ACTIVATIONS[GATES[config.activation]], np.zeros_like(x)
+    for t, row in enumerate(x):
+        p = np.exp(row @ weights["mlp/router/kernel"])
+        p /= p.sum()
+        chosen = np.argsort(-p)[: config.experts_per_token]
+        share = p[chosen] / (p[chosen].sum() if config.expert_renormalize else 1)
+        for weight, e in zip(share, chosen, strict=True):
+            gate, up, down = (weights[f"mlp/{name}/kernel"][e] for name in ("gate", "up", "down"))
+            out[t] += weight * (act(row @ gate) * (row @ up)) @ down
+    return out
+
+
+def rotate(x, position, theta, fraction):
+    size = int(len(x) * fraction)
+    half = size // 2
+    out = x.copy()
     for i in range(half):
-        angle = position * theta ** (-2 * i / len(x))
+        angle = position * theta ** (-2 * i / size)
         pair = complex(x[i], x[i + half]) * complex(np.cos(angle), np.sin(angle))
         out[i], out[i + half] = pair.real, pair.imag
     return out
@@ -94,8 +122,12 @@ def bucket(config, distance):
 
 def attention(config, x, weights, window, relative):
     K, T = config.d_head, len(x)
-    q, k, v = (linear(x, weights, f"attn/{name}").reshape(T, -1, K) for name in "qkv")
-    if config.qk_norm:
+    theta = config.rope_local_theta if window and config.rope_local_theta else config.rope_theta
+    q, k, v = (linear(x, weights, f"attn/{name}") for name in "qkv")
+    if config.qk_norm == "width":
+        q, k = norm(config, q, weights, "attn/q_norm"), norm(config, k, weights, "attn/k_norm")
+    q, k, v = (each.reshape(T, -1, K) for each in (q, k, v))
+    if config.qk_norm == "head":
         q, k = norm(config, q, weights, "attn/q_norm"), norm(config, k, weights, "attn/k_norm")
     out = np.zeros((T, config.heads, K))
     for head in range(config.heads):
@@ -106,7 +138,7 @@ def attention(config, x, weights, window, relative):
             for s in keys:
                 a, b = q[t, head], k[s, group]
                 if config.positions == "rotary":
-                    a, b = rotate(a, t, config.rope_theta), rotate(b, s, config.rope_theta)
+                    a, b = (rotate(y, at, theta, config.rotary_fraction) for y, at in ((a, t), (b, s)))
                 logit = cap(a @ b * (config.attention_scale or K**-0.5), config.attention_softcap)
                 logits.append(logit + (relative[bucket(config, t - s), head] if relative is not None else 0))
             p = np.exp(np.array(logits) - max(logits))

@@ -27,14 +27,23 @@ VARIANTS = {
         norm="layernorm", norm_position="post", activation="relu", positions="sinusoidal", embed_scale=True,
         mlp_bias=True, embed_norm=True,
     ),
+    "t2t": dict(positions="sinusoidal_t2t", position_offset=1),
     "no-bias-norm": dict(norm="layernorm", norm_bias=False, activation="gelu", positions="none"),
     "relative": dict(positions="relative", activation="geglu_tanh", relative_buckets=8, relative_max_distance=12),
     "gemma": dict(
-        qk_norm=True, attention_softcap=5.0, logit_softcap=3.0, windows=(3, 0), head_dim=8, activation="geglu",
+        qk_norm="head", attention_softcap=5.0, logit_softcap=3.0, windows=(3, 0), head_dim=8, activation="geglu",
         attention_scale=0.3, embed_scale=True, segments=(1, 2), rope_theta=100.0,
     ),
     "reglu-silu": dict(activation="reglu", norm_eps=1e-2, windows=(4,)),
     "silu": dict(activation="silu", scan_layers=False),
+    "neox": dict(
+        norm="layernorm", activation="gelu", parallel=True, rotary_fraction=0.5, head_dim=8, qkv_bias=True,
+        logits_bias=True,
+    ),
+    "olmo2": dict(norm_position="output", qk_norm="width"),
+    "gemma3": dict(norm_position="sandwich", qk_norm="head", windows=(3, 0), rope_theta=1e4, rope_local_theta=50.0),
+    "mixtral": dict(experts=5, experts_per_token=2, expert_ffn=12),
+    "qwen3-moe": dict(experts=4, experts_per_token=3, expert_renormalize=False, dense_layers=(1,), scan_layers=False),
 }
 
 
