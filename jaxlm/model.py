@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxlm import nn
-from jaxlm.checkpoint.directory import read_model, write_model
+from jaxlm.checkpoint.directory import export_model, read_model, write_model
 from jaxlm.checkpoint.formats import pack_params, stored
 from jaxlm.compression.placement import place
 from jaxlm.compression.recipe import Recipe, load_recipe
@@ -65,6 +66,10 @@ class LM:
             info={} if self.recipe is None else {"recipe": self.recipe.to_json()},
         )
 
+    def export(self, directory: str | Path, *, format: str | None = None, dtype: str = "float32") -> Path:
+        """Writes the dense model as one of a Hugging Face family; see ``export_model``."""
+        return export_model(directory, self.config, self.params, self.tokenizer, kind=format, dtype=dtype)
+
     def generate(self, prompts: str | Sequence[str], **options: Any) -> list[str]:
         """Continuations of texts; see ``jaxlm.inference.generate.generate``."""
         from jaxlm.inference.generate import generate
@@ -89,16 +94,17 @@ def _logits(graphdef: nnx.GraphDef, params: Params, *tokens: jax.Array) -> jax.A
     return nnx.merge(graphdef, params)(*tokens)
 
 
-def load(path: str | Path, *, expand: bool = True) -> LM:
+def load(path: str | Path, *, expand: bool = True, mesh: Mesh | None = None, dtype: str = "float32") -> LM:
     """A model from a model directory, a training run (its exported model, or its best or latest checkpoint) or
     ``hf://org/name``.
 
+    Parameters of a Hugging Face model get ``dtype``; on a ``mesh`` each device reads its own part of them.
     ``expand`` makes dense whatever this platform cannot run at speed as it is (``info["notes"]`` says what); without it
     the parameters are what the file holds. UserError where there is no such model, or something in it is damaged.
     """
     if str(path).startswith("hf://"):
         path = _download(str(path).removeprefix("hf://"))
-    config, params, tokenizer, info = read_model(path)
+    config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype)
     notes: list[str] = []
     if expand:
         params, notes = place(params, jax.default_backend())

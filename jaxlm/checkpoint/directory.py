@@ -1,5 +1,8 @@
 """A model as a Hugging Face directory: config.json, model.safetensors, tokenizer.json, generation_config.json.
 
+A dense model that is one of the families of ``hf_maps`` is written as such, so that transformers loads it; another one,
+and whatever is compressed, has a ``model_type`` of ours.
+
 ``read_model`` also reads directories of the Hugging Face families in ``hf_maps`` and the directory of a training run.
 """
 
@@ -11,21 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from jaxlm import nn
 from jaxlm.checkpoint.disk import replaced_directory
 from jaxlm.checkpoint.formats import pack_params, unpack_params
-from jaxlm.checkpoint.hf import read_hf
+from jaxlm.checkpoint.hf import RUNTIME, ours, read_hf
+from jaxlm.checkpoint.hf_export import express, hf_config, hf_tensors
 from jaxlm.checkpoint.tensors import TensorFiles, write_tensors
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import is_leaf
 from jaxlm.core.tree import Params, flatten, unflatten
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer_files import find_tokenizer
 from jaxlm.nn.config import ModelConfig
 
-__all__ = ["read_model", "weight_bytes", "write_model"]
+__all__ = ["export_model", "read_model", "weight_bytes", "write_model"]
 
 _PREFIX = "jaxlm-"  # of our model types
 
@@ -49,19 +57,21 @@ def write_model(
         info: JSON-safe, kept in config.json under "jaxlm" (how the model came about).
         files: JSON-safe contents of further files, by name.
     """
-    directory = Path(directory).expanduser()
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not _holds_model(directory)):
-        raise UserError(f"{directory} exists and is not a model directory; choose another")
+    directory = _target(directory)
     params = jax.tree.map(_on_host, params)
     if jax.process_index() == 0:
         with replaced_directory(directory) as new:
-            tensors, weights = pack_params(params, storage)
-            write_tensors(new, tensors, json.dumps(weights))
             fields = to_dict(config)
-            ids = {f"{role}_token_id": fields[f"{role}_id"] for role in ("bos", "eos", "pad")}
-            kind = _PREFIX + fields.pop("kind")
-            _write_json(new / "config.json", {"model_type": kind, **fields, "jaxlm": dict(info or {})})
-            _write_json(new / "generation_config.json", ids)
+            dense = storage == "plain" and not any(is_leaf(leaf) for leaf in flatten(params).values())
+            if dense and (kind := express(config)):
+                runtime = {name: fields[name] for name in RUNTIME if name in fields}
+                _write_family(new, kind, config, params, "float32", {"jaxlm": {**(info or {}), "runtime": runtime}})
+            else:
+                kind = _PREFIX + fields.pop("kind")
+                _write_json(new / "config.json", {"model_type": kind, **fields, "jaxlm": dict(info or {})})
+                tensors, weights = pack_params(params, storage)
+                write_tensors(new, tensors, json.dumps(weights))
+            _write_json(new / "generation_config.json", _special_ids(config))
             if tokenizer is not None:
                 tokenizer.save(new)
             for name, content in (files or {}).items():
@@ -71,10 +81,63 @@ def write_model(
     return directory
 
 
-def read_model(path: str | Path) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
+def export_model(
+    directory: str | Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    *,
+    kind: str | None = None,
+    dtype: str = "float32",
+) -> Path:
+    """As ``write_model``, as a model of the family ``kind``, or of the plainest that can be it.
+
+    What the family has and the model has not is added where it changes nothing, such as biases of zero.
+    UserError where the family, or any, cannot be the model.
+    """
+    kind = kind or express(config, exactly=False)
+    if kind is None:
+        raise UserError(f"no family of transformers can be this {config.kind} model: name one with format to see why")
+    hf_config(config, kind)  # complains before anything is written
+    directory = _target(directory)
+    params = jax.tree.map(_on_host, params)
+    if jax.process_index() == 0:
+        with replaced_directory(directory) as new:
+            _write_family(new, kind, config, params, dtype, {})
+            _write_json(new / "generation_config.json", _special_ids(config))
+            if tokenizer is not None:
+                tokenizer.save(new)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jaxlm.export_model")
+    return directory
+
+
+def _target(directory: str | Path) -> Path:
+    """UserError where it holds something that is not a model."""
+    directory = Path(directory).expanduser()
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not _holds_model(directory)):
+        raise UserError(f"{directory} exists and is not a model directory; choose another")
+    return directory
+
+
+def _write_family(new: Path, kind: str, config: ModelConfig, params: Params, dtype: str, more: dict[str, Any]) -> None:
+    fields = hf_config(config, kind) | {"dtype": dtype}
+    _write_json(new / "config.json", fields | more)
+    write_tensors(new, hf_tensors(config, params, fields, jnp.dtype(dtype)))
+
+
+def _special_ids(config: ModelConfig) -> dict[str, int]:
+    ids = {f"{role}_token_id": getattr(config, f"{role}_id") for role in ("bos", "eos", "pad")}
+    return ids | ({"decoder_start_token_id": config.bos_id} if config.kind == "seq2seq" else {})
+
+
+def read_model(
+    path: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32"
+) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
     """(config, params, tokenizer, info) of a model directory, a Hugging Face one, or a training run.
 
-    Parameters come as stored, compressed leaves included. ``info`` is what ``write_model`` was given, with ``source``
+    Parameters come as stored, compressed leaves included; those of a Hugging Face directory in ``dtype``, and on a
+    ``mesh`` each device's part by itself. ``info`` is what ``write_model`` was given, with ``source``
     (the directory), ``bytes_on_disk`` (of the weights) and ``weights`` (the metadata of packed weights).
 
     Raises:
@@ -89,10 +152,11 @@ def read_model(path: str | Path) -> tuple[ModelConfig, Params, Tokenizer | None,
             return _read_run(path)
         raise UserError(f"{path} has no config.json; name a model directory or a training run")
     fields = read_json(path / "config.json")
-    tokenizer = Tokenizer.load(path) if (path / "tokenizer.json").is_file() else None
+    tokenizer = Tokenizer.load(path) if find_tokenizer(path) else None
     if not str(fields.get("model_type")).startswith(_PREFIX):
-        config, params = read_hf(path, fields)
-        return config, params, tokenizer, {"source": str(path), "bytes_on_disk": TensorFiles(path).nbytes}
+        config, params = read_hf(path, fields, mesh=mesh, dtype=dtype)
+        info = {name: value for name, value in ours(fields).items() if name != "runtime"}
+        return config, params, tokenizer, info | {"source": str(path), "bytes_on_disk": TensorFiles(path).nbytes}
     info = fields.pop("jaxlm", {})
     kind = fields.pop("model_type").removeprefix(_PREFIX)
     try:

@@ -2,98 +2,336 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxlm import nn
-from jaxlm.checkpoint.hf_maps import FAMILIES, NEUTRAL, REQUIRED, Family, Tensor
+from jaxlm.checkpoint.hf_fields import REQUIRED, Family, Tensor
+from jaxlm.checkpoint.hf_maps import FAMILIES, NEUTRAL
 from jaxlm.checkpoint.tensors import TensorFiles
+from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
+from jaxlm.core.sharding import shardings
 from jaxlm.core.tree import Params, flatten, unflatten
-from jaxlm.nn.config import DecoderConfig
+from jaxlm.nn.config import DecoderConfig, ModelConfig
+from jaxlm.nn.stack import runs
 
-__all__ = ["read_hf"]
+__all__ = ["RUNTIME", "complete", "convert_config", "family_of", "layer_path", "layers_of", "ours", "pieces", "read_hf"]
 
+# Fields of ours that belong to training or to a process, not to the model: kept beside the family's own.
+RUNTIME = (
+    "dtype", "scan_layers", "remat", "dropout", "attention_dropout", "ffn_dropout", "segments", "encoder_segments",
+    "decoder_segments",
+)
 _LAYERS = re.compile(r"(.*?)layers/(\d+)/(.*)")
 
 
-def read_hf(directory: Path, fields: Mapping[str, Any]) -> tuple[DecoderConfig, Params]:
-    """Configuration and float32 parameters of a directory whose config.json holds ``fields``.
+def read_hf(
+    directory: Path, fields: Mapping[str, Any], *, mesh: Mesh | None = None, dtype: str = "float32"
+) -> tuple[ModelConfig, Params]:
+    """Configuration and parameters of a directory whose config.json holds ``fields``.
+
+    Each tensor is read once, on a mesh each device's part by itself, and put where it belongs on the device: this
+    process's memory holds at most one tensor besides the parameters.
 
     UserError where the family is unknown, a field may change results in a way that is not understood, or a tensor is
     missing, superfluous or of the wrong shape.
     """
     path = directory / "config.json"
-    kind = fields.get("model_type")
-    if kind not in FAMILIES:
-        raise UserError(f"{path}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
     try:
-        config = convert_config(family, fields)
+        family = family_of(fields)
+        config = _with_runtime(convert_config(family, fields), ours(fields).get("runtime", {}))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return config, read_params(family, config, TensorFiles(directory))
+    files = _Prefixed(family, TensorFiles(directory))
+    config = _untie(family, config, files)
+    like = nn.abstract(config)[1]
+    places = shardings(like, mesh) if mesh is not None else jax.tree.map(lambda _: _here(), like)
+    values, flat, targets = complete(family, fields), flatten(like), flatten(places)
+    rows: dict[str, list[Piece]] = {path: list(pieces(family, config, path, leaf.shape)) for path, leaf in flat.items()}
+    _check_names(family, config, files, rows)
+    leaves = {
+        path: _leaf(files, config, values, rows[path], leaf.shape, targets[path], jnp.dtype(dtype))
+        for path, leaf in flat.items()
+    }
+    return config, unflatten(like, leaves)
 
 
-def convert_config(family: Family, fields: Mapping[str, Any]) -> DecoderConfig:
-    """Our configuration from the fields of a config.json; None counts as absent there."""
-    given = {name: value for name, value in fields.items() if value is not None and name not in NEUTRAL}
-    unknown = sorted(set(given) - set(family.fields))
-    if unknown:
-        raise UserError(f"{unknown[0]} = {given[unknown[0]]!r} is not known, and might change what the model computes")
-    ours = dict(family.fixed)
-    for name, field in family.fields.items():
-        if name not in given and field.default is REQUIRED:
-            raise UserError(f"{name} is missing; it belongs in a configuration of this model_type")
-        if name in given or not set(field.ours) & set(ours):  # two spellings of one thing: the given one counts
-            value = field.convert(given.get(name, field.default))
-            ours |= dict.fromkeys(field.ours, value)
-    return DecoderConfig(**ours, **_special_ids(fields))
+def ours(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What we wrote into a config.json beside the family's fields."""
+    added = fields.get("jaxlm")
+    return added if isinstance(added, dict) else {}
 
 
-def _special_ids(fields: Mapping[str, Any]) -> dict[str, int]:
-    """Special tokens; of several end tokens the first. A model without padding pads with its end token."""
+def _with_runtime(config: ModelConfig, runtime: Mapping[str, Any]) -> ModelConfig:
+    """The configuration with the fields of ``RUNTIME`` as they were saved."""
+    if not isinstance(runtime, dict) or not set(runtime) <= set(RUNTIME):
+        raise UserError(f"jaxlm: runtime = {runtime!r} is not understood; remove it")
+    config = from_dict(type(config), to_dict(config) | runtime)
+    for prefix in ("",) if isinstance(config, DecoderConfig) else ("encoder_", "decoder_"):
+        segments, layers = getattr(config, f"{prefix}segments"), getattr(config, f"{prefix}layers")
+        if segments and (min(segments) < 1 or sum(segments) != layers):
+            raise UserError(f"jaxlm: runtime: {prefix}segments = {segments} are not {layers} layers")
+    return config
+
+
+def family_of(fields: Mapping[str, Any]) -> Family:
+    """The family of a config.json. UserError if there is none."""
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def complete(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the family reads, defaults in place of absent ones."""
+    known = {name: default for field in family.fields for name, default in field.theirs.items()}
+    return {name: fields.get(name, None if default is REQUIRED else default) for name, default in known.items()}
+
+
+def convert_config(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
+    """Our configuration from the fields of a config.json. UserError on one that is not understood."""
+    values = complete(family, fields)
+    for name, value in sorted(fields.items()):
+        if value is not None and name not in values and name not in NEUTRAL and name not in family.ignored:
+            raise UserError(f"{name} = {value!r} is not known, and might change what the model computes")
+    ours: dict[str, Any] = {}
+    for field in family.fields:
+        try:
+            ours |= field.read({name: fields.get(name, default) for name, default in field.theirs.items()})
+        except UserError:
+            raise
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+            given = ", ".join(f"{name} = {fields[name]!r}" for name in field.theirs if name in fields)
+            raise UserError(f"{given} makes no sense in a configuration of this model_type") from None
+    config = _typed(family.config, ours | _special_ids(family, fields))
+    _check_sizes(config)
+    return config
+
+
+def _typed(cls: type, ours: Mapping[str, Any]) -> ModelConfig:
+    """The configuration, with the types of its fields checked."""
+    plain = {name: to_dict(value) if dataclasses.is_dataclass(value) else value for name, value in ours.items()}
+    try:
+        return from_dict(cls, plain)
+    except UserError as error:
+        raise UserError(f"a field has a value of the wrong type: {error}") from None
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    """UserError where sizes make no model; what they allocate is bounded by the tensors of the file."""
+    counts = ["vocab_size", "width", "heads", "n_kv_heads", "d_head", "d_ffn", "max_positions"]
+    counts += ["layers"] if isinstance(config, DecoderConfig) else ["encoder_layers", "decoder_layers"]
+    for name in counts:
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}, which makes no model; check the sizes")
+    if config.heads % config.n_kv_heads:
+        raise UserError(f"{config.heads} attention heads cannot share {config.n_kv_heads} key/value heads equally")
+    if config.positions == "rotary" and config.d_rotary % 2:
+        raise UserError(f"{config.d_rotary} dimensions of a head are rotated, an odd number; check the sizes")
+    scaling = config.rope_scaling
+    for factors in (scaling.short_factor, scaling.long_factor):
+        if scaling.method == "longrope" and len(factors) != config.d_rotary // 2:
+            raise UserError(f"rope_scaling has {len(factors)} factors where {config.d_rotary // 2} are due")
+
+
+def _special_ids(family: Family, fields: Mapping[str, Any]) -> dict[str, int]:
+    """Special tokens; of several end tokens the first. A model without padding pads with its end token; an
+    encoder-decoder begins with what config.json names for that, else with padding (as T5 does)."""
     ids = {}
     for role in ("bos", "eos"):
         value = fields.get(f"{role}_token_id")
-        value = value[0] if isinstance(value, list) else value
-        if value is not None:
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int):
             ids[f"{role}_id"] = value
     pad = fields.get("pad_token_id")
-    pad = ids.get("eos_id", 0) if pad is None or pad < 0 else pad
+    pad = pad if isinstance(pad, int) and pad >= 0 else ids.get("eos_id", 0)
+    if not issubclass(family.config, DecoderConfig):
+        start = fields.get("decoder_start_token_id")
+        ids["bos_id"] = start if isinstance(start, int) else pad
     return ids | {"pad_id": pad}
 
 
-def read_params(family: Family, config: DecoderConfig, files: TensorFiles) -> Params:
-    """The parameters of the model, each tensor read once, in float32."""
-    like = nn.abstract(config)[1]
-    wanted: set[str] = set()
+# Tensors --------------------------------------------------------------------------------------------------------------
 
-    def read(tensor: Tensor, shape: tuple[int, ...], layer: int | None = None) -> np.ndarray:
-        name = tensor.name if layer is None else tensor.name.format(layer)
-        wanted.add(name)
-        array = files.read(name, shape[::-1] if tensor.transposed else shape)
-        return array.T if tensor.transposed else array
 
-    leaves, first = {}, 0
-    segments = config.segments or (config.layers,)
-    for path, leaf in flatten(like).items():
-        match = _LAYERS.fullmatch(path)
-        if match is None:
-            leaves[path] = jnp.asarray(read(family.tensors[path], leaf.shape), jnp.float32)
-            continue
-        prefix, segment, rest = match.groups()
-        tensor, first = family.tensors[f"{prefix}layers/{rest}"], sum(segments[: int(segment)])
-        stacked = np.empty(leaf.shape, np.float32)
-        for i in range(leaf.shape[0]):
-            stacked[i] = read(tensor, leaf.shape[1:], first + i)
-        leaves[path] = jnp.asarray(stacked)
-    for name in files:
-        if name not in wanted and not any(re.fullmatch(pattern, name) for pattern in family.unused):
-            raise UserError(f"{files.file(name)}: tensor {name!r} has no place in a model of this config.json")
-    return unflatten(like, leaves)
+class _Prefixed:
+    """The files of a model, whose names may lack the prefix of its family."""
+
+    def __init__(self, family: Family, files: TensorFiles):
+        self.files = files
+        prefix = family.prefix
+        self.bare = bool(prefix) and not any(name.startswith(prefix) for name in files)
+        self.prefix = prefix
+
+    def name(self, name: str, aliases: tuple[str, ...] = ()) -> str:
+        """The name that the file has, of several."""
+        options = [each.removeprefix(self.prefix) if self.bare else each for each in (name, *aliases)]
+        return next((each for each in options if each in self.files), options[0])
+
+    def known(self, name: str) -> bool:
+        return self.name(name) in self.files
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the file and where it goes in a parameter: the whole, or a layer's or an expert's part."""
+
+    tensor: Tensor
+    name: str
+    at: tuple[int, ...]
+    layer: int | None
+
+
+def pieces(family: Family, config: ModelConfig, path: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+    """What a parameter of ours is made of. UserError if the family has nothing of the kind."""
+    match = _LAYERS.fullmatch(path)
+    key = path if match is None else f"{match[1]}layers/{match[3]}"
+    if key not in family.tensors:
+        raise UserError(f"models of this model_type have no {key}; its config.json asks for one")
+    tensor = family.tensors[key]
+    name = tensor.named(config)
+    if match is None:
+        yield Piece(tensor, name, (), None)
+        return
+    layers = layers_of(config, match[1])[int(match[2])]
+    for i, layer in enumerate(layers):
+        if name.count("{}") == 1:
+            yield Piece(tensor, name.format(layer), (i,), layer)
+        else:
+            for expert in range(shape[1]):
+                yield Piece(tensor, name.format(layer, expert), (i, expert), layer)
+
+
+def layer_path(path: str) -> tuple[str, str]:
+    """``decoder/layers/1/attn/q/kernel`` as (``decoder/``, ``attn/q/kernel``)."""
+    match = _LAYERS.fullmatch(path)
+    return match[1], match[3]
+
+
+def layers_of(config: ModelConfig, prefix: str) -> list[range]:
+    """The layers of each segment of ``encoder/`` or ``decoder/``."""
+    if isinstance(config, DecoderConfig):
+        return runs(config, config.layers, config.segments)
+    if prefix.startswith("encoder"):
+        return runs(config, config.encoder_layers, config.encoder_segments)
+    return runs(config, config.decoder_layers, config.decoder_segments)
+
+
+def _untie(family: Family, config: ModelConfig, files: _Prefixed) -> ModelConfig:
+    """A head of its own in the file unties the embeddings, whatever config.json says: so does transformers."""
+    if not config.tie_embeddings or not files.known(family.head):
+        return config
+    table = family.tensors["embed/table"]
+    table_name = files.name(table.named(config), table.aliases)
+    if table_name not in files.files or files.name(family.head) == table_name:
+        return config
+    shape = (config.vocab_size, config.width)
+    head, table = (files.files.read(name, shape) for name in (files.name(family.head), table_name))
+    return config if np.array_equal(head, table) else dataclasses.replace(config, tie_embeddings=False)
+
+
+def _check_names(
+    family: Family, config: ModelConfig, files: _Prefixed, rows: Mapping[str, list[Piece]]
+) -> None:
+    wanted = {files.name(piece.name, piece.tensor.aliases) for found in rows.values() for piece in found}
+    unused = [re.compile(pattern) for pattern in family.unused]
+    if config.tie_embeddings:
+        unused.append(re.compile(re.escape(family.head)))
+    for name in files.files:
+        whole = files.prefix + name if files.bare else name
+        if name not in wanted and not any(each.fullmatch(whole) or each.fullmatch(name) for each in unused):
+            raise UserError(f"{files.files.file(name)}: tensor {name!r} has no place in a model of this config.json")
+    for name in sorted(wanted):
+        files.files.file(name)
+
+
+def _here() -> Sharding:
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _leaf(files, config, values, found: list[Piece], shape, target: Sharding, dtype) -> jax.Array:
+    """A parameter, from its pieces."""
+    if not found[0].at:
+        return _put(None, *_read(files, config, values, found[0], shape, target), at=(), dtype=dtype, out=target)
+    depth = len(found[0].at)
+    inner = _without(target, depth)
+    buffer = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=target)()
+    for piece in found:
+        parts = _read(files, config, values, piece, shape[depth:], inner)
+        buffer = _put(buffer, *parts, at=piece.at, dtype=dtype, out=target)
+    return buffer
+
+
+def _without(target: Sharding, depth: int) -> Sharding:
+    """The sharding of one layer (and expert) of an array."""
+    if not isinstance(target, NamedSharding):
+        return target
+    return NamedSharding(target.mesh, PartitionSpec(*target.spec[depth:]))
+
+
+def _read(files: _Prefixed, config: ModelConfig, values, piece: Piece, shape, target: Sharding):
+    """The piece as it is stored, on its devices, with what turns it into ours: (array, transposed, scale, offset)."""
+    tensor, name = piece.tensor, files.name(piece.name, piece.tensor.aliases)
+    stored = shape[::-1] if tensor.transposed else shape
+    axis = 0 if tensor.transposed else len(stored) - 1  # of the outputs
+    if isinstance(target, NamedSharding) and tensor.transposed:
+        spec = (*target.spec, *[None] * (len(shape) - len(target.spec)))
+        target = NamedSharding(target.mesh, PartitionSpec(*spec[::-1]))
+
+    if tensor.cut is None:
+        whole, start = ((1, *stored) if tensor.row else stored), 0
+    else:
+        sizes = tensor.cut.sizes(config)
+        start = sum(sizes[: tensor.cut.index])
+        whole = (*stored[:axis], sum(sizes), *stored[axis + 1 :])
+    found = files.files.shape(name)
+    if found != whole:
+        path = files.files.file(name)
+        raise UserError(f"{path}: tensor {name!r} is {list(found)}, by config.json it should be {list(whole)}")
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if tensor.cut is not None and tensor.cut.by_head:
+            array = files.files.read(name)
+            array = np.moveaxis(array, axis, 0)
+            array = array.reshape(-1, len(sizes), config.d_head, *array.shape[1:])[:, tensor.cut.index]
+            array = np.moveaxis(array.reshape(-1, *array.shape[2:]), 0, axis)
+            return np.ascontiguousarray(array[index])
+        first, last, _ = index[axis].indices(stored[axis])
+        index = (*index[:axis], slice(start + first, start + last), *index[axis + 1 :])
+        array = files.files.read_slice(name, (slice(0, 1), *index) if tensor.row else index)
+        return array[0] if tensor.row else array
+
+    array = jax.make_array_from_callback(tuple(stored), target, part)
+    scale = 1.0 if tensor.scale is None else tensor.scale(values, piece.layer)
+    return array, tensor.transposed, scale, tensor.offset
+
+
+@partial(jax.jit, static_argnames=("transposed", "dtype", "out", "plain"), donate_argnames="buffer")
+def _place(buffer, array, scale, offset, at, *, transposed: bool, plain: bool, dtype, out: Sharding):
+    array = array.T if transposed else array
+    array = array.astype(dtype) if plain else (array.astype(jnp.float32) * scale + offset).astype(dtype)
+    if buffer is not None:
+        array = array.reshape((1,) * (buffer.ndim - array.ndim) + array.shape)
+        array = jax.lax.dynamic_update_slice(buffer, array, at)
+    return jax.lax.with_sharding_constraint(array, out) if isinstance(out, NamedSharding) else array
+
+
+def _put(buffer, array, transposed: bool, scale: float, offset: float, *, at, dtype, out: Sharding) -> jax.Array:
+    """The stored array made ours, alone or as one part of a buffer, which is given up."""
+    where = None if buffer is None else tuple(np.int32(i) for i in (*at, *[0] * (buffer.ndim - len(at))))
+    plain = scale == 1.0 and offset == 0.0
+    return _place(
+        buffer, array, np.float32(scale), np.float32(offset), where, transposed=transposed, plain=plain, dtype=dtype,
+        out=out,
+    )

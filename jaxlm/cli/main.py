@@ -25,6 +25,7 @@ COMMANDS = {
     "compress": "make a model smaller by a recipe",
     "generate": "continue a text",
     "translate": "translate lines",
+    "export": "write a model for transformers",
     "inspect": "what is in a model: configuration, sizes, tensors",
 }
 

@@ -41,9 +41,14 @@ def take(table: jax.Array | QArray, ids: jax.Array) -> jax.Array:
 def ragged_dot(x_MxI: jax.Array, w_ExIxO: jax.Array | QArray, sizes_E: jax.Array) -> jax.Array:
     """Rows ``sizes_E[0]`` by the first matrix, the next ``sizes_E[1]`` by the second, ...: ``[M, O]``.
 
-    The matrices of compressed experts are opened whole: rows meet few of them, but XLA has no ragged integer product.
+    Compressed matrices are opened whole, and where activations are to be int8 the rows are rounded as if they were: XLA
+    has no ragged integer product.
     """
-    w_ExIxO = dequantize(w_ExIxO) if is_leaf(w_ExIxO) else w_ExIxO
+    if is_leaf(w_ExIxO):
+        if w_ExIxO.act_bits:
+            codes_MxI, scale_Mx1 = quantize_tokens(x_MxI)
+            x_MxI = (codes_MxI * scale_Mx1).astype(x_MxI.dtype)
+        w_ExIxO = dequantize(w_ExIxO)
     return jax.lax.ragged_dot(x_MxI, w_ExIxO.astype(x_MxI.dtype), sizes_E)
 
 

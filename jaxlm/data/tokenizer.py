@@ -1,14 +1,16 @@
 """Text to token ids and back, over the Hugging Face ``tokenizers`` library.
 
 A tokenizer is two files that transformers' ``AutoTokenizer`` also reads: ``tokenizer.json`` and
-``tokenizer_config.json`` (which names the special tokens). Tokenizers made here are byte-level BPE (Sennrich et al.,
-arXiv:1508.07909; bytes as in GPT-2), which encodes any text and decodes it exactly, or one token a character.
+``tokenizer_config.json`` (which names the special tokens); whatever else Hugging Face directories keep one in is read
+too. Tokenizers made here are byte-level BPE (Sennrich et al., arXiv:1508.07909; bytes as in GPT-2), which encodes any
+text and decodes it exactly, or one token a character.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,52 +19,56 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.chat import choose, render
 from jaxlm.data.config import DataConfig
+from jaxlm.data.engines import Engine, FastEngine
+from jaxlm.data.languages import languages_of
 from jaxlm.data.sources import Source, Tokens, pieces
+from jaxlm.data.tokenizer_files import read_tokenizer
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 _SPECIALS = (PAD, BOS, EOS)
-_CONVENTIONAL = {  # names tried when no file says which token plays which part
-    "pad": (PAD, "[PAD]"),
-    "bos": (BOS, "<|begin_of_text|>", "<|endoftext|>"),
-    "eos": (EOS, "<|end_of_text|>", "<|endoftext|>"),
-}
 _ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 _EACH_CHARACTER = r"[\s\S]"
+_SPACED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # what cleaning up takes spaces from
 _BATCH = 1 << 22  # characters encoded at a time: bounds the memory of tokenizers' intermediate objects
 
 
 class Tokenizer:
     """Encodes without adding anything: no special token appears in ``encode(text)``, not even where the text spells one
-    (so a corpus cannot end its own documents). ``pad_id``, ``bos_id`` and ``eos_id`` are None where there is none;
-    ``vocab_size`` counts ids from 0 to the largest.
+    (so a corpus cannot end its own documents). What a model reads around its text is added by ``encode_prompt``,
+    ``encode_source`` and ``encode_target``. ``pad_id``, ``bos_id`` and ``eos_id`` are None where there is none;
+    ``vocab_size`` counts ids from 0 to the largest, and ``languages`` has the ids of the language codes, if any.
     """
 
-    def __init__(self, raw: tokenizers.Tokenizer, config: dict[str, Any]):
-        """``config`` is what tokenizer_config.json holds: at least the names of the special tokens there are."""
-        raw.no_truncation()
-        raw.no_padding()
-        raw.encode_special_tokens = True
-        self._raw = raw
+    def __init__(self, engine: Engine, config: dict[str, Any], family: str = ""):
+        """``config`` is what tokenizer_config.json holds: at least the names of the special tokens there are.
+        ``family`` is the class it is for (without "Fast"), which decides where language codes go."""
+        self._engine = engine
         self._config = config
-        self._splittable = _splittable(raw)
-        vocabulary = raw.get_vocab(with_added_tokens=True)
+        self._splittable = isinstance(engine, FastEngine) and _splittable(engine.raw)
+        vocabulary = engine.vocabulary
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.pad_id, self.bos_id, self.eos_id = (
             None if name is None else vocabulary[name] for name in map(self._special, ("pad", "bos", "eos"))
         )
+        self._convention = languages_of(family, config)
+        self.languages: Mapping[str, int] = self._convention.of(engine.specials) if self._convention else {}
 
     def _special(self, role: str) -> str | None:
         name = self._config.get(f"{role}_token")
         name = name.get("content") if isinstance(name, dict) else name
-        return name if name is not None and self._raw.token_to_id(name) is not None else None
+        return name if name in self._engine.vocabulary else None
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. UserError if it holds a character that a character tokenizer lacks."""
+        return self._ids([text])[0]
+
+    def _ids(self, texts: Sequence[str], target: bool = False) -> list[list[int]]:
         try:
-            return self._raw.encode(text, add_special_tokens=False).ids
+            return [list(ids) for ids in self._engine.encode(texts, target)]
         except Exception as error:
-            raise self._explain([text], error) from error
+            raise self._explain(texts, error) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As ``encode``, of many texts, on all cores."""
@@ -79,11 +85,11 @@ class Tokenizer:
         chunks, lengths = [np.zeros(0, dtype)], np.zeros(len(texts), np.int64)
         for batch, owners in self._batches(texts):
             try:
-                encodings = self._raw.encode_batch_fast(batch, add_special_tokens=False)
+                encoded = self._engine.encode(batch)
             except Exception as error:
                 raise self._explain(batch, error) from error
-            for owner, encoding in zip(owners, encodings, strict=True):
-                chunks.append(np.array(encoding.ids, dtype))
+            for owner, ids in zip(owners, encoded, strict=True):
+                chunks.append(np.array(ids, dtype))
                 lengths[owner] += len(chunks[-1])
         return np.concatenate(chunks), lengths
 
@@ -104,8 +110,8 @@ class Tokenizer:
             yield batch, owners
 
     def _explain(self, texts: Sequence[str], error: Exception) -> Exception:
-        unknown = set().union(*texts) - self._raw.get_vocab().keys()
-        if json.loads(self._raw.to_str())["model"]["type"] != "WordLevel" or not unknown:
+        unknown = set().union(*texts) - self._engine.vocabulary.keys()
+        if not self._is_character_level() or not unknown:
             return error
         named = ", ".join(f"{char!r} (U+{ord(char):04X})" for char in sorted(unknown)[:5])
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -113,42 +119,113 @@ class Tokenizer:
             f"the character tokenizer does not know {named}{more}; train it on text that has them, or use bpe"
         )
 
+    def _is_character_level(self) -> bool:
+        return isinstance(self._engine, FastEngine) and isinstance(self._engine.raw.model, models.WordLevel)
+
+    def encode_prompt(self, text: str, specials: bool = False) -> list[int]:
+        """The ids of a prompt, with what a decoder of this kind reads around it (Llama's <s>; GPT-2: nothing).
+
+        ``specials``: the text spells its special tokens, as a prompt made by ``chat`` does, the first one included.
+        They are recognised, and nothing is added.
+        """
+        if specials:
+            return list(self._engine.encode_spelled(text))
+        framed = self._engine.encode_framed([text])
+        return self.encode(text) if framed is None else list(next(iter(framed)))
+
+    def encode_source(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
+        """What an encoder reads of each text: its ids with the end token, and with a language code where such models
+        have one. Without ``language`` it is the ``src_lang`` of tokenizer_config.json, or the code that transformers
+        takes there. UserError for a language that the tokenizer lacks."""
+        default = self._config.get("src_lang") or (self._convention.default if self._convention else None)
+        return self._framed(texts, language, default, target=False)
+
+    def encode_target(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
+        """The labels of each text: what a decoder is trained to produce after its start token, with the end token, and
+        with a language code where such models have one (mBART-cc25, whose decoder starts with the code: after the end
+        token). Without ``language`` it is the ``tgt_lang`` of tokenizer_config.json. UserError where that is missing,
+        or the tokenizer lacks the language."""
+        return self._framed(texts, language, self._config.get("tgt_lang"), target=True)
+
+    def _framed(self, texts: Sequence[str], language: str | None, default: str | None, target: bool) -> list[list[int]]:
+        texts = list(texts)
+        if not self.languages:
+            if language is not None:
+                raise UserError(f"the tokenizer has no languages, so {language!r} cannot be chosen; leave it out")
+            framed = self._engine.encode_framed(texts)
+            rows = None if framed is None else [list(row) for row in framed]
+            # A frame without the end token is a decoder's; encoders and targets end.
+            if rows is not None and all(row and row[-1] == self.eos_id for row in rows):
+                return rows
+        ids = self._ids(texts, target)
+        if self.eos_id is None:
+            raise UserError("the tokenizer has no eos token to end a sentence with; use another")
+        if not self.languages:
+            return [[*row, self.eos_id] for row in ids]
+        code = self.language_id(language or default)
+        first = self._convention.first
+        return [[code, *row, self.eos_id] if first else [*row, self.eos_id, code] for row in ids]
+
+    def language_id(self, language: str | None) -> int:
+        """The id of a language's code. UserError, naming the nearest codes, where there is no such language."""
+        if language in self.languages:
+            return self.languages[language]
+        if language is None:
+            raise UserError(f"say which language to translate into: one of {', '.join(list(self.languages)[:8])}, …")
+        near = difflib.get_close_matches(language, self.languages, n=3, cutoff=0.0)
+        raise UserError(f"the model has no language {language!r}; did you mean {' or '.join(near)}?")
+
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of some ids; special tokens vanish unless asked for. Bytes that are not UTF-8 become U+FFFD."""
-        return self._raw.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+        text = self._engine.decode([int(i) for i in ids], skip_special)
+        if self._config.get("clean_up_tokenization_spaces") and not self._engine.bpe:
+            for spaced in _SPACED:
+                text = text.replace(spaced, spaced.strip(" "))
+        return text
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any,
+    ) -> str:
+        """A conversation as the prompt that the model was trained with: its chat template, filled in.
+
+        Encode it with ``encode_prompt(prompt, specials=True)``.
+
+        Args:
+            messages: each with a "role" and, mostly, a "content".
+            add_generation_prompt: whether the prompt ends where the model's answer begins.
+            tools: JSON schemas of functions that the model may call.
+            **variables: whatever else the template reads.
+
+        Raises:
+            UserError: there is no template, or it fails, refuses the conversation, or does what it may not.
+        """
+        template = choose(self._config.get("chat_template"), tools is not None)
+        if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
+            raise UserError('a chat is a list of messages such as {"role": "user", "content": "Hello"}')
+        tokens = {key: value for key, value in self._config.items() if key.endswith("_token")}
+        tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
+        return render(template, {
+            **{key: value for key, value in tokens.items() if isinstance(value, str)}, "documents": None, **variables,
+            "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt,
+        })
 
     def save(self, directory: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json into a directory, made if need be."""
+        """Writes the tokenizer's files into a directory, made if need be: tokenizer.json (the SentencePiece models and
+        the vocabulary where Marian and M2M-100 need them instead) and tokenizer_config.json, with any chat template."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self._raw.save(str(directory / "tokenizer.json"))
+        self._engine.save(directory)
         (directory / "tokenizer_config.json").write_text(json.dumps(self._config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a tokenizer.json, or the one in a directory, with the tokenizer_config.json and config.json beside it.
+        """Reads the tokenizer of a Hugging Face directory, or one of its files with the configs beside it.
 
-        UserError if there is none, or if one of the files cannot be read.
+        That is tokenizer.json, a SentencePiece model, or vocab.json and merges.txt (``tokenizer_files``). UserError if
+        there is none, or if one of the files cannot be read.
         """
-        path = Path(path).expanduser()
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise UserError(f"{file} does not exist; name a tokenizer.json or a directory that holds one")
-        try:
-            raw = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise UserError(f"{file} is not a tokenizer.json ({error}); save it again") from None
-        config = _read_json(file.with_name("tokenizer_config.json")) or {
-            "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False
-        }
-        model = _read_json(file.with_name("config.json"))
-        for role, conventional in _CONVENTIONAL.items():
-            if not config.get(f"{role}_token"):
-                index = model.get(f"{role}_token_id")
-                index = index[0] if isinstance(index, list) else index
-                known = (name for name in conventional if not model and raw.token_to_id(name) is not None)
-                config[f"{role}_token"] = next(known, None) if index is None else raw.id_to_token(index)
-        return cls(raw, config)
+        return cls(*read_tokenizer(Path(path).expanduser()))
 
     @classmethod
     def train(cls, texts: Iterable[str], kind: Literal["bpe", "char"] = "bpe", vocab_size: int = 8192) -> Tokenizer:
@@ -178,7 +255,7 @@ class Tokenizer:
             raw.train_from_iterator(parts, trainers.BpeTrainer(
                 vocab_size=vocab_size, special_tokens=list(_SPECIALS), initial_alphabet=_ALPHABET, show_progress=False,
             ))
-        return cls(raw, {
+        return cls(FastEngine(raw), {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "pad_token": PAD, "bos_token": BOS, "eos_token": EOS,
         })
@@ -201,13 +278,3 @@ def _splittable(raw: tokenizers.Tokenizer) -> bool:
     characters = before.get("type") == "Split" and before["pattern"] == {"Regex": _EACH_CHARACTER}
     plain = spec["normalizer"] is None and all(token["special"] for token in spec["added_tokens"])
     return plain and (gpt2 or characters)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """An optional JSON file; {} where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); restore it") from None

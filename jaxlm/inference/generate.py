@@ -251,7 +251,7 @@ def generate(
     _check(lm, max_new_tokens, temperature, stop, beam)
     tokenizer = lm.tokenizer
     begin = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), lm.config.bos_id)
-    ids = [tokenizer.encode(prompt) or [begin] for prompt in prompts]
+    ids = [tokenizer.encode_prompt(prompt) or [begin] for prompt in prompts]
     heads = [tokenizer.decode(tokens) for tokens in ids]
 
     def text_of(i: int, tokens: list[int]) -> str:

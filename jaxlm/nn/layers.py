@@ -27,7 +27,9 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(n_out), axes=axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = ops.dot(x, self.kernel.get_value())
+        return self.add_bias(ops.dot(x, self.kernel.get_value()))
+
+    def add_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
 

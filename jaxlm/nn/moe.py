@@ -22,35 +22,42 @@ class ExpertLinear(nnx.Module):
         return ops.ragged_dot(x_MxI, self.kernel.get_value(), sizes_E)
 
 
+class Experts(nnx.Module):
+    """The MLPs themselves, on rows sorted by expert."""
+
+    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, scale: float):
+        width, ffn, experts = config.width, config.d_expert, config.experts
+        self.act = ACTIVATIONS[config.activation]
+        self.ffn_dropout = config.ffn_dropout
+        self.gate = ExpertLinear((experts, width, ffn), ("embed", "mlp"), rngs=rngs) if config.gated else None
+        self.up = ExpertLinear((experts, width, ffn), ("embed", "mlp"), rngs=rngs)
+        self.down = ExpertLinear((experts, ffn, width), ("mlp", "embed"), rngs=rngs, scale=scale)
+
+    def __call__(self, x_MxD: jax.Array, sizes_E: jax.Array, key: jax.Array | None) -> jax.Array:
+        h = self.up(x_MxD, sizes_E)
+        h = self.act(h) if self.gate is None else self.act(self.gate(x_MxD, sizes_E)) * h
+        return self.down(dropout(h, self.ffn_dropout, key), sizes_E)
+
+
 class Moe(nnx.Module):
-    """Each token's output is the mean of its ``experts_per_token`` best experts', weighted by the router.
+    """Each token's output is the sum of its ``experts_per_token`` best experts', weighted by the router.
 
     No token is dropped: the copies of the tokens are sorted by expert and each expert multiplies its run of them.
     """
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, scale: float):
-        width, ffn, experts = config.width, config.d_expert, config.experts
         self.config = config
-        self.act = ACTIVATIONS[config.activation]
-        self.router = Linear(width, experts, ("embed", "experts"), bias=False, rngs=rngs)
-        self.gate = ExpertLinear((experts, width, ffn), ("embed", "mlp"), rngs=rngs) if config.gated else None
-        self.up = ExpertLinear((experts, width, ffn), ("embed", "mlp"), rngs=rngs)
-        self.down = ExpertLinear((experts, ffn, width), ("mlp", "embed"), rngs=rngs, scale=scale)
+        self.router = Linear(config.width, config.experts, ("embed", "experts"), bias=False, rngs=rngs)
+        self.experts = Experts(config, rngs=rngs, scale=scale)
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        config = self.config
         x_MxD = x.reshape(-1, x.shape[-1])
         weights_MxK, experts_MxK = self.route(x_MxD)
         order = jnp.argsort(experts_MxK.reshape(-1), stable=True)
-        sizes_E = jnp.bincount(experts_MxK.reshape(-1), length=config.experts).astype(jnp.int32)
-
-        x_MKxD = x_MxD[order // config.experts_per_token]
-        h = self.up(x_MKxD, sizes_E)
-        h = self.act(h) if self.gate is None else self.act(self.gate(x_MKxD, sizes_E)) * h
-        y_MKxD = self.down(dropout(h, config.ffn_dropout, key), sizes_E)
-
-        unsorted = jnp.zeros_like(y_MKxD).at[order].set(y_MKxD, unique_indices=True)
-        y_MxD = jnp.einsum("mkd,mk->md", unsorted.reshape(*weights_MxK.shape, -1), weights_MxK.astype(x.dtype))
+        sizes_E = jnp.bincount(experts_MxK.reshape(-1), length=self.config.experts).astype(jnp.int32)
+        sorted_MKxD = self.experts(x_MxD[order // experts_MxK.shape[1]], sizes_E, key)
+        y_MKxD = jnp.zeros_like(sorted_MKxD).at[order].set(sorted_MKxD, unique_indices=True)
+        y_MxD = jnp.einsum("mkd,mk->md", y_MKxD.reshape(*weights_MxK.shape, -1), weights_MxK.astype(x.dtype))
         return y_MxD.reshape(x.shape)
 
     def route(self, x_MxD: jax.Array) -> tuple[jax.Array, jax.Array]:

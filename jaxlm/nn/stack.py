@@ -109,8 +109,7 @@ class Block(nnx.Module):
 
         def attention(h):
             nonlocal past
-            q = self.attn.query(h, angles)
-            k, v = self.attn.key_value(h, angles)
+            q, k, v = self.attn.query_key_value(h, angles)
             if past is not None:
                 past = past.write(k, v)
                 k, v = past.read()

@@ -73,6 +73,28 @@ def test_round_trip(tmp_path, config):
     assert json.loads((written / "generation_config.json").read_text())["eos_token_id"] == config.eos_id
 
 
+def test_a_dense_llama_is_written_as_one(tmp_path):
+    config = DecoderConfig(vocab_size=24, width=32, heads=4, layers=3, segments=(2, 1), dropout=0.1, remat="full")
+    params = random_params(config)
+    path = write_model(tmp_path / "m", config, params, TOKENIZER, info={"note": [1]})
+    fields = json.loads((path / "config.json").read_text())
+    assert (fields["model_type"], fields["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    config2, params2, _, info = read_model(path)
+    assert config2 == dataclasses.replace(config, kv_heads=4, head_dim=8, ffn=128)  # what was derived is written
+    assert_same(params2, params)
+    assert info["note"] == [1]
+
+    weights = path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    with pytest.raises(UserError, match=r"model\.safetensors: tensor '.*' is damaged \(its checksum is wrong\)"):
+        read_model(path)
+    fields["jaxlm"]["runtime"]["segments"] = [2, 2]
+    (path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"segments = \(2, 2\) are not 3 layers"):
+        read_model(path)
+
+
 def test_a_model_without_a_tokenizer(tmp_path):
     config = CONFIGS[2]
     params = random_params(config)
@@ -175,7 +197,7 @@ def test_a_lost_or_flipped_tensor_is_named(model):
     whole = path.read_bytes()
     position = whole.index(np.asarray(flatten(model[2])["embed/table"]).tobytes())
     path.write_bytes(whole[: position + 3] + bytes([whole[position + 3] ^ 1]) + whole[position + 4 :])
-    with pytest.raises(UserError, match="embed/table is damaged .*checksum"):
+    with pytest.raises(UserError, match="embed/table' is damaged .*checksum"):
         read_model(model[0])
     path.write_bytes(whole)
     _header(path, lambda header: header.update({"other": header.pop("embed/table")}))
@@ -188,7 +210,7 @@ def test_a_lost_or_flipped_tensor_is_named(model):
     ("[]", "config.json does not hold a JSON object"),
     ('{"model_type": "jaxlm-decoder", "widht": 3}', "config.json: unknown configuration key 'widht'; the nearest is"),
     ('{"model_type": "jaxlm-x"}', "config.json: the configuration: kind is 'x'; choose from decoder, seq2seq, lstm"),
-    ('{"model_type": "gpt_neox"}', "config.json: model_type 'gpt_neox' is not supported; supported are"),
+    ('{"model_type": "bert"}', "config.json: model_type 'bert' is not supported; supported are gpt2"),
     ("{}", "config.json: model_type None is not supported"),
 ])
 def test_a_damaged_config_is_explained(model, text, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -155,6 +156,126 @@ def test_mistakes(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json is not JSON \("):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, CHAR], ids=["bpe", "char"])
+def test_what_models_trained_here_read(tokenizer):
+    texts = ["the cat", "", "größe </s>"] if tokenizer is BPE else ["the cat", "", "rat"]
+    rows = tokenizer.encode_batch(texts)
+    assert tokenizer.encode_source(texts) == tokenizer.encode_target(texts) == [[*row, 2] for row in rows]
+    assert [tokenizer.encode_prompt(text) for text in texts] == rows
+    assert tokenizer.encode_source([]) == [] and tokenizer.languages == {}
+    if tokenizer is BPE:
+        assert tokenizer.encode_prompt("<s>a</s>", specials=True) == [1, *tokenizer.encode("a"), 2]
+        assert min(tokenizer.encode("<s>a</s>")) > 2, "recognised only where asked"
+    else:
+        with pytest.raises(UserError, match=r"does not know 'q' \(U\+0071\)"):
+            tokenizer.encode_source(["q"])
+
+
+def edited(directory, edit, **config):
+    """The byte-pair tokenizer with its tokenizer.json changed and a tokenizer_config.json of ``config``."""
+    BPE.save(directory)
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    edit(spec)
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(names | config))
+    return Tokenizer.load(directory)
+
+
+def template(*parts):
+    """A post-processor: "A" is the text, everything else a special token."""
+    ids = {"<pad>": 0, "<s>": 1, "</s>": 2}
+    single = [{"Sequence" if part == "A" else "SpecialToken": {"id": part, "type_id": 0}} for part in parts]
+    tokens = {part: {"id": part, "ids": [ids[part]], "tokens": [part]} for part in parts if part != "A"}
+    return {"post_processor": {"type": "TemplateProcessing", "single": single, "pair": single * 2,
+                               "special_tokens": tokens}}
+
+
+def test_what_the_file_puts_around_a_text(tmp_path):
+    ids = BPE.encode("the cat")
+    decoder = edited(tmp_path / "a", lambda spec: spec.update(template("<s>", "A")), add_bos_token=False)
+    assert decoder.encode_prompt("the cat") == [1, *ids], "tokenizer.json is asked first"
+    assert decoder.encode("the cat") == ids
+    assert decoder.encode_source(["the cat"]) == [[*ids, 2]], "a decoder's frame does not end a sentence"
+    both = edited(tmp_path / "b", lambda spec: spec.update(template("<s>", "A", "</s>")))
+    assert both.encode_source(["the cat", ""]) == both.encode_target(["the cat", ""]) == [[1, *ids, 2], [1, 2]]
+    flags = edited(tmp_path / "c", lambda spec: None, add_bos_token=True, add_eos_token=True)
+    assert flags.encode_prompt("the cat") == [1, *ids, 2], "flags count where tokenizer.json says nothing"
+    flags.save(tmp_path / "d")
+    assert Tokenizer.load(tmp_path / "d").encode_prompt("the cat") == [1, *ids, 2]
+    endless = edited(tmp_path / "e", lambda spec: None, eos_token=None)
+    endless.eos_id = None
+    with pytest.raises(UserError, match="the tokenizer has no eos token to end a sentence with"):
+        endless.encode_source(["a"])
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "BartTokenizer"])
+def test_vocabulary_and_merges(name, tmp_path):
+    raw = json.loads(_saved(BPE, tmp_path / "own"))["model"]
+    tokens = [*raw["vocab"], "<unk>", "<mask>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    merges = "\n".join(" ".join(pair) for pair in raw["merges"])
+    (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    ours = Tokenizer.load(tmp_path)
+    assert ours.encode(TRICKY) == BPE.encode(TRICKY) and ours.decode(ours.encode(TRICKY)) == TRICKY
+    ids = BPE.encode("the cat")
+    assert ours.encode_prompt("the cat") == ([1, *ids, 2] if name == "BartTokenizer" else ids)
+    assert ours.encode_source(["the cat"])[0][-1] == ours.eos_id == tokens.index("</s>")
+    ours.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").encode_prompt("the cat") == ours.encode_prompt("the cat")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "OddTokenizer"}))
+    with pytest.raises(UserError, match="has no tokenizer.json, and how OddTokenizer splits text is not known here"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    transformers = pytest.importorskip("transformers")
+    for directory in (tmp_path, tmp_path / "saved"):
+        theirs = getattr(transformers, name).from_pretrained(directory)
+        for text in (*CORPUS, TRICKY):
+            ids = theirs(text, split_special_tokens=True)["input_ids"]
+            assert ours.encode_prompt(text) == ids
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    (tmp_path / "merges.txt").write_text("x y z\n")
+    with pytest.raises(UserError, match=r"merges\.txt and vocab\.json do not make a tokenizer \("):
+        Tokenizer.load(tmp_path)
+
+
+def _saved(tokenizer, directory):
+    tokenizer.save(directory)
+    return (directory / "tokenizer.json").read_text()
+
+
+def test_spaces_are_cleaned_up_where_the_config_asks(tmp_path):
+    CHAR.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"clean_up_tokenization_spaces": True}))
+    tokenizer = Tokenizer.load(tmp_path)
+    text = "the cat 's hat , it 'll do ! a . the ' s"
+    decoded = tokenizer.decode(tokenizer.encode(text))
+    assert decoded == "the cat's hat, it 'll do! a. the's" and CHAR.decode(CHAR.encode(text)) == text
+    transformers = pytest.importorskip("transformers")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).decode(tokenizer.encode(text)) == decoded
+    with_merges = edited(tmp_path / "bpe", lambda spec: None, clean_up_tokenization_spaces=True)
+    assert with_merges.decode(BPE.encode("a . b")) == "a . b", "merged bytes are exact"
+
+
+def test_deepseek(shared, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    content = gzip.decompress((shared / "models" / "tokenizers" / "deepseek_tokenizer.json.gz").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    ours = Tokenizer.load(tmp_path)
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    texts = (shared / "data" / "tinyshakespeare.txt").read_text("utf-8").split("\n\n")[:500]
+    with gzip.open(shared / "data" / "multi30k" / "val.fr.gz", "rt", encoding="utf-8") as file:
+        texts += file.read().split("\n")[:-1]
+    texts += [TRICKY, "日本語 テスト", "👩\u200d👧", "a\u200bb", "x" * 99]
+    rows = theirs(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert ours.encode_batch(texts) == rows
+    framed = theirs(texts[-9:], split_special_tokens=True)["input_ids"]
+    assert [ours.encode_prompt(text) for text in texts[-9:]] == framed
+    assert [ours.decode(row) for row in rows] == theirs.batch_decode(rows, skip_special_tokens=True)
 
 
 def test_tokenizer_for(tmp_path):

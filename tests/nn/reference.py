@@ -95,7 +95,7 @@ def moe(config, x, weights):
         chosen = np.argsort(-p)[: config.experts_per_token]
         share = p[chosen] / (p[chosen].sum() if config.expert_renormalize else 1)
         for weight, e in zip(share, chosen, strict=True):
-            gate, up, down = (weights[f"mlp/{name}/kernel"][e] for name in ("gate", "up", "down"))
+            gate, up, down = (weights[f"mlp/experts/{name}/kernel"][e] for name in ("gate", "up", "down"))
             out[t] += weight * (act(row @ gate) * (row @ up)) @ down
     return out
 
