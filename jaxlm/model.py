@@ -21,6 +21,7 @@ from jaxlm.compression.recipe import Recipe, load_recipe
 from jaxlm.compression.report import Row
 from jaxlm.compression.report import report as make_report
 from jaxlm.core.errors import UserError
+from jaxlm.core.host import keep_freed_memory
 from jaxlm.core.leaves import is_leaf
 from jaxlm.core.tree import Params, flatten
 from jaxlm.data.tokenizer import Tokenizer
@@ -102,6 +103,7 @@ def load(path: str | Path, *, expand: bool = True, mesh: Mesh | None = None, dty
     ``expand`` makes dense whatever this platform cannot run at speed as it is (``info["notes"]`` says what); without it
     the parameters are what the file holds. UserError where there is no such model, or something in it is damaged.
     """
+    keep_freed_memory()
     if str(path).startswith("hf://"):
         path = _download(str(path).removeprefix("hf://"))
     config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype)

@@ -30,15 +30,14 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], out: str | Path) -> None:
 
 
 def plot_size_against_bleu(rows: Sequence[Comparison], out: str | Path) -> None:
-    """BLEU over bytes on disk, one labelled point a model, as a PNG: up and to the left is better."""
+    """BLEU over bytes on disk, one point a model, as a PNG: up and to the left is better."""
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for row in rows:
-        x = row.bytes_on_disk / 2**20
-        axes.plot(x, row.bleu, "o")
-        axes.annotate(row.name, (x, row.bleu), textcoords="offset points", xytext=(6, 6), fontsize=8)
+        axes.plot(row.bytes_on_disk / 2**20, row.bleu, "o", label=row.name)
     axes.set(xlabel="MiB on disk", ylabel="BLEU", title="Size against BLEU")
     axes.margins(x=0.25, y=0.25)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
+    axes.legend(frameon=False)  # beside the points names would cover each other: some models are equally large
     figure.savefig(out, dpi=120)
     plt.close(figure)

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jaxlm.checkpoint.directory import write_model
 from jaxlm.checkpoint.store import Store
 from jaxlm.core.errors import UserError
+from jaxlm.core.host import keep_freed_memory
 from jaxlm.core.sharding import batch_sharding
 from jaxlm.core.tree import count_params, unflatten
 from jaxlm.training.config import Experiment
@@ -48,6 +49,7 @@ def train(config: Experiment, out: str | Path) -> Path:
         UserError: a mistake in the experiment; or a loss or gradient that is not finite, or spikes, where
             ``train.on_nan`` is "abort".
     """
+    keep_freed_memory()
     with _terminated() as terminated:
         setup = prepare(config, Path(out))
         with jax.set_mesh(setup.mesh):
