@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import nn
 from jaxlm.checkpoint.hf_fields import REQUIRED, Family, Tensor
@@ -56,8 +56,8 @@ def read_hf(
     files = _Prefixed(family, TensorFiles(directory))
     config = _untie(family, config, files)
     like = nn.abstract(config)[1]
-    places = shardings(like, mesh) if mesh is not None else jax.tree.map(lambda _: _here(), like)
-    values, flat, targets = complete(family, fields), flatten(like), flatten(places)
+    values, flat = complete(family, fields), flatten(like)
+    targets = flatten(shardings(like, mesh)) if mesh is not None else dict.fromkeys(flat)
     rows: dict[str, list[Piece]] = {path: list(pieces(family, config, path, leaf.shape)) for path, leaf in flat.items()}
     _check_names(family, config, files, rows)
     leaves = {
@@ -256,12 +256,8 @@ def _check_names(
         files.files.file(name)
 
 
-def _here() -> Sharding:
-    return SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _leaf(files, config, values, found: list[Piece], shape, target: Sharding, dtype) -> jax.Array:
-    """A parameter, from its pieces."""
+def _leaf(files, config, values, found: list[Piece], shape, target: NamedSharding | None, dtype) -> jax.Array:
+    """A parameter, from its pieces. Without a target it is not bound to a device."""
     if not found[0].at:
         return _put(None, *_read(files, config, values, found[0], shape, target), at=(), dtype=dtype, out=target)
     depth = len(found[0].at)
@@ -273,19 +269,19 @@ def _leaf(files, config, values, found: list[Piece], shape, target: Sharding, dt
     return buffer
 
 
-def _without(target: Sharding, depth: int) -> Sharding:
+def _without(target: NamedSharding | None, depth: int) -> NamedSharding | None:
     """The sharding of one layer (and expert) of an array."""
-    if not isinstance(target, NamedSharding):
-        return target
+    if target is None:
+        return None
     return NamedSharding(target.mesh, PartitionSpec(*target.spec[depth:]))
 
 
-def _read(files: _Prefixed, config: ModelConfig, values, piece: Piece, shape, target: Sharding):
+def _read(files: _Prefixed, config: ModelConfig, values, piece: Piece, shape, target: NamedSharding | None):
     """The piece as it is stored, on its devices, with what turns it into ours: (array, transposed, scale, offset)."""
     tensor, name = piece.tensor, files.name(piece.name, piece.tensor.aliases)
     stored = shape[::-1] if tensor.transposed else shape
     axis = 0 if tensor.transposed else len(stored) - 1  # of the outputs
-    if isinstance(target, NamedSharding) and tensor.transposed:
+    if target is not None and tensor.transposed:
         spec = (*target.spec, *[None] * (len(shape) - len(target.spec)))
         target = NamedSharding(target.mesh, PartitionSpec(*spec[::-1]))
 
@@ -312,22 +308,27 @@ def _read(files: _Prefixed, config: ModelConfig, values, piece: Piece, shape, ta
         array = files.files.read_slice(name, (slice(0, 1), *index) if tensor.row else index)
         return array[0] if tensor.row else array
 
-    array = jax.make_array_from_callback(tuple(stored), target, part)
+    if target is None:
+        array = jnp.array(part((slice(None),) * len(stored)))  # a copy: what it is a view of is the file
+    else:
+        array = jax.make_array_from_callback(tuple(stored), target, part)
     scale = 1.0 if tensor.scale is None else tensor.scale(values, piece.layer)
     return array, tensor.transposed, scale, tensor.offset
 
 
 @partial(jax.jit, static_argnames=("transposed", "dtype", "out", "plain"), donate_argnames="buffer")
-def _place(buffer, array, scale, offset, at, *, transposed: bool, plain: bool, dtype, out: Sharding):
+def _place(buffer, array, scale, offset, at, *, transposed: bool, plain: bool, dtype, out: NamedSharding | None):
     array = array.T if transposed else array
     array = array.astype(dtype) if plain else (array.astype(jnp.float32) * scale + offset).astype(dtype)
     if buffer is not None:
         array = array.reshape((1,) * (buffer.ndim - array.ndim) + array.shape)
         array = jax.lax.dynamic_update_slice(buffer, array, at)
-    return jax.lax.with_sharding_constraint(array, out) if isinstance(out, NamedSharding) else array
+    return array if out is None else jax.lax.with_sharding_constraint(array, out)
 
 
-def _put(buffer, array, transposed: bool, scale: float, offset: float, *, at, dtype, out: Sharding) -> jax.Array:
+def _put(
+    buffer, array, transposed: bool, scale: float, offset: float, *, at, dtype, out: NamedSharding | None
+) -> jax.Array:
     """The stored array made ours, alone or as one part of a buffer, which is given up."""
     where = None if buffer is None else tuple(np.int32(i) for i in (*at, *[0] * (buffer.ndim - len(at))))
     plain = scale == 1.0 and offset == 0.0
