@@ -14,7 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm import nn
-from jaxlm.checkpoint.directory import export_model, read_model, write_model
+from jaxlm.checkpoint.adapters import CONFIG, Adapter, apply_adapter, read_adapter
+from jaxlm.checkpoint.directory import export_model, read_json, read_model, write_model
 from jaxlm.checkpoint.formats import pack_params, stored
 from jaxlm.compression.placement import place
 from jaxlm.compression.recipe import Recipe, load_recipe
@@ -22,9 +23,11 @@ from jaxlm.compression.report import Row
 from jaxlm.compression.report import report as make_report
 from jaxlm.core.errors import UserError
 from jaxlm.core.host import keep_freed_memory
-from jaxlm.core.leaves import is_leaf
+from jaxlm.core.leaves import LoRA, QArray, is_leaf, merge_adapters
+from jaxlm.core.sharding import shardings
 from jaxlm.core.tree import Params, flatten
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer_files import find_tokenizer
 from jaxlm.nn.config import ModelConfig
 
 __all__ = ["LM", "compress", "load"]
@@ -95,21 +98,45 @@ def _logits(graphdef: nnx.GraphDef, params: Params, *tokens: jax.Array) -> jax.A
     return nnx.merge(graphdef, params)(*tokens)
 
 
-def load(path: str | Path, *, expand: bool = True, mesh: Mesh | None = None, dtype: str = "float32") -> LM:
+def load(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    merge: bool = True,
+    expand: bool = True,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+) -> LM:
     """A model from a model directory, a training run (its exported model, or its best or latest checkpoint) or
     ``hf://org/name``.
 
     Parameters of a Hugging Face model get ``dtype``; on a ``mesh`` each device reads its own part of them.
     ``expand`` makes dense whatever this platform cannot run at speed as it is (``info["notes"]`` says what); without it
-    the parameters are what the file holds. UserError where there is no such model, or something in it is damaged.
+    the parameters are what the file holds.
+
+    ``adapter`` is a LoRA adapter of PEFT for the model, a directory or on the hub; ``path`` may itself be one that says
+    where its base model is. It is merged into the weights, or without ``merge`` kept apart in ``LoRA`` leaves.
+
+    UserError where there is no such model, or something in it is damaged.
     """
     keep_freed_memory()
-    if str(path).startswith("hf://"):
-        path = _download(str(path).removeprefix("hf://"))
+    path, adapters = _local(path), []
+    if (path / CONFIG).is_file() and not (path / "config.json").is_file():
+        adapters.append(read_adapter(path))
+        path = _local(adapters[0].base_model)
+    if adapter is not None:
+        adapters.append(read_adapter(_local(adapter)))
     config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype)
     notes: list[str] = []
     if expand:
         params, notes = place(params, jax.default_backend())
+    if adapters:
+        config, params, tokenizer = _adapted(path, adapters, config, params, tokenizer)
+        params = params if mesh is None else jax.device_put(params, shardings(params, mesh))
+        if merge:
+            over = sum(isinstance(leaf, LoRA) and isinstance(leaf.base, QArray) for leaf in flatten(params).values())
+            notes += [f"{over} quantized tensors are dense with the adapter merged into them"] if over else []
+            params = merge_adapters(params)
     recipe = Recipe.from_json(info["recipe"]) if "recipe" in info else None
     return LM(config, nn.initializer(config)[0], params, tokenizer, info | {"notes": notes}, recipe)
 
@@ -118,14 +145,35 @@ def compress(lm: LM, recipe: str | Recipe) -> LM:
     """The model with its weights compressed by a recipe (a name, a file or a ``Recipe``), and a report of each tensor.
 
     The parameters keep their compressed representation, whatever the platform makes of it when they are loaded.
+    An adapter is merged first.
     UserError on an unknown recipe, and on a model that is compressed already.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    lm = lm.replace(params=merge_adapters(lm.params))
     if any(is_leaf(leaf) for leaf in flatten(lm.params).values()):
         raise UserError("this model is quantized already; compress the dense one")
     params = recipe.apply(lm.params)
     rows = make_report(lm.params, params, stored(*pack_params(params, recipe.storage)))
     return lm.replace(params=params, recipe=recipe, report=tuple(rows))
+
+
+def _adapted(
+    path: Path, adapters: Sequence[Adapter], config: ModelConfig, params: Params, tokenizer: Tokenizer | None
+) -> tuple[ModelConfig, Params, Tokenizer | None]:
+    """The model with its adapters kept apart, and the tokenizer that the last one with a tokenizer was trained with."""
+    fields = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    for adapter in adapters:
+        config, params = apply_adapter(adapter, config, params, fields)
+        if find_tokenizer(adapter.file.parent):
+            tokenizer = Tokenizer.load(adapter.file.parent)
+    return config, params, tokenizer
+
+
+def _local(path: str | Path) -> Path:
+    """Where a model or adapter is, downloaded if need be."""
+    if str(path).startswith("hf://"):
+        return _download(str(path).removeprefix("hf://"))
+    return Path(path).expanduser()
 
 
 def _download(name: str) -> Path:

@@ -27,7 +27,7 @@ from jaxlm.checkpoint.hf_export import express, hf_config, hf_tensors
 from jaxlm.checkpoint.tensors import TensorFiles, write_tensors
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import is_leaf
+from jaxlm.core.leaves import is_leaf, merge_adapters
 from jaxlm.core.tree import Params, flatten, unflatten
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizer_files import find_tokenizer
@@ -52,13 +52,14 @@ def write_model(
 
     Args:
         directory: made, with its parents; where it exists it must be empty or hold a model.
-        config, params, tokenizer: the model. Parameters keep their representation; on several hosts, each must call.
+        config, params, tokenizer: the model. Parameters keep their representation, but adapters are merged; on several
+            hosts, each must call.
         storage: "plain", or "huffman" for entropy coding.
         info: JSON-safe, kept in config.json under "jaxlm" (how the model came about).
         files: JSON-safe contents of further files, by name.
     """
     directory = _target(directory)
-    params = jax.tree.map(_on_host, params)
+    params = jax.tree.map(_on_host, merge_adapters(params))
     if jax.process_index() == 0:
         with replaced_directory(directory) as new:
             fields = to_dict(config)

@@ -43,30 +43,28 @@ class _Entry:
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
-    """The tensors of a model directory: those of model.safetensors, or of the files that its index names.
+    """The tensors of a model directory: those of model.safetensors (or another file), or of those that its index names.
 
     Opening reads headers only, and the safetensors library checks them against the size of the file; nothing is
     allocated for a tensor before it is read. UserError where a file is missing or damaged, or holds pickled objects:
     reading those can run any code, and they are never opened.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, file: str = FILE):
         self.directory = directory
-        places = self._index()
+        places = None if (directory / file).exists() else self._index()
         self._entries: dict[str, _Entry] = {}
         self._maps: dict[Path, np.ndarray] = {}
         self.metadata: dict[str, str] = {}  # what the files say about themselves
         self._checksums: dict[str, str] = {}
-        for name in [FILE] if places is None else sorted(set(places.values())):
+        for name in [file] if places is None else sorted(set(places.values())):
             self._open(directory / name)
         for tensor, name in (places or {}).items():
             if tensor not in self._entries or self._entries[tensor].path != directory / name:
                 raise UserError(f"{directory / name} has no tensor {tensor!r}, though {INDEX} says so; copy both again")
 
-    def _index(self) -> dict[str, str] | None:
-        """Tensor -> file name; None where there is one file."""
-        if (self.directory / FILE).exists():
-            return None
+    def _index(self) -> dict[str, str]:
+        """Tensor -> file name."""
         path = self.directory / INDEX
         if not path.is_file():
             pickled = sorted(file.name for pattern in _PICKLES for file in self.directory.glob(pattern))

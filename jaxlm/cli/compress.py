@@ -11,6 +11,7 @@ from jaxlm.cli.output import print_table, shape_str, size
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT, to merge into the model")
     parser.add_argument("--recipe", metavar="NAME|FILE.py", required=True, help="see above; a file says recipe = ...")
     parser.add_argument("--out", metavar="DIR", required=True, help="the model directory to write")
 
@@ -22,7 +23,7 @@ def run(args) -> None:
     from jaxlm.compression.report import summary
 
     recipe = load_recipe(args.recipe)
-    lm = jaxlm.load(args.model, expand=False)
+    lm = jaxlm.load(args.model, adapter=args.adapter, expand=False)
     small = jaxlm.compress(lm, recipe)
     out = small.save(args.out)
     print_table([_shown(row) for row in (*small.report, summary(small.report))])

@@ -15,6 +15,7 @@ from jaxlm.core.errors import UserError
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT, to merge into the model")
     parser.add_argument("--data", metavar="SPEC", help="what to score the model on")
     parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens in a window; 0: what fits")
     parser.add_argument("--stride", type=int, default=0, metavar="N", help="tokens between windows; 0: the context")
@@ -33,7 +34,7 @@ def run(args) -> None:
     spec = args.data or _test_data(Path(args.model))
     import jaxlm
 
-    lm = jaxlm.load(args.model)
+    lm = jaxlm.load(args.model, adapter=args.adapter)
     for note in lm.info["notes"]:
         print(f"note: {note}")
     scores = lm.evaluate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT, to merge into the model")
     parser.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(64)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (0)")
@@ -20,7 +21,7 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     import jaxlm
 
-    lm = jaxlm.load(args.model)
+    lm = jaxlm.load(args.model, adapter=args.adapter)
     texts = lm.generate(
         args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, min_p=args.min_p, seed=args.seed, stop=args.stop, beam=args.beam,

@@ -11,6 +11,7 @@ from jaxlm.core.errors import UserError
 
 def add_arguments(parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT, to merge into the model")
     parser.add_argument("--input", metavar="FILE", type=Path, help="UTF-8, a sentence a line (standard input)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="(standard output)")
     parser.add_argument("--beam", type=int, default=5, metavar="N", help="1 is greedy (5)")
@@ -26,7 +27,7 @@ def run(args) -> None:
         raise UserError(f"{args.input} does not exist; name a text file with a sentence a line")
     if args.output and not args.output.absolute().parent.is_dir():
         raise UserError(f"the directory of {args.output} does not exist; make it")
-    lm = jaxlm.load(args.model)
+    lm = jaxlm.load(args.model, adapter=args.adapter)
     options = dict(
         beam=args.beam, length_penalty=args.length_penalty, max_length=args.max_length, batch_size=args.batch_size
     )

@@ -28,7 +28,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.leaves import QArray, dequantize, is_leaf
+from jaxlm.core.leaves import LoRA, QArray, dequantize, is_leaf
 from jaxlm.core.tree import Leaf, Params, map_params
 
 _expand = jax.jit(dequantize)
@@ -44,6 +44,8 @@ def place(params: Params, platform: str) -> tuple[Params, list[str]]:
     def of_leaf(path: str, leaf: Leaf) -> Leaf:
         if not is_leaf(leaf):
             return leaf
+        if isinstance(leaf, LoRA):
+            return dataclasses.replace(leaf, base=of_leaf(path, leaf.base))
         if platform != "cpu":
             return narrow(leaf)
         if fast_on_cpu(leaf):
@@ -71,6 +73,8 @@ def describe(leaf: Leaf) -> str:
     """``int4 g128``, ``int8 channel symmetric, int8 activations``, or the dtype of a dense array."""
     if not is_leaf(leaf):
         return str(leaf.dtype)
+    if isinstance(leaf, LoRA):
+        return f"{describe(leaf.base)} + rank {leaf.a.shape[-1]}"
     grid = f"g{leaf.group}" if leaf.group else "channel"
     symmetric = " symmetric" if leaf.zero is None else ""
     activations = f", int{leaf.act_bits} activations" if leaf.act_bits else ""

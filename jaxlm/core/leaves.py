@@ -1,4 +1,4 @@
-"""Leaves that carry their own representation: a weight as integer codes on a grid, opened only by ``core.ops``."""
+"""Leaves that carry their own representation, opened only by ``core.ops``: integer codes, and low-rank adapters."""
 
 from __future__ import annotations
 
@@ -59,9 +59,40 @@ class QArray:
         return self.scale.dtype
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoRA:
+    """A weight ``base + scale * a @ b``, a low-rank adapter kept apart from what it adapts (arXiv:2106.09685).
+
+    - ``base`` is an array or another leaf of dense shape ``[..., in, out]``; an embedding table is ``[rows, width]``.
+    - ``a`` is ``[..., in, r]`` and ``b`` is ``[..., r, out]``; leading dimensions are stacked layers (and experts).
+      Layers of lower rank are filled up with zeros; a layer without an adapter is zeros only.
+    - ``scale`` is float32 ``[..., 1, 1]``, so that all parts have the rank of the dense array.
+    """
+
+    base: jax.Array | QArray | LoRA
+    a: jax.Array
+    b: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.base.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the leaf dequantizes to by default."""
+        return self.base.dtype
+
+
 def is_leaf(x: Any) -> bool:
-    """Whether ``x`` is a compressed leaf: what ``jax.tree.map(..., is_leaf=is_leaf)`` must not open."""
-    return isinstance(x, QArray)
+    """Whether ``x`` is a leaf of several arrays: what ``jax.tree.map(..., is_leaf=is_leaf)`` must not open."""
+    return isinstance(x, QArray | LoRA)
 
 
 def spread(per_group: jax.Array, group: int, n_in: int) -> jax.Array:
@@ -84,11 +115,22 @@ def dequantize(leaf: Any, dtype: jnp.dtype | None = None) -> jax.Array:
     dtype = leaf.dtype if dtype is None else dtype
     if not is_leaf(leaf):
         return leaf.astype(dtype)
+    if isinstance(leaf, LoRA):
+        delta = jnp.matmul(leaf.a.astype(jnp.float32), leaf.b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+        return (dequantize(leaf.base, jnp.float32) + leaf.scale * delta).astype(dtype)
     scale = spread(leaf.scale, leaf.group, leaf.codes.shape[-1])
     dense = (centred(leaf, jnp.float32) * scale).astype(dtype)
     return dense.swapaxes(-1, -2) if leaf.axis == -2 else dense
 
 
 def dequantize_tree(params: Params) -> Params:
-    """The plain tree: every compressed leaf as the array it stands for."""
+    """The plain tree: every compressed or adapted leaf as the array it stands for."""
     return map_params(lambda _, leaf: dequantize(leaf) if is_leaf(leaf) else leaf, params)
+
+
+_merge = jax.jit(dequantize)
+
+
+def merge_adapters(params: Params) -> Params:
+    """The tree without adapters: every adapted weight as one dense array, over a quantized base too."""
+    return map_params(lambda _, leaf: _merge(leaf) if isinstance(leaf, LoRA) else leaf, params)

@@ -6,6 +6,7 @@ Every parameter names its logical axes where it is created. ``shardings`` turns 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import is_leaf
+from jaxlm.core.leaves import LoRA, is_leaf
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +85,22 @@ def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> A
     def of_array(array, axes):
         return NamedSharding(mesh, spec(array.shape, axes, mesh, rules))
 
+    def of_value(value, axes):
+        if not is_leaf(value):
+            return of_array(value, axes)
+        if isinstance(value, LoRA):
+            *layers, n_in, n_out = axes
+            parts = {"base": axes, "a": (*layers, n_in, None), "b": (*layers, None, n_out)}
+            parts["scale"] = (*layers, None, None)
+            return dataclasses.replace(value, **{name: of_value(getattr(value, name), parts[name]) for name in parts})
+        # The parts of a quantized leaf are all [..., out, in or groups of in].
+        axes = (*axes[:-2], axes[-1], axes[-2]) if value.axis == -2 else axes
+        return jax.tree.map(lambda part: of_array(part, axes), value)
+
     def of_leaf(leaf):
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
-        value, axes = leaf.get_value(), leaf.get_metadata("axes")
-        if not is_leaf(value):
-            return leaf.replace(of_array(value, axes))
-        # The parts of a compressed leaf are all [..., out, in or groups of in].
-        axes = (*axes[:-2], axes[-1], axes[-2]) if value.axis == -2 else axes
-        return leaf.replace(jax.tree.map(lambda part: of_array(part, axes), value))
+        return leaf.replace(of_value(leaf.get_value(), leaf.get_metadata("axes")))
 
     return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 

@@ -183,6 +183,11 @@ class Tokenizer:
                 text = text.replace(spaced, spaced.strip(" "))
         return text
 
+    @property
+    def chat_template(self) -> str:
+        """The program that ``chat`` runs. UserError if there is none."""
+        return choose(self._config.get("chat_template"), False)
+
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlm.core.leaves import QArray, dequantize, dequantize_tree, is_leaf
-from jaxlm.core.tree import count_params
+from jaxlm.core.leaves import LoRA, QArray, dequantize, dequantize_tree, is_leaf, merge_adapters
+from jaxlm.core.tree import count_params, map_params
 
 
 def make(*lead, n_in=10, n_out=6, group=0, zero=True, axis=-2, bits=4):
@@ -62,3 +62,25 @@ def test_dequantize_tree_opens_only_compressed_leaves():
     assert plain["a"]["kernel"].get_metadata("axes") == ("x", "y")
     assert plain["b"].get_value().dtype == jnp.bfloat16
     assert count_params(params) == count_params(plain) == 66
+
+
+def test_adapters_are_leaves_and_merging_leaves_quantized_ones_alone():
+    rng = np.random.default_rng(1)
+    base = make(3, group=4)
+    a, b = jnp.asarray(rng.normal(size=(3, 10, 2)), jnp.float32), jnp.asarray(rng.normal(size=(3, 2, 6)), jnp.float32)
+    leaf = LoRA(base, a, b, jnp.arange(3.0).reshape(3, 1, 1))
+    params = nnx.State({
+        "a": nnx.Param(leaf, axes=("layers", "x", "y")), "b": nnx.Param(base, axes=("layers", "x", "y")),
+        "c": nnx.Param(jnp.ones(2)),
+    })
+    seen = []
+    map_params(lambda path, value: seen.append((path, type(value))) or value, params)
+    assert seen[:2] == [("a", LoRA), ("b", QArray)] and is_leaf(leaf)
+    merged = merge_adapters(params)
+    expected = naive(base) + np.arange(3.0).reshape(3, 1, 1) * (np.asarray(a, np.float64) @ np.asarray(b, np.float64))
+    np.testing.assert_allclose(merged["a"].get_value(), expected, rtol=1e-5, atol=1e-5)
+    assert merged["a"].get_metadata("axes") == ("layers", "x", "y")
+    assert isinstance(merged["b"].get_value(), QArray)
+    assert count_params(params) == count_params(merged) == 2 * 180 + 2
+    assert not is_leaf(dequantize_tree(params)["a"].get_value())
+    assert dequantize(leaf, jnp.bfloat16).dtype == jnp.bfloat16

@@ -5,7 +5,7 @@ import pytest
 
 from jaxlm.compression.rtn import quantize
 from jaxlm.core import ops
-from jaxlm.core.leaves import dequantize
+from jaxlm.core.leaves import LoRA, dequantize
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -98,3 +98,76 @@ def test_integer_head():
     table = quantize(normal(11, 20), bits=8, act_bits=8, axis=-1)
     x = normal(3, 20, seed=2)
     np.testing.assert_allclose(ops.dot_t(x, table), integer_reference(x, table), rtol=1e-5, atol=1e-5)
+
+
+def adapted(base, *, rank=3, seed=5):
+    *lead, n_in, n_out = base.shape
+    scale = jnp.full((*lead, 1, 1), 0.7) * (1 + jnp.arange(np.prod(lead, dtype=int))).reshape(*lead, 1, 1)
+    return LoRA(base, normal(*lead, n_in, rank, seed=seed), normal(*lead, rank, n_out, seed=seed + 1), scale)
+
+
+BASES = [lambda w: w, lambda w: quantize(w, bits=4, group=8), lambda w: quantize(w, bits=8), adapted]
+
+
+@pytest.mark.parametrize("base_of", BASES)
+def test_an_adapted_dot_is_the_dot_with_the_sum(base_of):
+    leaf, x = adapted(base_of(normal(24, 6))), normal(2, 5, 24, seed=2)
+    a, b = np.asarray(leaf.a, np.float64), np.asarray(leaf.b, np.float64)
+    dense = np.asarray(dequantize(leaf.base), np.float64) + 0.7 * a @ b
+    assert leaf.shape == (24, 6) and leaf.ndim == 2 and leaf.dtype == jnp.float32
+    np.testing.assert_allclose(dequantize(leaf), dense, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(ops.dot)(x, leaf), np.asarray(x, np.float64) @ dense, rtol=1e-4, atol=1e-4)
+    half = ops.dot(x.astype(jnp.bfloat16), leaf)
+    assert half.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64) @ dense
+    np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=3e-2 * np.abs(exact).max())
+
+
+def test_an_adapter_over_int8_activations_leaves_them_to_the_base():
+    leaf, x = adapted(quantize(normal(64, 8, seed=1), bits=8, act_bits=8)), normal(3, 64)
+    delta = 0.7 * np.asarray(x) @ np.asarray(leaf.a) @ np.asarray(leaf.b)
+    np.testing.assert_allclose(ops.dot(x, leaf) - ops.dot(x, leaf.base), delta, rtol=1e-4, atol=1e-4)
+
+
+def test_no_product_of_an_adapter_is_as_large_as_its_base():
+    leaf = adapted(normal(50, 40))
+    shapes = {v.aval.shape for eqn in jax.make_jaxpr(ops.dot)(normal(2, 50), leaf).eqns for v in eqn.outvars}
+    assert (50, 40) not in shapes and (2, 3) in shapes
+
+
+def test_gradients_reach_an_adapter_and_not_a_frozen_base():
+    x, base = normal(4, 24), quantize(normal(24, 6), bits=4, group=8)
+
+    def loss(parts, base):
+        return jnp.sum(jnp.sin(ops.dot(x, LoRA(base, **parts, scale=jnp.full((1, 1), 0.7)))))
+
+    def plain(parts, base):
+        return jnp.sum(jnp.sin(x @ (dequantize(base) + 0.7 * parts["a"] @ parts["b"])))
+
+    parts = {"a": normal(24, 3, seed=5), "b": normal(3, 6, seed=6)}
+    for frozen in (base, dequantize(base)):
+        grads, expected = jax.grad(loss)(parts, frozen), jax.grad(plain)(parts, base if frozen is base else frozen)
+        assert all(jnp.abs(each).max() > 0.1 for each in grads.values())
+        jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-3, atol=1e-4), grads, expected)
+
+
+def test_stacked_adapters_are_scanned_and_mapped():
+    x, leaf = normal(5, 24), adapted(normal(3, 24, 8, seed=1))
+    dense = dequantize(leaf)
+    assert dense.shape == (3, 24, 8)
+    each = jnp.stack([x @ dense[i] for i in range(3)])
+    _, scanned = jax.jit(lambda x, leaf: jax.lax.scan(lambda _, layer: (None, ops.dot(x, layer)), None, leaf))(x, leaf)
+    np.testing.assert_allclose(scanned, each, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.vmap(ops.dot, (None, 0))(x, leaf), each, rtol=1e-4, atol=1e-4)
+    sizes, rows = jnp.array([2, 0, 3]), [0, 0, 2, 2, 2]
+    ragged = jnp.stack([x[i] @ dense[expert] for i, expert in enumerate(rows)])
+    np.testing.assert_allclose(ops.ragged_dot(x, leaf, sizes), ragged, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("base_of", [lambda t: t, lambda t: quantize(t, bits=4, group=8, axis=-1)])
+def test_adapted_tables_give_rows_and_logits(base_of):
+    table, ids, x = adapted(base_of(normal(11, 20))), jnp.array([[3, 0], [10, 3]]), normal(2, 5, 20, seed=2)
+    dense = np.asarray(dequantize(table))
+    np.testing.assert_allclose(ops.take(table, ids), dense[np.asarray(ids)], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ops.take(table, jnp.int32(3)), dense[3], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ops.dot_t(x, table), np.asarray(x) @ dense.T, rtol=1e-4, atol=1e-4)
