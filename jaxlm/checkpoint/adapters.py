@@ -174,15 +174,8 @@ def _replaced(adapter: Adapter, base: _Base, name: str, array: np.ndarray, leaf:
 
 
 def _cut(cut: Cut | None, config: ModelConfig, outputs_first: np.ndarray) -> np.ndarray:
-    """Our rows of a fused tensor whose first axis is that of the outputs."""
-    if cut is None:
-        return outputs_first
-    sizes = cut.sizes(config)
-    if cut.by_head:
-        rest = outputs_first.shape[1:]
-        return outputs_first.reshape(-1, len(sizes), config.d_head, *rest)[:, cut.index].reshape(-1, *rest)
-    start = sum(sizes[: cut.index])
-    return outputs_first[start : start + sizes[cut.index]]
+    """Our rows of a tensor that may be fused."""
+    return outputs_first if cut is None else cut.take(config, outputs_first)
 
 
 def _outputs(piece: Piece, config: ModelConfig, mine: int) -> int:
@@ -216,10 +209,9 @@ def save_adapter(
     if directory.exists() and not (directory / CONFIG).is_file() and any(directory.iterdir()):
         raise UserError(f"{directory} exists and is not an adapter directory; choose another")
     if fields is None:
-        kind = express(config, exactly=False)
-        if kind is None:
+        fields = express(config, exactly=False)
+        if fields is None:
             raise UserError(f"no family of transformers can be this {config.kind} model, so an adapter has no names")
-        fields = hf_config(config, kind)
     family = family_of(fields)
     base_model = _Base(family, complete(family, fields), config, params, {})
     modules: dict[str, list[tuple[Piece, Delta]]] = {}

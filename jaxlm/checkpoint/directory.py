@@ -9,7 +9,7 @@ and whatever is compressed, has a ``model_type`` of ours.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,28 +58,20 @@ def write_model(
         info: JSON-safe, kept in config.json under "jaxlm" (how the model came about).
         files: JSON-safe contents of further files, by name.
     """
-    directory = _target(directory)
-    params = jax.tree.map(_on_host, merge_adapters(params))
-    if jax.process_index() == 0:
-        with replaced_directory(directory) as new:
-            fields = to_dict(config)
-            dense = storage == "plain" and not any(is_leaf(leaf) for leaf in flatten(params).values())
-            if dense and (kind := express(config)):
-                runtime = {name: fields[name] for name in RUNTIME if name in fields}
-                _write_family(new, kind, config, params, "float32", {"jaxlm": {**(info or {}), "runtime": runtime}})
-            else:
-                kind = _PREFIX + fields.pop("kind")
-                _write_json(new / "config.json", {"model_type": kind, **fields, "jaxlm": dict(info or {})})
-                tensors, weights = pack_params(params, storage)
-                write_tensors(new, tensors, json.dumps(weights))
-            _write_json(new / "generation_config.json", _special_ids(config))
-            if tokenizer is not None:
-                tokenizer.save(new)
-            for name, content in (files or {}).items():
-                _write_json(new / name, content)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("jaxlm.write_model")
-    return directory
+
+    def write_weights(new: Path, params: Params) -> None:
+        fields = to_dict(config)
+        dense = storage == "plain" and not any(is_leaf(leaf) for leaf in flatten(params).values())
+        if dense and (family := express(config)):
+            runtime = {name: fields[name] for name in RUNTIME if name in fields}
+            _write_family(new, family, config, params, "float32", {"jaxlm": {**(info or {}), "runtime": runtime}})
+        else:
+            kind = _PREFIX + fields.pop("kind")
+            _write_json(new / "config.json", {"model_type": kind, **fields, "jaxlm": dict(info or {})})
+            tensors, weights = pack_params(params, storage)
+            write_tensors(new, tensors, json.dumps(weights))
+
+    return _write(directory, config, merge_adapters(params), tokenizer, write_weights, files or {})
 
 
 def export_model(
@@ -96,33 +88,46 @@ def export_model(
     What the family has and the model has not is added where it changes nothing, such as biases of zero.
     UserError where the family, or any, cannot be the model.
     """
-    kind = kind or express(config, exactly=False)
-    if kind is None:
+    fields = hf_config(config, kind) if kind else express(config, exactly=False)
+    if fields is None:
         raise UserError(f"no family of transformers can be this {config.kind} model: name one with format to see why")
-    hf_config(config, kind)  # complains before anything is written
-    directory = _target(directory)
-    params = jax.tree.map(_on_host, params)
-    if jax.process_index() == 0:
-        with replaced_directory(directory) as new:
-            _write_family(new, kind, config, params, dtype, {})
-            _write_json(new / "generation_config.json", _special_ids(config))
-            if tokenizer is not None:
-                tokenizer.save(new)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("jaxlm.export_model")
-    return directory
+
+    def write_weights(new: Path, params: Params) -> None:
+        _write_family(new, fields, config, params, dtype, {})
+
+    return _write(directory, config, params, tokenizer, write_weights, {})
 
 
-def _target(directory: str | Path) -> Path:
-    """UserError where it holds something that is not a model."""
+def _write(
+    directory: str | Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer | None,
+    write_weights: Callable[[Path, Params], None],  # into a directory, config.json with them
+    files: Mapping[str, Any],
+) -> Path:
+    """A model directory, from the first process; UserError where it would replace something that is not one."""
     directory = Path(directory).expanduser()
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not _holds_model(directory)):
         raise UserError(f"{directory} exists and is not a model directory; choose another")
+    params = jax.tree.map(_on_host, params)
+    if jax.process_index() == 0:
+        with replaced_directory(directory) as new:
+            write_weights(new, params)
+            _write_json(new / "generation_config.json", _special_ids(config))
+            if tokenizer is not None:
+                tokenizer.save(new)
+            for name, content in files.items():
+                _write_json(new / name, content)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("jaxlm.write_model")
     return directory
 
 
-def _write_family(new: Path, kind: str, config: ModelConfig, params: Params, dtype: str, more: dict[str, Any]) -> None:
-    fields = hf_config(config, kind) | {"dtype": dtype}
+def _write_family(
+    new: Path, fields: dict[str, Any], config: ModelConfig, params: Params, dtype: str, more: dict[str, Any]
+) -> None:
+    fields = fields | {"dtype": dtype}
     _write_json(new / "config.json", fields | more)
     write_tensors(new, hf_tensors(config, params, fields, jnp.dtype(dtype)))
 
@@ -150,7 +155,7 @@ def read_model(
         raise UserError(f"{path} {problem}; name a model directory or a training run")
     if not _holds_model(path):
         if (path / "experiment.json").is_file():
-            return _read_run(path)
+            return _read_run(path, mesh, dtype)
         raise UserError(f"{path} has no config.json; name a model directory or a training run")
     fields = read_json(path / "config.json")
     tokenizer = Tokenizer.load(path) if find_tokenizer(path) else None
@@ -182,10 +187,12 @@ def _weights_metadata(files: TensorFiles, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: the weights do not belong to this config.json; copy both again") from None
 
 
-def _read_run(run: Path) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
+def _read_run(
+    run: Path, mesh: Mesh | None, dtype: str
+) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
     """A training run: the model it exported, else its best checkpoint, else its latest."""
     if _holds_model(run / "model"):
-        return read_model(run / "model")
+        return read_model(run / "model", mesh=mesh, dtype=dtype)
     from jaxlm.checkpoint.store import Store  # Orbax, which only this needs
 
     experiment = read_json(run / "experiment.json")

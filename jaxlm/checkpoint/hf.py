@@ -24,9 +24,9 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import shardings
 from jaxlm.core.tree import Params, flatten, unflatten
 from jaxlm.nn.config import DecoderConfig, ModelConfig
-from jaxlm.nn.stack import runs
+from jaxlm.nn.stack import layers_of
 
-__all__ = ["RUNTIME", "complete", "convert_config", "family_of", "layer_path", "layers_of", "ours", "pieces", "read_hf"]
+__all__ = ["RUNTIME", "complete", "convert_config", "family_of", "layer_path", "ours", "pieces", "read_hf"]
 
 # Fields of ours that belong to training or to a process, not to the model: kept beside the family's own.
 RUNTIME = (
@@ -204,7 +204,7 @@ def pieces(family: Family, config: ModelConfig, path: str, shape: tuple[int, ...
     if match is None:
         yield Piece(tensor, name, (), None)
         return
-    layers = layers_of(config, match[1])[int(match[2])]
+    layers = layers_of(config, match[1].rstrip("/"))[int(match[2])]
     for i, layer in enumerate(layers):
         if name.count("{}") == 1:
             yield Piece(tensor, name.format(layer), (i,), layer)
@@ -217,15 +217,6 @@ def layer_path(path: str) -> tuple[str, str]:
     """``decoder/layers/1/attn/q/kernel`` as (``decoder/``, ``attn/q/kernel``)."""
     match = _LAYERS.fullmatch(path)
     return match[1], match[3]
-
-
-def layers_of(config: ModelConfig, prefix: str) -> list[range]:
-    """The layers of each segment of ``encoder/`` or ``decoder/``."""
-    if isinstance(config, DecoderConfig):
-        return runs(config, config.layers, config.segments)
-    if prefix.startswith("encoder"):
-        return runs(config, config.encoder_layers, config.encoder_segments)
-    return runs(config, config.decoder_layers, config.decoder_segments)
 
 
 def _untie(family: Family, config: ModelConfig, files: _Prefixed) -> ModelConfig:
@@ -262,7 +253,7 @@ def _leaf(files, config, values, found: list[Piece], shape, target: NamedShardin
         return _put(None, *_read(files, config, values, found[0], shape, target), at=(), dtype=dtype, out=target)
     depth = len(found[0].at)
     inner = _without(target, depth)
-    buffer = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=target)()
+    buffer = jnp.zeros(shape, dtype, device=target)
     for piece in found:
         parts = _read(files, config, values, piece, shape[depth:], inner)
         buffer = _put(buffer, *parts, at=piece.at, dtype=dtype, out=target)
@@ -298,11 +289,8 @@ def _read(files: _Prefixed, config: ModelConfig, values, piece: Piece, shape, ta
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if tensor.cut is not None and tensor.cut.by_head:
-            array = files.files.read(name)
-            array = np.moveaxis(array, axis, 0)
-            array = array.reshape(-1, len(sizes), config.d_head, *array.shape[1:])[:, tensor.cut.index]
-            array = np.moveaxis(array.reshape(-1, *array.shape[2:]), 0, axis)
-            return np.ascontiguousarray(array[index])
+            array = tensor.cut.take(config, np.moveaxis(files.files.read(name), axis, 0))
+            return np.ascontiguousarray(np.moveaxis(array, 0, axis)[index])
         first, last, _ = index[axis].indices(stored[axis])
         index = (*index[:axis], slice(start + first, start + last), *index[axis + 1 :])
         array = files.files.read_slice(name, (slice(0, 1), *index) if tensor.row else index)

@@ -38,6 +38,8 @@ from jaxlm.nn.config import DecoderConfig
 _QKV = ("q", "k", "v")
 _LAYER = "model.layers.{}"
 _INV_FREQ = r".*rotary_emb\.inv_freq"
+DERIVED = object()
+_ATTENTION_BIAS = same("attention_bias", "qkv_bias", "out_bias", default=False)
 
 LLAMA_TENSORS = {
     "embed/table": Tensor("model.embed_tokens.weight"),
@@ -71,9 +73,9 @@ def expert_tensors(router: str, experts: str, names: Mapping[str, str]) -> dict[
 
 def llama_fields(
     *, act: str = "hidden_act", default_act: str = "silu", eps: float = 1e-6, kv_heads: int | None = None,
-    head_dim: int | None = None, context: int = 2048, tied: bool = False,
+    head_dim: int | object | None = None, context: int = 2048, tied: bool = False,
 ) -> tuple[Field, ...]:
-    """What all descendants of Llama call alike."""
+    """What all descendants of Llama call alike. ``head_dim`` is DERIVED in families without such a field."""
     return (
         same("vocab_size", "vocab_size"),
         same("hidden_size", "width"),
@@ -81,7 +83,7 @@ def llama_fields(
         same("num_hidden_layers", "layers"),
         same("num_attention_heads", "heads"),
         size("num_key_value_heads", "kv_heads", "n_kv_heads", kv_heads),
-        size("head_dim", "head_dim", "d_head", head_dim),
+        *(() if head_dim is DERIVED else (size("head_dim", "head_dim", "d_head", head_dim),)),
         choice(act, "activation", GATED, default_act),
         same("max_position_embeddings", "max_positions", default=context),
         same("rms_norm_eps", "norm_eps", default=eps, cast=float),
@@ -97,7 +99,7 @@ LLAMA = Family(
     fields=(
         *llama_fields(),
         rope(),
-        same("attention_bias", "qkv_bias", "out_bias", default=False),
+        _ATTENTION_BIAS,
         same("mlp_bias", "mlp_bias", default=False),
         constant(norm_position="pre"),
     ),
@@ -141,7 +143,7 @@ QWEN3 = dataclasses.replace(
         *llama_fields(kv_heads=32, head_dim=128, context=32768),
         rope(),
         late_windows(),
-        same("attention_bias", "qkv_bias", "out_bias", default=False),
+        _ATTENTION_BIAS,
         constant(qk_norm="head"),
     ),
     tensors=LLAMA_TENSORS | QK_NORM_TENSORS,
@@ -154,7 +156,7 @@ QWEN3_MOE = Family(
         *llama_fields(kv_heads=4, context=32768),
         rope(),
         switched_window(),
-        same("attention_bias", "qkv_bias", "out_bias", default=False),
+        _ATTENTION_BIAS,
         Field(
             {"num_local_experts": None, "num_experts": 128},
             lambda values: {"experts": values["num_local_experts"] or values["num_experts"]},
@@ -206,7 +208,7 @@ def _gemma_fields(logit_softcap: float | None, context: int) -> tuple[Field, ...
             act="hidden_activation", default_act="gelu_pytorch_tanh", kv_heads=4, head_dim=256, context=context,
             tied=True,
         ),
-        same("attention_bias", "qkv_bias", "out_bias", default=False),
+        _ATTENTION_BIAS,
         _QUERY_SCALE,
         optional("final_logit_softcapping", "logit_softcap", logit_softcap),
         must("use_bidirectional_attention", False, default=False),
@@ -253,7 +255,7 @@ PHI3 = Family(
     config=DecoderConfig,
     architecture="Phi3ForCausalLM",
     fields=(
-        *(field for field in llama_fields(eps=1e-5, context=4096) if "head_dim" not in field.theirs),
+        *llama_fields(eps=1e-5, context=4096, head_dim=DERIVED),
         rope(fraction="partial_rotary_factor", original="original_max_position_embeddings"),
         window(None),
         same("resid_pdrop", "dropout", default=0.0, cast=float),
@@ -272,9 +274,9 @@ OLMO2 = Family(
     config=DecoderConfig,
     architecture="Olmo2ForCausalLM",
     fields=(
-        *(field for field in llama_fields(eps=1e-5) if "head_dim" not in field.theirs),
+        *llama_fields(eps=1e-5, head_dim=DERIVED),
         rope(),
-        same("attention_bias", "qkv_bias", "out_bias", default=False),
+        _ATTENTION_BIAS,
         constant(qk_norm="width", norm_position="output"),
     ),
     tensors=LLAMA_TENSORS | QK_NORM_TENSORS
@@ -282,6 +284,7 @@ OLMO2 = Family(
     | norm("decoder/layers/mlp_norm", f"{_LAYER}.post_feedforward_layernorm"),
     unused=(_INV_FREQ,),
 )
+
 
 def _scaled(tensors: Mapping[str, Tensor], part: str, scale: Callable[..., float]) -> dict[str, Tensor]:
     """The tensors, those whose path has ``part`` in it with a scale."""

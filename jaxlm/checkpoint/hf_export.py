@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxlm import nn
-from jaxlm.checkpoint.hf import RUNTIME, complete, convert_config, layer_path, layers_of, pieces
+from jaxlm.checkpoint.hf import RUNTIME, complete, convert_config, layer_path, pieces
 from jaxlm.checkpoint.hf_fields import Tensor
 from jaxlm.checkpoint.hf_maps import FAMILIES
 from jaxlm.checkpoint.tensors import Lazy
@@ -21,6 +21,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import dequantize, is_leaf
 from jaxlm.core.tree import Params, flatten
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, RopeScaling, Seq2SeqConfig, StackConfig
+from jaxlm.nn.stack import layers_of
 
 __all__ = ["express", "hf_config", "hf_tensors"]
 
@@ -28,8 +29,8 @@ __all__ = ["express", "hf_config", "hf_tensors"]
 _ADDABLE = ("qkv_bias", "out_bias", "mlp_bias", "norm_bias", "logits_bias")
 
 
-def express(config: ModelConfig, *, exactly: bool = True) -> str | None:
-    """The first ``model_type``, plain ones first, of which a model of this configuration is one; None if none is.
+def express(config: ModelConfig, *, exactly: bool = True) -> dict[str, Any] | None:
+    """``hf_config`` for the first family, plain ones first, that such a model is one of; None if there is none.
 
     ``exactly``: with the same parameters, none added.
     """
@@ -39,7 +40,7 @@ def express(config: ModelConfig, *, exactly: bool = True) -> str | None:
         except UserError:
             continue
         if not exactly or _structure(convert_config(FAMILIES[kind], fields)) == _structure(config):
-            return kind
+            return fields
     return None
 
 
@@ -140,7 +141,7 @@ def _ours(ours: Mapping[str, Any], config: ModelConfig, path: str, layer: int | 
     at: tuple[int, ...] = ()
     if layer is not None:
         prefix, rest_of_path = layer_path(path)
-        for segment, run in enumerate(layers_of(config, prefix)):
+        for segment, run in enumerate(layers_of(config, prefix.rstrip("/"))):
             if layer in run:
                 path, at = f"{prefix}layers/{segment}/{rest_of_path}", (layer - run[0], *rest)
     if path not in ours:
@@ -162,13 +163,11 @@ def _tensor(config: ModelConfig, values: Mapping[str, Any], found: list, dtype: 
         return (array - tensor.offset) / scale if scale != 1.0 or tensor.offset else array
 
     def make() -> np.ndarray:
-        arrays = [stored(*each[:3]) for each in sorted(found, key=lambda each: each[0].cut.index if each[0].cut else 0)]
-        if tensor.cut is not None and tensor.cut.by_head:
-            outputs_first = [np.moveaxis(each, axis, 0) for each in arrays]
-            joined = np.stack([each.reshape(-1, config.d_head, *each.shape[1:]) for each in outputs_first], 1)
-            array = np.moveaxis(joined.reshape(-1, *joined.shape[3:]), 0, axis)
+        if tensor.cut is None:
+            array = stored(*found[0][:3])
         else:
-            array = np.concatenate(arrays, axis) if len(arrays) > 1 else arrays[0]
+            parts = [stored(*each[:3]) for each in sorted(found, key=lambda each: each[0].cut.index)]
+            array = np.moveaxis(tensor.cut.join(config, [np.moveaxis(part, axis, 0) for part in parts]), 0, axis)
         return (array[None] if tensor.row else array).astype(dtype)
 
     whole = list(shape[::-1] if tensor.transposed else shape)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.nn.config import ModelConfig
@@ -36,6 +38,22 @@ class Cut:
     index: int
     sizes: Callable[[Any], tuple[int, ...]]  # of each, given our configuration
     by_head: bool = False
+
+    def take(self, config: ModelConfig, whole: np.ndarray) -> np.ndarray:
+        """Ours of the stored tensor, whose outputs come first here."""
+        sizes = self.sizes(config)
+        if self.by_head:
+            heads = whole.reshape(-1, len(sizes), config.d_head, *whole.shape[1:])
+            return heads[:, self.index].reshape(-1, *whole.shape[1:])
+        start = sum(sizes[: self.index])
+        return whole[start : start + sizes[self.index]]
+
+    def join(self, config: ModelConfig, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The stored tensor from all that ``take`` gives, in order."""
+        if self.by_head:
+            heads = np.stack([part.reshape(-1, config.d_head, *part.shape[1:]) for part in parts], 1)
+            return heads.reshape(-1, *heads.shape[3:])
+        return np.concatenate(parts)
 
 
 @dataclass(frozen=True)
@@ -76,15 +94,14 @@ class Family:
     unused: tuple[str, ...] = ()  # tensors of some files that the model does not need: regular expressions
 
 
-SWISH = {"silu": "silu", "swish": "silu"}
 PLAIN = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu", "tanh": "tanh", **SWISH,
+    "relu": "relu", "tanh": "tanh", "silu": "silu", "swish": "silu",
 }
 GATED = {
     "silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh",
     "relu": "reglu",
-}  # fmt: skip
+}
 
 # One field ------------------------------------------------------------------------------------------------------------
 
@@ -93,9 +110,7 @@ def same(theirs: str, *ours: str, default: Any = REQUIRED, cast: type | None = N
     """A field that has the value of ours; null counts as absent."""
 
     def read(values: Values) -> dict[str, Any]:
-        value = default if values[theirs] is None else values[theirs]
-        if value is REQUIRED:
-            raise UserError(f"{theirs} is missing; it belongs in a configuration of this model_type")
+        value = _present(theirs, default if values[theirs] is None else values[theirs])
         return dict.fromkeys(ours, cast(value) if cast else value)
 
     return Field({theirs: default}, read, lambda config: {theirs: getattr(config, ours[0])})
@@ -105,12 +120,16 @@ def size(theirs: str, ours: str, derived: str, default: Any = None) -> Field:
     """A size that is 0 in ours where it follows from others, and null in theirs."""
 
     def read(values: Values) -> dict[str, Any]:
-        value = values[theirs]
-        if value is REQUIRED:
-            raise UserError(f"{theirs} is missing; it belongs in a configuration of this model_type")
+        value = _present(theirs, values[theirs])
         return {ours: 0 if value is None else value}
 
     return Field({theirs: default}, read, lambda config: {theirs: getattr(config, derived)})
+
+
+def _present(theirs: str, value: Any) -> Any:
+    if value is REQUIRED:
+        raise UserError(f"{theirs} is missing; it belongs in a configuration of this model_type")
+    return value
 
 
 def choice(theirs: str, ours: str, known: Mapping[Any, Any], default: Any = REQUIRED) -> Field:

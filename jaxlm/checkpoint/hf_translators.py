@@ -62,9 +62,11 @@ def _decoder_size(theirs: str, ours: str, derived: str, default: int) -> Field:
     )
 
 
-def _bart_fields(*, act: str = "gelu", scaled: bool = False, attention_dropout: float = 0.0) -> tuple[Field, ...]:
+def _bart_fields(
+    *, vocabulary: Field = _VOCABULARY, act: str = "gelu", scaled: bool = False, attention_dropout: float = 0.0
+) -> tuple[Field, ...]:
     return (
-        _VOCABULARY,
+        vocabulary,
         same("d_model", "width", default=1024),
         same("encoder_layers", "encoder_layers", default=12),
         same("decoder_layers", "decoder_layers", default=12),
@@ -84,8 +86,7 @@ def _bart_fields(*, act: str = "gelu", scaled: bool = False, attention_dropout: 
 
 _BART_IGNORED = (
     "add_bias_logits", "add_final_layer_norm", "extra_pos_embeddings", "force_bos_token_to_be_generated",
-    "gradient_checkpointing", "normalize_before", "normalize_embedding", "num_hidden_layers",
-    "static_position_embeddings",
+    "normalize_before", "normalize_embedding", "num_hidden_layers", "static_position_embeddings",
 )  # of fairseq and Marian: transformers does not read them
 _TIED = (r"model\.(shared|(encoder|decoder)\.embed_tokens)\.weight", r"lm_head\.weight")
 
@@ -105,10 +106,7 @@ BART = Family(
 MBART = dataclasses.replace(
     BART,
     architecture="MBartForConditionalGeneration",
-    fields=(
-        *_bart_fields(),
-        constant(norm_position="pre", positions="learned", position_offset=2, embed_norm=True, logits_bias=True),
-    ),
+    fields=(*BART.fields, constant(norm_position="pre")),
 )
 
 _PAD_OFFSET = Field(
@@ -141,23 +139,24 @@ def _marian_vocabularies(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_MARIAN_VOCABULARIES = Field(
+    {
+        "vocab_size": 58101, "decoder_vocab_size": None, "share_encoder_decoder_embeddings": True,
+        "tie_word_embeddings": True,
+    },
+    _marian_vocabularies,
+    lambda config: {
+        "vocab_size": config.src_vocab_size or config.vocab_size, "decoder_vocab_size": config.vocab_size,
+        "share_encoder_decoder_embeddings": not config.src_vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+    },
+)
+
 MARIAN = Family(
     config=Seq2SeqConfig,
     architecture="MarianMTModel",
     fields=(
-        *(field for field in _bart_fields() if "vocab_size" not in field.theirs),
-        Field(
-            {
-                "vocab_size": 58101, "decoder_vocab_size": None, "share_encoder_decoder_embeddings": True,
-                "tie_word_embeddings": True,
-            },
-            _marian_vocabularies,
-            lambda config: {
-                "vocab_size": config.src_vocab_size or config.vocab_size, "decoder_vocab_size": config.vocab_size,
-                "share_encoder_decoder_embeddings": not config.src_vocab_size,
-                "tie_word_embeddings": config.tie_embeddings,
-            },
-        ),
+        *_bart_fields(vocabulary=_MARIAN_VOCABULARIES),
         constant(norm_position="post", positions="sinusoidal", logits_bias=True),
     ),
     tensors=_bart_tensors(),
@@ -240,7 +239,7 @@ T5 = Family(
     tensors=_t5_tensors() | {
         f"{side}/layers/mlp/up/kernel": Tensor(_t5_up(side), transposed=True) for side in ("encoder", "decoder")
     },
-    ignored=("dense_act_fn", "is_gated_act", "n_positions", "output_past", "use_task_specific_params"),
+    ignored=("dense_act_fn", "is_gated_act", "n_positions", "use_task_specific_params"),
     unused=(
         r"(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight",
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",

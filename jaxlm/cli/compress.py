@@ -6,12 +6,12 @@ at the end huffman for entropy-coded storage, as in sparse50-magnitude+w4a16-rtn
 
 from __future__ import annotations
 
+from jaxlm.cli.arguments import add_model
 from jaxlm.cli.output import print_table, shape_str, size
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
-    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT, to merge into the model")
+    add_model(parser, adapter=True)
     parser.add_argument("--recipe", metavar="NAME|FILE.py", required=True, help="see above; a file says recipe = ...")
     parser.add_argument("--out", metavar="DIR", required=True, help="the model directory to write")
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from jaxlm.cli.arguments import add_model
 from jaxlm.cli.output import Progress, add_json, check_json, print_fields, write_json
 from jaxlm.core.errors import UserError
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
-    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT, to merge into the model")
+    add_model(parser, adapter=True)
     parser.add_argument("--data", metavar="SPEC", help="what to score the model on")
     parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens in a window; 0: what fits")
     parser.add_argument("--stride", type=int, default=0, metavar="N", help="tokens between windows; 0: the context")

@@ -6,11 +6,12 @@ llama, gpt2, m2m_100 or marian, then any other.
 
 from __future__ import annotations
 
+from jaxlm.cli.arguments import add_model
 from jaxlm.cli.output import size
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
+    add_model(parser)
     parser.add_argument("--out", metavar="DIR", required=True, help="the model directory to write")
     parser.add_argument("--format", metavar="NAME", help="the family: a model_type of transformers, such as llama")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")

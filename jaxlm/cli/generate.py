@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from jaxlm.cli.arguments import add_model
+
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
-    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT, to merge into the model")
+    add_model(parser, adapter=True)
     parser.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(64)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (0)")

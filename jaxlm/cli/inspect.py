@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from jaxlm.cli.arguments import add_model
 from jaxlm.cli.output import add_json, check_json, print_fields, print_table, shape_str, size, write_json
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
+    add_model(parser)
     add_json(parser)
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from jaxlm.cli.arguments import add_model
 from jaxlm.cli.output import Progress
 from jaxlm.core.errors import UserError
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
-    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT, to merge into the model")
+    add_model(parser, adapter=True)
     parser.add_argument("--input", metavar="FILE", type=Path, help="UTF-8, a sentence a line (standard input)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="(standard output)")
     parser.add_argument("--beam", type=int, default=5, metavar="N", help="1 is greedy (5)")

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.nn.config import DecoderConfig
+from jaxlm.nn.config import DecoderConfig, StackConfig
 from jaxlm.nn.layers import Embedding, Linear, softcap
-from jaxlm.nn.stack import Cache, Stack, runs
+from jaxlm.nn.stack import Cache, Stack, layers_of
 
 
 class DecoderLM(nnx.Module):
@@ -18,11 +18,8 @@ class DecoderLM(nnx.Module):
         self.config = config
         std = config.width**-0.5 if config.embed_scale else 0.02
         self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
-        segments = runs(config, config.layers, config.segments)
-        self.decoder = Stack(config, segments, causal=True, cross=False, rngs=rngs)
-        untied, axes = not config.tie_embeddings, ("embed", "vocab")
-        self.head = Linear(config.width, config.vocab_size, axes, bias=False, rngs=rngs) if untied else None
-        self.logits_bias = nnx.Param(jnp.zeros(config.vocab_size), axes=("vocab",)) if config.logits_bias else None
+        self.decoder = Stack(config, layers_of(config, "decoder"), causal=True, cross=False, rngs=rngs)
+        self.head, self.logits_bias = head(config, rngs=rngs)
 
     def __call__(
         self,
@@ -55,6 +52,13 @@ class DecoderLM(nnx.Module):
 def embed(table: Embedding, tokens_BxT: jax.Array, config) -> jax.Array:
     x_BxTxD = table(tokens_BxT, jnp.dtype(config.dtype))
     return x_BxTxD * jnp.asarray(config.width**0.5, x_BxTxD.dtype) if config.embed_scale else x_BxTxD
+
+
+def head(config: StackConfig, *, rngs: nnx.Rngs) -> tuple[Linear | None, nnx.Param | None]:
+    """The output head, where it is not the embedding, and the bias of the logits, where they have one."""
+    width, rows, axes = config.width, config.vocab_size, ("embed", "vocab")
+    untied = None if config.tie_embeddings else Linear(width, rows, axes, bias=False, rngs=rngs)
+    return untied, nnx.Param(jnp.zeros(rows), axes=("vocab",)) if config.logits_bias else None
 
 
 def head_logits(model, x_BxTxD: jax.Array) -> jax.Array:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.nn.config import Seq2SeqConfig
-from jaxlm.nn.decoder import embed, head_logits
-from jaxlm.nn.layers import Embedding, Linear
-from jaxlm.nn.stack import Cache, Stack, runs
+from jaxlm.nn.decoder import embed, head, head_logits
+from jaxlm.nn.layers import Embedding
+from jaxlm.nn.stack import Cache, Stack, layers_of
 
 
 class Seq2Seq(nnx.Module):
@@ -21,13 +20,9 @@ class Seq2Seq(nnx.Module):
         self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
         rows, axes = config.src_vocab_size, ("vocab", "embed")
         self.src_embed = Embedding(rows, config.width, axes, rngs=rngs, std=std) if rows else None
-        encoder_runs = runs(config, config.encoder_layers, config.encoder_segments)
-        decoder_runs = runs(config, config.decoder_layers, config.decoder_segments)
-        self.encoder = Stack(config.encoder, encoder_runs, causal=False, cross=False, rngs=rngs)
-        self.decoder = Stack(config.decoder, decoder_runs, causal=True, cross=True, rngs=rngs)
-        untied, axes = not config.tie_embeddings, ("embed", "vocab")
-        self.head = Linear(config.width, config.vocab_size, axes, bias=False, rngs=rngs) if untied else None
-        self.logits_bias = nnx.Param(jnp.zeros(config.vocab_size), axes=("vocab",)) if config.logits_bias else None
+        self.encoder = Stack(config.encoder, layers_of(config, "encoder"), causal=False, cross=False, rngs=rngs)
+        self.decoder = Stack(config.decoder, layers_of(config, "decoder"), causal=True, cross=True, rngs=rngs)
+        self.head, self.logits_bias = head(config, rngs=rngs)
 
     def __call__(
         self,

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxlm.core.sharding import constrain
 from jaxlm.nn.attention import Attention, causal_mask, window_mask
-from jaxlm.nn.config import StackConfig
+from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig, StackConfig
 from jaxlm.nn.layers import Embedding, Mlp, Norm, dropout, split_key
 from jaxlm.nn.moe import Moe
 from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
@@ -187,6 +187,15 @@ def runs(config: StackConfig, layers: int, segments: tuple[int, ...] = ()) -> li
         segments = tuple(len(list(run)) for _, run in itertools.groupby(kinds))
     ends = list(itertools.accumulate(segments))
     return [range(end - count, end) for end, count in zip(ends, segments, strict=True)]
+
+
+def layers_of(config: DecoderConfig | Seq2SeqConfig, side: Literal["encoder", "decoder"]) -> list[range]:
+    """The layers of each segment of the model's encoder or decoder."""
+    if isinstance(config, DecoderConfig):
+        return runs(config, config.layers, config.segments)
+    if side == "encoder":
+        return runs(config, config.encoder_layers, config.encoder_segments)
+    return runs(config, config.decoder_layers, config.decoder_segments)
 
 
 def has_experts(config: StackConfig, layer: int) -> bool:
