@@ -1,10 +1,11 @@
-"""Leaves that carry their own representation, opened only by ``core.ops``: integer codes, and low-rank adapters."""
+"""Leaves that carry their own representation, opened only by ``core.ops``: coded weights, factors and adapters."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +17,11 @@ def _static(default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class QArray:
-    """A weight ``(codes - zero) * scale``, its contraction axis last, where integer dots are fast.
-
-    Invariants, which every function that makes one keeps:
-
-    - ``codes`` is an integer array ``[..., out, in]`` in ``[-2**(bits-1), 2**(bits-1))``; leading dimensions are
-      stacked layers. Its dtype is int8, or int4 where ``compression.placement`` narrowed it for an accelerator.
-    - ``scale`` is float32 ``[..., out, groups]``, positive; columns ``[g * group, (g + 1) * group)`` share entry g.
-      The last group may be shorter; ``group == 0`` is one group, that is, one scale an output channel.
-    - ``zero`` is None (a symmetric grid) or int8 like ``scale``, in the range of the codes. It is an integer, so a
-      zero weight is exactly representable: pruned weights survive quantization.
-    - ``act_bits`` is 0 (weights are dequantized to the activations' dtype) or 8 (activations are rounded to int8 a
-      token, on the fly, and the dot accumulates in int32), which takes ``group == 0``.
-    - ``axis`` is where the dense array has its contraction: -2 for a kernel ``[in, out]``, -1 for an embedding table
-      ``[rows, width]``, which the tied head multiplies from the width side.
-    """
+class _Coded:
+    """What leaves of codes ``[..., out, in]`` have in common: the shape of the dense array that they stand for."""
 
     codes: jax.Array
-    scale: jax.Array
-    zero: jax.Array | None
-    bits: int = _static()
-    group: int = _static(0)
-    act_bits: int = _static(0)
-    axis: int = _static(-2)
+    axis: int
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -53,6 +33,37 @@ class QArray:
     def ndim(self) -> int:
         return self.codes.ndim
 
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QArray(_Coded):
+    """A weight ``(codes - zero) * scale``, its contraction axis last, where integer dots are fast.
+
+    Invariants, which every function that makes one keeps:
+
+    - ``codes`` is an integer array ``[..., out, in]`` in ``[-2**(bits-1), 2**(bits-1))``; leading dimensions are
+      stacked layers. Its dtype is int8, or int4 where ``compression.placement`` narrowed it for an accelerator; or it
+      is float8_e4m3fn, with ``bits`` 8 and no zero.
+    - ``scale`` is float32 ``[..., out, groups]``, positive; columns ``[g * group, (g + 1) * group)`` share entry g.
+      The last group may be shorter; ``group == 0`` is one group, that is, one scale an output channel.
+    - ``zero`` is None (a symmetric grid) or int8 like ``scale``, in the range of the codes. It is an integer, so a
+      zero weight is exactly representable: pruned weights survive quantization.
+    - ``act_bits`` is 0 (weights are dequantized to the activations' dtype) or 8: activations are rounded to the type of
+      the codes, int8 or float8, and the dot accumulates in int32 or float32, which takes ``group == 0``. They are
+      rounded a token, by its own largest magnitude; or, where ``act_scale`` is there, float32 ``[..., 1, 1]``, by that.
+    - ``axis`` is where the dense array has its contraction: -2 for a kernel ``[in, out]``, -1 for an embedding table
+      ``[rows, width]``, which the tied head multiplies from the width side.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None
+    bits: int = _static()
+    group: int = _static(0)
+    act_bits: int = _static(0)
+    axis: int = _static(-2)
+    act_scale: jax.Array | None = None
+
     @property
     def dtype(self) -> jnp.dtype:
         """What the leaf dequantizes to by default."""
@@ -61,7 +72,63 @@ class QArray:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LoRA:
+class Codebook(_Coded):
+    """A weight ``table[codes] * scale``: values shared through a table, its contraction axis last.
+
+    - ``codes`` is uint8 ``[..., out, in]``, below ``2**bits``.
+    - ``table`` is float32 ``[..., 2**bits]``, one a matrix.
+    - ``scale`` is float32 ``[..., out, groups]`` as in ``QArray``, or None: 1.
+    - ``kind`` says where the table is from: "nf4" (QLoRA, arXiv:2305.14314), "mxfp4" (OCP Microscaling Formats v1.0:
+      scales are powers of two) or "shared" (values found in the weights, Deep Compression, arXiv:1510.00149).
+    """
+
+    codes: jax.Array
+    table: jax.Array
+    scale: jax.Array | None
+    bits: int = _static()
+    group: int = _static(0)
+    kind: Literal["nf4", "mxfp4", "shared"] = _static("shared")
+    axis: int = _static(-2)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the leaf dequantizes to by default."""
+        return self.table.dtype
+
+
+class _Product:
+    """What leaves with factors ``a`` and ``b`` have in common."""
+
+    a: jax.Array
+    b: jax.Array
+
+    @property
+    def ndim(self) -> int:
+        return self.a.ndim
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LowRank(_Product):
+    """A weight ``a @ b``; ``a`` is an array or a coded leaf of dense shape ``[..., in, r]``, ``b`` of ``[..., r, out]``."""
+
+    a: jax.Array | QArray | Codebook
+    b: jax.Array | QArray | Codebook
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return (*self.a.shape[:-1], self.b.shape[-1])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the leaf dequantizes to by default."""
+        return self.a.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LoRA(_Product):
     """A weight ``base + scale * a @ b``, a low-rank adapter kept apart from what it adapts (arXiv:2106.09685).
 
     - ``base`` is an array or another leaf of dense shape ``[..., in, out]``; an embedding table is ``[rows, width]``.
@@ -70,10 +137,40 @@ class LoRA:
     - ``scale`` is float32 ``[..., 1, 1]``, so that all parts have the rank of the dense array.
     """
 
-    base: jax.Array | QArray | LoRA
+    base: jax.Array | QArray | Codebook | LowRank | LoRA
     a: jax.Array
     b: jax.Array
     scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return self.base.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the leaf dequantizes to by default."""
+        return self.base.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tap:
+    """A weight that tells what it is multiplied with: the gradient of any sum over ``ops.dot(x, tap)`` with respect to
+    ``reading`` is ``measure(x, weight, sizes)``, whatever the gradient of the product is.
+
+    So a model is calibrated without touching its layers: ``jax.grad`` of it with respect to the readings, zeros before,
+    and XLA drops all that the readings do not need.
+
+    - ``measure`` takes rows ``[M, in]``, their weights ``[M]`` or None, and, where the rows are sorted by expert, the
+      experts' numbers of rows ``[E]`` or None; it returns a tree of float32 arrays like ``reading``.
+    - ``weight`` is how much each row counts: 0 for padding. ``[M]``, or None where all rows count.
+    """
+
+    base: jax.Array | QArray | Codebook | LowRank
+    reading: Any
+    weight: jax.Array | None
+    measure: Callable[[jax.Array, jax.Array | None, jax.Array | None], Any] = _static()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,13 +183,15 @@ class LoRA:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the leaf dequantizes to by default."""
         return self.base.dtype
+
+
+_KINDS = (QArray, Codebook, LowRank, LoRA, Tap)
 
 
 def is_leaf(x: Any) -> bool:
     """Whether ``x`` is a leaf of several arrays: what ``jax.tree.map(..., is_leaf=is_leaf)`` must not open."""
-    return isinstance(x, QArray | LoRA)
+    return isinstance(x, _KINDS)
 
 
 def spread(per_group: jax.Array, group: int, n_in: int) -> jax.Array:
@@ -110,17 +209,39 @@ def centred(leaf: QArray, dtype: jnp.dtype) -> jax.Array:
     return codes - spread(leaf.zero, leaf.group, leaf.codes.shape[-1]).astype(dtype)
 
 
+def look_up(leaf: Codebook) -> jax.Array:
+    """``table[codes]``, float32 ``[..., out, in]``."""
+    *lead, n_out, n_in = leaf.codes.shape
+    tables = leaf.table.reshape(-1, leaf.table.shape[-1])
+    codes = leaf.codes.reshape(len(tables), -1).astype(jnp.int32)
+    return jnp.take_along_axis(tables, codes, axis=-1, mode="promise_in_bounds").reshape(*lead, n_out, n_in)
+
+
+def coded_values(leaf: QArray | Codebook) -> jax.Array:
+    """The weights of a coded leaf with the contraction axis last: float32 ``[..., out, in]``."""
+    n_in = leaf.codes.shape[-1]
+    values = centred(leaf, jnp.float32) if isinstance(leaf, QArray) else look_up(leaf)
+    return values if leaf.scale is None else values * spread(leaf.scale, leaf.group, n_in)
+
+
 def dequantize(leaf: Any, dtype: jnp.dtype | None = None) -> jax.Array:
     """The dense array that a leaf stands for; an array is only cast. ``dtype`` defaults to the leaf's own."""
     dtype = leaf.dtype if dtype is None else dtype
     if not is_leaf(leaf):
         return leaf.astype(dtype)
+    if isinstance(leaf, Tap):
+        return dequantize(leaf.base, dtype)
+    if isinstance(leaf, LowRank):
+        return _product(leaf).astype(dtype)
     if isinstance(leaf, LoRA):
-        delta = jnp.matmul(leaf.a.astype(jnp.float32), leaf.b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-        return (dequantize(leaf.base, jnp.float32) + leaf.scale * delta).astype(dtype)
-    scale = spread(leaf.scale, leaf.group, leaf.codes.shape[-1])
-    dense = (centred(leaf, jnp.float32) * scale).astype(dtype)
+        return (dequantize(leaf.base, jnp.float32) + leaf.scale * _product(leaf)).astype(dtype)
+    dense = coded_values(leaf).astype(dtype)
     return dense.swapaxes(-1, -2) if leaf.axis == -2 else dense
+
+
+def _product(leaf: _Product) -> jax.Array:
+    a, b = dequantize(leaf.a, jnp.float32), dequantize(leaf.b, jnp.float32)
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def dequantize_tree(params: Params) -> Params:

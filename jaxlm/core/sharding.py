@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import LoRA, is_leaf
+from jaxlm.core.leaves import LoRA, LowRank, is_leaf
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +88,23 @@ def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> A
     def of_value(value, axes):
         if not is_leaf(value):
             return of_array(value, axes)
-        if isinstance(value, LoRA):
-            *layers, n_in, n_out = axes
+        *layers, n_in, n_out = axes
+        if isinstance(value, LoRA | LowRank):
             parts = {"base": axes, "a": (*layers, n_in, None), "b": (*layers, None, n_out)}
-            parts["scale"] = (*layers, None, None)
-            return dataclasses.replace(value, **{name: of_value(getattr(value, name), parts[name]) for name in parts})
-        # The parts of a quantized leaf are all [..., out, in or groups of in].
-        axes = (*axes[:-2], axes[-1], axes[-2]) if value.axis == -2 else axes
-        return jax.tree.map(lambda part: of_array(part, axes), value)
+            parts = {name: of_value(getattr(value, name), parts[name]) for name in parts if hasattr(value, name)}
+            if isinstance(value, LoRA):
+                parts["scale"] = of_array(value.scale, (*layers, None, None))
+            return dataclasses.replace(value, **parts)
+        # The other parts of a coded leaf are [..., out, in or groups of in]; what is one a matrix is replicated.
+        coded = (*layers, n_out, n_in) if value.axis == -2 else axes
+        small = {"table": (*layers, None), "act_scale": (*layers, None, None)}
+
+        def of_part(name):
+            part = getattr(value, name)
+            return None if part is None else of_array(part, small.get(name, coded))
+
+        parts = [field.name for field in dataclasses.fields(value) if not field.metadata.get("static")]
+        return dataclasses.replace(value, **{name: of_part(name) for name in parts})
 
     def of_leaf(leaf):
         if not isinstance(leaf, nnx.Variable):
