@@ -110,7 +110,7 @@ class _Product:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank(_Product):
-    """A weight ``a @ b``; ``a`` is an array or a coded leaf of dense shape ``[..., in, r]``, ``b`` of ``[..., r, out]``."""
+    """A weight ``a @ b`` of factors ``[..., in, r]`` and ``[..., r, out]``, which may be coded leaves."""
 
     a: jax.Array | QArray | Codebook
     b: jax.Array | QArray | Codebook

@@ -38,7 +38,7 @@ def _dot(x_MxI: jax.Array, w: Weight) -> jax.Array:
     return _weight_only_dot(x_MxI, w)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _measured(measure, x_MxI: jax.Array, reading, weight_M: jax.Array | None, sizes_E: jax.Array | None) -> jax.Array:
     """``x``, and what is measured of it is the gradient of ``reading``; see ``core.leaves.Tap``."""
     return x_MxI
