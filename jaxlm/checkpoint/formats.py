@@ -5,12 +5,17 @@ A dense array that nothing makes smaller is stored as itself under its path. Eve
 
     {"format": 1, "tensors": {"<path>": {
         "shape": the dense shape, "dtype": of a dense array
-        "bits", "group", "act_bits", "axis": of a quantized one (core.leaves.QArray),
+        "bits", "group", "act_bits", "axis": of a quantized one (core.leaves.QArray), "codes": their dtype if not int8
+        "bits", "group", "kind", "axis", "common": of values from a table (core.leaves.Codebook)
+        "a", "b": entries without checksums, the factors of a product (core.leaves.LowRank)
         "parts": {"<part>": {"layout": ..., "streams": {"<stream>": method}, "gaps": entries of the gaps stream}},
         "crc32": of the entry itself and its arrays}}}
 
-The parts are ``dense``, or ``codes`` (minus the zeros, modulo ``2**bits``), ``scale`` and ``zero``. See
-``checkpoint.codec`` for layouts, streams and methods. A part with the layout ``array`` is an array of its own dtype.
+The parts are ``dense``, or ``codes``, ``scale``, ``zero``, ``act_scale`` and ``table``. See ``checkpoint.codec`` for
+layouts, streams and methods. A part with the layout ``array`` is an array of its own dtype. Codes are stored minus the
+zeros (minus the most common code, "common", where a table gives them their values), modulo ``2**bits``; floats of
+``scale`` and ``table`` as what the part calls its "dtype": ``exponent`` (a byte ``e`` for ``2**(e - 127)``),
+``float16`` or ``float32``, the first that holds all of them exactly.
 """
 
 from __future__ import annotations
@@ -23,14 +28,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jaxlm.checkpoint.codec import Codes, Corrupt, Part, Planes, Words, decode, encode
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import QArray, is_leaf
+from jaxlm.core.leaves import Codebook, LowRank, QArray, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten, unflatten
 
 FORMAT = 1
+_FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 Tensors = dict[str, np.ndarray]
 
 
@@ -42,7 +49,7 @@ def pack_params(params: Params, storage: str = "plain") -> tuple[Tensors, dict[s
     tensors: Tensors = {}
     entries = {}
     for path, leaf in flatten(params).items():
-        entry, arrays = _pack_quantized(leaf, storage) if is_leaf(leaf) else _pack_dense(leaf, storage)
+        entry, arrays = _pack(leaf, storage)
         entry["crc32"] = _checksum(entry, arrays)
         tensors |= {_name(path, suffix): array for suffix, array in arrays.items()}
         entries[path] = entry
@@ -57,7 +64,9 @@ def unpack_params(like: Params, tensors: Mapping[str, np.ndarray], meta: Mapping
     """
     if meta.get("format") != FORMAT:
         raise UserError(f"the weights are in format {meta.get('format')!r}, this version reads {FORMAT}; update jaxlm")
-    entries = meta["tensors"]
+    entries = meta.get("tensors")
+    if not isinstance(entries, dict):
+        raise UserError("the metadata of the weights names no tensors; copy or download the model again")
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(like).items()}
     if missing := sorted(shapes.keys() - entries.keys()):
         raise UserError(f"the weights lack {missing[0]}; the file is damaged or of another model")
@@ -71,9 +80,18 @@ def stored(tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> dict[s
     out = {}
     for path, entry in meta["tensors"].items():
         size = sum(tensors[_name(path, suffix)].nbytes for suffix in _suffixes(entry))
-        methods = {part: ", ".join(fields["streams"].values()) for part, fields in entry["parts"].items()}
-        coded = [f"{part} {entry['parts'][part]['layout']}" + (f" ({m})" if m else "") for part, m in methods.items()]
-        out[path] = size, ", ".join(coded)
+        out[path] = size, ", ".join(_how(entry))
+    return out
+
+
+def _how(entry: Mapping[str, Any], within: str = "") -> list[str]:
+    """How each part of an entry is coded."""
+    if "a" in entry:
+        return _how(entry["a"], "a/") + _how(entry["b"], "b/")
+    out = []
+    for part, fields in entry["parts"].items():
+        methods = ", ".join(fields["streams"].values())
+        out.append(f"{within}{part} {fields['layout']}" + (f" ({methods})" if methods else ""))
     return out
 
 
@@ -83,6 +101,8 @@ def _name(path: str, suffix: str) -> str:
 
 def _suffixes(entry: Mapping[str, Any]) -> list[str]:
     """What the names of an entry's arrays add to its path, in order."""
+    if "a" in entry:
+        return [_name(factor, suffix) for factor in ("a", "b") for suffix in _suffixes(entry[factor])]
     out = []
     for part, fields in entry["parts"].items():
         if fields["layout"] == "array":
@@ -104,14 +124,31 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _pack_dense(leaf: Leaf, storage: str) -> tuple[dict[str, Any], Tensors]:
-    array = np.asarray(leaf)
-    fields, arrays = _pack_array("dense", array, storage)
-    return {"shape": list(array.shape), "dtype": str(array.dtype), "parts": {"dense": fields}}, arrays
+# Packing --------------------------------------------------------------------------------------------------------------
+
+
+def _pack(leaf: Leaf, storage: str) -> tuple[dict[str, Any], Tensors]:
+    if not is_leaf(leaf):
+        array = np.asarray(leaf)
+        fields, arrays = _pack_array("dense", array, storage)
+        return {"shape": list(array.shape), "dtype": str(array.dtype), "parts": {"dense": fields}}, arrays
+    if isinstance(leaf, QArray):
+        return _pack_quantized(leaf, storage)
+    if isinstance(leaf, Codebook):
+        return _pack_codebook(leaf, storage)
+    if isinstance(leaf, LowRank):
+        (a, arrays_a), (b, arrays_b) = _pack(leaf.a, storage), _pack(leaf.b, storage)
+        arrays = {_name("a", name): array for name, array in arrays_a.items()}
+        arrays |= {_name("b", name): array for name, array in arrays_b.items()}
+        return {"shape": list(leaf.shape), "a": a, "b": b}, arrays
+    raise TypeError(f"a {type(leaf).__name__} is not stored; merge it first")
 
 
 def _pack_quantized(leaf: QArray, storage: str) -> tuple[dict[str, Any], Tensors]:
-    codes, zero = np.asarray(leaf.codes).astype(np.int16), 0
+    codes, grid = np.asarray(leaf.codes), {}
+    if codes.dtype == _FLOAT8:
+        codes, grid = codes.view(np.uint8), {"codes": str(_FLOAT8)}
+    codes, zero = codes.astype(np.int16), 0
     parts, arrays = {}, {}
     if leaf.zero is not None:
         zero = np.asarray(leaf.zero).astype(np.int16)
@@ -122,10 +159,48 @@ def _pack_quantized(leaf: QArray, storage: str) -> tuple[dict[str, Any], Tensors
     for part, values in parts.items():
         fields[part], coded = _fields(part, encode(values, Codes(leaf.bits), storage))
         arrays |= coded
-    fields["scale"], coded = _pack_array("scale", np.asarray(leaf.scale), storage)
-    arrays |= coded
-    grid = {"bits": leaf.bits, "group": leaf.group, "act_bits": leaf.act_bits, "axis": leaf.axis}
+    for part in ("scale", "act_scale"):
+        if getattr(leaf, part) is not None:
+            fields[part], coded = _pack_floats(part, np.asarray(getattr(leaf, part)), storage)
+            arrays |= coded
+    grid |= {"bits": leaf.bits, "group": leaf.group, "act_bits": leaf.act_bits, "axis": leaf.axis}
     return {"shape": list(leaf.shape), **grid, "parts": fields}, arrays
+
+
+def _pack_codebook(leaf: Codebook, storage: str) -> tuple[dict[str, Any], Tensors]:
+    codes = np.asarray(leaf.codes).astype(np.int16)
+    common = int(np.bincount(codes.reshape(-1), minlength=1).argmax())
+    fields, arrays = {}, {}
+    fields["codes"], arrays = _fields("codes", encode(_wrap(codes - common, leaf.bits), Codes(leaf.bits), storage))
+    for part in ("table", "scale"):
+        if getattr(leaf, part) is not None:
+            fields[part], coded = _pack_floats(part, np.asarray(getattr(leaf, part)), storage)
+            arrays |= coded
+    grid = {"bits": leaf.bits, "group": leaf.group, "kind": leaf.kind, "axis": leaf.axis, "common": common}
+    return {"shape": list(leaf.shape), **grid, "parts": fields}, arrays
+
+
+def _pack_floats(part: str, array: np.ndarray, storage: str) -> tuple[dict[str, Any], Tensors]:
+    """Float32 values in the first of the types that hold them exactly."""
+    exponents = np.frexp(array)[1] + 126
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    if ((exponents >= 0) & (exponents < 255)).all() and _same_bits(array, _from_exponents(exponents)):
+        name, array = "exponent", exponents.astype(np.uint8)
+    elif _same_bits(array, half.astype(np.float32)):
+        name, array = "float16", half
+    else:
+        name = "float32"
+    fields, arrays = _pack_array(part, array, storage)
+    return fields | {"dtype": name}, arrays
+
+
+def _from_exponents(exponents: np.ndarray) -> np.ndarray:
+    return np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
 def _pack_array(part: str, array: np.ndarray, storage: str) -> tuple[dict[str, Any], Tensors]:
@@ -159,6 +234,9 @@ def _spread(per_group: np.ndarray, group: int, n_in: int) -> np.ndarray:
     return per_group if per_group.shape[-1] == 1 else np.repeat(per_group, group, axis=-1)[..., :n_in]
 
 
+# Unpacking ------------------------------------------------------------------------------------------------------------
+
+
 def _unpack(path: str, shape: tuple[int, ...], tensors: Mapping[str, np.ndarray], entry: Mapping[str, Any]) -> Leaf:
     try:
         arrays = {suffix: np.asarray(tensors[_name(path, suffix)]) for suffix in _suffixes(entry)}
@@ -167,30 +245,81 @@ def _unpack(path: str, shape: tuple[int, ...], tensors: Mapping[str, np.ndarray]
         if tuple(entry["shape"]) != shape:
             saved = tuple(entry["shape"])
             raise UserError(f"{path} is {saved} in the weights, {shape} in the model; check config.json")
-        leaf = _unpack_quantized(shape, entry, arrays) if "bits" in entry else _unpack_dense(shape, entry, arrays)
-        return jax.tree.map(jnp.asarray, leaf)
+        return jax.tree.map(jnp.asarray, _unpack_leaf(shape, entry, arrays))
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # whatever a damaged entry leads to
-        raise UserError(f"{path} is damaged ({error}); copy or download the model again") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # of a damaged entry
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged ({reason}); copy or download the model again") from None
 
 
-def _unpack_dense(shape: tuple[int, ...], entry: Mapping[str, Any], arrays: Tensors) -> np.ndarray:
-    return _unpack_array("dense", shape, np.dtype(entry["dtype"]), entry, arrays)
-
-
-def _unpack_quantized(shape: tuple[int, ...], entry: Mapping[str, Any], arrays: Tensors) -> QArray:
-    bits, group, axis = entry["bits"], entry["group"], entry["axis"]
+def _unpack_leaf(shape: tuple[int, ...], entry: Mapping[str, Any], arrays: Tensors) -> Leaf:
+    if "a" in entry:
+        return _unpack_low_rank(shape, entry, arrays)
+    if "dtype" in entry:
+        return _unpack_array("dense", shape, np.dtype(entry["dtype"]), entry, arrays)
+    bits, group, axis = (_whole(entry[name], name) for name in ("bits", "group", "axis"))
+    if not 1 <= bits <= 8 or group < 0 or axis not in (-1, -2):
+        raise Corrupt(f"{bits} bits in groups of {group} along axis {axis}")
     *lead, n_out, n_in = (*shape[:-2], shape[-1], shape[-2]) if axis == -2 else shape
+    codes = decode(_part("codes", entry, arrays), Codes(bits), math.prod(shape)).reshape(*lead, n_out, n_in)
     grid = (*lead, n_out, -(-n_in // group) if group else 1)
-    scale = _unpack_array("scale", grid, np.dtype(np.float32), entry, arrays)
-    kind, zero = Codes(bits), None
-    codes = decode(_part("codes", entry, arrays), kind, math.prod(shape)).astype(np.int16).reshape(*lead, n_out, n_in)
+    unpack = _unpack_codebook if "kind" in entry else _unpack_quantized
+    return unpack(codes, grid, entry, arrays)
+
+
+def _whole(value: Any, name: str) -> int:
+    if type(value) is not int:
+        raise Corrupt(f"its {name} is {value!r}")
+    return value
+
+
+def _unpack_low_rank(shape: tuple[int, ...], entry: Mapping[str, Any], arrays: Tensors) -> LowRank:
+    *lead, n_in, n_out = shape
+    rank = _whole(entry["a"]["shape"][-1], "rank")
+    if not 0 < rank <= max(n_in, n_out):
+        raise Corrupt(f"a rank of {rank}")
+    factors = {}
+    for factor, dense in (("a", (*lead, n_in, rank)), ("b", (*lead, rank, n_out))):
+        if tuple(entry[factor]["shape"]) != dense or factor in entry[factor]:
+            raise Corrupt(f"a factor of the shape {entry[factor]['shape']} where {list(dense)} is due")
+        within = {name: arrays[_name(factor, name)] for name in _suffixes(entry[factor])}
+        factors[factor] = _unpack_leaf(dense, entry[factor], within)
+    return LowRank(**factors)
+
+
+def _unpack_quantized(codes: np.ndarray, grid: tuple[int, ...], entry: Mapping[str, Any], arrays: Tensors) -> QArray:
+    bits, group, zero = entry["bits"], entry["group"], None
+    floats = "codes" in entry
+    if floats and (entry["codes"] != str(_FLOAT8) or bits != 8 or "zero" in entry["parts"]):
+        raise Corrupt(f"codes of the type {entry['codes']} in {bits} bits")
     if "zero" in entry["parts"]:
-        zero = decode(_part("zero", entry, arrays), kind, math.prod(grid)).astype(np.int16).reshape(grid)
+        zero = decode(_part("zero", entry, arrays), Codes(bits), math.prod(grid)).astype(np.int16).reshape(grid)
         zero = _unwrap(zero, bits)
-        codes += _spread(zero, group, n_in)
-    return QArray(_unwrap(codes, bits), scale, zero, bits, group, entry["act_bits"], axis)
+        codes = codes + _spread(zero, group, codes.shape[-1]).astype(np.int16)
+    scale, act_scale = _unpack_floats("scale", grid, entry, arrays), None
+    if "act_scale" in entry["parts"]:
+        act_scale = _unpack_floats("act_scale", (*grid[:-2], 1, 1), entry, arrays)
+    codes = codes.view(_FLOAT8) if floats else _unwrap(codes.astype(np.int16), bits)
+    return QArray(codes, scale, zero, bits, group, entry["act_bits"], entry["axis"], act_scale)
+
+
+def _unpack_codebook(codes: np.ndarray, grid: tuple[int, ...], entry: Mapping[str, Any], arrays: Tensors) -> Codebook:
+    bits, kind = entry["bits"], entry["kind"]
+    if kind not in ("nf4", "mxfp4", "shared"):
+        raise Corrupt(f"a table of the kind {kind!r}")
+    codes = _wrap(codes.astype(np.int16) + _whole(entry["common"], "common"), bits).reshape(codes.shape)
+    table = _unpack_floats("table", (*grid[:-2], 2**bits), entry, arrays)
+    scale = _unpack_floats("scale", grid, entry, arrays) if "scale" in entry["parts"] else None
+    return Codebook(codes, table, scale, bits, entry["group"], kind, entry["axis"])
+
+
+def _unpack_floats(part: str, shape: tuple[int, ...], entry: Mapping[str, Any], arrays: Tensors) -> np.ndarray:
+    name = entry["parts"][part].get("dtype", "float32")
+    if name not in ("exponent", "float16", "float32"):
+        raise Corrupt(f"{part} of the type {name!r}")
+    array = _unpack_array(part, shape, np.dtype(np.uint8 if name == "exponent" else name), entry, arrays)
+    return _from_exponents(array) if name == "exponent" else array.astype(np.float32)
 
 
 def _unpack_array(part: str, shape: tuple[int, ...], dtype: np.dtype, entry: Mapping[str, Any], arrays: Tensors):

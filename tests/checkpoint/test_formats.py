@@ -10,11 +10,12 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from jaxlm.checkpoint import formats
 from jaxlm.checkpoint.formats import pack_params, stored, unpack_params
 from jaxlm.compression.prune import magnitude, n_of_m
 from jaxlm.compression.rtn import quantize
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import dequantize_tree, is_leaf
+from jaxlm.core.leaves import Codebook, LowRank, QArray, dequantize_tree
 from jaxlm.core.tree import flatten, map_params
 
 
@@ -42,7 +43,39 @@ def every_representation():
         **{f"w{bits}": quantize(w, bits=bits, group=32, symmetric=False) for bits in range(2, 9)},
         **{f"w{bits}-sym": quantize(w, bits=bits) for bits in range(2, 9)},
         "w4-stacks": quantize(normal(2, 3, 40, 24), bits=4, group=32, symmetric=False),
+        "float8": float8(w, act_bits=8),
+        "static-float8": dataclasses.replace(float8(w, act_bits=8), act_scale=jnp.full((2, 1, 1), 0.37)),
+        "static-w8a8": dataclasses.replace(quantize(w, bits=8, act_bits=8), act_scale=jnp.full((2, 1, 1), 0.37)),
+        "nf4": codebook(w, bits=4, group=64, kind="nf4"),
+        "mxfp4": codebook(w, bits=4, group=32, kind="mxfp4"),
+        "shared": codebook(w, bits=5, kind="shared"),
+        "shared-1": codebook(w[0], bits=1, kind="shared", axis=-1),
+        "low-rank": LowRank(normal(2, 100, 7), normal(2, 7, 24, seed=1)),
+        "coded-low-rank": LowRank(
+            quantize(normal(2, 100, 7), bits=8), codebook(normal(2, 7, 24), bits=4, group=4, kind="nf4")
+        ),
     }
+
+
+def float8(dense, **options):
+    """Codes of float8 with a scale a channel."""
+    w = np.asarray(dense).swapaxes(-1, -2)
+    scale = jnp.asarray(np.abs(w).max(-1, keepdims=True) / 448)
+    return QArray(jnp.asarray(w / scale, jnp.float8_e4m3fn), scale, None, 8, **options)
+
+
+def codebook(dense, *, bits, kind, group=0, axis=-2):
+    """Random codes, most of them 3, and tables as each kind has them."""
+    rng = np.random.default_rng(0)
+    *lead, n_in, n_out = dense.shape if axis == -2 else (*dense.shape[:-2], dense.shape[-1], dense.shape[-2])
+    codes = np.where(rng.random((*lead, n_out, n_in)) < 0.7, min(3, 2**bits - 1), rng.integers(0, 2**bits, n_in))
+    table = rng.normal(size=(*lead, 2**bits)).astype(np.float32)
+    scale = None
+    if group:
+        shape = (*lead, n_out, -(-n_in // group))
+        scale = 2.0 ** rng.integers(-127, 127, shape) if kind == "mxfp4" else rng.random(shape)
+        scale = jnp.asarray(scale, jnp.float32)
+    return Codebook(jnp.asarray(codes, jnp.uint8), jnp.asarray(table), scale, bits, group, kind, axis)
 
 
 def tree(leaves):
@@ -79,7 +112,7 @@ def test_what_compression_leaves_alone_is_stored_under_its_own_name():
 
 def test_int4_codes_on_a_device_are_the_same_file(params):
     def narrow(_, leaf):
-        few = is_leaf(leaf) and leaf.bits <= 4
+        few = isinstance(leaf, QArray) and leaf.bits <= 4
         return dataclasses.replace(leaf, codes=leaf.codes.astype(jnp.int4)) if few else leaf
 
     one, two = pack_params(params)[0], pack_params(map_params(narrow, params))[0]
@@ -89,6 +122,17 @@ def test_int4_codes_on_a_device_are_the_same_file(params):
 def test_sizes_are_those_of_the_bits(params):
     tensors, meta = pack_params(tree({"w4": quantize(normal(256, 64), bits=4, group=128)}))
     assert stored(tensors, meta) == {"w4/kernel": (256 * 64 // 2 + 2 * 64 * 4, "codes full (raw), scale array")}
+    scales = jnp.asarray(np.float16(np.random.default_rng(0).random((64, 2))), jnp.float32)
+    half = dataclasses.replace(quantize(normal(256, 64), bits=4, group=128), scale=scales)
+    even = jnp.asarray(np.arange(256 * 64).reshape(64, 256) % 16, jnp.uint8)
+    powers = dataclasses.replace(codebook(normal(256, 64), bits=4, group=32, kind="mxfp4"), codes=even)
+    factors = LowRank(normal(256, 8), quantize(normal(8, 64), bits=8))
+    tensors, meta = pack_params(tree({"half": half, "powers": powers, "factors": factors}))
+    assert stored(tensors, meta) == {
+        "half/kernel": (256 * 64 // 2 + 2 * 64 * 2, "codes full (raw), scale array"),
+        "powers/kernel": (256 * 64 // 2 + 16 * 4 + 8 * 64, "codes full (raw), table array, scale array"),
+        "factors/kernel": (256 * 8 * 4 + 8 * 64 + 64 * 4, "a/dense array, b/codes full (raw), b/scale array"),
+    }
     tensors, meta = pack_params(params, "huffman")
     sizes = stored(tensors, meta)
     assert sum(size for size, _ in sizes.values()) == sum(array.nbytes for array in tensors.values())
@@ -100,7 +144,8 @@ def test_sizes_are_those_of_the_bits(params):
 @pytest.mark.parametrize("storage", ["plain", "huffman"])
 def test_every_flipped_or_missing_byte_is_found(storage):
     leaves = every_representation()
-    params = tree({name: leaves[name] for name in ("bfloat16", "pruned", "pruned-w4", "w8a8")})
+    names = ("bfloat16", "pruned", "pruned-w4", "w8a8", "static-float8", "mxfp4", "coded-low-rank")
+    params = tree({name: leaves[name] for name in names})
     tensors, meta = pack_params(params, storage)
     rng = np.random.default_rng(0)
     for name, array in tensors.items():
@@ -128,7 +173,8 @@ def _scalars(node, at=()):
 @pytest.mark.parametrize("storage", ["plain", "huffman"])
 def test_no_change_to_the_metadata_gives_other_weights(storage):
     leaves = every_representation()
-    params = tree({name: leaves[name] for name in ("pruned", "pruned-w4", "w8a8")})
+    names = ("pruned", "pruned-w4", "w8a8", "static-float8", "mxfp4", "coded-low-rank")
+    params = tree({name: leaves[name] for name in names})
     tensors, meta = pack_params(params, storage)
     for at in list(_scalars(meta)):
         for value in (None, -1, 3, 10**15, "zstd", {}, []):
@@ -142,6 +188,29 @@ def test_no_change_to_the_metadata_gives_other_weights(storage):
             with pytest.raises(UserError) as error:
                 unpack_params(params, tensors, damaged)
             assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda entry: entry.update(bits=10**9), "1000000000 bits in groups of 32"),
+    (lambda entry: entry.update(bits=True), "its bits is True"),
+    (lambda entry: entry.update(group=-3), "4 bits in groups of -3"),
+    (lambda entry: entry.update(kind="fp4"), "a table of the kind 'fp4'"),
+    (lambda entry: entry["parts"]["scale"].update(dtype="float64"), "scale of the type 'float64'"),
+    (lambda entry: entry.update(a=0, b=0), ""),
+])
+def test_entries_that_lie_with_a_right_checksum_are_named(change, message):
+    params = tree({"mxfp4": every_representation()["mxfp4"]})
+    tensors, meta = pack_params(params)
+    entry = meta["tensors"]["mxfp4/kernel"]
+    change(entry)
+    arrays = {name.removeprefix("mxfp4/kernel/"): array for name, array in tensors.items()}
+    try:
+        entry["crc32"] = formats._checksum(entry, arrays)
+    except TypeError:
+        pass
+    with pytest.raises(UserError, match="mxfp4/kernel is damaged") as error:
+        unpack_params(jax.eval_shape(dequantize_tree, params), tensors, meta)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_model_of_other_shapes_or_names_is_refused():
