@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +28,51 @@ def quantize(
     return QArray(round_to(w_OxI, scale, zero, bits, group), scale, zero, bits, group, act_bits, axis)
 
 
-def grid(w_OxI: jax.Array, bits: int, group: int, symmetric: bool) -> tuple[jax.Array, jax.Array | None]:
+def grid(
+    w_OxI: jax.Array, bits: int, group: int, symmetric: bool, weight_I: jax.Array | None = None, least: float = 1.0
+) -> tuple[jax.Array, jax.Array | None]:
     """The scale and zero, ``[..., out, groups]``, of ``2**bits`` points that span each group's values and 0.
 
     A symmetric grid spans plus and minus the largest magnitude, so that all ``2**bits`` codes are used: its outermost
     values lie half a step outside (compressed-tensors and GPTQ do the same; at 3 bits perplexity is 2% better than
     with ``2**bits - 1`` points). A group of zeros gets scale 1.
+
+    With ``least < 1`` each group's span is shrunk, at most to ``least`` of it, where clipping the outermost values
+    costs less than a finer grid saves: to the least ``sum_i weight_i (w_i - q_i)**2``. ``weight_I``, ``[..., in]``, is
+    ``E[x**2]``, the diagonal of the Hessian (None: all alike).
     """
     n_in, size = w_OxI.shape[-1], group or w_OxI.shape[-1]
-    padded = jnp.pad(w_OxI, [(0, 0)] * (w_OxI.ndim - 1) + [(0, -n_in % size)])
-    groups = padded.reshape(*padded.shape[:-1], -1, size)
+
+    def cut(x):
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n_in % size)]).reshape(*x.shape[:-1], -1, size)
+
+    groups = cut(w_OxI)
     low, high = jnp.minimum(groups.min(-1), 0), jnp.maximum(groups.max(-1), 0)
-    span = 2 * jnp.maximum(-low, high) if symmetric else high - low
-    scale = jnp.where(span > 0, span / (2**bits - 1), 1)
     if symmetric:
-        return scale, None
-    return scale, (jnp.round(-low / scale) - 2 ** (bits - 1)).astype(jnp.int8)
+        low, high = -jnp.maximum(-low, high), jnp.maximum(-low, high)
+
+    def shrunk(by):
+        span = by * (high - low)
+        scale = jnp.where(span > 0, span / (2**bits - 1), 1)
+        return scale, None if symmetric else (jnp.round(-by * low / scale) - 2 ** (bits - 1)).astype(jnp.int8)
+
+    if least == 1:
+        return shrunk(1)
+    weight = 1 if weight_I is None else cut(weight_I)[..., None, :, :]
+
+    def cost(scale, zero):
+        scale, zero = scale[..., None], None if zero is None else zero[..., None]
+        codes = round_to(groups, scale, zero, bits, 0).astype(jnp.float32)
+        return jnp.sum(weight * (groups - (codes if zero is None else codes - zero) * scale) ** 2, -1)
+
+    def keep_better(best, by):
+        tried = shrunk(by)
+        now = (cost(*tried), tried)
+        return jax.tree.map(lambda old, new: jnp.where(now[0] < best[0], new, old), best, now), None
+
+    start = shrunk(1)
+    shrinks = jnp.linspace(1, least, max(2, round((1 - least) * 100)) + 1)[1:]
+    return jax.lax.scan(keep_better, (cost(*start), start), shrinks)[0][1]
 
 
 def round_to(w_OxI: jax.Array, scale: jax.Array, zero: jax.Array | None, bits: int, group: int) -> jax.Array:
@@ -52,3 +82,25 @@ def round_to(w_OxI: jax.Array, scale: jax.Array, zero: jax.Array | None, bits: i
     if zero is not None:
         codes = codes + spread(zero, group, n_in)
     return jnp.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(jnp.int8)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Integers:
+    """The grid of a ``QArray`` as solvers see it (``gptq.Grid``); parameters are ``(scale, zero)``."""
+
+    bits: int
+    symmetric: bool = False
+    least: float = 1.0
+
+    def fit(self, w_OxI: jax.Array, group: int, weight_I: jax.Array | None = None) -> tuple:
+        return grid(w_OxI, self.bits, group, self.symmetric, weight_I, self.least)
+
+    def codes(self, w_OxI: jax.Array, params: tuple, group: int = 0) -> jax.Array:
+        return round_to(w_OxI, *params, self.bits, group)
+
+    def values(self, codes_OxI: jax.Array, params: tuple, group: int = 0) -> jax.Array:
+        scale, zero = params
+        spread_to = functools.partial(spread, group=group, n_in=codes_OxI.shape[-1])
+        codes = codes_OxI.astype(jnp.float32)
+        return (codes if zero is None else codes - spread_to(zero)) * spread_to(scale)

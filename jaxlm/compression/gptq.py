@@ -1,0 +1,212 @@
+"""GPTQ and SparseGPT: what to do with a column in the loop of ``compression.obs`` (arXiv:2210.17323, 2301.00774).
+
+One solver: a grid makes it GPTQ, a sparsity makes it SparseGPT, both are its joint pruning and quantization.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.compression.hessian import factor, revive
+from jaxlm.compression.obs import sweep
+from jaxlm.compression.prune import largest, smallest
+from jaxlm.compression.rtn import Integers
+from jaxlm.core.errors import UserError
+
+
+class Grid(Protocol):
+    """Where weights may lie, 0 included: a pytree, whose arrays (a table, say) have the weight's leading dimensions.
+
+    Its parameters are a pytree of arrays ``[..., out, groups]``; ``group`` 0 means one group. See ``rtn.Integers``.
+    """
+
+    def fit(self, w_OxI: jax.Array, group: int, weight_I: jax.Array | None = None) -> Any: ...
+    def codes(self, w_OxI: jax.Array, params: Any, group: int = 0) -> jax.Array: ...
+    def values(self, codes_OxI: jax.Array, params: Any, group: int = 0) -> jax.Array: ...
+
+
+class Info(NamedTuple):
+    """How a solver fared, scalars (``[...]`` for a stack): see ``hessian.Factor``; ``loss`` is ``tr(E H E^T)`` with the
+    error ``E = W - Q`` and ``H`` as damped: the squared error of the outputs, per token where ``H`` is a mean."""
+
+    damping: jax.Array
+    retries: jax.Array
+    failed: jax.Array
+    loss: jax.Array
+
+
+class Solution(NamedTuple):
+    """``codes_OxI`` and the grid's ``params``, or, solved without a grid, ``weights_OxI``; and where weights were kept,
+    if the solver chose that."""
+
+    info: Info
+    weights_OxI: jax.Array | None = None
+    codes_OxI: jax.Array | None = None
+    params: Any = None
+    kept_OxI: jax.Array | None = None
+
+
+def gptq(
+    w_OxI: jax.Array,
+    h_IxI: jax.Array,
+    kept_OxI: jax.Array | None = None,
+    *,
+    bits: int,
+    group: int = 128,
+    symmetric: bool = False,
+    least: float = 1.0,
+    act_order: bool = True,
+    static_groups: bool = True,
+    damping: float = 0.01,
+    block: int = 128,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, Info]:
+    """Codes, scale and zero of a ``core.leaves.QArray``, and how it went: see ``solve``, for ``least`` ``rtn.grid``."""
+    solution = solve(
+        w_OxI, h_IxI, kept_OxI, grid=Integers(bits, symmetric, least), group=group, act_order=act_order,
+        static_groups=static_groups, damping=damping, block=block,
+    )  # fmt: skip
+    return solution.codes_OxI, *solution.params, solution.info
+
+
+def sparsegpt(
+    w_OxI: jax.Array,
+    h_IxI: jax.Array,
+    *,
+    sparsity: float | None = None,
+    n: int = 0,
+    m: int = 0,
+    damping: float = 0.01,
+    block: int = 128,
+) -> tuple[jax.Array, jax.Array, Info]:
+    """The pruned weights, where they were kept, and how it went.
+
+    Of every block of columns the ``sparsity`` share is dropped, or all but ``n`` of every ``m`` inputs of an output.
+    For quantization in the same pass see ``solve``.
+    """
+    solution = solve(w_OxI, h_IxI, sparsity=sparsity or (n, m), act_order=False, damping=damping, block=block)
+    return solution.weights_OxI, solution.kept_OxI, solution.info
+
+
+@functools.partial(jax.jit, static_argnames=("group", "sparsity", "act_order", "static_groups", "block"))
+def solve(
+    w_OxI: jax.Array,
+    h_IxI: jax.Array,
+    kept_OxI: jax.Array | None = None,
+    *,
+    grid: Grid | None = None,
+    group: int = 0,
+    sparsity: float | tuple[int, int] | None = None,
+    act_order: bool = True,
+    static_groups: bool = True,
+    damping: float = 0.01,
+    block: int = 128,
+) -> Solution:
+    """The weights nearest to W in ``tr((W - Q) H (W - Q)^T)`` that a greedy pass over the columns finds.
+
+    Args:
+      w_OxI: weights; leading dimensions are layers or experts, solved at once. Rows may be sharded.
+      h_IxI: mean or sum of ``x x^T`` over tokens, ``[..., in, in]``.
+      kept_OxI: which weights stay (bool); the others are exactly 0 in the result, and made up for as well.
+      grid: rounds the weights to this.
+      group: columns that share the grid's parameters; 0 is all of them, and the last group may be shorter.
+      sparsity: the share of weights to drop of every block of columns, those that cost least; or (n, m): all but n of
+        every m columns, a row each. Grids are fitted before.
+      act_order: fixes the columns of the largest ``diag(H)`` first; without N:M sparsity.
+      static_groups: grids are fitted to the original weights; else to the weights as compensated when their group
+        begins, which takes columns in their own order and no sparsity.
+      damping: added to the diagonal of ``H``, as a share of its mean.
+      block: columns between updates of all later ones; only ``sparsity`` sees it otherwise than as speed.
+
+    Raises UserError for what does not go together.
+    """
+    group = 0 if group >= w_OxI.shape[-1] else group
+    static_groups = static_groups or not group
+    pattern = isinstance(sparsity, tuple)
+    if act_order and not static_groups:  # an index a column would have to be stored
+        raise UserError("GPTQ with act-order takes static groups; use static_groups=True or act_order=False")
+    if act_order and pattern:
+        raise UserError("N:M sparsity takes columns in their own order; use act_order=False")
+    if sparsity and (not static_groups or kept_OxI is not None):
+        raise UserError("a sparsity takes static groups and no mask; use static_groups=True and kept_OxI=None")
+    if pattern and not 0 < sparsity[0] < sparsity[1] or not pattern and sparsity is not None and not 0 < sparsity < 1:
+        raise UserError(f"a sparsity of {sparsity} is impossible; use a share of 0 to 1, or (n, m) with 0 < n < m")
+    if grid is None and sparsity is None and kept_OxI is None:
+        raise UserError("nothing to solve for; give a grid, a sparsity or a mask")
+    one = functools.partial(
+        _solve, group=group, sparsity=sparsity, act_order=act_order, static_groups=static_groups, damping=damping,
+        block=block,
+    )  # fmt: skip
+    for _ in w_OxI.shape[:-2]:
+        one = jax.vmap(one)
+    return one(w_OxI.astype(jnp.float32), h_IxI.astype(jnp.float32), kept_OxI, grid)
+
+
+def _solve(w_OxI, h_IxI, kept_OxI, grid, *, group, sparsity, act_order, static_groups, damping, block):
+    w_OxI, h_IxI = revive(w_OxI, h_IxI)
+    n_out, n_in = w_OxI.shape
+    weight_I = jnp.maximum(jnp.diagonal(h_IxI), 0)
+    order_I = jnp.argsort(-weight_I) if act_order else jnp.arange(n_in)
+    factored = factor(h_IxI, damping, order_I)
+    step, begin_block, begin_step, params = math.gcd(block, 16), None, None, None
+    extra = {"real": jnp.ones(n_in, bool)}
+    if kept_OxI is not None:
+        extra["kept"] = kept_OxI.T[order_I]
+    if grid and static_groups:
+        params = grid.fit(w_OxI if kept_OxI is None else jnp.where(kept_OxI, w_OxI, 0), group, weight_I)
+        tables, extra["group"] = jax.tree.map(jnp.transpose, params), order_I // (group or n_in)
+    elif grid:
+        block, extra["weight"] = group, weight_I
+        begin_block, step = functools.partial(_fit_block, grid), math.gcd(block, 16)
+    if isinstance(sparsity, tuple):
+        n, step = sparsity
+        block = step * max(block // step, 1)
+        begin_step = functools.partial(_choose_pattern, n)
+    elif sparsity:
+        begin_block = functools.partial(_choose, sparsity)
+
+    def column(w_O, extra):
+        kept = extra.get("kept")
+        value_O = w_O if kept is None else jnp.where(kept, w_O, 0)
+        if not grid:
+            return value_O, {"weights_OxI": value_O, "kept_OxI": kept if sparsity else None}
+        here = jax.tree.map(lambda p_GxO: p_GxO[extra["group"]][:, None], tables) if static_groups else extra["params"]
+        codes_Ox1 = grid.codes(value_O[:, None], here)
+        out = {"codes_OxI": codes_Ox1[:, 0], "kept_OxI": kept if sparsity else None}
+        return grid.values(codes_Ox1, here)[:, 0], out
+
+    columns, blocks, loss_O = sweep(
+        w_OxI.T[order_I], factored.r_IxI, column, extra,
+        block=block, step=step, begin_block=begin_block, begin_step=begin_step,
+    )  # fmt: skip
+    params = params if static_groups else jax.tree.map(lambda p_GxOx1: p_GxOx1[..., 0].T, blocks)
+    back_I = jnp.argsort(order_I) if act_order else slice(None)
+    columns = jax.tree.map(lambda x_IxO: x_IxO[back_I].T, columns)
+    info = Info(factored.damping, factored.retries, factored.failed, jnp.sum(loss_O))
+    return Solution(info, params=params, **columns)
+
+
+def _fit_block(grid, w_BxO, r_B, extra_B):
+    """Dynamic groups: a block is a group, its grid fitted to the weights as they are when it begins."""
+    kept_BxO = jnp.where(extra_B["kept"], w_BxO, 0) if "kept" in extra_B else w_BxO
+    params = grid.fit(kept_BxO.T, 0, extra_B["weight"])
+    each = jax.tree.map(lambda p_Ox1: jnp.broadcast_to(p_Ox1, (len(w_BxO), *p_Ox1.shape)), params)
+    return extra_B | {"params": each}, params
+
+
+def _choose(sparsity, w_BxO, r_B, extra_B):
+    """The mask of a block: its least costly weights, over all rows."""
+    real_B = extra_B["real"]
+    drop = jnp.round(sparsity * jnp.sum(real_B) * w_BxO.shape[1]).astype(jnp.int32)
+    cost_BxO = jnp.where(real_B[:, None], (w_BxO * r_B[:, None]) ** 2, jnp.inf)
+    return extra_B | {"kept": ~smallest(cost_BxO, drop)}, None
+
+
+def _choose_pattern(n, w_SxO, r_S, extra_S):
+    """The mask of one group of m columns: the n most costly of every row."""
+    cost_SxO = jnp.where(extra_S["real"][:, None], (w_SxO * r_S[:, None]) ** 2, -1)
+    return extra_S | {"kept": largest(cost_SxO.T, n).T}
