@@ -1,0 +1,102 @@
+"""The residual stream of a Transformer as its parameters show it: who writes it, who reads it, and the norms between.
+
+Whatever changes the basis or the width of the stream (``rotate``, ``width``) is told by these roles alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import is_leaf
+from jaxlm.core.tree import Params, flatten, path_str
+from jaxlm.nn.config import LSTMConfig, ModelConfig, Seq2SeqConfig, StackConfig
+
+Role = Literal["table", "writer", "reader", "norm", "other"]
+Leaves = dict[str, jax.Array]
+
+_ROLES: tuple[tuple[Role, re.Pattern], ...] = tuple(
+    (role, re.compile(pattern)) for role, pattern in (
+        ("table", r"(src_)?embed/table|(en|de)coder/pos/table"),
+        ("writer", r".*/(o|down)/(kernel|bias)"),  # its outputs, the last axis
+        ("reader", r".*/(q|k|v|gate|up|router)/kernel|head/kernel"),  # its inputs, the axis before
+        ("norm", r".*/((attn|cross|mlp)(_out)?|final|embed)_norm/(scale|bias)"),
+    )
+)
+
+
+def role(path: str) -> Role:
+    """What a parameter is to the residual stream; "other" if nothing."""
+    return next((name for name, pattern in _ROLES if pattern.fullmatch(path)), "other")
+
+
+def norm_before(path: str) -> str:
+    """The norm whose output the reader ``path`` multiplies, in a model that has norms there (see ``normed_inputs``)."""
+    if path == "head/kernel":
+        return "decoder/final_norm"
+    if re.search(r"/cross/[kv]/kernel$", path):
+        return "encoder/final_norm"
+    layer, part = re.match(r"(.*/layers/\d+)/(attn|cross|mlp)/", path).groups()
+    return f"{layer}/{part}_norm"
+
+
+def normed_inputs(config: StackConfig) -> bool:
+    """Whether layers read the stream through a norm, not as it is."""
+    return config.parallel or config.norm_position in ("pre", "sandwich")
+
+
+def writes(config: StackConfig, norm: str) -> bool:
+    """Whether what the norm gives is (part of) the stream, not an input of kernels."""
+    if norm.endswith(("/embed_norm", "_out_norm")):
+        return True
+    return not norm.endswith("/final_norm") and not normed_inputs(config)
+
+
+def dense_leaves(config: ModelConfig, params: Params, what: str) -> Leaves:
+    """The leaves by path; UserError where there is no Transformer of plain arrays."""
+    if isinstance(config, LSTMConfig):
+        raise UserError(f"{what} is for Transformers; this is a recurrent model")
+    leaves = flatten(params)
+    if coded := next((path for path, leaf in leaves.items() if is_leaf(leaf)), None):
+        raise UserError(f"{what} comes before other compression: {coded} is not dense")
+    return leaves
+
+
+def replace_leaves(params: Params, leaves: Leaves, axes: Mapping[str, tuple[str, ...]] | None = None) -> Params:
+    """The tree of exactly these leaves. Those that ``params`` has keep what it says of them, as their logical axes;
+    ``axes`` names those of the others."""
+    known = {path_str(path): variable for path, variable in nnx.to_flat_state(params)}
+
+    def variable(path, leaf):
+        return known[path].replace(leaf) if path in known else nnx.Param(leaf, axes=axes[path])
+
+    def parts(path):
+        return tuple(int(part) if part.isdigit() else part for part in path.split("/"))
+
+    return nnx.from_flat_state((parts(path), variable(path, leaf)) for path, leaf in leaves.items())
+
+
+def learned_positions(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """Sinusoidal positions as a learned table of the same values; other models as they are.
+
+    In another basis or width sinusoids are sinusoids no more. The table ends at ``max_positions``.
+    """
+    if config.positions not in ("sinusoidal", "sinusoidal_t2t"):
+        return config, params
+    half = config.width // 2
+    steps = half - 1 if config.positions == "sinusoidal_t2t" else half  # see ``nn.positions.sinusoids``
+    frequencies = 10000.0 ** -(np.arange(half) / max(steps, 1))
+    rows = np.arange(config.max_positions + config.position_offset)
+    table = np.concatenate([f(rows[:, None] * frequencies) for f in (np.sin, np.cos)], -1)
+    sides = ("encoder", "decoder") if isinstance(config, Seq2SeqConfig) else ("decoder",)
+    new = {f"{side}/pos/table": jnp.asarray(table, jnp.float32) for side in sides}
+    params = replace_leaves(params, flatten(params) | new, dict.fromkeys(new, ("positions", "embed")))
+    return dataclasses.replace(config, positions="learned"), params
