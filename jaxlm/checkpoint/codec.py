@@ -6,13 +6,15 @@ A *layout* says which values are kept:
     mask    those that are not zero, and a bit for each value that says which those are
     gaps    those that are not zero, and the number of zeros before each (255: that many zeros and no value)
 
-The values kept, the mask and the gaps are streams of symbols of up to 8 bits; floats become one stream a byte, the
-exponent's first. A *method* says how a stream is stored: ``raw`` (bit-packed), ``huffman`` or ``zstd``. For each array
-the layout, and for each stream the method, that take the fewest bytes are chosen, and recorded beside the streams.
+The values kept, the mask and the gaps are streams of symbols of up to 8 bits; which streams the values make, their
+*kind* says (``Codes``, ``Words``, ``Planes``). A *method* says how a stream is stored: ``raw`` (bit-packed),
+``huffman`` or ``zstd``. For each array the layout, and for each stream the method, that take the fewest bytes are
+chosen, and recorded beside the streams.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ml_dtypes  # noqa: F401  registers bfloat16 and its kin as NumPy dtypes
@@ -25,6 +27,8 @@ from jaxlm.checkpoint.huffman import Corrupt
 
 ESCAPE = 255
 Coded = dict[str, tuple[str, np.ndarray]]  # stream -> method, bytes
+Streams = dict[str, tuple[int, np.ndarray]]  # stream -> bits of a symbol, symbols
+Read = Callable[[str, int, int], np.ndarray]  # a stream, the bits of a symbol, how many -> symbols
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,13 @@ def encode_stream(symbols: np.ndarray, width: int, storage: str) -> tuple[str, n
 
 def decode_stream(method: str, data: np.ndarray, width: int, count: int) -> np.ndarray:
     """The ``count`` symbols of a stream. Raises Corrupt before it allocates more than ``count`` bytes."""
+    if data.dtype != np.uint8 or data.ndim != 1 or count < 0:
+        raise Corrupt(f"{data.dtype}{list(data.shape)} cannot be {count} symbols")
     if method == "huffman":
         return huffman.decode(data, count)
     if method == "raw":
+        if len(data) != packed_size(count, width):
+            raise Corrupt(f"{len(data)} bytes are not {count} symbols of {width} bits")
         return unpack_bits(data, width, count)
     if method != "zstd":
         raise Corrupt(f"unknown method {method!r}")
@@ -74,73 +82,101 @@ def decode_stream(method: str, data: np.ndarray, width: int, count: int) -> np.n
 
 
 class Codes:
-    """Flat unsigned codes of 2 to 8 bits (uint8), as many a symbol as fit in 8 bits."""
+    """Flat unsigned codes of 1 to 8 bits (uint8): one stream, as many a symbol as fit in 8 bits, the first lowest."""
 
     def __init__(self, bits: int):
+        if bits not in range(1, 9):
+            raise Corrupt(f"codes of {bits} bits")
         self.bits, self.per_symbol = bits, 8 // bits
         self.dtype = np.dtype(np.uint8)
-        self.streams = {"codes": bits * self.per_symbol}
 
-    def split(self, values: np.ndarray) -> list[np.ndarray]:
-        padded = np.zeros(self.symbols(len(values)) * self.per_symbol, np.uint8)
+    def split(self, values: np.ndarray) -> Streams:
+        padded = np.zeros(-(-len(values) // self.per_symbol) * self.per_symbol, np.uint8)
         padded[: len(values)] = values
         symbols = np.zeros(len(padded) // self.per_symbol, np.uint8)
         for i in range(self.per_symbol):
             symbols |= padded[i :: self.per_symbol] << np.uint8(i * self.bits)
-        return [symbols]
+        return {"codes": (self.bits * self.per_symbol, symbols)}
 
-    def join(self, streams: list[np.ndarray], count: int) -> np.ndarray:
-        values = np.empty((len(streams[0]), self.per_symbol), np.uint8)
+    def join(self, read: Read, count: int) -> np.ndarray:
+        symbols = read("codes", self.bits * self.per_symbol, -(-count // self.per_symbol))
+        values = np.empty((len(symbols), self.per_symbol), np.uint8)
         for i in range(self.per_symbol):
-            values[:, i] = streams[0] >> np.uint8(i * self.bits) & np.uint8(2**self.bits - 1)
+            values[:, i] = symbols >> np.uint8(i * self.bits) & np.uint8(2**self.bits - 1)
         return values.reshape(-1)[:count]
-
-    def symbols(self, count: int) -> int:
-        return -(-count // self.per_symbol)
 
 
 class Words:
-    """Flat unsigned integers, the bits of an array's values, as one stream of their bytes."""
+    """Flat unsigned integers, the bits of an array's values: one stream, their bytes."""
 
     def __init__(self, dtype: np.dtype):
-        self.bits = 8 * dtype.itemsize
-        self.dtype = np.dtype(f"<u{dtype.itemsize}")
-        self.streams = {"values": 8}
+        self.bits, self.dtype = _word(dtype)
 
-    def split(self, values: np.ndarray) -> list[np.ndarray]:
-        return [values.view(np.uint8)]
+    def split(self, values: np.ndarray) -> Streams:
+        return {"values": (8, values.view(np.uint8))}
 
-    def join(self, streams: list[np.ndarray], count: int) -> np.ndarray:
-        return streams[0].view(self.dtype)
-
-    def symbols(self, count: int) -> int:
-        return count * self.dtype.itemsize
+    def join(self, read: Read, count: int) -> np.ndarray:
+        return read("values", 8, count * self.dtype.itemsize).view(self.dtype)
 
 
 class Planes:
-    """Flat unsigned integers, the bits of an array's values, as one stream a byte, the highest byte first.
+    """Flat unsigned integers, the bits of an array's values: one stream a byte, the highest byte first.
 
-    Those of floats are rotated by one bit: the sign moves to the end, and the first byte is the exponent.
+    Those of floats are rotated by one bit: the sign moves to the end, and the first byte is the exponent. Weights have
+    few exponents, so the first stream has room for two bits of the second byte, the head of the mantissa: its symbols
+    are the ranks of the first bytes among those that occur, followed by as many of those bits as fit in 8, at most 2.
+    A Huffman code wastes less of a larger alphabet, and large mantissas are rarer than small ones. The stream ``tops``
+    has a bit for each of the 256 first bytes, whether it occurs; ``plane1`` has the bits that are left.
     """
 
     def __init__(self, dtype: np.dtype):
-        self.bits = 8 * dtype.itemsize
-        self.dtype = np.dtype(f"<u{dtype.itemsize}")
+        self.bits, self.dtype = _word(dtype)
         self.rotated = dtype.kind not in "iub"
-        self.streams = {f"plane{i}": 8 for i in range(dtype.itemsize)}
 
-    def split(self, values: np.ndarray) -> list[np.ndarray]:
+    def split(self, values: np.ndarray) -> Streams:
         if self.rotated:
             values = values << 1 | values >> (self.bits - 1)
-        planes = values.view(np.uint8).reshape(-1, self.bits // 8).T
-        return [np.ascontiguousarray(plane) for plane in planes[::-1]]
+        top = (values >> (self.bits - 8)).astype(np.uint8)
+        if self.bits == 8:
+            return {"plane0": (8, top)}
+        occurs = np.bincount(top, minlength=256) > 0
+        room = self._room(int(np.count_nonzero(occurs)))
+        ranks = (np.cumsum(occurs) - 1 << room & 255).astype(np.uint8)
+        head = (values >> (self.bits - 8 - room) & 2**room - 1).astype(np.uint8)
+        planes: Streams = {"tops": (8, np.packbits(occurs, bitorder="little")), "plane0": (8, ranks[top] | head)}
+        for i, width, shift in self._rest(room):
+            planes[f"plane{i}"] = (width, (values >> shift & 2**width - 1).astype(np.uint8))
+        return planes
 
-    def join(self, streams: list[np.ndarray], count: int) -> np.ndarray:
-        values = np.stack(streams[::-1], 1).view(self.dtype)[:, 0]
+    def join(self, read: Read, count: int) -> np.ndarray:
+        if self.bits == 8:
+            values = read("plane0", 8, count)
+        else:
+            tops = np.flatnonzero(np.unpackbits(read("tops", 8, 32), bitorder="little"))
+            room = self._room(len(tops))
+            heads = (tops[:, None] << room | np.arange(2**room)).reshape(-1).astype(self.dtype)
+            first = read("plane0", 8, count)
+            if len(first) and first.max() >= len(heads):
+                raise Corrupt("a value begins with none of its first bytes")
+            values = np.take(heads << self.dtype.type(self.bits - 8 - room), first)
+            for i, width, shift in self._rest(room):
+                values |= read(f"plane{i}", width, count).astype(self.dtype) << self.dtype.type(shift)
         return values >> 1 | values << (self.bits - 1) if self.rotated else values
 
-    def symbols(self, count: int) -> int:
-        return count
+    @staticmethod
+    def _room(tops: int) -> int:
+        """How many bits beside the rank of a first byte fit in 8."""
+        return min(2, 8 - (max(tops, 1) - 1).bit_length())
+
+    def _rest(self, room: int) -> list[tuple[int, int, int]]:
+        """(number, bits, shift) of the planes after the first."""
+        return [(i, 8 if i > 1 else 8 - room, self.bits - 8 * (i + 1)) for i in range(1, self.bits // 8)]
+
+
+def _word(dtype: np.dtype) -> tuple[int, np.dtype]:
+    if dtype.itemsize not in (1, 2, 4, 8) or dtype.hasobject:
+        raise Corrupt(f"values of {dtype}")
+    return 8 * dtype.itemsize, np.dtype(f"<u{dtype.itemsize}")
 
 
 Kind = Codes | Words | Planes
@@ -163,8 +199,7 @@ def encode(values: np.ndarray, kind: Kind, storage: str) -> Part:
 
 
 def _encode_kept(kept: np.ndarray, kind: Kind, storage: str, layout: str, where: Coded, gaps: int = 0) -> Part:
-    streams = zip(kind.streams.items(), kind.split(kept), strict=True)
-    coded = {name: encode_stream(symbols, width, storage) for (name, width), symbols in streams}
+    coded = {name: encode_stream(symbols, width, storage) for name, (width, symbols) in kind.split(kept).items()}
     return Part(layout, where | coded, gaps)
 
 
@@ -190,7 +225,7 @@ def decode(part: Part, kind: Kind, count: int) -> np.ndarray:
         where, kept = None, count
     elif part.layout == "mask":
         where = np.unpackbits(stream("mask", 8, packed_size(count, 1)), bitorder="little")[:count].view(bool)
-        kept = np.count_nonzero(where)
+        kept = int(np.count_nonzero(where))
     elif part.layout == "gaps":
         if not 0 <= part.gaps <= count:
             raise Corrupt(f"{part.gaps} gaps in {count} values")
@@ -202,8 +237,7 @@ def decode(part: Part, kind: Kind, count: int) -> np.ndarray:
             raise Corrupt("its gaps reach past the end")
     else:
         raise Corrupt(f"unknown layout {part.layout!r}")
-    streams = [stream(name, width, kind.symbols(kept)) for name, width in kind.streams.items()]
-    values = kind.join(streams, kept)
+    values = kind.join(stream, kept)
     if where is None:
         return values
     dense = np.zeros(count, kind.dtype)

@@ -57,11 +57,45 @@ def test_negative_zero_is_a_value():
         np.testing.assert_array_equal(decode(encode(values, kind, storage), kind, 1000), values)
 
 
-@pytest.mark.parametrize("bits,zeros", [(8, 0), (4, 0), (3, 0), (8, 0.9), (4, 0.9), (4, 0.5), (8, 0.95), (2, 0.8)])
+@pytest.mark.parametrize("bits,zeros", [
+    (8, 0), (4, 0), (3, 0), (8, 0.8), (8, 0.9), (5, 0.9), (4, 0.9), (4, 0.5), (8, 0.95), (2, 0.8)
+])
 def test_within_2_percent_of_the_entropy(bits, zeros):
     codes = gaussian_codes(bits, zeros=zeros)
     part = encode(codes, Codes(bits), "huffman")
     assert part.nbytes < 1.02 * entropy_bytes(codes)
+
+
+def test_shared_and_pruned_weights_are_within_2_percent_of_the_entropy():
+    """As deep compression makes them: 90% zeros, and 31 values that are about equally frequent."""
+    rng = np.random.default_rng(0)
+    kept = rng.random(500_000) < 0.1
+    codes = (rng.binomial(30, 0.5, 500_000) + 1).astype(np.uint8) * kept
+    least = entropy_bytes(kept.astype(np.uint8)) + entropy_bytes(codes[kept])
+    assert encode(codes, Codes(5), "huffman").nbytes < 1.02 * least
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32])
+@pytest.mark.parametrize("scale", [0.018, 0.02, 0.036])  # where a code of the exponents alone misses it
+def test_floats_are_within_2_percent_of_the_entropy_of_their_exponents(dtype, scale):
+    kind = Planes(np.dtype(dtype))
+    words = (np.random.default_rng(0).normal(size=300_000) * scale).astype(dtype).view(kind.dtype)
+    exponents = (words >> kind.dtype.type(kind.bits - 9)).astype(np.uint8)
+    part = encode(words, kind, "huffman")
+    first, rest = part.streams["plane0"][1].nbytes, len(words) * (kind.bits - 8) / 8
+    assert part.nbytes < entropy_bytes(exponents) + rest
+    _, symbols = kind.split(words)["plane0"]
+    assert first < 1.02 * entropy_bytes(symbols)
+
+
+@pytest.mark.parametrize("tops,room", [(1, 2), (64, 2), (65, 1), (128, 1), (129, 0), (256, 0)])
+def test_first_bytes_of_any_number_leave_room_for_fewer_bits_beside_them(tops, room):
+    kind = Planes(np.dtype(np.uint16))
+    first = np.random.default_rng(0).permutation(256)[:tops]
+    values = (np.repeat(first, 256) << 8 | np.tile(np.arange(256), tops)).astype(np.uint16)
+    streams = kind.split(values)
+    assert streams["plane0"][1].max() == (tops << room) - 1 and streams["plane1"][0] == 8 - room
+    np.testing.assert_array_equal(kind.join(lambda name, width, count: streams[name][1], len(values)), values)
 
 
 def test_plain_codes_are_packed_and_zeros_left_out():
@@ -113,6 +147,23 @@ def test_damage_raises_corrupt_and_never_grows(zeros):
             assert decode(damaged, kind, len(codes)).shape == codes.shape
         except (Corrupt, ValueError):
             pass
+
+
+def test_what_no_encoder_writes_is_corrupt():
+    for kind, dtype in ((Words, "S9"), (Planes, "O"), (Planes, "c16")):
+        with pytest.raises(Corrupt):
+            kind(np.dtype(dtype))
+    for bits in (0, 9, 10**15, -1):
+        with pytest.raises(Corrupt):
+            Codes(bits)
+    for data in (np.zeros(5, np.int8), np.zeros((1, 5), np.uint8)):
+        with pytest.raises(Corrupt):
+            decode_stream("raw", data, 8, 5)
+    words = np.arange(1, 6, dtype=np.uint16)
+    part = encode(words, Planes(words.dtype), "huffman")
+    nothing = Part("full", part.streams | {"tops": ("raw", np.zeros(32, np.uint8))})
+    with pytest.raises(Corrupt, match="first bytes"):
+        decode(nothing, Planes(words.dtype), 5)
 
 
 def test_a_frame_that_claims_more_than_is_due_is_not_decompressed():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.checkpoint.bitpack import pack_bits, packed_size, unpack_bits
-from jaxlm.checkpoint.huffman import CHUNK, LIMIT, Corrupt, code_lengths, decode, encode
+from jaxlm.checkpoint.huffman import BLOCK, LANES, LIMIT, SHORTEST, Corrupt, code_lengths, coded_size, decode, encode
 
 
 def entropy(symbols):
@@ -56,7 +56,7 @@ def test_no_code_is_longer_than_the_limit(counts):
 @given(
     data=st.one_of(
         st.binary(max_size=2000),
-        st.tuples(st.sampled_from([1, 3, 40, 256]), st.integers(0, 3 * CHUNK), st.integers(0, 9)).map(
+        st.tuples(st.sampled_from([1, 3, 40, 256]), st.integers(0, 3 * SHORTEST), st.integers(0, 9)).map(
             lambda t: np.random.default_rng(t[2]).geometric(1 / t[0], t[1]).clip(1, 256).astype(np.uint8).tobytes()
         ),
     )
@@ -67,11 +67,61 @@ def test_round_trip(data):
     np.testing.assert_array_equal(decode(encode(symbols), len(symbols)), symbols)
 
 
-def test_round_trip_over_many_blocks():
+def reference(coded, count):
+    """A decoder written from the format's description alone, bit by bit."""
+    coded = coded.tobytes()
+    nibbles = [byte >> shift & 15 for byte in coded[2:] for shift in (0, 4)]
+    lengths = {symbol: nibbles[i] for i, symbol in enumerate(range(coded[0], coded[1] + 1)) if nibbles[i]}
+    at = 2 + (coded[1] - coded[0] + 2) // 2
+    codes, code, previous = {}, 0, 0
+    for length, symbol in sorted((length, symbol) for symbol, length in lengths.items()):
+        code <<= length - previous
+        codes[format(code, f"0{length}b")] = symbol
+        code, previous = code + 1, length
+    blocks = [min(2**21, count - i) for i in range(0, count, 2**21)]
+    shapes = [(n, min(1024, -(-n // 512))) for n in blocks]
+    chunks = sum(c for _, c in shapes)
+    smallest, width = int.from_bytes(coded[at : at + 2], "little"), coded[at + 2]
+    width = 16 if width > 8 else width
+    end = at + 3 + (chunks * width + 7) // 8
+    index = int.from_bytes(coded[at + 3 : end], "little")
+    sizes = iter([smallest + (index >> i * width & (1 << width) - 1) for i in range(chunks)])
+    symbols = []
+    for n, chunks in shapes:
+        block = np.zeros((-(-n // (4 * chunks)), chunks, 4), np.uint8)
+        for c in range(chunks):
+            size = next(sizes)
+            bits = format(int.from_bytes(coded[end : end + size], "little"), f"0{8 * size}b")[::-1]
+            end, at = end + size, 0
+            for quartet in range(c, -(-n // 4), chunks):
+                for i in range(min(4, n - 4 * quartet)):
+                    length = next(length for length in range(1, 13) if bits[at : at + length] in codes)
+                    block[quartet // chunks, c, i] = codes[bits[at : at + length]]
+                    at += length
+            assert size == -(-at // 8)
+        symbols.append(block.reshape(-1)[:n])
+    assert end == len(coded)
+    return np.concatenate(symbols) if symbols else np.zeros(0, np.uint8)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 511, 512, 513, 2049, 30_003, 70_001])
+def test_the_format_is_what_it_says(count):
+    symbols = np.random.default_rng(count).geometric(0.1, count).astype(np.uint8)
+    coded = encode(symbols)
+    np.testing.assert_array_equal(reference(coded, count), symbols)
+    np.testing.assert_array_equal(decode(coded, count), symbols)
+
+
+@pytest.mark.parametrize("count", [64 * 512 + 1, 256 * 512 + 1, LANES * SHORTEST - 1, LANES * SHORTEST + 5, BLOCK + 2])
+def test_round_trip_of_every_shape_of_block(count):
     rng = np.random.default_rng(0)
-    symbols = np.concatenate([rng.integers(0, 256, 800_000), np.zeros(800_000), rng.geometric(0.3, 777_777) % 256])
+    symbols = np.where(np.arange(count) % 999 < 500, rng.integers(0, 256, count), rng.geometric(0.3, count) % 256)
     symbols = symbols.astype(np.uint8)
-    np.testing.assert_array_equal(decode(encode(symbols), len(symbols)), symbols)
+    symbols[: count // 3] = 0  # chunks of very different sizes
+    coded = encode(symbols)
+    np.testing.assert_array_equal(decode(coded, count), symbols)
+    assert encode(symbols.copy()).tobytes() == coded.tobytes()
+    assert coded_size(np.bincount(symbols, minlength=256)) <= len(coded)
 
 
 @pytest.mark.parametrize("spread", [30, 8])
@@ -98,6 +148,6 @@ def test_damage_is_noticed_or_harmless():
 
 def test_a_count_that_cannot_be_allocates_nothing():
     coded = encode(np.arange(256, dtype=np.uint8))
-    for count in (10**6, 10**12, 2**62):
+    for count in (-1, 10**6, 10**12, 2**62):
         with pytest.raises(Corrupt):
             decode(coded, count)
