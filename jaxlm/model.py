@@ -138,6 +138,8 @@ def load(
             notes += [f"{over} quantized tensors are dense with the adapter merged into them"] if over else []
             params = merge_adapters(params)
     recipe = Recipe.from_json(info["recipe"]) if "recipe" in info else None
+    if recipe is None and (trained_for := info.get("training", {}).get("recipe")):
+        notes.append(f"trained to be compressed by {trained_for}, and validated so: these are the weights before")
     return LM(config, nn.initializer(config)[0], params, tokenizer, info | {"notes": notes}, recipe)
 
 

@@ -14,7 +14,16 @@ import pytest
 import jaxlm
 from jaxlm.cli.main import COMMANDS
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, Seq2SeqConfig
-from jaxlm.training.config import DataConfig, EvalConfig, Experiment, MeshConfig, OptimConfig, TrainConfig
+from jaxlm.training.config import (
+    DataConfig,
+    EvalConfig,
+    Experiment,
+    MeshConfig,
+    OptimConfig,
+    PruneConfig,
+    QatConfig,
+    TrainConfig,
+)
 
 ROOT = Path(jaxlm.__file__).parent
 TREES = {path.relative_to(ROOT.parent): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
@@ -63,7 +72,8 @@ def test_the_core_stands_on_jax_alone():
 def test_every_field_of_a_configuration_is_read():
     """An option that nobody reads would be a lie."""
     models = (DecoderConfig, LSTMConfig, Seq2SeqConfig)
-    configs = (*models, DataConfig, EvalConfig, Experiment, MeshConfig, OptimConfig, TrainConfig)
+    configs = (*models, DataConfig, EvalConfig, Experiment, MeshConfig, OptimConfig, PruneConfig, QatConfig,
+               TrainConfig)
     read = set()
     for tree in TREES.values():
         for node in ast.walk(tree):

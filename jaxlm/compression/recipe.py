@@ -105,7 +105,7 @@ class Recipe:
         Raises UserError where a step's target matches nothing, or something that is not a dense kernel or table.
         """
         for step in self.steps:
-            params = _apply(step, params)
+            params = apply_step(step, params, step)
         return params
 
     def to_json(self) -> dict[str, Any]:
@@ -125,7 +125,8 @@ class Recipe:
             raise UserError(f"not a compression recipe of this version: {error}") from None
 
 
-def _apply(step: Step, params: Params) -> Params:
+def apply_step(step: Step, params: Params, fn: Callable[[Leaf, int], Leaf]) -> Params:
+    """``fn(leaf, axis)`` over the leaves that are the target of a step, ``axis`` being that of contraction."""
     matches = re.compile(step.target).fullmatch
     targets = {path: leaf for path, leaf in flatten(params).items() if matches(path)}
     if not targets:
@@ -137,7 +138,7 @@ def _apply(step: Step, params: Params) -> Params:
             raise UserError(f"{path} is already quantized; put the {step.kind} step first or start from a dense model")
 
     def compress(path: str, leaf: Leaf) -> Leaf:
-        return step(leaf, -1 if path.endswith("/table") else -2) if path in targets else leaf
+        return fn(leaf, -1 if path.endswith("/table") else -2) if path in targets else leaf
 
     return map_params(compress, params)
 

@@ -186,7 +186,48 @@ class Tap:
         return self.base.dtype
 
 
-_KINDS = (QArray, Codebook, LowRank, LoRA, Tap)
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FakeQuant:
+    """A weight that a training uses in its compressed form; made inside a step, never stored (arXiv:1712.05877, 3).
+
+    - ``dense`` holds the values of the compressed weight as floats, with straight-through gradients.
+    - ``coded`` is the compressed weight itself where it rounds activations too: they are rounded in the same way, with
+      straight-through gradients. None where it does not.
+    - ``active`` is bool ``[..., 1, 1]``, whether activations are rounded in this step; None without ``coded``.
+    """
+
+    dense: jax.Array
+    coded: QArray | None = None
+    active: jax.Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return self.dense.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.dense.ndim
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.dense.dtype
+
+
+@jax.custom_jvp
+def straight_through(x: jax.Array, rounded: jax.Array, inside: jax.Array | bool = True) -> jax.Array:
+    """``rounded``, bit by bit, with the gradient of ``x`` where ``inside`` and 0 elsewhere (arXiv:1308.3432)."""
+    return rounded
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    _, rounded, inside = primals
+    return rounded, jnp.where(inside, tangents[0], 0).astype(rounded.dtype)
+
+
+_KINDS = (QArray, Codebook, LowRank, LoRA, Tap, FakeQuant)
 
 
 def is_leaf(x: Any) -> bool:
@@ -231,6 +272,8 @@ def dequantize(leaf: Any, dtype: jnp.dtype | None = None) -> jax.Array:
         return leaf.astype(dtype)
     if isinstance(leaf, Tap):
         return dequantize(leaf.base, dtype)
+    if isinstance(leaf, FakeQuant):
+        return leaf.dense.astype(dtype)
     if isinstance(leaf, LowRank):
         return _product(leaf).astype(dtype)
     if isinstance(leaf, LoRA):

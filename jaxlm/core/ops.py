@@ -8,9 +8,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.leaves import Codebook, LoRA, LowRank, QArray, Tap, centred, coded_values, dequantize, is_leaf, look_up
+from jaxlm.core.leaves import (
+    Codebook,
+    FakeQuant,
+    LoRA,
+    LowRank,
+    QArray,
+    Tap,
+    centred,
+    coded_values,
+    dequantize,
+    is_leaf,
+    look_up,
+    straight_through,
+)
 
-Weight = jax.Array | QArray | Codebook | LowRank | LoRA | Tap
+Weight = jax.Array | QArray | Codebook | LowRank | LoRA | Tap | FakeQuant
 
 
 def dot(x: jax.Array, w: Weight) -> jax.Array:
@@ -31,6 +44,8 @@ def _dot(x_MxI: jax.Array, w: Weight) -> jax.Array:
         return _dot(_dot(x_MxI, w.a), w.b)
     if isinstance(w, Tap):
         return _dot(_measured(w.measure, x_MxI, w.reading, w.weight, None), w.base)
+    if isinstance(w, FakeQuant):
+        return _dot(_fake_round(x_MxI, w), w.dense)
     if not is_leaf(w):
         return x_MxI @ w.astype(x_MxI.dtype)
     if isinstance(w, QArray) and w.act_bits:
@@ -65,6 +80,8 @@ def dot_t(x: jax.Array, table: Weight) -> jax.Array:
     if isinstance(table, Tap):
         x_MxD = _measured(table.measure, x.reshape(-1, x.shape[-1]), table.reading, table.weight, None)
         return dot_t(x_MxD.reshape(x.shape), table.base)
+    if isinstance(table, FakeQuant):
+        return dot_t(_fake_round(x.reshape(-1, x.shape[-1]), table).reshape(x.shape), table.dense)
     if is_leaf(table):
         return dot(x, table)  # its codes have the contraction axis last, as those of a kernel
     y_MxV = _contract_last(x.reshape(-1, x.shape[-1]), table.astype(x.dtype))
@@ -78,6 +95,8 @@ def take(table: Weight, ids: jax.Array) -> jax.Array:
         return rows + (table.scale[0, 0] * jnp.take(table.a, ids, axis=0) @ table.b).astype(rows.dtype)
     if isinstance(table, Tap):
         return take(table.base, ids)
+    if isinstance(table, FakeQuant):
+        return take(table.dense, ids)
     if isinstance(table, LowRank):
         return dequantize(table)[ids]
     if isinstance(table, Codebook):  # its table of values is not one of rows
@@ -102,6 +121,8 @@ def ragged_dot(x_MxI: jax.Array, w_ExIxO: Weight, sizes_E: jax.Array) -> jax.Arr
     if isinstance(w_ExIxO, Tap):
         x_MxI = _measured(w_ExIxO.measure, x_MxI, w_ExIxO.reading, w_ExIxO.weight, sizes_E)
         return ragged_dot(x_MxI, w_ExIxO.base, sizes_E)
+    if isinstance(w_ExIxO, FakeQuant):
+        return ragged_dot(_fake_round(x_MxI, w_ExIxO, sizes_E), w_ExIxO.dense, sizes_E)
     if is_leaf(w_ExIxO):
         if isinstance(w_ExIxO, QArray) and w_ExIxO.act_bits:
             codes_MxI, scale_Mx1 = _round_rows(x_MxI, w_ExIxO, sizes_E)
@@ -151,6 +172,17 @@ def _round_rows(x_MxI: jax.Array, w: QArray, sizes_E: jax.Array | None = None) -
     return quantize_tokens(x_MxI, scale, w.codes.dtype if w.codes.dtype == jnp.float8_e4m3fn else jnp.int8)
 
 
+def _fake_round(x_MxI: jax.Array, w: FakeQuant, sizes_E: jax.Array | None = None) -> jax.Array:
+    """The rows as ``_rounded_dot`` sees them, as floats; no gradient passes where one is clipped."""
+    if w.coded is None:
+        return x_MxI
+    codes_MxI, scale_Mx1 = _round_rows(jax.lax.stop_gradient(x_MxI), w.coded, sizes_E)
+    rounded_MxI = (codes_MxI.astype(jnp.float32) * scale_Mx1).astype(x_MxI.dtype)
+    reach_Mx1 = scale_Mx1 * _largest_code(codes_MxI.dtype) * (1 + 1e-5)  # a row's own scale reaches all of it
+    rounded_MxI = straight_through(x_MxI, rounded_MxI, jnp.abs(x_MxI) <= reach_Mx1)
+    return jnp.where(w.active.reshape(-1)[0], rounded_MxI, x_MxI)
+
+
 def quantize_tokens(
     x_MxI: jax.Array, scale_Mx1: jax.Array | None = None, dtype: jnp.dtype = jnp.int8
 ) -> tuple[jax.Array, jax.Array]:
@@ -160,9 +192,12 @@ def quantize_tokens(
     scale 0. With one, values beyond the largest code are clipped to it.
     """
     x_MxI = x_MxI.astype(jnp.float32)
-    integer = jnp.issubdtype(dtype, jnp.integer)
-    limit = 127.0 if integer else float(jnp.finfo(dtype).max)
+    integer, limit = jnp.issubdtype(dtype, jnp.integer), _largest_code(dtype)
     if scale_Mx1 is None:
         scale_Mx1 = jnp.max(jnp.abs(x_MxI), -1, keepdims=True) / limit
     scaled_MxI = jnp.clip(x_MxI * jnp.where(scale_Mx1 > 0, 1 / scale_Mx1, 0), -limit, limit)
     return (jnp.round(scaled_MxI) if integer else scaled_MxI).astype(dtype), scale_Mx1
+
+
+def _largest_code(dtype: jnp.dtype) -> float:
+    return 127.0 if jnp.issubdtype(dtype, jnp.integer) else float(jnp.finfo(dtype).max)

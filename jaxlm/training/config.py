@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxlm.compression.recipe import BLOCKS
 from jaxlm.data.config import DataConfig
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, Seq2SeqConfig
 
 __all__ = ["DataConfig", "DecoderConfig", "EvalConfig", "Experiment", "LSTMConfig", "MeshConfig", "OptimConfig",
-           "Seq2SeqConfig", "TrainConfig"]
+           "PruneConfig", "QatConfig", "Seq2SeqConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,29 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class QatConfig:
+    """Training with the weights as a recipe compresses them, through straight-through gradients."""
+
+    recipe: str = ""  # such as w4a16-rtn-g64, w8a8-dynamic or 2:4-magnitude+w4a16-rtn-g64; "": off
+    begin: int = 0  # the first step that uses the compressed weights
+    decay: float = 2e-4  # pulls what the recipe prunes towards zero (SR-STE, arXiv:2102.04010)
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Training with ever more weights, or ever other ones, fixed at zero. Steps are counted by updates, from 0."""
+
+    method: Literal["gradual", "rigl"] = "gradual"  # arXiv:1710.01878; arXiv:1911.11134
+    sparsity: float = 0.0  # the share of zeros at the end (rigl: always); 0: off
+    begin: int = 0  # the first update after which weights are pruned
+    end: int = 0  # the last one at which it changes which; 0: three quarters of train.steps
+    every: int = 100  # updates from change to change
+    drop: float = 0.3  # rigl: the share of the weights exchanged at first, falling to 0 along a cosine
+    distribution: Literal["uniform", "erdos_renyi"] = "uniform"  # over the matrices
+    target: str = BLOCKS  # a regular expression
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; one may be -1: whatever is left."""
 
@@ -72,5 +96,7 @@ class Experiment:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    qat: QatConfig = field(default_factory=QatConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     init_from: str = ""  # a MODEL whose parameters training starts from

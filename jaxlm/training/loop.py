@@ -23,6 +23,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.host import keep_freed_memory
 from jaxlm.core.sharding import batch_sharding
 from jaxlm.core.tree import count_params, unflatten
+from jaxlm.training.compression import InTraining
 from jaxlm.training.config import Experiment
 from jaxlm.training.flops import FLOP_CONVENTION, peak_flops, step_flops
 from jaxlm.training.loss import Batch, make_loss
@@ -95,13 +96,14 @@ class _Training:
     def __init__(self, setup: Setup, run: Path, terminated: threading.Event):
         config, options = setup.config, setup.config.train
         self._setup, self._options, self._directory, self._terminated = setup, options, run, terminated
-        self._tx = make_optimizer(config.optim, options.steps)
+        self._compression = InTraining(config, setup.like)
+        self._tx = self._compression.optimizer(make_optimizer(config.optim, options.steps))
         self._rates = np.asarray(make_schedule(config.optim, options.steps)(np.arange(options.steps)))
         self._abstract = abstract_state(setup.like, self._tx, setup.mesh)
         self._update = make_step(
             setup.graphdef, setup.like,
             make_loss(config.model, label_smoothing=options.label_smoothing, z_loss=options.z_loss), self._tx,
-            accumulate=options.accumulate, spike_factor=options.spike_factor,
+            self._compression.transform, accumulate=options.accumulate, spike_factor=options.spike_factor,
             layout=jax.tree.map(lambda leaf: leaf.sharding, self._abstract),
         )
         self._validator = Validator(setup, self._put, self._check) if setup.valid_loader else None
@@ -272,20 +274,23 @@ class _Training:
     def _evaluate(self) -> None:
         self._drain()
         with self._meter.paused():
-            scores = self._validator(self._state.params)
+            params = self._state.params
+            scores = self._validator(self._compression.placed(params)) | self._compression.report(params)
         history = self._history
         history.evaluated = self._step
         metric = self._setup.config.eval.metric
         score = scores[f"valid_{metric}"]
-        history.stale += 1
-        if np.isfinite(score):
+        complete = self._step - history.skipped >= self._compression.complete  # a denser model is no rival
+        history.stale += complete
+        if np.isfinite(score) and complete:
             scored = [*history.best, (score, self._step)]
             scored.sort(key=lambda pair: pair[0], reverse=metric == "bleu")
             history.best = scored[:max(self._store.keep_best, 1)]
             history.stale = history.stale if history.best[0][1] != self._step else 0
         self._write({"step": self._step, **scores})
         shown = "  ".join(f"{name.removeprefix('valid_')} {value:.4f}" for name, value in scores.items())
-        self._reporter.line(f"step {self._step}  validation {shown}{'' if history.stale else '  (best)'}")
+        mark = "  (best)" if complete and not history.stale else ""
+        self._reporter.line(f"step {self._step}  validation {shown}{mark}")
         if self._store.keep_best and any(step == self._step for _, step in history.best):
             self._save()
 
@@ -317,12 +322,23 @@ class _Training:
             steps = [step for _, step in self._history.best[:max(self._options.average, 1)]]
         setup = self._setup
         params, steps = self._mean(steps)
+        compression, recipe = self._compression, self._compression.recipe
+        info = {"training": {"data": setup.config.data.train, "steps": sorted(steps)}}
+        if recipe:
+            info["training"]["recipe"] = recipe.name
         path = write_model(
-            self._directory / "model", setup.config.model, unflatten(setup.like, params), setup.tokenizer,
-            info={"training": {"data": setup.config.data.train, "steps": sorted(steps)}},
+            self._directory / "model", setup.config.model, unflatten(setup.like, compression.pruned(params)),
+            setup.tokenizer, info=info,
         )
         what = "the mean of steps" if len(steps) > 1 else "step"
         self._reporter.line(f"model: {path} ({what} {', '.join(map(str, sorted(steps)))})")
+        if compression.quantizes:
+            compressed = write_model(
+                self._directory / "compressed", setup.config.model,
+                unflatten(setup.like, compression.compressed(params)), setup.tokenizer, storage=recipe.storage,
+                info=info | {"recipe": recipe.to_json()},
+            )
+            self._reporter.line(f"as it was trained and validated, by {recipe.name}: {compressed}")
         return path
 
     def _mean(self, steps: list[int]) -> tuple[dict[str, Any], list[int]]:

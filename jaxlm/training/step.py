@@ -94,7 +94,7 @@ def make_step(
     like: Params,
     loss: Loss,
     tx: optax.GradientTransformation,
-    transform: Transform | None = None,
+    transform: Callable[[Array], Transform] | None = None,
     *,
     accumulate: int = 1,
     spike_factor: float = 0.0,
@@ -102,8 +102,9 @@ def make_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The compiled step. The state passed in is donated: use only the one that comes back.
 
-    ``like`` gives the parameters their structure (shapes are enough: ``nn.abstract``). ``transform`` (fake
-    quantization, masks) runs on the parameters before the forward pass and is differentiated through. With
+    ``like`` gives the parameters their structure (shapes are enough: ``nn.abstract``). ``transform`` gives
+    the Transform of a step (fake quantization, masks), which runs on the parameters before the forward pass and is
+    differentiated through; the step is a traced int32. With
     ``accumulate`` = n the rows of the batch are visited in n micro-batches; as the loss is a sum and is divided once,
     by the weight of the whole batch, the result is that of the whole batch. ``layout`` pins the sharding of the
     returned state (``state_shardings``).
@@ -115,34 +116,35 @@ def make_step(
     token, nats), ``weight`` (tokens), ``grad_norm`` (before clipping), ``bad`` (bool).
     """
 
-    def objective(trainable, frozen, batch, key):
+    def objective(trainable, frozen, batch, key, now):
         params = unflatten(like, {**frozen, **trainable})
-        model = nnx.merge(graphdef, transform(params) if transform else params)
+        model = nnx.merge(graphdef, transform(now)(params) if transform else params)
         value, sums = loss(model, batch, key)
         return value, {"loss": value, **sums}
 
     gradient = jax.grad(objective, has_aux=True)
 
-    def gradient_sums(trainable, frozen, batch, key):
+    def gradient_sums(trainable, frozen, batch, key, now):
         if accumulate == 1:
-            return gradient(trainable, frozen, batch, key)
+            return gradient(trainable, frozen, batch, key, now)
         # Row i goes to micro-batch i % accumulate: with rows sharded in contiguous runs, no row changes its device.
         micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def body(total, indexed):
             index, each = indexed
-            return jax.tree.map(jnp.add, total, gradient(trainable, frozen, each, jax.random.fold_in(key, index))), None
+            one = gradient(trainable, frozen, each, jax.random.fold_in(key, index), now)
+            return jax.tree.map(jnp.add, total, one), None
 
         first = jax.tree.map(lambda x: x[0], micro)
         zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trainable, frozen, first, key)
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trainable, frozen, first, key, now)
         )
         return jax.lax.scan(body, zeros, (jnp.arange(accumulate), micro))[0]
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         trainable, frozen = _partition(state.params)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=_KEY_IMPL), state.step)
-        grads, sums = gradient_sums(trainable, frozen, batch, key)
+        grads, sums = gradient_sums(trainable, frozen, batch, key, state.step)
         weight = jnp.maximum(sums["weight"], 1)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)

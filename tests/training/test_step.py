@@ -143,7 +143,7 @@ def test_transform_runs_before_the_forward_pass():
     def mask(params):
         return map_params(lambda path, leaf: leaf.at[:, 5:].set(0) if path == "table" else leaf, params)
 
-    step, start = linear_step(transform=mask)
+    step, start = linear_step(transform=lambda step: mask)
     moments = optax.tree.get(step(start(), batches(DECODER, 1)[0])[0].opt_state, "mu")["table"]
     assert np.any(moments[:, :5]) and not np.any(moments[:, 5:])
 

@@ -1,0 +1,129 @@
+"""Compression in training: weights used in their compressed form, and which weights are pruned when.
+
+Pure functions; ``training.sparsity`` and ``training.compression`` put them into the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.compression.prune import smallest
+from jaxlm.compression.recipe import Magnitude, NofM, Quantize, Recipe, Step, apply_step
+from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import FakeQuant, QArray, dequantize, is_leaf, spread, straight_through
+from jaxlm.core.tree import Leaf, Params, Transform
+
+_PRUNING = (Magnitude, NofM)
+
+
+def fake_compress(recipe: Recipe, begin: int = 0) -> Callable[[jax.Array], Transform]:
+    """From a step to the Transform of its parameters: from ``begin`` on they have the values that ``recipe`` gives
+    them, and gradients go straight through to the dense weights (arXiv:1308.3432; with N:M pruning, arXiv:2102.04010).
+
+    The values are those of ``dequantize(recipe.apply(params))`` bit by bit, as the recipe itself makes them, and
+    ``ops.dot`` rounds activations where the recipe says so. UserError where a step of the recipe needs calibration.
+    """
+    for step in recipe.steps:
+        if not isinstance(step, Quantize | Magnitude | NofM):
+            raise UserError(
+                f"qat.recipe {recipe.name!r}: a {step.kind} step cannot be trained through, as it needs data of its "
+                "own; use one that rounds to nearest, such as w4a16-rtn-g64 or w8a8-dynamic, or prunes by magnitude"
+            )
+
+    def at(now: jax.Array) -> Transform:
+        active = now >= begin
+
+        def transform(params: Params) -> Params:
+            for step in recipe.steps:
+                params = apply_step(step, params, partial(fake, step))
+            return params
+
+        def fake(step: Step, leaf: Leaf, axis: int) -> Leaf:
+            return fake_leaf(leaf, step(leaf, axis), active)
+
+        return transform
+
+    return at
+
+
+def fake_leaf(dense: jax.Array, compressed: Leaf, active: jax.Array | bool = True) -> jax.Array | FakeQuant:
+    """A weight with the values of its compressed form and straight-through gradients; with its own if not ``active``.
+
+    No gradient passes where an integer grid clips, that is, where the rounding is off by more than half a step.
+    """
+    active, inside, compressed = jnp.asarray(active), True, jax.lax.stop_gradient(compressed)
+    if isinstance(compressed, QArray) and jnp.issubdtype(compressed.codes.dtype, jnp.integer):
+        step = spread(compressed.scale, compressed.group, compressed.codes.shape[-1])
+        step = step.swapaxes(-1, -2) if compressed.axis == -2 else step
+        inside = jnp.abs(dense - dequantize(compressed)) <= 0.501 * step
+    values = jnp.where(active, dequantize(compressed, dense.dtype), dense)
+    values = straight_through(dense, values, inside | ~active)
+    if not is_leaf(compressed):
+        return values
+    if not (isinstance(compressed, QArray) and compressed.act_bits):
+        return FakeQuant(values)
+    return FakeQuant(values, compressed, jnp.broadcast_to(active, (*dense.shape[:-2], 1, 1)))
+
+
+def pruning_of(recipe: Recipe) -> Recipe:
+    """The steps of a recipe that prune."""
+    return Recipe(tuple(step for step in recipe.steps if isinstance(step, _PRUNING)), name=recipe.name)
+
+
+def cubic(t: jax.Array, begin: int, end: int) -> jax.Array:
+    """The share of the final sparsity due at ``t``: ``1 - (1 - (t - begin) / (end - begin))**3`` between the two, 0
+    before, 1 after (arXiv:1710.01878, equation 1, from a sparsity of 0)."""
+    return 1 - (1 - _progress(t, begin, end)) ** 3
+
+
+def cosine(t: jax.Array, begin: int, end: int) -> jax.Array:
+    """From 1 at ``begin`` to 0 at ``end`` along half a cosine (arXiv:1911.11134, section 3, item 3)."""
+    return 0.5 * (1 + jnp.cos(jnp.pi * _progress(t, begin, end)))
+
+
+def _progress(t: jax.Array, begin: int, end: int) -> jax.Array:
+    return jnp.clip((jnp.asarray(t, jnp.float32) - begin) / max(end - begin, 1), 0, 1)
+
+
+def pruned_counts(
+    shapes: Mapping[str, tuple[int, ...]], sparsity: float, distribution: Literal["uniform", "erdos_renyi"]
+) -> dict[str, int]:
+    """How many weights of each matrix ``[in, out]`` (of each of a stack) are zero, ``sparsity`` being that of them all.
+
+    ``uniform``: the same share of each. ``erdos_renyi``: the density of a matrix is proportional to
+    ``(in + out) / (in * out)``, so that larger ones are sparser; those that would be more than full are full and the
+    others make up for it (arXiv:1911.11134, section 3, item 1).
+    """
+    sizes = {path: math.prod(shape[-2:]) for path, shape in shapes.items()}
+    if distribution == "uniform":
+        return {path: round(sparsity * size) for path, size in sizes.items()}
+    weights = {path: math.prod(shape) for path, shape in shapes.items()}
+    raw = {path: sum(shape[-2:]) / sizes[path] for path, shape in shapes.items()}
+    left, full = (1 - sparsity) * sum(weights.values()), set()
+    while True:
+        kept = left - sum(weights[path] for path in full)
+        factor = kept / sum(raw[path] * weights[path] for path in shapes if path not in full)
+        more = {path for path in shapes if path not in full and factor * raw[path] > 1}
+        if not more:
+            return {path: 0 if path in full else round((1 - factor * raw[path]) * sizes[path]) for path in shapes}
+        full |= more
+
+
+def regrow(weight: jax.Array, gradient: jax.Array, mask: jax.Array, count: jax.Array) -> jax.Array:
+    """RigL's exchange, a matrix at a time (arXiv:1911.11134, algorithm 1): of the weights in the mask the ``count`` of
+    smallest magnitude leave it, and of all that are then outside, the ``count`` of largest gradient join it."""
+    kept = mask & ~smallest_of_each(jnp.where(mask, jnp.abs(weight), jnp.inf), count)
+    outside = jnp.maximum(jnp.abs(gradient), jnp.finfo(jnp.float32).tiny)  # before any that is kept, even at 0
+    return kept | ~smallest_of_each(jnp.where(kept, 0, outside), math.prod(weight.shape[-2:]) - count)
+
+
+def smallest_of_each(scores: jax.Array, count: int | jax.Array) -> jax.Array:
+    """A mask of the ``count`` (may be traced) smallest non-negative float32 scores of each matrix of a stack."""
+    matrices = scores.reshape(-1, *scores.shape[-2:])
+    return jax.vmap(partial(smallest, drop=count))(matrices).reshape(scores.shape)

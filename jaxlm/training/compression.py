@@ -1,0 +1,81 @@
+"""What an experiment compresses while it trains: the optimizer, the transform in the step, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.compression.placement import place
+from jaxlm.compression.recipe import Recipe, load_recipe
+from jaxlm.compression.schedule import fake_compress, pruning_of
+from jaxlm.core.errors import UserError
+from jaxlm.core.tree import Params, Transform, flatten, unflatten
+from jaxlm.training.config import Experiment
+from jaxlm.training.sparsity import pull_to_zero, sparse, targets
+
+__all__ = ["InTraining"]
+
+
+class InTraining:
+    """The ``qat`` and ``prune`` of an experiment, made concrete; UserError on a mistake in them.
+
+    ``recipe`` is that of ``qat``, or None; ``complete`` is the first step whose parameters are all that was asked for.
+    """
+
+    def __init__(self, config: Experiment, like: Params):
+        qat, prune, steps = config.qat, config.prune, config.train.steps
+        self._config, self._like = config, like
+        self._apply = jax.jit(lambda recipe, flat: flatten(recipe.apply(unflatten(like, flat))), static_argnums=0)
+        self.recipe: Recipe | None = load_recipe(qat.recipe) if qat.recipe else None
+        self.transform: Callable[[jax.Array], Transform] | None = None
+        self.complete = 0
+        self._pruning = pruning_of(self.recipe) if self.recipe else Recipe(())
+        if self.recipe:
+            if not 0 <= qat.begin < steps:
+                raise UserError(f"qat.begin={qat.begin} leaves nothing of train.steps={steps}; begin earlier")
+            self.complete = qat.begin
+            self.transform = fake_compress(self.recipe, qat.begin)
+            jax.eval_shape(self.recipe.apply, like)  # does it fit the model?
+        if prune.sparsity:
+            self._end = prune.end or steps * 3 // 4
+            if self._end >= steps:
+                raise UserError(f"prune.end={self._end} is not before train.steps={steps}; train longer or end earlier")
+            self._pruned = targets(prune.target, flatten(like))
+            self.complete = max(self.complete, self._end + 1)
+
+    def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
+        """``tx`` with the zeros kept and what is to become zero pulled there."""
+        qat, prune = self._config.qat, self._config.prune
+        if qat.decay and self._pruning.steps:
+            tx = optax.chain(pull_to_zero(self.pruned, qat.decay, qat.begin), tx)
+        return sparse(tx, prune, self._end) if prune.sparsity else tx
+
+    def pruned(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Flat parameters as dense arrays with their final zeros; compressing these is compressing the given ones."""
+        return self._apply(self._pruning, params) if self._pruning.steps else params
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether ``compressed`` is another model than ``pruned``."""
+        return self.recipe is not None and (self.recipe.steps, self.recipe.storage) != (self._pruning.steps, "plain")
+
+    def compressed(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Flat parameters as the recipe compresses them: what the training is for."""
+        return self._apply(self.recipe, params) if self.recipe else params
+
+    def placed(self, params: dict[str, Any]) -> dict[str, Any]:
+        """``compressed`` parameters as this platform computes with them, as when a model is loaded."""
+        if not self.recipe:
+            return params
+        return flatten(place(unflatten(self._like, self.compressed(params)), jax.default_backend())[0])
+
+    def report(self, params: dict[str, Any]) -> dict[str, float]:
+        """``sparsity``: the share of zeros among the weights that the experiment prunes, where it does."""
+        if not self._config.prune.sparsity:
+            return {}
+        zeros = sum(jnp.count_nonzero(params[path] == 0) for path in self._pruned)
+        return {"sparsity": float(zeros) / sum(params[path].size for path in self._pruned)}

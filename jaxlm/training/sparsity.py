@@ -1,0 +1,124 @@
+"""Optimizers that keep weights at zero: gradual magnitude pruning and RigL, and the pull of SR-STE.
+
+Pruned weights are hard zeros in the parameters themselves, so that validation, checkpoints, averages and the exported
+model are all of the sparse model, without a mask beside them. A zero stays pruned under a magnitude criterion, so
+gradual pruning never takes a weight back (in the paper too a masked weight has no gradient); RigL does, by gradient.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxlm.compression.schedule import cosine, cubic, pruned_counts, regrow, smallest_of_each
+from jaxlm.core.errors import UserError
+from jaxlm.training.config import PruneConfig
+
+__all__ = ["SparseState", "pull_to_zero", "sparse", "targets"]
+
+
+class SparseState(NamedTuple):
+    count: jax.Array  # int32: updates so far; one left out as bad is none, so that no pruning is lost with it
+    masks: dict[str, jax.Array]  # bool, by path of the pruned matrices: which weights may be other than zero
+    inner: optax.OptState
+
+
+def targets(pattern: str, params: dict[str, jax.Array]) -> list[str]:
+    """The paths of the matrices to prune. UserError where there are none, or other things among them."""
+    paths = [path for path in params if re.fullmatch(pattern, path)]
+    if not paths:
+        raise UserError(f"prune.target {pattern!r} matches no parameter; see `jaxlm inspect`")
+    for path in paths:
+        if not path.endswith(("/kernel", "/table")):
+            raise UserError(f"prune.target matches {path}; only kernels and tables are pruned")
+    return paths
+
+
+def sparse(tx: optax.GradientTransformation, config: PruneConfig, end: int) -> optax.GradientTransformation:
+    """``tx`` over flat dicts, with weights kept at zero as ``config`` says and the last change at update ``end``.
+
+    - ``gradual``: after update t the share ``sparsity * cubic(t)`` of each matrix is zero, those of least magnitude.
+    - ``rigl``: after update ``begin`` the final share is, those of least magnitude: at random initialization a random
+      set. Then ``drop * cosine(t)`` of the weights left are exchanged for those of largest gradient, which start at
+      zero (``schedule.regrow``). The optimizer's own update is done first, not left out as in the paper's algorithm.
+
+    Moments of weights that leave or join are zeroed. The gradient of a whole step must come in: that of the zeros is
+    looked at only when there is a change, and never reaches ``tx``.
+    """
+    begin, every = config.begin, config.every
+    if not 0 < config.sparsity < 1:
+        raise UserError(f"prune.sparsity={config.sparsity} is impossible; use more than 0 and less than 1")
+    if not 0 <= begin < end or every < 1:
+        raise UserError(
+            f"prune.begin={begin}, prune.end={end}, prune.every={every}: begin before the end, every 1 or more"
+        )
+    if not 0 <= config.drop <= 1:
+        raise UserError(f"prune.drop={config.drop} is not a share of the weights; use 0 to 1")
+
+    def init(params):
+        masks = {path: jnp.ones_like(params[path], bool) for path in targets(config.target, params)}
+        return SparseState(jnp.zeros((), jnp.int32), masks, tx.init(params))
+
+    def due(t):
+        regular = (t >= begin) & (t < end) & ((t - begin) % every == 0)
+        return regular | (t == end) if config.method == "gradual" else regular
+
+    def gradual(weight, gradient, mask, t, final):
+        share = cubic(t, begin, end)
+        count = jnp.where(share < 1, jnp.round(share * final).astype(jnp.int32), final)
+        return ~smallest_of_each(jnp.abs(weight), count)
+
+    def rigl(weight, gradient, mask, t, final):
+        left = weight.shape[-2] * weight.shape[-1] - final
+        count = jnp.round(config.drop * cosine(t, begin, end) * left).astype(jnp.int32)
+        return jax.lax.cond(
+            t == begin,
+            lambda: ~smallest_of_each(jnp.abs(weight), final), lambda: regrow(weight, gradient, mask, count),
+        )
+
+    change = {"gradual": gradual, "rigl": rigl}[config.method]
+
+    def update(grads, state, params):
+        finals = pruned_counts({path: mask.shape for path, mask in state.masks.items()}, config.sparsity,
+                               config.distribution)
+        updates, inner = tx.update(_where(state.masks, grads, jnp.zeros_like), state.inner, params)
+        updates = _keep_zero(state.masks, updates, params)
+
+        def changed():
+            masks = {path: change(params[path] + updates[path], grads[path], mask, state.count, finals[path])
+                     for path, mask in state.masks.items()}
+            stays = {path: state.masks[path] & masks[path] if path in masks else True for path in params}
+            return masks, optax.tree.map_params(tx, lambda leaf, stays: jnp.where(stays, leaf, 0), inner, stays)
+
+        masks, inner = jax.lax.cond(due(state.count), changed, lambda: (state.masks, inner))
+        return _keep_zero(masks, updates, params), SparseState(state.count + 1, masks, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _where(masks: dict, tree: dict, otherwise: Callable) -> dict:
+    return tree | {path: jnp.where(mask, tree[path], otherwise(tree[path])) for path, mask in masks.items()}
+
+
+def _keep_zero(masks: dict, updates: dict, params: dict) -> dict:
+    """Updates that make zero what is outside the masks."""
+    return updates | {path: jnp.where(mask, updates[path], -params[path]) for path, mask in masks.items()}
+
+
+def pull_to_zero(
+    prune: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], decay: float, begin: int
+) -> optax.GradientTransformation:
+    """Adds ``decay`` times each weight that ``prune`` makes zero to its gradient, from update ``begin`` on, so that
+    fewer weights move in and out of the pruned set (SR-STE, arXiv:2102.04010, equation 9)."""
+
+    def update(grads, count, params):
+        strength = jnp.where(count >= begin, decay, 0.0)
+        pruned = prune(params)
+        return {path: grad + strength * (params[path] - pruned[path]) for path, grad in grads.items()}, count + 1
+
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
