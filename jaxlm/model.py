@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxlm import nn
 from jaxlm.checkpoint.adapters import CONFIG, Adapter, apply_adapter, read_adapter
-from jaxlm.checkpoint.directory import export_model, read_json, read_model, write_model
+from jaxlm.checkpoint.directory import export_model, read_json, read_model, read_tokenizer, write_model
 from jaxlm.checkpoint.formats import pack_params, stored
 from jaxlm.compression.placement import place
 from jaxlm.compression.recipe import Recipe, load_recipe
@@ -27,7 +27,6 @@ from jaxlm.core.leaves import LoRA, QArray, is_leaf, merge_adapters
 from jaxlm.core.sharding import shardings
 from jaxlm.core.tree import Params, flatten
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.data.tokenizer_files import find_tokenizer
 from jaxlm.nn.config import ModelConfig
 
 __all__ = ["LM", "compress", "load"]
@@ -166,8 +165,7 @@ def _adapted(
     fields = read_json(path / "config.json") if (path / "config.json").is_file() else None
     for adapter in adapters:
         config, params = apply_adapter(adapter, config, params, fields)
-        if find_tokenizer(adapter.file.parent):
-            tokenizer = Tokenizer.load(adapter.file.parent)
+        tokenizer = read_tokenizer(adapter.file.parent, config) or tokenizer
     return config, params, tokenizer
 
 

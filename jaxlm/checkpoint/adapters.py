@@ -71,7 +71,7 @@ class _Base:
         return self.places.get(name) or self.places.get(self.family.prefix + name, [])
 
     def scale(self, piece: Piece) -> float:
-        return 1.0 if piece.tensor.scale is None else piece.tensor.scale(self.values, piece.layer)
+        return 1.0 if piece.tensor.scale is None else piece.tensor.scale(self.values)
 
 
 def _base_of(

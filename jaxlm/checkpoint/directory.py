@@ -22,8 +22,9 @@ from jax.sharding import Mesh
 from jaxlm import nn
 from jaxlm.checkpoint.disk import replaced_directory
 from jaxlm.checkpoint.formats import pack_params, unpack_params
-from jaxlm.checkpoint.hf import RUNTIME, ours, read_hf
+from jaxlm.checkpoint.hf import RUNTIME, ours, read_config, read_hf
 from jaxlm.checkpoint.hf_export import express, hf_config, hf_tensors
+from jaxlm.checkpoint.sizes import check_sizes
 from jaxlm.checkpoint.tensors import TensorFiles, write_tensors
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
@@ -33,7 +34,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizer_files import find_tokenizer
 from jaxlm.nn.config import ModelConfig
 
-__all__ = ["export_model", "read_model", "weight_bytes", "write_model"]
+__all__ = ["export_model", "read_model", "read_tokenizer", "weight_bytes", "write_model"]
 
 _PREFIX = "jaxlm-"  # of our model types
 
@@ -158,26 +159,47 @@ def read_model(
             return _read_run(path, mesh, dtype)
         raise UserError(f"{path} has no config.json; name a model directory or a training run")
     fields = read_json(path / "config.json")
-    tokenizer = Tokenizer.load(path) if find_tokenizer(path) else None
-    if not str(fields.get("model_type")).startswith(_PREFIX):
-        config, params = read_hf(path, fields, mesh=mesh, dtype=dtype)
-        info = {name: value for name, value in ours(fields).items() if name != "runtime"}
-        return config, params, tokenizer, info | {"source": str(path), "bytes_on_disk": TensorFiles(path).nbytes}
-    info = fields.pop("jaxlm", {})
-    kind = fields.pop("model_type").removeprefix(_PREFIX)
     try:
-        config = from_dict(ModelConfig, fields | {"kind": kind})
+        config = _config(fields)
     except UserError as error:
         raise UserError(f"{path / 'config.json'}: {error}") from None
+    tokenizer = read_tokenizer(path, config)
+    info = {name: value for name, value in ours(fields).items() if name != "runtime"} | {"source": str(path)}
+    if not _is_ours(fields):
+        config, params = read_hf(path, fields, config, mesh=mesh, dtype=dtype)
+        return config, params, tokenizer, info | {"bytes_on_disk": TensorFiles(path).nbytes}
     files = TensorFiles(path)
     weights = _weights_metadata(files, path)
     try:
         params = unpack_params(nn.abstract(config)[1], files, weights)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    return config, params, tokenizer, info | {
-        "source": str(path), "bytes_on_disk": files.nbytes, "weights": weights
-    }
+    return config, params, tokenizer, info | {"bytes_on_disk": files.nbytes, "weights": weights}
+
+
+def _is_ours(fields: Mapping[str, Any]) -> bool:
+    return str(fields.get("model_type")).startswith(_PREFIX)
+
+
+def _config(fields: Mapping[str, Any]) -> ModelConfig:
+    if not _is_ours(fields):
+        return read_config(fields)
+    own = {name: value for name, value in fields.items() if name not in ("jaxlm", "model_type")}
+    config = from_dict(ModelConfig, own | {"kind": fields["model_type"].removeprefix(_PREFIX)})
+    check_sizes(config)
+    return config
+
+
+def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
+    """The tokenizer in a directory, if any. UserError where it has ids for which the model has no embeddings."""
+    if not find_tokenizer(directory):
+        return None
+    tokenizer = Tokenizer.load(directory)
+    try:
+        tokenizer.check_rows(getattr(config, "src_vocab_size", 0) or config.vocab_size, config.vocab_size)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from None
+    return tokenizer
 
 
 def _weights_metadata(files: TensorFiles, path: Path) -> dict[str, Any]:
@@ -209,7 +231,7 @@ def _read_run(
         params = unflatten(like, store.restore_params(steps[0], flatten(like)))
     finally:
         store.close()
-    return config, params, Tokenizer.load(run), {"source": str(run), "step": steps[0]}
+    return config, params, read_tokenizer(run, config), {"source": str(run), "step": steps[0]}
 
 
 def weight_bytes(directory: str | Path) -> int:

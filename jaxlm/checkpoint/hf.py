@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm import nn
 from jaxlm.checkpoint.hf_fields import REQUIRED, Family, Tensor
 from jaxlm.checkpoint.hf_maps import FAMILIES, NEUTRAL
+from jaxlm.checkpoint.sizes import check_sizes, layer_counts
 from jaxlm.checkpoint.tensors import TensorFiles
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
@@ -26,7 +27,9 @@ from jaxlm.core.tree import Params, flatten, unflatten
 from jaxlm.nn.config import DecoderConfig, ModelConfig
 from jaxlm.nn.stack import layers_of
 
-__all__ = ["RUNTIME", "complete", "convert_config", "family_of", "layer_path", "ours", "pieces", "read_hf"]
+__all__ = [
+    "RUNTIME", "complete", "convert_config", "family_of", "layer_path", "ours", "pieces", "read_config", "read_hf",
+]
 
 # Fields of ours that belong to training or to a process, not to the model: kept beside the family's own.
 RUNTIME = (
@@ -36,30 +39,36 @@ RUNTIME = (
 _LAYERS = re.compile(r"(.*?)layers/(\d+)/(.*)")
 
 
-def read_hf(
-    directory: Path, fields: Mapping[str, Any], *, mesh: Mesh | None = None, dtype: str = "float32"
-) -> tuple[ModelConfig, Params]:
-    """Configuration and parameters of a directory whose config.json holds ``fields``.
+def read_config(fields: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of a model whose config.json holds ``fields``.
 
-    Each tensor is read once, on a mesh each device's part by itself, and put where it belongs on the device: this
-    process's memory holds at most one tensor besides the parameters.
-
-    UserError where the family is unknown, a field may change results in a way that is not understood, or a tensor is
-    missing, superfluous or of the wrong shape.
+    UserError where the family is unknown, or a field may change results in a way that is not understood.
     """
-    path = directory / "config.json"
-    try:
-        family = family_of(fields)
-        config = _with_runtime(convert_config(family, fields), ours(fields).get("runtime", {}))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    files = _Prefixed(family, TensorFiles(directory))
+    return _with_runtime(convert_config(family_of(fields), fields), ours(fields).get("runtime", {}))
+
+
+def read_hf(
+    directory: Path, fields: Mapping[str, Any], config: ModelConfig, *, mesh: Mesh | None = None, dtype: str = "float32"
+) -> tuple[ModelConfig, Params]:
+    """Configuration, untied where the file has a head of its own, and parameters of a directory.
+
+    ``fields`` are those of its config.json and ``config`` what they say (``read_config``). Each tensor is read once, on
+    a mesh each device's part by itself, and put where it belongs on the device: this process's memory holds at most one
+    tensor besides the parameters.
+
+    UserError where a tensor is missing, superfluous or of the wrong shape.
+    """
+    family, files = family_of(fields), TensorFiles(directory)
+    for name in layer_counts(config):
+        count = getattr(config, name)
+        if count > len(files):  # before they are listed and traced one by one
+            raise UserError(f"{directory / 'config.json'}: {name} is {count}, but the files hold {len(files)} tensors")
+    files = _Prefixed(family, files)
     config = _untie(family, config, files)
     like = nn.abstract(config)[1]
     values, flat = complete(family, fields), flatten(like)
     targets = flatten(shardings(like, mesh)) if mesh is not None else dict.fromkeys(flat)
-    rows: dict[str, list[Piece]] = {path: list(pieces(family, config, path, leaf.shape)) for path, leaf in flat.items()}
-    _check_names(family, config, files, rows)
+    rows = _find(family, config, files, {path: leaf.shape for path, leaf in flat.items()})
     leaves = {
         path: _leaf(files, config, values, rows[path], leaf.shape, targets[path], jnp.dtype(dtype))
         for path, leaf in flat.items()
@@ -78,10 +87,7 @@ def _with_runtime(config: ModelConfig, runtime: Mapping[str, Any]) -> ModelConfi
     if not isinstance(runtime, dict) or not set(runtime) <= set(RUNTIME):
         raise UserError(f"jaxlm: runtime = {runtime!r} is not understood; remove it")
     config = from_dict(type(config), to_dict(config) | runtime)
-    for prefix in ("",) if isinstance(config, DecoderConfig) else ("encoder_", "decoder_"):
-        segments, layers = getattr(config, f"{prefix}segments"), getattr(config, f"{prefix}layers")
-        if segments and (min(segments) < 1 or sum(segments) != layers):
-            raise UserError(f"jaxlm: runtime: {prefix}segments = {segments} are not {layers} layers")
+    check_sizes(config)
     return config
 
 
@@ -115,7 +121,7 @@ def convert_config(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
             given = ", ".join(f"{name} = {fields[name]!r}" for name in field.theirs if name in fields)
             raise UserError(f"{given} makes no sense in a configuration of this model_type") from None
     config = _typed(family.config, ours | _special_ids(family, fields))
-    _check_sizes(config)
+    check_sizes(config)
     return config
 
 
@@ -126,23 +132,6 @@ def _typed(cls: type, ours: Mapping[str, Any]) -> ModelConfig:
         return from_dict(cls, plain)
     except UserError as error:
         raise UserError(f"a field has a value of the wrong type: {error}") from None
-
-
-def _check_sizes(config: ModelConfig) -> None:
-    """UserError where sizes make no model; what they allocate is bounded by the tensors of the file."""
-    counts = ["vocab_size", "width", "heads", "n_kv_heads", "d_head", "d_ffn", "max_positions"]
-    counts += ["layers"] if isinstance(config, DecoderConfig) else ["encoder_layers", "decoder_layers"]
-    for name in counts:
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}, which makes no model; check the sizes")
-    if config.heads % config.n_kv_heads:
-        raise UserError(f"{config.heads} attention heads cannot share {config.n_kv_heads} key/value heads equally")
-    if config.positions == "rotary" and config.d_rotary % 2:
-        raise UserError(f"{config.d_rotary} dimensions of a head are rotated, an odd number; check the sizes")
-    scaling = config.rope_scaling
-    for factors in (scaling.short_factor, scaling.long_factor):
-        if scaling.method == "longrope" and len(factors) != config.d_rotary // 2:
-            raise UserError(f"rope_scaling has {len(factors)} factors where {config.d_rotary // 2} are due")
 
 
 def _special_ids(family: Family, fields: Mapping[str, Any]) -> dict[str, int]:
@@ -232,10 +221,25 @@ def _untie(family: Family, config: ModelConfig, files: _Prefixed) -> ModelConfig
     return config if np.array_equal(head, table) else dataclasses.replace(config, tie_embeddings=False)
 
 
-def _check_names(
-    family: Family, config: ModelConfig, files: _Prefixed, rows: Mapping[str, list[Piece]]
-) -> None:
-    wanted = {files.name(piece.name, piece.tensor.aliases) for found in rows.values() for piece in found}
+def _find(
+    family: Family, config: ModelConfig, files: _Prefixed, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, list[Piece]]:
+    """What each parameter is made of. UserError unless all of it is there, of its shape, and nothing else.
+
+    Stops at the first piece that is wrong, and nothing is allocated before: sizes in a config.json are only claims.
+    """
+    rows: dict[str, list[Piece]] = {}
+    wanted = set()
+    for path, shape in shapes.items():
+        rows[path] = []
+        for piece in pieces(family, config, path, shape):
+            name = files.name(piece.name, piece.tensor.aliases)
+            found, due = files.files.shape(name), _stored(config, piece.tensor, shape[len(piece.at) :])
+            if found != due:
+                file = files.files.file(name)
+                raise UserError(f"{file}: tensor {name!r} is {list(found)}, by config.json it should be {list(due)}")
+            rows[path].append(piece)
+            wanted.add(name)
     unused = [re.compile(pattern) for pattern in family.unused]
     if config.tie_embeddings:
         unused.append(re.compile(re.escape(family.head)))
@@ -243,8 +247,16 @@ def _check_names(
         whole = files.prefix + name if files.bare else name
         if name not in wanted and not any(each.fullmatch(whole) or each.fullmatch(name) for each in unused):
             raise UserError(f"{files.files.file(name)}: tensor {name!r} has no place in a model of this config.json")
-    for name in sorted(wanted):
-        files.files.file(name)
+    return rows
+
+
+def _stored(config: ModelConfig, tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in the file of a tensor of which ours has this shape."""
+    stored = shape[::-1] if tensor.transposed else shape
+    if tensor.cut is not None:
+        outputs = (sum(tensor.cut.sizes(config)),)
+        stored = outputs + stored[1:] if tensor.transposed else stored[:-1] + outputs
+    return (1, *stored) if tensor.row else stored
 
 
 def _leaf(files, config, values, found: list[Piece], shape, target: NamedSharding | None, dtype) -> jax.Array:
@@ -276,16 +288,7 @@ def _read(files: _Prefixed, config: ModelConfig, values, piece: Piece, shape, ta
         spec = (*target.spec, *[None] * (len(shape) - len(target.spec)))
         target = NamedSharding(target.mesh, PartitionSpec(*spec[::-1]))
 
-    if tensor.cut is None:
-        whole, start = ((1, *stored) if tensor.row else stored), 0
-    else:
-        sizes = tensor.cut.sizes(config)
-        start = sum(sizes[: tensor.cut.index])
-        whole = (*stored[:axis], sum(sizes), *stored[axis + 1 :])
-    found = files.files.shape(name)
-    if found != whole:
-        path = files.files.file(name)
-        raise UserError(f"{path}: tensor {name!r} is {list(found)}, by config.json it should be {list(whole)}")
+    start = 0 if tensor.cut is None else sum(tensor.cut.sizes(config)[: tensor.cut.index])
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         if tensor.cut is not None and tensor.cut.by_head:
@@ -300,7 +303,7 @@ def _read(files: _Prefixed, config: ModelConfig, values, piece: Piece, shape, ta
         array = jnp.array(part((slice(None),) * len(stored)))  # a copy: what it is a view of is the file
     else:
         array = jax.make_array_from_callback(tuple(stored), target, part)
-    scale = 1.0 if tensor.scale is None else tensor.scale(values, piece.layer)
+    scale = 1.0 if tensor.scale is None else tensor.scale(values)
     return array, tensor.transposed, scale, tensor.offset
 
 

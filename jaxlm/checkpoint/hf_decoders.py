@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from jaxlm.checkpoint.hf_fields import (
     GATED,
@@ -286,17 +285,7 @@ OLMO2 = Family(
 )
 
 
-def _scaled(tensors: Mapping[str, Tensor], part: str, scale: Callable[..., float]) -> dict[str, Tensor]:
-    """The tensors, those whose path has ``part`` in it with a scale."""
-    return {path: dataclasses.replace(each, scale=scale) if part in path else each for path, each in tensors.items()}
-
-
 _BLOCK = "transformer.h.{}"
-
-
-def _gpt2_query(fields: Mapping[str, Any], layer: int | None) -> float:
-    """Some GPT-2s divide attention logits by the number of the layer: the same as dividing its queries."""
-    return 1.0 / (layer + 1) if fields["scale_attn_by_inverse_layer_idx"] else 1.0
 
 
 GPT2 = Family(
@@ -320,7 +309,7 @@ GPT2 = Family(
             lambda values: {"attention_scale": 0.0 if values["scale_attn_weights"] else 1.0},
             lambda config: {"scale_attn_weights": config.attention_scale != 1.0},
         ),
-        Field({"scale_attn_by_inverse_layer_idx": False}, lambda values: {}, lambda config: {}),  # see _gpt2_query
+        same("scale_attn_by_inverse_layer_idx", "attention_scale_by_layer", default=False),
         must("add_cross_attention", False, default=False),
         constant(
             norm="layernorm", norm_position="pre", positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True
@@ -329,11 +318,8 @@ GPT2 = Family(
     tensors={
         "embed/table": Tensor("transformer.wte.weight"),
         "decoder/pos/table": Tensor("transformer.wpe.weight"),
-        **_scaled(
-            fused(
-                tuple(f"decoder/layers/attn/{name}" for name in _QKV), f"{_BLOCK}.attn.c_attn", _heads, transposed=False
-            ),
-            "attn/q/", _gpt2_query,
+        **fused(
+            tuple(f"decoder/layers/attn/{name}" for name in _QKV), f"{_BLOCK}.attn.c_attn", _heads, transposed=False
         ),
         **linear("decoder/layers/attn/o", f"{_BLOCK}.attn.c_proj", transposed=False),
         **linear("decoder/layers/mlp/up", f"{_BLOCK}.mlp.c_fc", transposed=False),

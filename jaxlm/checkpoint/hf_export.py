@@ -125,12 +125,12 @@ def hf_tensors(
     family = FAMILIES[fields["model_type"]]
     target = dataclasses.replace(convert_config(family, fields), tie_embeddings=config.tie_embeddings)
     values, ours = complete(family, fields), flatten(params)
-    parts: dict[str, list[tuple[Tensor, int | None, Callable[[], np.ndarray], tuple[int, ...]]]] = {}
+    parts: dict[str, list[tuple[Tensor, Callable[[], np.ndarray], tuple[int, ...]]]] = {}
     for path, leaf in flatten(nn.abstract(target)[1]).items():
         for piece in pieces(family, target, path, leaf.shape):
             shape = leaf.shape[len(piece.at) :]
             get = partial(_ours, ours, config, path, piece.layer, piece.at[1:], shape)
-            parts.setdefault(piece.name, []).append((piece.tensor, piece.layer, get, shape))
+            parts.setdefault(piece.name, []).append((piece.tensor, get, shape))
     return {name: _tensor(target, values, found, np.dtype(dtype)) for name, found in parts.items()}
 
 
@@ -153,20 +153,20 @@ def _ours(ours: Mapping[str, Any], config: ModelConfig, path: str, layer: int | 
 
 def _tensor(config: ModelConfig, values: Mapping[str, Any], found: list, dtype: np.dtype) -> Lazy:
     """One tensor of the file from the parameters of ours that are cut from it."""
-    tensor, _, _, shape = found[0]
+    tensor, _, shape = found[0]
     axis = 0 if tensor.transposed else len(shape) - 1
 
-    def stored(tensor: Tensor, layer: int | None, get: Callable[[], np.ndarray]) -> np.ndarray:
-        scale = 1.0 if tensor.scale is None else tensor.scale(values, layer)
+    def stored(tensor: Tensor, get: Callable[[], np.ndarray]) -> np.ndarray:
+        scale = 1.0 if tensor.scale is None else tensor.scale(values)
         array = get()
         array = array.T if tensor.transposed else array
         return (array - tensor.offset) / scale if scale != 1.0 or tensor.offset else array
 
     def make() -> np.ndarray:
         if tensor.cut is None:
-            array = stored(*found[0][:3])
+            array = stored(*found[0][:2])
         else:
-            parts = [stored(*each[:3]) for each in sorted(found, key=lambda each: each[0].cut.index)]
+            parts = [stored(*each[:2]) for each in sorted(found, key=lambda each: each[0].cut.index)]
             array = np.moveaxis(tensor.cut.join(config, [np.moveaxis(part, axis, 0) for part in parts]), 0, axis)
         return (array[None] if tensor.row else array).astype(dtype)
 

@@ -60,7 +60,7 @@ class Cut:
 class Tensor:
     """A tensor of the file. Each ``{}`` in its name is a number: of the layer, then of the expert.
 
-    Ours is ``offset + scale(fields, layer) * theirs``, theirs transposed or cut where these say so. ``fields`` are
+    Ours is ``offset + scale(fields) * theirs``, theirs transposed or cut where these say so. ``fields`` are
     those of config.json, defaults included.
     """
 
@@ -69,7 +69,7 @@ class Tensor:
     cut: Cut | None = None
     row: bool = False  # a vector stored as a matrix of one row
     offset: float = 0.0
-    scale: Callable[[Values, int | None], float] | None = None
+    scale: Callable[[Values], float] | None = None
     aliases: tuple[str, ...] = ()  # other names of the same tensor: the first that a file has counts
 
     def named(self, config: ModelConfig) -> str:

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from jaxlm.checkpoint.hf_fields import REQUIRED, Field, Values
+from jaxlm.checkpoint.sizes import MOST, MOST_LAYERS
 from jaxlm.core.errors import UserError
 from jaxlm.nn.config import RopeScaling, StackConfig
 
@@ -57,8 +58,8 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise UserError(f"{name} = {value!r} is not a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
+        raise UserError(f"{name} = {value!r} is not a positive number of at most {MOST:g}")
     return float(value)
 
 
@@ -214,9 +215,11 @@ def alternating_windows(default: int, period: int, pattern: str = "") -> Field:
 
 
 def _layers(values: Values) -> range:
-    if not isinstance(values["num_hidden_layers"], int):
-        raise UserError(f"num_hidden_layers = {values['num_hidden_layers']!r} is not a whole number")
-    return range(values["num_hidden_layers"])
+    """All layers, to be listed one by one: not as many as a damaged file may ask for."""
+    count = values["num_hidden_layers"]
+    if not isinstance(count, int) or count > MOST_LAYERS:
+        raise UserError(f"num_hidden_layers = {count!r} is not a whole number of at most {MOST_LAYERS}")
+    return range(count)
 
 
 def _windows(values: Values, default: list[str]) -> tuple[int, ...]:

@@ -166,7 +166,7 @@ MARIAN = Family(
 )
 
 
-def _t5_output(fields: Mapping[str, Any], layer: int | None) -> float:
+def _t5_output(fields: Mapping[str, Any]) -> float:
     """T5 multiplies the decoder's output by ``1 / sqrt(d_model)`` before a tied head: the same as a smaller norm."""
     scaled = fields["scale_decoder_outputs"]
     scaled = fields["tie_word_embeddings"] is not False if scaled is None else scaled

@@ -80,10 +80,10 @@ class TensorFiles(Mapping[str, np.ndarray]):
             places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             if not places or not all(isinstance(name, str) for name in places.values()):
                 raise ValueError
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{path} is not an index of safetensors files; copy the model directory again") from None
         for name in places.values():
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
                 raise UserError(f"{path} names {name!r}, which is not a safetensors file beside it; copy both again")
         return places
 
@@ -98,7 +98,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
             self._maps[path] = np.memmap(path, np.uint8, mode="r")
         except FileNotFoundError:
             raise UserError(f"{path} is missing; copy the model directory again") from None
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path} is damaged or cannot be read ({reason}); copy or save it again") from None
         self.metadata |= metadata

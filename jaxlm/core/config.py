@@ -178,7 +178,7 @@ def _convert(value: Any, hint: Any, path: str, *, parse: bool = True) -> Any:
         return result
     except UserError:
         raise
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         raise UserError(f"{path}: {value!r} is not {_wanted(hint)}") from None
 
 

@@ -21,11 +21,13 @@ class Engine(Protocol):
 
     Attributes:
         vocabulary: the id of every token.
+        target_vocabulary: the same, in the language translated into.
         specials: the id of every token that is not text; ``encode`` makes none of them.
         bpe: whether it merges pairs (which decides about cleaning up spaces).
     """
 
     vocabulary: Mapping[str, int]
+    target_vocabulary: Mapping[str, int]
     specials: Mapping[str, int]
     bpe: bool
 
@@ -53,7 +55,7 @@ class FastEngine:
         raw.no_padding()
         raw.encode_special_tokens = True
         self.raw = raw
-        self.vocabulary = raw.get_vocab(with_added_tokens=True)
+        self.vocabulary = self.target_vocabulary = raw.get_vocab(with_added_tokens=True)
         added = raw.get_added_tokens_decoder().items()
         self.specials = {token.content: index for index, token in added if token.special}
         self.bpe = isinstance(raw.model, models.BPE)

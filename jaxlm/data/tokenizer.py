@@ -60,6 +60,23 @@ class Tokenizer:
         name = name.get("content") if isinstance(name, dict) else name
         return name if name in self._engine.vocabulary else None
 
+    def check_rows(self, rows: int, target_rows: int) -> None:
+        """UserError where a token has an id that embeddings of so many rows have not, of the source or the target.
+
+        A token that stands for an image is none of text: Gemma 3 has one in the tokenizer of models without a row for
+        it.
+        """
+        image = self._config.get("image_token")
+        image = image.get("content") if isinstance(image, dict) else image
+        for vocabulary, count in ((self._engine.vocabulary, rows), (self._engine.target_vocabulary, target_rows)):
+            if max(vocabulary.values()) >= count:
+                index, token = max((index, token) for token, index in vocabulary.items() if token != image)
+                if index >= count:
+                    raise UserError(
+                        f"the tokenizer gives {token!r} the id {index}, and the model has {count} rows of embeddings; "
+                        "copy the tokenizer that belongs to it"
+                    )
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text. UserError if it holds a character that a character tokenizer lacks."""
         return self._ids([text])[0]

@@ -63,6 +63,7 @@ class StackConfig:
     mlp_bias: bool = False
     qk_norm: Literal["none", "head", "width"] = "none"  # of queries and keys (arXiv:2302.05442), each head or all
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
+    attention_scale_by_layer: bool = False  # divided by the layer's number too, which is 1 for the first
     attention_softcap: float = 0.0  # 0: off; c * tanh(logits / c) (arXiv:2408.00118)
     logit_softcap: float = 0.0
     windows: tuple[int, ...] = ()  # sliding windows, cycled over layers; 0 is full attention

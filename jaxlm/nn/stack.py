@@ -103,13 +103,17 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config.width, config)
         self.mlp_out_norm = Norm(config.width, config) if sandwich else None
 
-    def __call__(self, x_BxTxD, view: View, *, mask_BxTxS, angles, past: LayerCache | None, memory, key):
-        """Returns the layer's output and its cache with the new slots written (None without one)."""
+    def __call__(self, x_BxTxD, view: View, *, mask_BxTxS, angles, number, past: LayerCache | None, memory, key):
+        """Returns the layer's output and its cache with the new slots written (None without one).
+
+        ``number`` divides the logits of self-attention, None being 1.
+        """
         keys = iter(split_key(key, 6))
 
         def attention(h):
             nonlocal past
             q, k, v = self.attn.query_key_value(h, angles)
+            q = q if number is None else q / number.astype(q.dtype)
             if past is not None:
                 past = past.write(k, v)
                 k, v = past.read()
@@ -313,13 +317,14 @@ class Stack(nnx.Module):
         graphdef, params = nnx.split(self.layers[i])
         run, cycle, windows = self.segments[i], self.config.windows, None
         count = len(run)
+        numbers = jnp.array(run) + 1 if self.config.attention_scale_by_layer else None
         if any(cycle):
             windows = jnp.array([cycle[layer % len(cycle)] for layer in run])
         keys = None if key is None else jax.random.split(key, count)
 
         def body(carry, xs):
             x, kv = carry
-            layer, layer_params, window, layer_key, layer_memory = xs
+            layer, layer_params, window, number, layer_key, layer_memory = xs
             block = nnx.merge(graphdef, layer_params)
             mask, angles = view.mask_BxTxS, view.angles
             if window is not None:
@@ -331,13 +336,14 @@ class Stack(nnx.Module):
                 layer_memory = block.cross.key_value(memory, None)
             layer_past = None if kv is None else LayerCache(*kv, layer, past[2])
             x, layer_past = block(
-                x, view, mask_BxTxS=mask, angles=angles, past=layer_past, memory=layer_memory, key=layer_key
+                x, view, mask_BxTxS=mask, angles=angles, number=number, past=layer_past, memory=layer_memory,
+                key=layer_key,
             )
             return (x, None if kv is None else (layer_past.keys, layer_past.values)), None
 
         body = _remat(body, self.config.remat)
         carry = (x_BxTxD, None if past is None else past[:2])
-        xs = (jnp.arange(count), params, windows, keys, memory_kv)
+        xs = (jnp.arange(count), params, windows, numbers, keys, memory_kv)
         if self.config.scan_layers:
             return jax.lax.scan(body, carry, xs)[0]
         # Split at once: the gradient is then one concatenation, where that of indexing is a sum of padded layers.

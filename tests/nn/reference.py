@@ -40,7 +40,7 @@ def decoder_logits(config, weights: dict[str, np.ndarray], tokens: list[int]) ->
             window = config.windows[number % len(config.windows)] if config.windows else 0
             relative = weights.get("decoder/rel/table")
             parts = [
-                ("attn", lambda h, w=window, p=layer, r=relative: attention(config, h, p, w, r)),
+                ("attn", lambda h, n=number, w=window, p=layer, r=relative: attention(config, h, p, n, w, r)),
                 ("mlp", lambda h, p=layer: (moe if "mlp/router/kernel" in p else mlp)(config, h, p)),
             ]
             if config.parallel:
@@ -120,7 +120,7 @@ def bucket(config, distance):
     return min(exact + int(far), config.relative_buckets - 1)
 
 
-def attention(config, x, weights, window, relative):
+def attention(config, x, weights, number, window, relative):
     K, T = config.d_head, len(x)
     theta = config.rope_local_theta if window and config.rope_local_theta else config.rope_theta
     q, k, v = (linear(x, weights, f"attn/{name}") for name in "qkv")
@@ -139,7 +139,9 @@ def attention(config, x, weights, window, relative):
                 a, b = q[t, head], k[s, group]
                 if config.positions == "rotary":
                     a, b = (rotate(y, at, theta, config.rotary_fraction) for y, at in ((a, t), (b, s)))
-                logit = cap(a @ b * (config.attention_scale or K**-0.5), config.attention_softcap)
+                scale = config.attention_scale or K**-0.5
+                scale /= number + 1 if config.attention_scale_by_layer else 1
+                logit = cap(a @ b * scale, config.attention_softcap)
                 logits.append(logit + (relative[bucket(config, t - s), head] if relative is not None else 0))
             p = np.exp(np.array(logits) - max(logits))
             out[t, head] = (p / p.sum()) @ v[keys, group]

@@ -34,6 +34,7 @@ VARIANTS = {
         qk_norm="head", attention_softcap=5.0, logit_softcap=3.0, windows=(3, 0), head_dim=8, activation="geglu",
         attention_scale=0.3, embed_scale=True, segments=(1, 2), rope_theta=100.0,
     ),
+    "scaled-by-layer": dict(attention_scale_by_layer=True, attention_softcap=5.0, segments=(1, 2)),
     "reglu-silu": dict(activation="reglu", norm_eps=1e-2, windows=(4,)),
     "silu": dict(activation="silu", scan_layers=False),
     "neox": dict(
