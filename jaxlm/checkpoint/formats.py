@@ -11,6 +11,8 @@ A dense array that nothing makes smaller is stored as itself under its path. Eve
         "parts": {"<part>": {"layout": ..., "streams": {"<stream>": method}, "gaps": entries of the gaps stream}},
         "crc32": of the entry itself and its arrays}}}
 
+FORMAT.md beside this file has all that a reader of other making needs.
+
 The parts are ``dense``, or ``codes``, ``scale``, ``zero``, ``act_scale`` and ``table``. See ``checkpoint.codec`` for
 layouts, streams and methods. A part with the layout ``array`` is an array of its own dtype. Codes are stored minus the
 zeros (minus the most common code, "common", where a table gives them their values), modulo ``2**bits``; floats of

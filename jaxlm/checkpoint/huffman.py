@@ -89,7 +89,7 @@ def encode(symbols: np.ndarray) -> np.ndarray:
 def decode(coded: np.ndarray, count: int) -> np.ndarray:
     """The ``count`` symbols (uint8) of flat coded bytes (uint8), or Corrupt.
 
-    Allocates no more than eight times what it is given, and 10 MiB.
+    Allocates no more than some eight times what it is given, and 16 MiB.
     """
     if not 0 <= count <= 8 * len(coded):
         raise Corrupt(f"{len(coded)} bytes cannot hold {count} symbols")

@@ -51,6 +51,24 @@ def test_words_round_trip_bit_for_bit(dtype, words, seed, storage):
     np.testing.assert_array_equal(decode(encode(values, kind, storage), kind, len(values)), values)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_planes_are_what_the_format_says(dtype):
+    """A reader written from FORMAT.md alone, a value at a time."""
+    kind = Planes(np.dtype(dtype))
+    words = (np.random.default_rng(0).normal(size=300) * 0.02).astype(dtype).view(kind.dtype)
+    planes = {name: symbols.tolist() for name, (_, symbols) in kind.split(words).items()}
+    for i, word in enumerate(words.tolist()):
+        if kind.bits == 8:
+            bits = f"{planes['plane0'][i]:08b}"
+        else:
+            tops = [8 * at + bit for at, byte in enumerate(planes["tops"]) for bit in range(8) if byte >> bit & 1]
+            room = 2 if len(tops) <= 64 else 1 if len(tops) <= 128 else 0
+            rank, head = divmod(planes["plane0"][i], 2**room)
+            bits = f"{tops[rank]:08b}" + (f"{head:0{room}b}" if room else "") + f"{planes['plane1'][i]:0{8 - room}b}"
+            bits += "".join(f"{planes[f'plane{n}'][i]:08b}" for n in range(2, kind.bits // 8))
+        assert bits[-1] + bits[:-1] == f"{word:0{kind.bits}b}"  # the sign comes first again
+
+
 def test_negative_zero_is_a_value():
     values = np.array([0.0, -0.0] * 500, np.float32).view(np.uint32)
     for kind, storage in ((Words(np.dtype("f4")), "plain"), (Planes(np.dtype("f4")), "huffman")):
