@@ -1,9 +1,11 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm.checkpoint import huffman
 from jaxlm.checkpoint.codec import Codes, Corrupt, Part, Planes, Words, decode, decode_stream, encode, encode_stream
 
 FLOATS = [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float64]
@@ -144,6 +146,22 @@ def test_the_cheapest_method_is_chosen(symbols):
     noise = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
     assert encode_stream(noise, 8, "huffman")[0] == "raw"
     assert encode_stream(symbols, 8, "plain")[0] == "raw"
+
+
+@pytest.mark.parametrize("spread", [0.5, 3, 1000])
+@pytest.mark.parametrize("count", [0, 1, 60, 3000, 50_000])
+@pytest.mark.parametrize("width", [4, 8])
+def test_no_other_method_takes_fewer_bytes(width, count, spread):
+    symbols = (np.random.default_rng(0).normal(size=count) * spread).astype(np.int64) & 2**width - 1
+    symbols = symbols.astype(np.uint8)
+    sizes = {
+        "huffman": len(huffman.encode(symbols)),
+        "zstd": len(zstandard.ZstdCompressor(level=3).compress(symbols.data)),
+        "raw": -(-count * width // 8),
+    }
+    method, data = encode_stream(symbols, width, "huffman")
+    assert len(data) == sizes[method] == min(sizes.values())
+    np.testing.assert_array_equal(decode_stream(method, data, width, count), symbols)
 
 
 @pytest.mark.parametrize("zeros", [0, 0.5, 0.9])
