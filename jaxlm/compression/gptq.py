@@ -63,12 +63,13 @@ def gptq(
     act_order: bool = True,
     static_groups: bool = True,
     damping: float = 0.01,
+    sweeps: int = 0,
     block: int = 128,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, Info]:
     """Codes, scale and zero of a ``core.leaves.QArray``, and how it went: see ``solve``, for ``least`` ``rtn.grid``."""
     solution = solve(
         w_OxI, h_IxI, kept_OxI, grid=Integers(bits, symmetric, least), group=group, act_order=act_order,
-        static_groups=static_groups, damping=damping, block=block,
+        static_groups=static_groups, damping=damping, sweeps=sweeps, block=block,
     )  # fmt: skip
     return solution.codes_OxI, *solution.params, solution.info
 
@@ -81,6 +82,7 @@ def sparsegpt(
     n: int = 0,
     m: int = 0,
     damping: float = 0.01,
+    sweeps: int = 0,
     block: int = 128,
 ) -> tuple[jax.Array, jax.Array, Info]:
     """The pruned weights, where they were kept, and how it went.
@@ -88,11 +90,14 @@ def sparsegpt(
     Of every block of columns the ``sparsity`` share is dropped, or all but ``n`` of every ``m`` inputs of an output.
     For quantization in the same pass see ``solve``.
     """
-    solution = solve(w_OxI, h_IxI, sparsity=sparsity or (n, m), act_order=False, damping=damping, block=block)
+    sparsity = (n, m) if sparsity is None else sparsity
+    solution = solve(
+        w_OxI, h_IxI, sparsity=sparsity, act_order=False, damping=damping, sweeps=sweeps, block=block
+    )
     return solution.weights_OxI, solution.kept_OxI, solution.info
 
 
-@functools.partial(jax.jit, static_argnames=("group", "sparsity", "act_order", "static_groups", "block"))
+@functools.partial(jax.jit, static_argnames=("group", "sparsity", "act_order", "static_groups", "sweeps", "block"))
 def solve(
     w_OxI: jax.Array,
     h_IxI: jax.Array,
@@ -104,6 +109,7 @@ def solve(
     act_order: bool = True,
     static_groups: bool = True,
     damping: float = 0.01,
+    sweeps: int = 0,
     block: int = 128,
 ) -> Solution:
     """The weights nearest to W in ``tr((W - Q) H (W - Q)^T)`` that a greedy pass over the columns finds.
@@ -120,6 +126,7 @@ def solve(
       static_groups: grids are fitted to the original weights; else to the weights as compensated when their group
         begins, which takes columns in their own order and no sparsity.
       damping: added to the diagonal of ``H``, as a share of its mean.
+      sweeps: passes of coordinate descent over the result, which lower the loss further; masks and grids stay.
       block: columns between updates of all later ones; only ``sparsity`` sees it otherwise than as speed.
 
     Raises UserError for what does not go together.
@@ -139,55 +146,69 @@ def solve(
         raise UserError("nothing to solve for; give a grid, a sparsity or a mask")
     one = functools.partial(
         _solve, group=group, sparsity=sparsity, act_order=act_order, static_groups=static_groups, damping=damping,
-        block=block,
+        sweeps=sweeps, block=block,
     )  # fmt: skip
     for _ in w_OxI.shape[:-2]:
         one = jax.vmap(one)
     return one(w_OxI.astype(jnp.float32), h_IxI.astype(jnp.float32), kept_OxI, grid)
 
 
-def _solve(w_OxI, h_IxI, kept_OxI, grid, *, group, sparsity, act_order, static_groups, damping, block):
+def _solve(w_OxI, h_IxI, kept_OxI, grid, *, group, sparsity, act_order, static_groups, damping, sweeps, block):
     w_OxI, h_IxI = revive(w_OxI, h_IxI)
-    n_out, n_in = w_OxI.shape
+    n_in = w_OxI.shape[1]
     weight_I = jnp.maximum(jnp.diagonal(h_IxI), 0)
     order_I = jnp.argsort(-weight_I) if act_order else jnp.arange(n_in)
-    factored = factor(h_IxI, damping, order_I)
-    step, begin_block, begin_step, params = math.gcd(block, 16), None, None, None
-    extra = {"real": jnp.ones(n_in, bool)}
-    if kept_OxI is not None:
-        extra["kept"] = kept_OxI.T[order_I]
-    if grid and static_groups:
-        params = grid.fit(w_OxI if kept_OxI is None else jnp.where(kept_OxI, w_OxI, 0), group, weight_I)
-        tables, extra["group"] = jax.tree.map(jnp.transpose, params), order_I // (group or n_in)
-    elif grid:
-        block, extra["weight"] = group, weight_I
-        begin_block, step = functools.partial(_fit_block, grid), math.gcd(block, 16)
-    if isinstance(sparsity, tuple):
-        n, step = sparsity
-        block = step * max(block // step, 1)
-        begin_step = functools.partial(_choose_pattern, n)
-    elif sparsity:
-        begin_block = functools.partial(_choose, sparsity)
+    back_I = jnp.argsort(order_I) if act_order else slice(None)
+    w_IxO, factored = w_OxI.T[order_I], factor(h_IxI, damping, order_I)
+    extra = {"real": jnp.ones(n_in, bool)} | ({} if kept_OxI is None else {"kept": kept_OxI.T[order_I]})
+    params = None
+    if grid:
+        extra["group"], extra["weight"] = order_I // (group or n_in), weight_I[order_I]
+        if static_groups:
+            params = grid.fit(w_OxI if kept_OxI is None else jnp.where(kept_OxI, w_OxI, 0), group, weight_I)
 
-    def column(w_O, extra):
+    def column(w_O, extra, params_GxO):
         kept = extra.get("kept")
         value_O = w_O if kept is None else jnp.where(kept, w_O, 0)
+        out = {"kept_OxI": kept} if sparsity else {}
         if not grid:
-            return value_O, {"weights_OxI": value_O, "kept_OxI": kept if sparsity else None}
-        here = jax.tree.map(lambda p_GxO: p_GxO[extra["group"]][:, None], tables) if static_groups else extra["params"]
+            return value_O, out | {"weights_OxI": value_O}
+        here = extra.get("params")  # a dynamic group's own; else its column of all of them
+        if here is None:
+            here = jax.tree.map(lambda p_GxO: p_GxO[extra["group"]][:, None], params_GxO)
         codes_Ox1 = grid.codes(value_O[:, None], here)
-        out = {"codes_OxI": codes_Ox1[:, 0], "kept_OxI": kept if sparsity else None}
-        return grid.values(codes_Ox1, here)[:, 0], out
+        return grid.values(codes_Ox1, here)[:, 0], out | {"codes_OxI": codes_Ox1[:, 0]}
 
-    columns, blocks, loss_O = sweep(
-        w_OxI.T[order_I], factored.r_IxI, column, extra,
-        block=block, step=step, begin_block=begin_block, begin_step=begin_step,
-    )  # fmt: skip
-    params = params if static_groups else jax.tree.map(lambda p_GxOx1: p_GxOx1[..., 0].T, blocks)
-    back_I = jnp.argsort(order_I) if act_order else slice(None)
+    def first(**options):
+        fix = functools.partial(column, params_GxO=jax.tree.map(jnp.transpose, params))
+        return sweep(w_IxO, factored.r_IxI, fix, extra, **options)
+
+    if grid and not static_groups:
+        begin = functools.partial(_fit_block, grid)
+        errors_IxO, columns, begun, loss = first(block=group, step=math.gcd(group, 16), begin_block=begin)
+        params = jax.tree.map(lambda p_GxOx1: p_GxOx1[..., 0].T, begun)
+    elif isinstance(sparsity, tuple):
+        n, m = sparsity
+        begin = functools.partial(_choose_pattern, n)
+        errors_IxO, columns, _, loss = first(block=m * max(block // m, 1), step=m, begin_step=begin)
+    else:
+        begin = functools.partial(_choose, sparsity) if sparsity else None
+        errors_IxO, columns, _, loss = first(block=block, step=math.gcd(block, 16), begin_block=begin)
+
+    if sweeps:
+        if sparsity:
+            extra["kept"] = columns["kept_OxI"]
+        a_IxI = jnp.where(factored.failed, jnp.eye(n_in), factored.damp(h_IxI)[order_I][:, order_I])
+        fix = functools.partial(column, params_GxO=jax.tree.map(jnp.transpose, params))
+
+        def again(_, state):
+            errors_IxO, _, loss = state
+            errors_IxO, columns, _, change = sweep(w_IxO, a_IxI, fix, extra, errors_IxO, block=block)
+            return errors_IxO, columns, loss + change
+
+        errors_IxO, columns, loss = jax.lax.fori_loop(0, sweeps, again, (errors_IxO, columns, loss))
     columns = jax.tree.map(lambda x_IxO: x_IxO[back_I].T, columns)
-    info = Info(factored.damping, factored.retries, factored.failed, jnp.sum(loss_O))
-    return Solution(info, params=params, **columns)
+    return Solution(Info(factored.damping, factored.retries, factored.failed, loss), params=params, **columns)
 
 
 def _fit_block(grid, w_BxO, r_B, extra_B):

@@ -26,6 +26,10 @@ class Factor(NamedTuple):
     retries: jax.Array
     failed: jax.Array
 
+    def damp(self, h_IxI: jax.Array) -> jax.Array:
+        """What was factored, in the order of ``h_IxI``."""
+        return h_IxI + self.damping * jnp.mean(jnp.diagonal(h_IxI)) * jnp.eye(h_IxI.shape[0])
+
 
 def revive(w_OxI: jax.Array, h_IxI: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inputs that are never active get weight 0 and the mean diagonal of the others, so that ``H`` can be factored.

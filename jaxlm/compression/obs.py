@@ -1,9 +1,13 @@
-"""The loop that GPTQ and SparseGPT share: columns fixed one after another, each error made up for by the later ones.
+"""The loop of GPTQ and SparseGPT: columns fixed one after another, each making up for the errors of those before.
 
 Optimal Brain Surgeon in a fixed order (arXiv:2208.11580, 2210.17323, 2301.00774). The authors update all later columns
-by ``U = chol(inv(H))``. With ``R = inv(U)`` the same weights come from the errors made so far, ``W'_F = W_F + (W_D -
-Q_D) R_DF inv(R_FF)`` for fixed columns D and free ones F (LDLQ, arXiv:2307.13304): only the diagonal blocks of ``R``
-are ever inverted, and a column is touched when its block begins, not at every block before it.
+by ``chol(inv(H))``; with ``H = R R^T``, R upper triangular, the same weights come from the errors ``E = W - Q`` made so
+far (LDLQ, arXiv:2307.13304): column i is fixed as near as may be to
+
+    w_i + sum_{j != i} E_j A_ji / A_ii
+
+with ``A = R`` and no errors at first. With ``A = H`` and the errors of a pass before, it is coordinate descent, which
+only lowers ``tr(E H E^T)``: the same loop.
 """
 
 from __future__ import annotations
@@ -20,71 +24,77 @@ _dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 def sweep(
     w_IxO: jax.Array,
-    r_IxI: jax.Array,
+    a_IxI: jax.Array,
     column: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
     extra: Any = None,
+    error_IxO: jax.Array | None = None,
     *,
     block: int,
     step: int = 16,
     begin_block: Callable | None = None,
     begin_step: Callable | None = None,
-) -> tuple[Any, Any, jax.Array]:
+) -> tuple[jax.Array, Any, Any, jax.Array]:
     """Fixes the columns of W, here the rows of its transpose, in blocks of ``block`` and steps of ``step`` of them.
 
-    ``column(w_O, extra_i) -> (value_O, out)`` fixes one column as compensated so far, given its slice of ``extra``, a
-    pytree of arrays ``[I, ...]``. ``begin_block(w_BxO, r_B, extra_B) -> (extra_B, out)`` and ``begin_step(w_SxO, r_S,
-    extra_S) -> extra_S`` see the compensated columns as they begin, and may replace their slices. ``r_B`` is the
-    diagonal of the factor: ``(w * r)**2`` is what setting one weight to 0 costs. The last block is filled up with
-    columns of zeros (``extra`` too) and a factor of 1.
+    Without ``error_IxO``, ``a_IxI`` is the factor, else the Hessian. ``column(w_O, extra_i) -> (value_O, out)`` fixes
+    one column, given where it should lie and its slice of ``extra``, a pytree of arrays ``[I, ...]``.
 
-    Returns ``column``'s outs ``[I, ...]``, ``begin_block``'s ``[blocks, ...]``, and ``|(W - Q) R|^2`` an output.
+    With the factor, ``begin_block(w_BxO, r_B, extra_B) -> (extra_B, out)`` and ``begin_step(w_SxO, r_S, extra_S) ->
+    extra_S`` see the columns about to be fixed as the errors before would have them, and may replace their slices;
+    ``r_B`` is the diagonal of the factor: ``(w * r)**2`` is what setting one weight to 0 costs.
+
+    The last block is filled up with columns of zeros (``extra`` too), and of the identity in ``a_IxI``. Returns the
+    errors, ``column``'s outs ``[I, ...]``, ``begin_block``'s ``[blocks, ...]``, and the change of ``tr(E H E^T)``.
     """
-    n_in, n_out = w_IxO.shape
+    first, (n_in, n_out) = error_IxO is None, w_IxO.shape
     pad = -n_in % block
     blocks, steps = (n_in + pad) // block, block // step
     w_IxO = jnp.pad(w_IxO, ((0, pad), (0, 0)))
-    r_IxI = jnp.pad(r_IxI, ((0, pad), (0, pad))) + jnp.diag(jnp.arange(n_in + pad) >= n_in).astype(r_IxI.dtype)
-    cut = functools.partial(jax.tree.map, lambda x: x.reshape(-1, block, *x.shape[1:]))
-    extra = cut(jax.tree.map(lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))), extra))
-    diagonal_NxBxB = jnp.stack([r_IxI[i : i + block, i : i + block] for i in range(0, n_in, block)])
-    eye_NxBxB = jnp.broadcast_to(jnp.eye(block), diagonal_NxBxB.shape)
-    u_NxBxB = jax.lax.linalg.triangular_solve(diagonal_NxBxB, eye_NxBxB, left_side=True, lower=False)
+    a_IxI = jnp.pad(a_IxI, ((0, pad), (0, pad))) + jnp.diag(jnp.arange(n_in + pad) >= n_in).astype(a_IxI.dtype)
+    error_IxO = jnp.zeros_like(w_IxO) if first else jnp.pad(error_IxO, ((0, pad), (0, 0)))
+    extra = jax.tree.map(lambda x: jnp.pad(x, ((0, pad), *((0, 0),) * (x.ndim - 1))), extra)
 
-    def solve_column(w_SxO, xs):
-        k, u_S, extra_i = xs
-        w_O = w_SxO[k]
-        value_O, out = column(w_O, extra_i)
-        error_O = (w_O - value_O) / u_S[k]
-        return w_SxO - u_S[:, None] * error_O, (value_O, error_O, out)
+    def solve_column(g_SxO, xs):
+        k, a_S, w_O, old_O, extra_i = xs
+        target_O = w_O + g_SxO[k] / a_S[k] - old_O
+        value_O, out = column(target_O, extra_i)
+        new_O = w_O - value_O
+        miss_O = (value_O - target_O) ** 2
+        change_O = a_S[k] ** 2 * miss_O if first else a_S[k] * (miss_O - (w_O - old_O - target_O) ** 2)
+        return g_SxO + a_S[:, None] * (new_O - old_O), (new_O, change_O, out)
 
-    def solve_step(w_BxO, xs):
-        start, u_SxB, r_S, extra_S = xs
-        w_SxO = jax.lax.dynamic_slice_in_dim(w_BxO, start, step)
-        u_SxS = jax.lax.dynamic_slice_in_dim(u_SxB, start, step, axis=1)
+    def solve_step(g_BxO, xs):
+        start, a_SxB, u_SxB, w_SxO, old_SxO, extra_S = xs
+        part = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=step)
+        g_SxO, a_SxS = part(g_BxO), part(a_SxB, axis=1)
         if begin_step:
-            extra_S = begin_step(w_SxO, r_S, extra_S)
-        _, (value_SxO, error_SxO, out_S) = jax.lax.scan(solve_column, w_SxO, (jnp.arange(step), u_SxS, extra_S))
-        w_BxO = w_BxO - _dot(u_SxB.T, error_SxO)
-        return jax.lax.dynamic_update_slice_in_dim(w_BxO, value_SxO, start, 0), (jnp.sum(error_SxO**2, 0), out_S)
+            extra_S = begin_step(w_SxO + _dot(part(u_SxB, axis=1).T, g_SxO), jnp.diagonal(a_SxS), extra_S)
+        xs = (jnp.arange(step), a_SxS, w_SxO, old_SxO, extra_S)
+        _, (new_SxO, change_SxO, out_S) = jax.lax.scan(solve_column, g_SxO, xs)
+        return g_BxO + _dot(a_SxB.T, new_SxO - old_SxO), (new_SxO, jnp.sum(change_SxO), out_S)
 
     def solve_block(error_IxO, xs):
-        index, w_BxO, u_BxB, extra_B = xs
+        index, w_BxO, extra_B = xs
         start = index * block
 
         def gather(i, sum_BxO):
-            r_CxB = jax.lax.dynamic_slice(r_IxI, (i * block, start), (block, block))
-            return sum_BxO + _dot(r_CxB.T, jax.lax.dynamic_slice_in_dim(error_IxO, i * block, block))
+            a_CxB = jax.lax.dynamic_slice(a_IxI, (i * block, start), (block, block))
+            return sum_BxO + _dot(a_CxB.T, jax.lax.dynamic_slice_in_dim(error_IxO, i * block, block))
 
-        now_BxO = w_BxO + _dot(u_BxB.T, jax.lax.fori_loop(0, index, gather, jnp.zeros_like(w_BxO)))
-        r_B, out = 1 / jnp.diagonal(u_BxB), None
+        g_BxO = jax.lax.fori_loop(0, index if first else blocks, gather, jnp.zeros_like(w_BxO))
+        a_BxB = jax.lax.dynamic_slice(a_IxI, (start, start), (block, block))
+        u_BxB = out = None
+        if begin_block or begin_step:
+            u_BxB = jax.lax.linalg.triangular_solve(a_BxB, jnp.eye(block), left_side=True, lower=False)
         if begin_block:
-            extra_B, out = begin_block(now_BxO, r_B, extra_B)
-        split = functools.partial(jax.tree.map, lambda x: x.reshape(steps, step, *x.shape[1:]))
-        starts = jnp.arange(0, block, step)
-        value_BxO, (loss, out_B) = jax.lax.scan(solve_step, now_BxO, (starts, *split((u_BxB, r_B, extra_B))))
-        error_IxO = jax.lax.dynamic_update_slice_in_dim(error_IxO, w_BxO - value_BxO, start, 0)
-        return error_IxO, (jnp.sum(loss, 0), jax.tree.map(lambda x: x.reshape(block, *x.shape[2:]), out_B), out)
+            extra_B, out = begin_block(w_BxO + _dot(u_BxB.T, g_BxO), jnp.diagonal(a_BxB), extra_B)
+        old_BxO = jax.lax.dynamic_slice_in_dim(error_IxO, start, block)
+        xs = jax.tree.map(lambda x: x.reshape(steps, step, *x.shape[1:]), (a_BxB, u_BxB, w_BxO, old_BxO, extra_B))
+        _, (new_B, change, out_B) = jax.lax.scan(solve_step, g_BxO, (jnp.arange(0, block, step), *xs))
+        error_IxO = jax.lax.dynamic_update_slice_in_dim(error_IxO, new_B.reshape(block, n_out), start, 0)
+        return error_IxO, (out_B, out, jnp.sum(change))
 
-    xs = (jnp.arange(blocks), cut(w_IxO), u_NxBxB, extra)
-    _, (loss, columns, begins) = jax.lax.scan(solve_block, jnp.zeros_like(w_IxO), xs)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n_in], columns), begins, jnp.sum(loss, 0)
+    xs = jax.tree.map(lambda x: x.reshape(blocks, block, *x.shape[1:]), (w_IxO, extra))
+    error_IxO, (columns, begun, change) = jax.lax.scan(solve_block, error_IxO, (jnp.arange(blocks), *xs))
+    columns = jax.tree.map(lambda x: x.reshape(-1, *x.shape[3:])[:n_in], columns)
+    return error_IxO[:n_in], columns, begun, jnp.sum(change)

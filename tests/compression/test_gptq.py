@@ -188,3 +188,23 @@ def test_any_grid_will_do():
 def test_mistakes(options, says):
     with pytest.raises(UserError, match=says):
         solve(np.ones((4, 16), np.float32), np.eye(16, dtype=np.float32), **options)
+
+
+@pytest.mark.parametrize("options", [{"act_order": True}, {"act_order": False, "static_groups": False}])
+def test_sweeps_end_where_no_code_can_be_better(options):
+    w, h = naive.problem(12, 40)
+    kept = np.random.default_rng(1).random(w.shape) < 0.7
+    losses = []
+    for sweeps in (0, 1, 30):
+        codes, scale, zero, info = gptq(w, h, kept, bits=3, group=16, sweeps=sweeps, block=32, **options)
+        w64, h64 = naive.prepared(w, h)
+        q = dense(codes, scale, zero, 16)
+        np.testing.assert_allclose(info.loss, naive.loss(w64, q, h64), rtol=1e-3)
+        losses.append(float(info.loss))
+        assert not q[~kept].any()
+    assert losses[2] <= losses[1] < 0.95 * losses[0]
+    step = np.repeat(scale, 16, 1)[:, :40]
+    slope = 2 * (q - w64) @ h64
+    for way, possible in ((1, np.asarray(codes) < 3), (-1, np.asarray(codes) > -4)):
+        change = way * step * slope + step**2 * np.diag(h64)  # of the loss, by one step of one code
+        assert np.all(change[possible & kept] > -1e-3 * losses[2] / w.size)

@@ -77,3 +77,17 @@ def test_wanda_against_a_sort(n, m):
         kept = min(n, score[part].shape[-1]) if m else 28
         ranks = np.argsort(np.argsort(-score[part], -1), -1)
         np.testing.assert_array_equal(pruned[part], np.where(ranks < kept, w[part], 0))
+
+
+def test_sweeps_end_at_least_squares_over_the_kept_weights():
+    w, h = naive.problem(12, 40)
+    first, kept, before = sparsegpt(w, h, sparsity=0.6, block=32)
+    refined, same, info = sparsegpt(w, h, sparsity=0.6, block=32, sweeps=200)
+    np.testing.assert_array_equal(kept, same)
+    w64, h64 = naive.prepared(w, h)
+    best = np.zeros_like(w64)
+    for o, keep in enumerate(np.asarray(kept)):
+        best[o, keep] = np.linalg.solve(h64[np.ix_(keep, keep)], h64[keep] @ w64[o])
+    np.testing.assert_allclose(info.loss, naive.loss(w64, best, h64), rtol=1e-3)
+    np.testing.assert_allclose(refined, best, atol=0.02)
+    assert info.loss < 0.97 * before.loss
