@@ -21,13 +21,14 @@ from jaxlm.compression.placement import place
 from jaxlm.compression.recipe import Recipe, load_recipe
 from jaxlm.compression.report import Row
 from jaxlm.compression.report import report as make_report
+from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
 from jaxlm.core.host import keep_freed_memory
 from jaxlm.core.leaves import LoRA, QArray, is_leaf, merge_adapters
 from jaxlm.core.sharding import shardings
 from jaxlm.core.tree import Params, flatten
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.config import KVCache, ModelConfig
 
 __all__ = ["LM", "compress", "load"]
 
@@ -56,6 +57,14 @@ class LM:
     def replace(self, **changes: Any) -> LM:
         """The same model but for some fields: ``lm.replace(params=transform(lm.params))``."""
         return dataclasses.replace(self, **changes)
+
+    def configure(self, **fields: Any) -> LM:
+        """The same parameters under a configuration with other fields: ``lm.configure(kv_cache="int8")``.
+
+        UserError on a field that there is not, or a value it cannot have.
+        """
+        config = from_dict(type(self.config), to_dict(self.config) | fields)
+        return self.replace(config=config, graphdef=nn.initializer(config)[0])
 
     def save(self, directory: str | Path) -> Path:
         """Writes a model directory (see ``write_model``), with compression.json if the model was just compressed."""
@@ -105,6 +114,7 @@ def load(
     expand: bool = True,
     mesh: Mesh | None = None,
     dtype: str = "float32",
+    kv_cache: KVCache | None = None,
 ) -> LM:
     """A model from a model directory, a training run (its exported model, or its best or latest checkpoint) or
     ``hf://org/name``.
@@ -112,6 +122,8 @@ def load(
     Parameters of a Hugging Face model get ``dtype``; on a ``mesh`` each device reads its own part of them.
     ``expand`` makes dense whatever this platform cannot run at speed as it is (``info["notes"]`` says what); without it
     the parameters are what the file holds.
+
+    ``kv_cache`` says how decoding keeps keys and values (``jaxlm.nn.cache``); None is as the model was saved.
 
     ``adapter`` is a LoRA adapter of PEFT for the model, a directory or on the hub; ``path`` may itself be one that says
     where its base model is. It is merged into the weights, or without ``merge`` kept apart in ``LoRA`` leaves.
@@ -139,7 +151,8 @@ def load(
     recipe = Recipe.from_json(info["recipe"]) if "recipe" in info else None
     if recipe is None and (trained_for := info.get("training", {}).get("recipe")):
         notes.append(f"trained to be compressed by {trained_for}, and validated so: these are the weights before")
-    return LM(config, nn.initializer(config)[0], params, tokenizer, info | {"notes": notes}, recipe)
+    lm = LM(config, nn.initializer(config)[0], params, tokenizer, info | {"notes": notes}, recipe)
+    return lm if kv_cache is None else lm.configure(kv_cache=kv_cache)
 
 
 def compress(lm: LM, recipe: str | Recipe) -> LM:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jaxlm.cli.arguments import add_model
+from jaxlm.cli.arguments import add_kv_cache, add_model
 from jaxlm.cli.output import Progress, add_json, check_json, print_fields, write_json
 from jaxlm.core.errors import UserError
 
 
 def add_arguments(parser) -> None:
     add_model(parser, adapter=True)
+    add_kv_cache(parser)
     parser.add_argument("--data", metavar="SPEC", help="what to score the model on")
     parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens in a window; 0: what fits")
     parser.add_argument("--stride", type=int, default=0, metavar="N", help="tokens between windows; 0: the context")
@@ -34,7 +35,7 @@ def run(args) -> None:
     spec = args.data or _test_data(Path(args.model))
     import jaxlm
 
-    lm = jaxlm.load(args.model, adapter=args.adapter)
+    lm = jaxlm.load(args.model, adapter=args.adapter, kv_cache=args.kv_cache)
     for note in lm.info["notes"]:
         print(f"note: {note}")
     scores = lm.evaluate(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from jaxlm.cli.arguments import add_model
+from jaxlm.cli.arguments import add_kv_cache, add_model
 
 
 def add_arguments(parser) -> None:
     add_model(parser, adapter=True)
+    add_kv_cache(parser)
     parser.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(64)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (0)")
@@ -22,7 +23,7 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     import jaxlm
 
-    lm = jaxlm.load(args.model, adapter=args.adapter)
+    lm = jaxlm.load(args.model, adapter=args.adapter, kv_cache=args.kv_cache)
     texts = lm.generate(
         args.prompt, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
         top_p=args.top_p, min_p=args.min_p, seed=args.seed, stop=args.stop, beam=args.beam,

@@ -19,6 +19,7 @@ def run(args) -> None:
     from jaxlm.compression.placement import describe, place
     from jaxlm.core.config import to_dict
     from jaxlm.core.tree import count_bytes, count_params, flatten
+    from jaxlm.nn.cache import bytes_a_token
 
     lm = jaxlm.load(args.model, expand=False)
     placed, notes = place(lm.params, jax.default_backend())
@@ -27,6 +28,7 @@ def run(args) -> None:
         "parameters": count_params(lm.params),
         "bytes_on_disk": lm.info.get("bytes_on_disk"),
         "bytes_in_memory": count_bytes(placed),
+        "bytes_a_cached_token": bytes_a_token(lm.config),
         "recipe": lm.recipe.name if lm.recipe else None,
         "vocabulary": lm.tokenizer.vocab_size if lm.tokenizer else None,
         "notes": notes,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jaxlm.cli.arguments import add_model
+from jaxlm.cli.arguments import add_kv_cache, add_model
 from jaxlm.cli.output import Progress
 from jaxlm.core.errors import UserError
 
 
 def add_arguments(parser) -> None:
     add_model(parser, adapter=True)
+    add_kv_cache(parser)
     parser.add_argument("--input", metavar="FILE", type=Path, help="UTF-8, a sentence a line (standard input)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="(standard output)")
     parser.add_argument("--beam", type=int, default=5, metavar="N", help="1 is greedy (5)")
@@ -27,7 +28,7 @@ def run(args) -> None:
         raise UserError(f"{args.input} does not exist; name a text file with a sentence a line")
     if args.output and not args.output.absolute().parent.is_dir():
         raise UserError(f"the directory of {args.output} does not exist; make it")
-    lm = jaxlm.load(args.model, adapter=args.adapter)
+    lm = jaxlm.load(args.model, adapter=args.adapter, kv_cache=args.kv_cache)
     options = dict(
         beam=args.beam, length_penalty=args.length_penalty, max_length=args.max_length, batch_size=args.batch_size
     )

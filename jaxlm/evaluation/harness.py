@@ -30,6 +30,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
 from jaxlm.inference.generate import generate_tokens
 from jaxlm.model import load
+from jaxlm.nn.config import KVCache
 
 __all__ = ["JaxLM"]
 
@@ -57,6 +58,7 @@ class JaxLM(TemplateLM):
         max_batch_size: of "auto".
         seed: of sampling.
         dtype: of the weights.
+        kv_cache: how decoding keeps keys and values, and scoring rounds them alike; by default as the model was saved.
         device: is what the harness would tell torch, and always passes; JAX has its own (JAX_PLATFORMS).
 
     UserError where the model cannot be read, or translates.
@@ -74,10 +76,11 @@ class JaxLM(TemplateLM):
         max_batch_size: int = 64,
         seed: int = 0,
         dtype: str = "float32",
+        kv_cache: KVCache | None = None,
         device: str | None = None,
     ):
         super().__init__()
-        self.lm = load(path, adapter=adapter, dtype=dtype)
+        self.lm = load(path, adapter=adapter, dtype=dtype, kv_cache=kv_cache)
         if self.lm.config.kind == "seq2seq":
             raise UserError(f"{path} is a translation model, and the harness asks language models")
         if self.lm.tokenizer is None:

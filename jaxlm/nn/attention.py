@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxlm.core import ops
 from jaxlm.core.leaves import is_leaf
+from jaxlm.nn.cache import Kept, mix, scores
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.layers import Linear, Norm, dropout, softcap
 from jaxlm.nn.positions import rotate
@@ -31,8 +32,8 @@ def window_mask(q_slots_BxT: jax.Array, k_slots_BxS: jax.Array, window: jax.Arra
 
 def attend(
     q_BxTxHxK: jax.Array,
-    k_BxGxSxK: jax.Array,
-    v_BxGxSxK: jax.Array,
+    k_BxGxSxK: Kept,
+    v_BxGxSxK: Kept,
     mask_BxTxS: jax.Array | None,
     bias_BxHxTxS: jax.Array | None = None,
     *,
@@ -48,14 +49,13 @@ def attend(
     B, T, H, K = q_BxTxHxK.shape
     G, S = k_BxGxSxK.shape[1:3]
     q_BxGxRTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
-    logits = jnp.einsum("bgqk,bgsk->bgqs", q_BxGxRTxK, k_BxGxSxK, preferred_element_type=jnp.float32)
-    logits_BxHxTxS = softcap(logits.reshape(B, H, T, S), cap)
+    logits_BxHxTxS = softcap(scores(q_BxGxRTxK, k_BxGxSxK).reshape(B, H, T, S), cap)
     if bias_BxHxTxS is not None:
         logits_BxHxTxS += bias_BxHxTxS
     if mask_BxTxS is not None:
         logits_BxHxTxS = jnp.where(mask_BxTxS[:, None], logits_BxHxTxS, NEGATIVE)
-    weights = dropout(jax.nn.softmax(logits_BxHxTxS, -1), dropout_rate, key).astype(v_BxGxSxK.dtype)
-    out = jnp.einsum("bgqs,bgsk->bgqk", weights.reshape(B, G, -1, S), v_BxGxSxK)
+    weights = dropout(jax.nn.softmax(logits_BxHxTxS, -1), dropout_rate, key)
+    out = mix(weights.reshape(B, G, -1, S), v_BxGxSxK, q_BxTxHxK.dtype)
     return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "swiglu", "geglu", "geglu_tanh", "reglu"]
 Positions = Literal["rotary", "sinusoidal", "sinusoidal_t2t", "learned", "relative", "none"]
+KVCache = Literal["full", "int8", "int4", "fp8"]
 NormPosition = Literal["pre", "post", "output", "sandwich"]
 
 
@@ -79,6 +80,7 @@ class StackConfig:
     attention_dropout: float = 0.0
     ffn_dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
+    kv_cache: KVCache = "full"  # how decoding keeps keys and values: see ``nn.cache``
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
     pad_id: int = 0
@@ -134,7 +136,7 @@ class Seq2SeqConfig(StackConfig):
 
     @property
     def encoder(self) -> StackConfig:
-        return self
+        return dataclasses.replace(self, kv_cache="full")  # it has none
 
     @property
     def decoder(self) -> StackConfig:

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.nn.cache import Cache
 from jaxlm.nn.config import DecoderConfig, StackConfig
 from jaxlm.nn.layers import Embedding, Linear, softcap
-from jaxlm.nn.stack import Cache, Stack, layers_of
+from jaxlm.nn.stack import Stack, layers_of
 
 
 class DecoderLM(nnx.Module):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from jaxlm.nn.cache import Cache
 from jaxlm.nn.config import Seq2SeqConfig
 from jaxlm.nn.decoder import embed, head, head_logits
 from jaxlm.nn.layers import Embedding
-from jaxlm.nn.stack import Cache, Stack, layers_of
+from jaxlm.nn.stack import Stack, layers_of
 
 
 class Seq2Seq(nnx.Module):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,48 +18,13 @@ from flax import nnx
 
 from jaxlm.core.sharding import constrain
 from jaxlm.nn.attention import Attention, causal_mask, window_mask
+from jaxlm.nn.cache import Cache, KeyValue, LayerCache, keep, round_trip
 from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig, StackConfig
 from jaxlm.nn.layers import Embedding, Mlp, Norm, dropout, split_key
 from jaxlm.nn.moe import Moe
 from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
 
-KeyValue = tuple[jax.Array, jax.Array]
 ACTIVATION_AXES = ("batch", "length", "features")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """What decoding remembers of a batch: keys and values of the slots written so far.
-
-    A row's sequence may begin late: slots before ``start`` are padding at the left, never looked at.
-
-    In beam search each of the B sentences has several rows, its beams, one after the other. A beam writes slots of its
-    own and looks at those of all beams of its sentence, as far as they are its past: ``writer`` says which beam wrote
-    what it remembers in each slot. So giving a beam another past copies nothing, and a memory is there once a sentence.
-    """
-
-    keys: tuple[jax.Array, ...]  # a segment: [L, B, G, beams, slots, K]
-    values: tuple[jax.Array, ...]
-    index: jax.Array  # int32 scalar, the next slot to write
-    start: jax.Array  # int32 [B], each sentence's first real slot
-    memory: tuple[KeyValue, ...] = ()  # cross-attention keys and values a segment, each [L, B, G, M, K]
-    memory_mask: jax.Array | None = None  # bool [B, M]
-    writer: jax.Array | None = None  # int32 [B, beams, slots]; None: one beam
-
-    def replace(self, **changes: Any) -> Cache:
-        return replace(self, **changes)
-
-    def fork(self, beams: int) -> Cache:
-        """Every row as ``beams`` equal rows."""
-        keys, values = jax.tree.map(lambda x: jnp.repeat(x, beams, 3), (self.keys, self.values))
-        batch, slots = keys[0].shape[1], keys[0].shape[4]
-        writer = jnp.broadcast_to(jnp.arange(beams)[:, None], (batch, beams, slots))
-        return replace(self, keys=keys, values=values, writer=writer)
-
-    def reorder(self, beams_BxK: jax.Array) -> Cache:
-        """After ``fork``: beam k goes on from what the given beam of its sentence remembers."""
-        return replace(self, writer=jnp.take_along_axis(self.writer, beams_BxK[:, :, None], axis=1))
 
 
 @jax.tree_util.register_dataclass
@@ -108,14 +73,16 @@ class Block(nnx.Module):
 
         ``number`` divides the logits of self-attention, None being 1.
         """
-        keys = iter(split_key(key, 6))
+        keys, kv_cache = iter(split_key(key, 6)), self.config.kv_cache
 
         def attention(h):
             nonlocal past
             q, k, v = self.attn.query_key_value(h, angles)
             q = q if number is None else q / number.astype(q.dtype)
-            if past is not None:
-                past = past.write(k, v)
+            if past is None:
+                k, v = round_trip(k, v, kv_cache)
+            else:
+                past = past.write(*keep(k, v, kv_cache))
                 k, v = past.read()
             return self.attn(q, k, v, mask_BxTxS, view.bias_BxHxTxS, key=next(keys))
 
@@ -141,35 +108,6 @@ class Block(nnx.Module):
             y = (norm if out_norm is None else out_norm)(y)
         x = constrain(x + dropout(y, self.config.dropout, next(keys)), ACTIVATION_AXES)
         return norm(x) if position == "post" else x
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class LayerCache:
-    """One layer's place in a segment's cache. The whole cache is carried through the scan and written in place:
-    as scanned inputs and outputs it would be copied at every step."""
-
-    keys: jax.Array  # [L, B, G, beams, slots, K]
-    values: jax.Array
-    layer: jax.Array
-    index: jax.Array
-
-    def write(self, k_RxGxTxK: jax.Array, v_RxGxTxK: jax.Array) -> LayerCache:
-        def into(cache, new):
-            by_beam = new.reshape(cache.shape[1], -1, *new.shape[1:]).swapaxes(1, 2)
-            at = (self.layer, 0, 0, 0, self.index, 0)
-            return jax.lax.dynamic_update_slice(cache, by_beam[None].astype(cache.dtype), at)
-
-        return replace(self, keys=into(self.keys, k_RxGxTxK), values=into(self.values, v_RxGxTxK))
-
-    def read(self) -> KeyValue:
-        """``[B, G, beams * slots, K]`` each."""
-
-        def of(cache):
-            layer = jax.lax.dynamic_index_in_dim(cache, self.layer, keepdims=False)
-            return layer.reshape(*layer.shape[:2], -1, layer.shape[-1])
-
-        return of(self.keys), of(self.values)
 
 
 def segment(config: StackConfig, layers: int, *, cross: bool, experts: bool, depth: int, rngs: nnx.Rngs) -> Block:
@@ -273,17 +211,19 @@ class Stack(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``length`` slots."""
-        config = self.config
-        shapes = [(len(run), batch, config.n_kv_heads, 1, length, config.d_head) for run in self.segments]
-        empty = tuple(jnp.zeros(shape, config.dtype) for shape in shapes)
-        return Cache(empty, jax.tree.map(jnp.copy, empty), jnp.int32(0), jnp.zeros(batch, jnp.int32))
+        config, layers = self.config, tuple(map(len, self.segments))
+        return Cache.empty(layers, batch, config.n_kv_heads, length, config.d_head, config.kv_cache, config.dtype)
 
     def memory_key_values(self, memory_BxMxD: jax.Array) -> tuple[KeyValue, ...]:
         """Cross-attention keys and values of every layer, ``[L, B, G, M, K]`` a segment."""
 
         def of_segment(block):
             graphdef, params = nnx.split(block.cross)
-            return jax.lax.map(lambda layer: nnx.merge(graphdef, layer).key_value(memory_BxMxD, None), params)
+
+            def of_layer(layer):
+                return keep(*nnx.merge(graphdef, layer).key_value(memory_BxMxD, None), self.config.kv_cache)
+
+            return jax.lax.map(of_layer, params)
 
         return tuple(of_segment(block) for block in self.layers)
 
@@ -333,7 +273,7 @@ class Stack(nnx.Module):
                 if view.local_angles is not None:
                     angles = jax.tree.map(partial(jnp.where, window > 0), view.local_angles, angles)
             if memory is not None:
-                layer_memory = block.cross.key_value(memory, None)
+                layer_memory = round_trip(*block.cross.key_value(memory, None), self.config.kv_cache)
             layer_past = None if kv is None else LayerCache(*kv, layer, past[2])
             x, layer_past = block(
                 x, view, mask_BxTxS=mask, angles=angles, number=number, past=layer_past, memory=layer_memory,

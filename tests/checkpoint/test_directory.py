@@ -74,7 +74,9 @@ def test_round_trip(tmp_path, config):
 
 
 def test_a_dense_llama_is_written_as_one(tmp_path):
-    config = DecoderConfig(vocab_size=24, width=32, heads=4, layers=3, segments=(2, 1), dropout=0.1, remat="full")
+    config = DecoderConfig(
+        vocab_size=24, width=32, heads=4, layers=3, segments=(2, 1), dropout=0.1, remat="full", kv_cache="int4"
+    )
     params = random_params(config)
     path = write_model(tmp_path / "m", config, params, TOKENIZER, info={"note": [1]})
     fields = json.loads((path / "config.json").read_text())
@@ -93,6 +95,25 @@ def test_a_dense_llama_is_written_as_one(tmp_path):
     (path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"segments = \(2, 2\) are not 3 layers"):
         read_model(path)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], DecoderConfig(vocab_size=24, width=32, heads=4)], ids=["own", "llama"])
+def test_the_kv_cache_is_chosen_on_loading_and_saved(tmp_path, config):
+    path = write_model(tmp_path / "m", config, random_params(config), TOKENIZER)
+    tokens = jnp.arange(12).reshape(2, 6)
+    lm, low = jaxlm.load(path), jaxlm.load(path, kv_cache="int4")
+    assert (lm.config.kv_cache, low.config.kv_cache) == ("full", "int4")
+    want = low(tokens)
+    assert jnp.abs(want - lm(tokens)).max() > 1e-3
+    saved = jaxlm.load(low.save(tmp_path / "low"))
+    assert saved.config.kv_cache == "int4"
+    np.testing.assert_array_equal(saved(tokens), want)
+    np.testing.assert_array_equal(saved.configure(kv_cache="full")(tokens), lm(tokens))
+    with pytest.raises(UserError, match="kv_cache.*int8"):
+        jaxlm.load(path, kv_cache="int7")
+    recurrent = write_model(tmp_path / "r", CONFIGS[2], random_params(CONFIGS[2]), None)
+    with pytest.raises(UserError, match="kv_cache"):
+        jaxlm.load(recurrent, kv_cache="int8")
 
 
 def test_a_model_without_a_tokenizer(tmp_path):

@@ -95,6 +95,7 @@ def test_compress_inspect_generate(jaxlm_command, decoder, tmp_path):
     facts = json.loads((tmp_path / "facts.json").read_text())
     assert (status, facts["recipe"], facts["config"]["width"]) == (0, "w4a16-rtn-g8+huffman", 16)
     assert facts["bytes_on_disk"] == (small / "model.safetensors").stat().st_size
+    assert facts["bytes_a_cached_token"] == 2 * 2 * 16 * 4
     kinds = {row["tensor"]: row["representation"] for row in facts["tensors"]}
     assert kinds["decoder/layers/0/attn/q/kernel"] == "int4 g8" and kinds["embed/table"] == "float32"
     assert "int4 g8: " in out  # what it is here
@@ -104,6 +105,26 @@ def test_compress_inspect_generate(jaxlm_command, decoder, tmp_path):
     status, _, err = jaxlm_command("compress", small, "--recipe", "w8a8-dynamic", "--out", tmp_path / "smaller")
     assert (status, err) == (2, "jaxlm: this model is quantized already; compress the dense one\n")
     assert not (tmp_path / "smaller").exists()
+
+
+def test_the_kv_cache_is_an_option(jaxlm_command, decoder, translator, tmp_path):
+    text = tmp_path / "x.txt"
+    text.write_text("abcd efgh " * 4)
+    losses = {}
+    for kind in ("full", "int4"):
+        status, _, err = jaxlm_command(
+            "evaluate", decoder, "--data", f"text:{text}", "--kv-cache", kind, "--json", tmp_path / "scores.json"
+        )
+        assert status == 0, err
+        losses[kind] = json.loads((tmp_path / "scores.json").read_text())["loss"]
+    assert 1e-6 < abs(losses["int4"] - losses["full"]) < 0.1 * losses["full"]
+    status, out, _ = jaxlm_command("generate", decoder, "--prompt", "abc", "--max-new-tokens", 3, "--kv-cache", "fp8")
+    assert (status, out[:3]) == (0, "abc")
+    text.write_text("abc\n")
+    options = ["--input", text, "--max-length", 4, "--beam", 2, "--kv-cache"]
+    assert jaxlm_command("translate", translator, *options, "int8")[::2] == (0, "")
+    status, _, err = jaxlm_command("translate", translator, *options, "int7")
+    assert status == 2 and "--kv-cache: invalid choice: 'int7'" in err
 
 
 def test_translate_files_and_pipes(jaxlm_command, translator, tmp_path, monkeypatch):

@@ -77,9 +77,23 @@ def test_matches_the_float64_reference(name):
     np.testing.assert_allclose(got, want, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_cached_decoding_equals_the_full_forward_also_when_left_padded(name):
-    _, graphdef, params = make(**VARIANTS[name])
+def assert_decoded_alike(got, want, kv_cache, noise=2e-5):
+    """Equal but for float noise. Where that moves a number across a border between two codes of a rounded cache, what
+    depends on it is a step off: allowed for some, for without the rounding all of them would be."""
+    step = {"full": 0, "int8": 0.01, "int4": 0.1, "fp8": 0.05}[kv_cache] * float(jnp.abs(want).max())
+    np.testing.assert_allclose(got, want, atol=noise + step)
+    assert np.mean(np.abs(got - want) < noise) > 0.5
+
+
+@pytest.mark.parametrize(
+    "name, kv_cache",
+    [
+        *((name, "full") for name in VARIANTS), ("gemma", "int8"), ("gemma3", "int4"), ("relative", "int4"),
+        ("neox", "fp8"),
+    ],
+)
+def test_cached_decoding_equals_the_full_forward_also_when_left_padded(name, kv_cache):
+    _, graphdef, params = make(**VARIANTS[name], kv_cache=kv_cache)
     model = nnx.merge(graphdef, params)
     batch = tokens(length=9)
     full = forward(graphdef, params, batch)
@@ -91,8 +105,7 @@ def test_cached_decoding_equals_the_full_forward_also_when_left_padded(name):
         logits, cache = decode(graphdef, params, padded[:, begin:end], cache)
         steps.append(logits)
     cached = jnp.concatenate(steps, 1)
-    np.testing.assert_allclose(cached[0, :9], full[0], atol=1e-4)
-    np.testing.assert_allclose(cached[1, 3:], full[1], atol=1e-4)
+    assert_decoded_alike(jnp.stack([cached[0, :9], cached[1, 3:]]), full, kv_cache, 1e-4)
     assert int(cache.index) == 12
 
 
@@ -193,16 +206,20 @@ def test_bfloat16_activations_stay_close_and_logits_are_float32():
     assert 0 < jnp.abs(got - want).max() < 0.05 * jnp.abs(want).max()
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "relative", "gemma"])
-def test_beams_remember_the_past_they_were_given(name):
+@pytest.mark.parametrize(
+    "name, kv_cache",
+    [*((name, "full") for name in ("llama", "gpt2", "relative", "gemma")), ("gemma", "int8"), ("llama", "int4")],
+)
+def test_beams_remember_the_past_they_were_given(name, kv_cache):
     """Two sentences of three beams, given other pasts after every token, against each path in one full pass."""
-    _, graphdef, params = make(**VARIANTS[name])
+    _, graphdef, params = make(**VARIANTS[name], kv_cache=kv_cache)
     model, rng = nnx.merge(graphdef, params), np.random.default_rng(0)
     prompt, start = tokens(2, 5), jnp.array([0, 2])
     cache = model.init_cache(2, 10).replace(start=start)
     _, cache = decode(graphdef, params, prompt, cache)
     cache = cache.fork(3)
     paths = [[prompt[b, start[b] :].tolist() for _ in range(3)] for b in range(2)]
+    got, wants = [], []
     for _ in range(4):
         new = rng.integers(0, 23, (2, 3))
         logits, cache = decode(graphdef, params, jnp.asarray(new.reshape(6, 1)), cache)
@@ -210,11 +227,12 @@ def test_beams_remember_the_past_they_were_given(name):
         for b in range(2):
             for k in range(3):
                 padded = jnp.asarray([paths[b][k] + [0] * (10 - len(paths[b][k]))])
-                want = forward(graphdef, params, padded)[0, len(paths[b][k]) - 1]
-                np.testing.assert_allclose(logits[3 * b + k, 0], want, atol=2e-5)
+                got.append(logits[3 * b + k, 0])
+                wants.append(forward(graphdef, params, padded)[0, len(paths[b][k]) - 1])
         given = rng.integers(0, 3, (2, 3))
         cache = cache.reorder(jnp.asarray(given))
         paths = [[paths[b][k] for k in given[b]] for b in range(2)]
+    assert_decoded_alike(jnp.stack(got), jnp.stack(wants), kv_cache)
 
 
 def test_initial_loss_is_that_of_a_uniform_guess():

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxlm import nn
 from jaxlm.core.tree import flatten, map_params
+from tests.nn.test_decoder import assert_decoded_alike
 
 SMALL = nn.preset("tiny", vocab_size=29, width=16, heads=4, ffn=24, encoder_layers=2, decoder_layers=3, dropout=0.1)
 VARIANTS = {
@@ -60,9 +61,12 @@ def test_padding_and_batch_mates_change_nothing(name):
     np.testing.assert_allclose(mates[:1, :5], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-def test_cached_decoding_equals_the_full_forward(name):
-    model = make(**VARIANTS[name])
+@pytest.mark.parametrize(
+    "name, kv_cache",
+    [*((name, "full") for name in VARIANTS), ("rotary", "int8"), ("relative", "int4"), ("post-norm", "fp8")],
+)
+def test_cached_decoding_equals_the_full_forward(name, kv_cache):
+    model = make(**VARIANTS[name], kv_cache=kv_cache)
     src, tgt = jnp.pad(ids(3, 7), ((0, 0), (0, 2))), ids(3, 8, seed=1)
     full = forward(*model, src, tgt)
     cache = start(*model, src, 8)
@@ -70,7 +74,8 @@ def test_cached_decoding_equals_the_full_forward(name):
     for begin, end in [(0, 4), (4, 5), (5, 6), (6, 7), (7, 8)]:
         logits, cache = decode(*model, tgt[:, begin:end], cache)
         steps.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(steps, 1), full, atol=1e-5)
+    assert_decoded_alike(jnp.concatenate(steps, 1), full, kv_cache, 1e-5)
+    assert (kv_cache == "full") == all(isinstance(x, jax.Array) for x in (*cache.keys, *cache.memory[0]))
 
 
 def test_the_target_is_causal_and_the_source_is_not():
