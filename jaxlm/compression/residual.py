@@ -38,19 +38,23 @@ def role(path: str) -> Role:
     return next((name for name, pattern in _ROLES if pattern.fullmatch(path)), "other")
 
 
-def norm_before(path: str) -> str:
-    """The norm whose output the reader ``path`` multiplies, in a model that has norms there (see ``normed_inputs``)."""
-    if path == "head/kernel":
-        return "decoder/final_norm"
-    if re.search(r"/cross/[kv]/kernel$", path):
-        return "encoder/final_norm"
-    layer, part = re.match(r"(.*/layers/\d+)/(attn|cross|mlp)/", path).groups()
-    return f"{layer}/{part}_norm"
-
-
 def normed_inputs(config: StackConfig) -> bool:
     """Whether layers read the stream through a norm, not as it is."""
     return config.parallel or config.norm_position in ("pre", "sandwich")
+
+
+def input_norm(config: StackConfig, path: str) -> str | None:
+    """The norm whose output the reader ``path`` multiplies; None where that is the stream itself."""
+    if path == "head/kernel" or re.search(r"/cross/[kv]/kernel$", path):
+        side = "decoder" if path == "head/kernel" else "encoder"
+        return None if config.norm_position == "post" else f"{side}/final_norm"
+    layer, part = re.match(r"(.*/layers/\d+)/(attn|cross|mlp)/", path).groups()
+    return f"{layer}/{part}_norm" if normed_inputs(config) else None
+
+
+def bias_of(path: str) -> str:
+    """Where the bias of a kernel is, if it has one."""
+    return "logits_bias" if path == "head/kernel" else path.replace("/kernel", "/bias")
 
 
 def writes(config: StackConfig, norm: str) -> bool:

@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.compression.residual import Leaves, dense_leaves, learned_positions, norm_before, replace_leaves, role
+from jaxlm.compression.residual import (
+    Leaves,
+    bias_of,
+    dense_leaves,
+    input_norm,
+    learned_positions,
+    replace_leaves,
+    role,
+)
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import Params, flatten
 from jaxlm.nn.config import ModelConfig, Seq2SeqConfig
@@ -104,10 +112,9 @@ def fuse_norms(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params
     for path, kernel in list(new.items()):
         if role(path) != "reader":
             continue
-        norm = norm_before(path)
+        norm = input_norm(config, path)
         if f"{norm}/bias" in leaves:
-            bias = "logits_bias" if path == "head/kernel" else path.replace("/kernel", "/bias")
-            new[bias] += through(leaves[f"{norm}/bias"], kernel).astype(kernel.dtype)
+            new[bias_of(path)] += through(leaves[f"{norm}/bias"], kernel).astype(kernel.dtype)
         factor = leaves[f"{norm}/scale"][..., :, None]
         new[path] = kernel * (factor[:, None] if kernel.ndim == 4 else factor).astype(kernel.dtype)
     for path, leaf in list(new.items()):
