@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxlm.compression.admm import support
 from jaxlm.compression.hessian import factor, revive
 from jaxlm.compression.obs import sweep
 from jaxlm.compression.prune import largest, smallest
@@ -81,6 +82,7 @@ def sparsegpt(
     sparsity: float | None = None,
     n: int = 0,
     m: int = 0,
+    search: int = 0,
     damping: float = 0.01,
     sweeps: int = 0,
     block: int = 128,
@@ -92,12 +94,15 @@ def sparsegpt(
     """
     sparsity = (n, m) if sparsity is None else sparsity
     solution = solve(
-        w_OxI, h_IxI, sparsity=sparsity, act_order=False, damping=damping, sweeps=sweeps, block=block
+        w_OxI, h_IxI, sparsity=sparsity, search=search, act_order=False, damping=damping, sweeps=sweeps, block=block
     )
     return solution.weights_OxI, solution.kept_OxI, solution.info
 
 
-@functools.partial(jax.jit, static_argnames=("group", "sparsity", "act_order", "static_groups", "sweeps", "block"))
+_STATIC = ("group", "sparsity", "search", "act_order", "static_groups", "sweeps", "block")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def solve(
     w_OxI: jax.Array,
     h_IxI: jax.Array,
@@ -106,6 +111,7 @@ def solve(
     grid: Grid | None = None,
     group: int = 0,
     sparsity: float | tuple[int, int] | None = None,
+    search: int = 0,
     act_order: bool = True,
     static_groups: bool = True,
     damping: float = 0.01,
@@ -122,6 +128,7 @@ def solve(
       group: columns that share the grid's parameters; 0 is all of them, and the last group may be shorter.
       sparsity: the share of weights to drop of every block of columns, those that cost least; or (n, m): all but n of
         every m columns, a row each. Grids are fitted before.
+      search: iterations of ``admm.support``, which instead chooses the weights to drop first, over the whole matrix.
       act_order: fixes the columns of the largest ``diag(H)`` first; without N:M sparsity.
       static_groups: grids are fitted to the original weights; else to the weights as compensated when their group
         begins, which takes columns in their own order and no sparsity.
@@ -136,7 +143,7 @@ def solve(
     pattern = isinstance(sparsity, tuple)
     if act_order and not static_groups:  # an index a column would have to be stored
         raise UserError("GPTQ with act-order takes static groups; use static_groups=True or act_order=False")
-    if act_order and pattern:
+    if act_order and pattern and not search:
         raise UserError("N:M sparsity takes columns in their own order; use act_order=False")
     if sparsity and (not static_groups or kept_OxI is not None):
         raise UserError("a sparsity takes static groups and no mask; use static_groups=True and kept_OxI=None")
@@ -145,12 +152,20 @@ def solve(
     if grid is None and sparsity is None and kept_OxI is None:
         raise UserError("nothing to solve for; give a grid, a sparsity or a mask")
     one = functools.partial(
-        _solve, group=group, sparsity=sparsity, act_order=act_order, static_groups=static_groups, damping=damping,
-        sweeps=sweeps, block=block,
+        _search_and_solve, group=group, sparsity=sparsity, search=search, act_order=act_order,
+        static_groups=static_groups, damping=damping, sweeps=sweeps, block=block,
     )  # fmt: skip
     for _ in w_OxI.shape[:-2]:
         one = jax.vmap(one)
     return one(w_OxI.astype(jnp.float32), h_IxI.astype(jnp.float32), kept_OxI, grid)
+
+
+def _search_and_solve(w_OxI, h_IxI, kept_OxI, grid, *, sparsity, search, damping, **options):
+    if not (sparsity and search):
+        return _solve(w_OxI, h_IxI, kept_OxI, grid, sparsity=sparsity, damping=damping, **options)
+    kept_OxI = support(w_OxI, h_IxI, sparsity, search, damping)
+    solution = _solve(w_OxI, h_IxI, kept_OxI, grid, sparsity=None, damping=damping, **options)
+    return solution._replace(kept_OxI=kept_OxI)
 
 
 def _solve(w_OxI, h_IxI, kept_OxI, grid, *, group, sparsity, act_order, static_groups, damping, sweeps, block):

@@ -26,7 +26,7 @@ def n_of_m(dense: jax.Array, *, n: int, m: int, axis: int = -2) -> jax.Array:
     A last group shorter than ``m`` also keeps ``n``.
     """
     w = jnp.moveaxis(dense, axis, -1)
-    return jnp.moveaxis(jnp.where(_pattern(jnp.abs(w), n, m), w, 0), -1, axis)
+    return jnp.moveaxis(jnp.where(pattern(jnp.abs(w), n, m), w, 0), -1, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("sparsity", "n", "m"))
@@ -38,7 +38,7 @@ def wanda(w_OxI: jax.Array, norms_I: jax.Array, *, sparsity: float | None = None
     """
     score_OxI = jnp.abs(w_OxI.astype(jnp.float32)) * norms_I[..., None, :]
     if sparsity is None:
-        return jnp.where(_pattern(score_OxI, n, m), w_OxI, 0)
+        return jnp.where(pattern(score_OxI, n, m), w_OxI, 0)
     n_in = w_OxI.shape[-1]
     rows = jax.vmap(functools.partial(smallest, drop=round(sparsity * n_in)))
     return jnp.where(rows(score_OxI.reshape(-1, n_in)).reshape(w_OxI.shape), 0, w_OxI)
@@ -73,8 +73,8 @@ def largest(score: jax.Array, n: int) -> jax.Array:
     return (beats | ties).sum(-1) < n
 
 
-def _pattern(score: jax.Array, n: int, m: int) -> jax.Array:
-    """``largest`` of every ``m`` along the last axis; scores are non-negative."""
+def pattern(score: jax.Array, n: int, m: int) -> jax.Array:
+    """A mask of the ``n`` largest of every ``m`` scores, which are non-negative, along the last axis."""
     groups = jnp.pad(score, [(0, 0)] * (score.ndim - 1) + [(0, -score.shape[-1] % m)], constant_values=-1)
     kept = largest(groups.reshape(*groups.shape[:-1], -1, m), n)
     return kept.reshape(groups.shape)[..., : score.shape[-1]]
