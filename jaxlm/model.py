@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from jaxlm import nn
 from jaxlm.checkpoint.adapters import CONFIG, Adapter, apply_adapter, read_adapter
 from jaxlm.checkpoint.directory import export_model, read_json, read_model, read_tokenizer, write_model
 from jaxlm.checkpoint.formats import pack_params, stored
+from jaxlm.compression.calibrate import Calibration
 from jaxlm.compression.placement import place
 from jaxlm.compression.recipe import Recipe, load_recipe
 from jaxlm.compression.report import Row
@@ -27,8 +28,10 @@ from jaxlm.core.host import keep_freed_memory
 from jaxlm.core.leaves import LoRA, QArray, is_leaf, merge_adapters
 from jaxlm.core.sharding import shardings
 from jaxlm.core.tree import Params, flatten
+from jaxlm.data.calibration import calibration_batches
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.nn.config import KVCache, ModelConfig
+from jaxlm.nn.walk import Walk
 
 __all__ = ["LM", "compress", "load"]
 
@@ -155,20 +158,59 @@ def load(
     return lm if kv_cache is None else lm.configure(kv_cache=kv_cache)
 
 
-def compress(lm: LM, recipe: str | Recipe) -> LM:
-    """The model with its weights compressed by a recipe (a name, a file or a ``Recipe``), and a report of each tensor.
+def compress(
+    lm: LM,
+    recipe: str | Recipe,
+    *,
+    calibrate: str = "",
+    samples: int = 128,
+    context: int = 0,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> LM:
+    """A smaller model, by a recipe, with a report of each tensor. The same arguments give the same bytes.
 
     The parameters keep their compressed representation, whatever the platform makes of it when they are loaded.
     An adapter is merged first.
-    UserError on an unknown recipe, and on a model that is compressed already.
+
+    Args:
+        lm: a dense model.
+        recipe: a name (``jaxlm recipes`` lists them), a file or a ``Recipe``.
+        calibrate: a SPEC of data, for the recipes that need some: text the model should be good at, or sentence pairs.
+        samples: windows of text of ``context`` tokens (0: the model's own, at most 2,048) to calibrate with; of pairs,
+            16 times as many.
+        seed: of what is random: which windows, rotations, rounding that is learned.
+        progress: called with what is going on, how much is done and how much there is.
+
+    UserError on an unknown recipe, one that cannot be done to this model or lacks its data, and on a model that is
+    compressed already.
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     lm = lm.replace(params=merge_adapters(lm.params))
     if any(is_leaf(leaf) for leaf in flatten(lm.params).values()):
         raise UserError("this model is quantized already; compress the dense one")
-    params = recipe.apply(lm.params)
-    rows = make_report(lm.params, params, stored(*pack_params(params, recipe.storage)))
-    return lm.replace(params=params, recipe=recipe, report=tuple(rows))
+    calibration = _calibration(lm, calibrate, samples, context, seed, progress) if calibrate else None
+    done = recipe.run(lm.config, lm.params, calibration)
+    rows = make_report(lm.params, done.params, stored(*pack_params(done.params, recipe.storage)))
+    return lm.replace(
+        config=done.config, graphdef=nn.initializer(done.config)[0], params=done.params, recipe=recipe,
+        report=tuple(rows), info=lm.info | {"notes": [*lm.info.get("notes", ()), *done.notes]},
+    )
+
+
+def _calibration(lm: LM, spec: str, samples: int, context: int, seed: int, progress) -> Calibration:
+    if lm.config.kind == "lstm":
+        raise UserError("layers of an LSTM are not calibrated; choose a recipe that needs no data")
+    batches = calibration_batches(
+        spec, lm.tokenizer, pairs=lm.config.kind == "seq2seq", samples=samples,
+        context=context or min(lm.config.max_positions, 2048), seed=seed,
+    )
+    if (largest := max(int(part.max()) for batch in batches for part in batch)) >= lm.config.vocab_size:
+        raise UserError(f"{spec!r} holds the id {largest} and the model knows {lm.config.vocab_size}")
+    return Calibration(
+        batches, lambda config: Walk(config, nn.initializer(config)[0]), seed,
+        None if progress is None else partial(progress, "solving layers"),
+    )
 
 
 def _adapted(

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train the experiment of a Python file, or go on where it stopped",
     "evaluate": "perplexity of a model on some data; BLEU and chrF where it translates",
     "compress": "make a model smaller by a recipe",
+    "recipes": "list what compress can do, by name",
     "generate": "continue a text",
     "translate": "translate lines",
     "export": "write a model for transformers",

@@ -28,7 +28,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.leaves import LoRA, QArray, dequantize, is_leaf
+from jaxlm.core.leaves import Codebook, LoRA, LowRank, QArray, dequantize, is_leaf
 from jaxlm.core.tree import Leaf, Params, map_params
 
 _expand = jax.jit(dequantize)
@@ -58,15 +58,19 @@ def place(params: Params, platform: str) -> tuple[Params, list[str]]:
     return placed, [f"{kind}: {count} tensors expanded, they {reason}" for kind, count in expanded.items()]
 
 
-def fast_on_cpu(leaf: QArray) -> bool:
+def fast_on_cpu(leaf: Leaf) -> bool:
     """Whether the leaf's product is at least as fast as float32 on CPU, by the table above."""
+    if not isinstance(leaf, QArray) or leaf.codes.dtype != jnp.int8:
+        return False
     *layers, n_out, n_in = leaf.codes.shape
     return leaf.act_bits == 8 and min(n_in, n_out) >= 128 and n_in * n_out >= (2**15 if layers else 2**20)
 
 
-def narrow(leaf: QArray) -> QArray:
+def narrow(leaf: Leaf) -> Leaf:
     """Codes of up to 4 bits as int4, two a byte in device memory."""
-    return leaf if leaf.bits > 4 else dataclasses.replace(leaf, codes=leaf.codes.astype(jnp.int4))
+    if not isinstance(leaf, QArray) or leaf.bits > 4:
+        return leaf
+    return dataclasses.replace(leaf, codes=leaf.codes.astype(jnp.int4))
 
 
 def describe(leaf: Leaf) -> str:
@@ -75,7 +79,13 @@ def describe(leaf: Leaf) -> str:
         return str(leaf.dtype)
     if isinstance(leaf, LoRA):
         return f"{describe(leaf.base)} + rank {leaf.a.shape[-1]}"
+    if isinstance(leaf, LowRank):
+        return f"rank {leaf.a.shape[-1]} of {describe(leaf.a)}"
     grid = f"g{leaf.group}" if leaf.group else "channel"
+    if isinstance(leaf, Codebook):
+        return f"{leaf.bits}-bit codebook" if leaf.kind == "shared" else f"{leaf.kind} {grid}"
     symmetric = " symmetric" if leaf.zero is None else ""
-    activations = f", int{leaf.act_bits} activations" if leaf.act_bits else ""
-    return f"int{leaf.bits} {grid}{symmetric}{activations}"
+    kind = "int" if jnp.issubdtype(leaf.codes.dtype, jnp.integer) else "float"
+    static = "" if leaf.act_scale is None else "static "
+    activations = f", {static}{kind}{leaf.act_bits} activations" if leaf.act_bits else ""
+    return f"{kind}{leaf.bits} {grid}{symmetric if kind == 'int' else ''}{activations}"

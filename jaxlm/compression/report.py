@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +15,8 @@ import jax.numpy as jnp
 from jaxlm.compression.placement import describe
 from jaxlm.core.leaves import dequantize
 from jaxlm.core.tree import Leaf, Params, flatten
+
+_SEGMENT = re.compile(r"layers/\d+/")
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Row:
     bits: float
     sparsity: float
     bytes: int
-    relative_error: float
+    relative_error: float | None
 
     def to_json(self) -> dict:
         return dataclasses.asdict(self)
@@ -36,30 +40,50 @@ def report(before: Params, after: Params, stored: Mapping[str, tuple[int, str]])
     """Rows in the tree's order.
 
     ``stored`` gives each path's bytes in the file and how they are coded (``checkpoint.formats.stored``).
-    ``sparsity`` is the share of weights that are exactly zero; ``relative_error`` is ``|W - W'| / |W|`` (Frobenius).
+    ``sparsity`` is the share of weights that are exactly zero; ``relative_error`` is ``|W - W'| / |W|`` (Frobenius), or
+    None where the weight is not of the shape it was. Layers may have come into other segments.
     """
-    dense = flatten(before)
-    return [_row(path, dense[path], leaf, *stored[path]) for path, leaf in flatten(after).items()]
+    dense = _by_layer(before)
+    rows, begin = [], Counter()
+    for path, leaf in flatten(after).items():
+        name = _SEGMENT.sub("layers/*/", path)
+        old = dense.get(name)
+        if name != path and old is not None:
+            old = old[begin[name] : begin[name] + leaf.shape[0]]
+            begin[name] += leaf.shape[0]
+        zeros, error = _compare(old if old is not None and old.shape == leaf.shape else None, leaf)
+        size, storage = stored[path]
+        bits, error = 8 * size / math.prod(leaf.shape), None if error is None else float(error)
+        rows.append(Row(path, tuple(leaf.shape), describe(leaf), storage, bits, float(zeros), size, error))
+    return rows
 
 
-def _row(path: str, dense: jax.Array, leaf: Leaf, size: int, storage: str) -> Row:
-    zeros, error = _compare(dense, leaf)
-    bits = 8 * size / math.prod(leaf.shape)
-    return Row(path, tuple(leaf.shape), describe(leaf), storage, bits, float(zeros), size, float(error))
+def _by_layer(params: Params) -> dict[str, jax.Array]:
+    """Leaves by path, those of all segments of a stack joined."""
+    joined: dict[str, list] = {}
+    for path, leaf in flatten(params).items():
+        joined.setdefault(_SEGMENT.sub("layers/*/", path), []).append(leaf)
+    return {name: parts[0] if len(parts) == 1 else _join(parts) for name, parts in joined.items()}
+
+
+def _join(parts: list[jax.Array]) -> jax.Array | None:
+    return jnp.concatenate(parts) if len({part.shape[1:] for part in parts}) == 1 else None
 
 
 @jax.jit
-def _compare(dense: jax.Array, leaf: Leaf) -> tuple[jax.Array, jax.Array]:
-    dense = dense.astype(jnp.float32)
+def _compare(dense: jax.Array | None, leaf: Leaf) -> tuple[jax.Array, jax.Array | None]:
     now = dequantize(leaf, jnp.float32)
+    if dense is None:
+        return jnp.mean(now == 0), None
+    dense = dense.astype(jnp.float32)
     norm = jnp.linalg.norm(dense)
     return jnp.mean(now == 0), jnp.where(norm > 0, jnp.linalg.norm(dense - now) / norm, 0)
 
 
 def summary(rows: list[Row]) -> Row:
-    """All tensors as one row, weighted by their sizes; its error is not defined and NaN."""
+    """All tensors as one row, weighted by their sizes; it has no error."""
     count = sum(math.prod(row.shape) for row in rows)
     size = sum(row.bytes for row in rows)
     zeros = sum(row.sparsity * math.prod(row.shape) for row in rows)
     kinds = " / ".join(dict.fromkeys(row.representation for row in rows))
-    return Row("all", (count,), kinds, "", 8 * size / count, zeros / count, size, math.nan)
+    return Row("all", (count,), kinds, "", 8 * size / count, zeros / count, size, None)

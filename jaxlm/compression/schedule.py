@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.compression.prune import smallest
-from jaxlm.compression.recipe import Magnitude, NofM, Quantize, Recipe, Step, apply_step
+from jaxlm.compression.recipe import Recipe
+from jaxlm.compression.steps import Magnitude, NofM, WeightStep, apply_step
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import FakeQuant, QArray, dequantize, is_leaf, spread, straight_through
 from jaxlm.core.tree import Leaf, Params, Transform
@@ -30,7 +31,7 @@ def fake_compress(recipe: Recipe, begin: int = 0) -> Callable[[jax.Array], Trans
     ``ops.dot`` rounds activations where the recipe says so. UserError where a step of the recipe needs calibration.
     """
     for step in recipe.steps:
-        if not isinstance(step, Quantize | Magnitude | NofM):
+        if not isinstance(step, WeightStep):
             raise UserError(
                 f"qat.recipe {recipe.name!r}: a {step.kind} step cannot be trained through, as it needs data of its "
                 "own; use one that rounds to nearest, such as w4a16-rtn-g64 or w8a8-dynamic, or prunes by magnitude"
@@ -44,8 +45,8 @@ def fake_compress(recipe: Recipe, begin: int = 0) -> Callable[[jax.Array], Trans
                 params = apply_step(step, params, partial(fake, step))
             return params
 
-        def fake(step: Step, leaf: Leaf, axis: int) -> Leaf:
-            return fake_leaf(leaf, step(leaf, axis), active)
+        def fake(step: WeightStep, leaf: Leaf, axis: int) -> Leaf:
+            return fake_leaf(leaf, step.weight(leaf, axis), active)
 
         return transform
 

@@ -38,7 +38,7 @@ class Seq2Seq(nnx.Module):
         The mask says which source tokens are real (default: those that are not ``pad_id``). Dropout needs a ``key``.
         """
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
-        src_mask_BxS = self._mask(src_BxS, src_mask_BxS)
+        src_mask_BxS = self.source_mask(src_BxS, src_mask_BxS)
         memory_BxSxD = self._encode(src_BxS, src_mask_BxS, encoder_key)
         x_BxTxD = self.decoder(
             embed(self.embed, tgt_BxT, self.config),
@@ -50,7 +50,7 @@ class Seq2Seq(nnx.Module):
 
     def encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array | None = None) -> jax.Array:
         """The encoder's output ``[B, S, D]``."""
-        return self._encode(src_BxS, self._mask(src_BxS, src_mask_BxS), None)
+        return self._encode(src_BxS, self.source_mask(src_BxS, src_mask_BxS), None)
 
     def init_cache(self, memory_BxSxD: jax.Array, src_mask_BxS: jax.Array, length: int) -> Cache:
         """A cache for targets of at most ``length`` tokens, with the memory projected once for every layer."""
@@ -62,9 +62,13 @@ class Seq2Seq(nnx.Module):
         x_BxTxD, cache = self.decoder.decode(embed(self.embed, tokens_BxT, self.config), cache)
         return head_logits(self, x_BxTxD), cache
 
-    def _mask(self, src_BxS: jax.Array, src_mask_BxS: jax.Array | None) -> jax.Array:
+    def source_mask(self, src_BxS: jax.Array, src_mask_BxS: jax.Array | None = None) -> jax.Array:
+        """Which source tokens are real, bool ``[B, S]``: as given, else those that are not padding."""
         return src_BxS != self.config.pad_id if src_mask_BxS is None else src_mask_BxS
 
+    def embed_source(self, src_BxS: jax.Array) -> jax.Array:
+        """``[B, S, D]``, from the table of the source's vocabulary."""
+        return embed(self.embed if self.src_embed is None else self.src_embed, src_BxS, self.config)
+
     def _encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array, key: jax.Array | None) -> jax.Array:
-        table = self.embed if self.src_embed is None else self.src_embed
-        return self.encoder(embed(table, src_BxS, self.config), mask_BxTxS=src_mask_BxS[:, None, :], key=key)
+        return self.encoder(self.embed_source(src_BxS), mask_BxTxS=src_mask_BxS[:, None, :], key=key)

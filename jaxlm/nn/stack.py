@@ -25,6 +25,7 @@ from jaxlm.nn.moe import Moe
 from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
 
 ACTIVATION_AXES = ("batch", "length", "features")
+Traits = tuple[jax.Array | None, jax.Array | None]  # a layer's window, and its number from 1 where that matters
 
 
 @jax.tree_util.register_dataclass
@@ -171,6 +172,13 @@ class Stack(nnx.Module):
         key: jax.Array | None = None,
     ) -> jax.Array:
         """The whole sequence at once. The mask says what may be looked at besides causality."""
+        x_BxTxD, view, keys = self.enter(x_BxTxD, mask_BxTxS, positions_BxT, memory_mask_BxM, key)
+        for i, layer_keys in enumerate(keys):
+            x_BxTxD, _ = self._run(i, x_BxTxD, view, memory=memory_BxMxD, key=layer_keys)
+        return self.leave(x_BxTxD)
+
+    def enter(self, x_BxTxD, mask_BxTxS=None, positions_BxT=None, memory_mask_BxM=None, key=None):
+        """What the first layer is given, of the arguments of a call: its input, the view, and a key a segment."""
         slots = jnp.arange(x_BxTxD.shape[1])[None]
         if self.causal:
             causal = causal_mask(slots, slots)
@@ -178,9 +186,10 @@ class Stack(nnx.Module):
         positions = slots if positions_BxT is None else positions_BxT
         view = self._view(slots, slots, positions, mask_BxTxS, memory_mask_BxM)
         keys = split_key(key, len(self.layers) + 1)
-        x_BxTxD = self._enter(x_BxTxD, positions, keys[-1])
-        for i, layer_keys in enumerate(keys[:-1]):
-            x_BxTxD, _ = self._run(i, x_BxTxD, view, memory=memory_BxMxD, key=layer_keys)
+        return self._enter(x_BxTxD, positions, keys[-1]), view, keys[:-1]
+
+    def leave(self, x_BxTxD: jax.Array) -> jax.Array:
+        """From the last layer's output to that of the stack."""
         return x_BxTxD if self.final_norm is None else self.final_norm(x_BxTxD)
 
     def decode(self, x_BxTxD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -205,7 +214,7 @@ class Stack(nnx.Module):
             x_BxTxD, (k, v) = self._run(i, x_BxTxD, view, past=past, memory_kv=memory)
             keys.append(k)
             values.append(v)
-        x_BxTxD = x_BxTxD if self.final_norm is None else self.final_norm(x_BxTxD)
+        x_BxTxD = self.leave(x_BxTxD)
         index = cache.index + x_BxTxD.shape[1]
         return x_BxTxD, cache.replace(keys=tuple(keys), values=tuple(values), index=index)
 
@@ -251,39 +260,49 @@ class Stack(nnx.Module):
             x_BxTxD = self.embed_norm(x_BxTxD)
         return constrain(dropout(x_BxTxD, config.dropout, key), ACTIVATION_AXES)
 
+    def traits(self, i: int) -> Traits:
+        """What tells the layers of segment i apart besides their parameters, ``[L]`` each."""
+        run, cycle = self.segments[i], self.config.windows
+        windows = jnp.array([cycle[layer % len(cycle)] for layer in run]) if any(cycle) else None
+        return windows, jnp.array(run) + 1 if self.config.attention_scale_by_layer else None
+
+    def layer(
+        self, block: Block, x_BxTxD, view: View, traits: Traits = (None, None), *, past=None, memory=None,
+        memory_kv=None, key=None,
+    ):
+        """One layer: its output and its cache. A memory is given whole (``memory``) or projected (``memory_kv``)."""
+        mask, angles, (window, number) = view.mask_BxTxS, view.angles, traits
+        if window is not None:
+            near = window_mask(view.slots_q, view.slots_k, window)
+            mask = near if mask is None else mask & near
+            if view.local_angles is not None:
+                angles = jax.tree.map(partial(jnp.where, window > 0), view.local_angles, angles)
+        if memory is not None:
+            memory_kv = round_trip(*block.cross.key_value(memory, None), self.config.kv_cache)
+        return block(
+            x_BxTxD, view, mask_BxTxS=mask, angles=angles, number=number, past=past, memory=memory_kv, key=key
+        )
+
     def _run(self, i: int, x_BxTxD, view: View, *, past=None, memory=None, memory_kv=None, key=None):
         """Walks segment i. ``past`` is (keys, values, index) of its cache; a memory is given whole (``memory``,
         projected in each layer) or already projected (``memory_kv``)."""
         graphdef, params = nnx.split(self.layers[i])
-        run, cycle, windows = self.segments[i], self.config.windows, None
-        count = len(run)
-        numbers = jnp.array(run) + 1 if self.config.attention_scale_by_layer else None
-        if any(cycle):
-            windows = jnp.array([cycle[layer % len(cycle)] for layer in run])
+        count, traits = len(self.segments[i]), self.traits(i)
         keys = None if key is None else jax.random.split(key, count)
 
         def body(carry, xs):
             x, kv = carry
-            layer, layer_params, window, number, layer_key, layer_memory = xs
-            block = nnx.merge(graphdef, layer_params)
-            mask, angles = view.mask_BxTxS, view.angles
-            if window is not None:
-                near = window_mask(view.slots_q, view.slots_k, window)
-                mask = near if mask is None else mask & near
-                if view.local_angles is not None:
-                    angles = jax.tree.map(partial(jnp.where, window > 0), view.local_angles, angles)
-            if memory is not None:
-                layer_memory = round_trip(*block.cross.key_value(memory, None), self.config.kv_cache)
+            layer, layer_params, layer_traits, layer_key, layer_memory = xs
             layer_past = None if kv is None else LayerCache(*kv, layer, past[2])
-            x, layer_past = block(
-                x, view, mask_BxTxS=mask, angles=angles, number=number, past=layer_past, memory=layer_memory,
-                key=layer_key,
+            x, layer_past = self.layer(
+                nnx.merge(graphdef, layer_params), x, view, layer_traits, past=layer_past, memory=memory,
+                memory_kv=layer_memory, key=layer_key,
             )
             return (x, None if kv is None else (layer_past.keys, layer_past.values)), None
 
         body = _remat(body, self.config.remat)
         carry = (x_BxTxD, None if past is None else past[:2])
-        xs = (jnp.arange(count), params, windows, numbers, keys, memory_kv)
+        xs = (jnp.arange(count), params, traits, keys, memory_kv)
         if self.config.scan_layers:
             return jax.lax.scan(body, carry, xs)[0]
         # Split at once: the gradient is then one concatenation, where that of indexing is a sum of padded layers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxlm.compression.recipe import BLOCKS
+from jaxlm.compression.steps import BLOCKS
 from jaxlm.data.config import DataConfig
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, Seq2SeqConfig
 

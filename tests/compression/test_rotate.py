@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm import nn
-from jaxlm.compression.recipe import parse
+from jaxlm.compression.names import parse
 from jaxlm.compression.residual import learned_positions, role
 from jaxlm.compression.rotate import fuse_norms, hadamard, rotate
 from jaxlm.core.errors import UserError

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlm.compression.recipe import Quantize, Recipe, parse
+from jaxlm.compression.names import parse
+from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.rtn import quantize
 from jaxlm.compression.schedule import (
     cosine,
@@ -23,6 +24,7 @@ from jaxlm.compression.schedule import (
     regrow,
     smallest_of_each,
 )
+from jaxlm.compression.steps import Quantize
 from jaxlm.core import ops
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import FakeQuant, QArray, dequantize, is_leaf

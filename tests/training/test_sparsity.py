@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxlm
 from jaxlm import nn
 from jaxlm.checkpoint.directory import read_model
-from jaxlm.compression.recipe import parse
+from jaxlm.compression.names import parse
 from jaxlm.compression.schedule import fake_compress
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, is_leaf

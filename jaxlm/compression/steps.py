@@ -1,0 +1,193 @@
+"""The steps of recipes. Three kinds, by what they need:
+
+- a ``WeightStep`` looks at one weight at a time: it is a ``Transform``, in or out of ``jit``;
+- a ``BlockStep`` solves for the weights of one layer, given what goes through it (``calibrate.Block``);
+- a ``ModelStep`` changes the model's configuration too.
+
+This file holds the first kind, and what all have in common.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxlm.compression.calibrate import Block, Calibration, Layer, solve_blocks
+from jaxlm.compression.float8 import quantize_float8
+from jaxlm.compression.prune import magnitude, n_of_m
+from jaxlm.compression.rtn import quantize
+from jaxlm.compression.segments import join
+from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import is_leaf
+from jaxlm.core.tree import Leaf, Params, flatten, map_params
+
+__all__ = [
+    "BLOCKS", "BlockStep", "Float8", "Magnitude", "ModelStep", "NofM", "Quantize", "Step", "WeightStep", "apply_step",
+]
+
+# The linear maps of the blocks: embeddings, head and norms stay dense unless a step's target says otherwise.
+BLOCKS = r"(.*/)?layers/\d+/((attn|cross|mlp|mlp/experts)/[a-z]+|input|recurrent)/kernel"
+
+
+def targets(step: WeightStep | BlockStep, params: Params) -> list[str]:
+    """The paths that a step is to compress. UserError where there are none, or one that is no dense kernel or table."""
+    matches = re.compile(step.target).fullmatch
+    found = [path for path in flatten(params) if matches(path) and not path.endswith("/router/kernel")]
+    if not found:
+        raise UserError(f"the target {step.target!r} of a {step.kind} step matches no parameter; see `jaxlm inspect`")
+    flat = flatten(params)
+    for path in found:
+        if not path.endswith(("/kernel", "/table")):
+            raise UserError(f"the target of a {step.kind} step matches {path}; only kernels and tables are compressed")
+        if is_leaf(flat[path]):
+            raise UserError(f"{path} is already quantized; put the {step.kind} step first or start from a dense model")
+    return found
+
+
+def apply_step(step: WeightStep, params: Params, weight: Callable[[Leaf, int], Leaf]) -> Params:
+    """``weight(leaf, axis)`` over what is the target of a step, ``axis`` being that of contraction."""
+    chosen = set(targets(step, params))
+    return map_params(
+        lambda path, leaf: weight(leaf, -1 if path.endswith("/table") else -2) if path in chosen else leaf, params
+    )
+
+
+class WeightStep:
+    """A Transform that replaces each of its target's weights by itself."""
+
+    kind: ClassVar[str]
+    target: str
+
+    def weight(self, dense: Leaf, axis: int) -> Leaf:
+        """A weight, with its contraction at ``axis``, compressed."""
+        raise NotImplementedError
+
+    def __call__(self, params: Params) -> Params:
+        return apply_step(self, params, self.weight)
+
+
+class BlockStep:
+    """Replaces the weights of its target layer by layer, with data."""
+
+    kind: ClassVar[str]
+    target: str
+
+    def solve(self, block: Block) -> Layer:
+        """The layer's parameters, those of ``block.targets`` compressed."""
+        raise NotImplementedError
+
+    def __call__(self, config: Any, params: Params, calibration: Calibration, notes: list[str]) -> tuple[Any, Params]:
+        chosen = set(targets(self, params))
+        for path in sorted(chosen):
+            if not re.match(r"(encoder|decoder)/layers/\d+/", path):
+                raise UserError(f"a {self.kind} step calibrates the layers' kernels, and its target matches {path}")
+        layers = solve_blocks(config, params, calibration, self.solve, chosen.__contains__, notes)
+        return join(config, params, layers)
+
+
+class ModelStep:
+    """Changes configuration and parameters together. ``calibrated`` says whether it needs data."""
+
+    kind: ClassVar[str]
+    calibrated: ClassVar[bool] = False
+
+    def __call__(
+        self, config: Any, params: Params, calibration: Calibration | None, notes: list[str]
+    ) -> tuple[Any, Params]:
+        raise NotImplementedError
+
+
+Step = WeightStep | BlockStep | ModelStep
+
+
+def needs_data(steps: Sequence[Step]) -> Step | None:
+    """The first step that needs calibration."""
+    return next((step for step in steps if isinstance(step, BlockStep) or getattr(step, "calibrated", False)), None)
+
+
+def check_grid(bits: int, group: int) -> None:
+    """UserError unless weights can be rounded so."""
+    if not 2 <= bits <= 8:
+        raise UserError(f"cannot quantize to {bits} bits; use 2 to 8")
+    if group < 0:
+        raise UserError(f"a group of {group} inputs is impossible; use 0 for one group an output channel")
+
+
+def check_sparsity(sparsity: float, n: int, m: int) -> None:
+    """UserError unless so much, or N of every M, can be pruned; ``m`` 0 is no pattern."""
+    if m and not 0 < n < m <= 32:
+        raise UserError(f"{n}:{m} sparsity is impossible; N:M keeps 0 < N < M weights of every M <= 32")
+    if not m and not 0 < sparsity < 1:
+        raise UserError(f"a sparsity of {sparsity:.0%} is impossible; use more than 0% and less than 100%")
+
+
+@dataclass(frozen=True)
+class Quantize(WeightStep):
+    """Rounds weights to ``bits`` on a grid a group of inputs (0: an output channel); see ``core.leaves.QArray``."""
+
+    kind: ClassVar[str] = "quantize"
+    bits: int
+    group: int = 0
+    symmetric: bool = False
+    act_bits: int = 0
+    target: str = BLOCKS
+
+    def __post_init__(self):
+        check_grid(self.bits, self.group)
+        if self.act_bits not in (0, 8) or (self.act_bits and self.group):
+            raise UserError("activations are quantized to 8 bits with one weight group a channel, or not at all")
+
+    def weight(self, dense: Leaf, axis: int) -> Leaf:
+        return quantize(
+            dense, bits=self.bits, group=self.group, symmetric=self.symmetric, act_bits=self.act_bits, axis=axis
+        )
+
+
+@dataclass(frozen=True)
+class Float8(WeightStep):
+    """Rounds weights to float8 e4m3, with a scale an output channel; activations too, a token at a time, if
+    ``act_bits`` is 8."""
+
+    kind: ClassVar[str] = "float8"
+    act_bits: int = 8
+    target: str = BLOCKS
+
+    def __post_init__(self):
+        if self.act_bits not in (0, 8):
+            raise UserError(f"activations of {self.act_bits} bits are impossible; use 8, or 0 to leave them alone")
+
+    def weight(self, dense: Leaf, axis: int) -> Leaf:
+        return quantize_float8(dense, act_bits=self.act_bits, axis=axis)
+
+
+@dataclass(frozen=True)
+class Magnitude(WeightStep):
+    """Zeroes the ``sparsity`` share of smallest magnitude, a matrix at a time."""
+
+    kind: ClassVar[str] = "magnitude"
+    sparsity: float
+    target: str = BLOCKS
+
+    def __post_init__(self):
+        check_sparsity(self.sparsity, 0, 0)
+
+    def weight(self, dense: Leaf, axis: int) -> Leaf:
+        return magnitude(dense, sparsity=self.sparsity)
+
+
+@dataclass(frozen=True)
+class NofM(WeightStep):
+    """Keeps the ``n`` largest of every ``m`` consecutive inputs of an output channel."""
+
+    kind: ClassVar[str] = "n_of_m"
+    n: int
+    m: int
+    target: str = BLOCKS
+
+    def __post_init__(self):
+        check_sparsity(0, self.n, self.m)
+
+    def weight(self, dense: Leaf, axis: int) -> Leaf:
+        return n_of_m(dense, n=self.n, m=self.m, axis=axis)

@@ -1,0 +1,129 @@
+"""Every method beside its authors' code, on a small Llama trained on books.
+
+    python tests/benchmarks/compression_reference.py [--only GPTQ] [--json FILE] [--markdown]
+
+Reads JAXLM_SHARED: the model, calibration and evaluation tokens, and reference/compression.json with the authors'
+perplexities and seconds under the same protocol. Prints a row for each of theirs: perplexity of both, how much ours is
+above theirs, and the seconds of both (ours with calibration, compiled before: the second of two runs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jaxlm
+from jaxlm.compression.names import parse
+from jaxlm.compression.recipe import Recipe
+from jaxlm.compression.solvers import Gptq
+
+# (method, setting as it begins) -> our recipe; the first that fits. "" is a row without a counterpart of its own.
+RECIPES: tuple[tuple[str, str, str | Recipe], ...] = (
+    ("RTN", "int8 sym g128", "w8a16-rtn-sym"),
+    ("RTN", "int4 sym g128", "w4a16-rtn-sym"),
+    ("RTN", "int3 sym g128", "w3a16-rtn-sym"),
+    ("RTN", "int4 asym g128", "w4a16-rtn"),
+    ("RTN", "int3 asym g128", "w3a16-rtn"),
+    ("RTN", "int4 asym g64", "w4a16-rtn-g64"),
+    ("RTN", "int3 asym g64", "w3a16-rtn-g64"),
+    ("RTN", "int2 asym g64", "w2a16-rtn-g64"),
+    ("RTN", "int4 sym per-channel", "w4a16-rtn-channel-sym"),
+    ("RTN", "int4 asym per-channel", "w4a16-rtn-channel"),
+    ("GPTQ", "int4 sym g128 act-order", "w4a16-gptq-sym"),
+    ("GPTQ", "int4 asym g128 act-order static-groups true-sequential", Recipe((Gptq(4, true_sequential=True),))),
+    ("GPTQ", "int3 asym g128 act-order static-groups true-sequential", Recipe((Gptq(3, true_sequential=True),))),
+    ("GPTQ", "int2 asym g64 act-order static-groups true-sequential", Recipe((Gptq(2, 64, true_sequential=True),))),
+    ("GPTQ", "int4 asym g128 act-order", "w4a16-gptq"),
+    ("GPTQ", "int3 asym g128 act-order", "w3a16-gptq"),
+    ("GPTQ", "int2 asym g64 act-order", "w2a16-gptq-g64"),
+    ("GPTQ", "int4 asym g128, other", ""),
+    ("GPTQ", "int3 asym g128, other", ""),
+    ("GPTQ", "int4 sym g128", "w4a16-gptq-sym"),
+    ("GPTQ", "int4 asym g128", "w4a16-gptq"),
+    ("GPTQ", "int3 asym g128", "w3a16-gptq"),
+    ("GPTQ", "int4 sym g64", "w4a16-gptq-g64-sym"),
+    ("GPTQ", "int4 asym g64", "w4a16-gptq-g64"),
+    ("GPTQ", "int3 asym g64", "w3a16-gptq-g64"),
+    ("GPTQ", "int2 asym g64", "w2a16-gptq-g64"),
+    ("GPTQ", "int4 sym per-channel", "w4a16-gptq-channel-sym"),
+    ("GPTQ", "int4 asym per-channel", "w4a16-gptq-channel"),
+    ("magnitude", "50%", "sparse50-magnitude"),
+    ("magnitude", "70%", "sparse70-magnitude"),
+    ("magnitude", "80%", "sparse80-magnitude"),
+    ("magnitude", "2:4", "2:4-magnitude"),
+    ("Wanda", "50%, other", ""),
+    ("Wanda", "50%", "sparse50-wanda"),
+    ("Wanda", "70%", "sparse70-wanda"),
+    ("Wanda", "80%", "sparse80-wanda"),
+    ("Wanda", "2:4", "2:4-wanda"),
+    ("SparseGPT", "50%, other", ""),
+    ("SparseGPT", "50% + int4 asym per-channel", "sparse50-sparsegpt-w4"),
+    ("SparseGPT", "2:4 + int4 asym per-channel", "2:4-sparsegpt-w4"),
+    ("SparseGPT", "50%", "sparse50-sparsegpt"),
+    ("SparseGPT", "70%", "sparse70-sparsegpt"),
+    ("SparseGPT", "80%", "sparse80-sparsegpt"),
+    ("SparseGPT", "2:4", "2:4-sparsegpt"),
+    ("AWQ", "int4 asym g128", "w4a16-awq"),
+    ("AWQ", "int4 asym g64", "w4a16-awq-g64"),
+    ("W8A8", "per-channel", "w8a8-dynamic"),
+    ("SmoothQuant", "W8A8", "w8a8-smooth"),
+    ("torchao", "int8 weight-only", "w8a16-rtn-channel-sym"),
+    ("torchao", "int8 dynamic", "w8a8-dynamic"),
+)
+
+
+def recipe_of(row: dict) -> Recipe | None:
+    for method, setting, recipe in RECIPES:
+        if row["method"] == method and row["setting"].startswith(setting):
+            return (parse(recipe) if recipe else None) if isinstance(recipe, str) else recipe
+    raise SystemExit(f"no recipe for {row['method']} {row['setting']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", metavar="METHOD", help="rows whose method or setting contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--once", action="store_true", help="compress once: no seconds")
+    args = parser.parse_args()
+    shared = Path(os.environ.get("JAXLM_SHARED") or Path(__file__).parents[3] / "shared")
+    reference = json.loads((shared / "reference/compression.json").read_text())
+    lm = jaxlm.load(shared / "models/books-llama")
+    calibrate, data = (f"tokens:{shared / reference[key]}" for key in ("calibration", "evaluation"))
+    done: dict[Recipe, tuple[float, float]] = {}
+    out = []
+    print(f"{'method':<12}{'setting':<58}{'theirs':>9}{'ours':>10}{'above':>9}{'s theirs':>10}{'s ours':>8}")
+    for row in reference["rows"]:
+        if row["method"] == "dense" or args.only not in f"{row['method']} {row['setting']}":
+            continue
+        if (recipe := recipe_of(row)) is None:
+            continue
+        if recipe not in done:
+            for _ in range(1 if args.once else 2):
+                begin = time.perf_counter()
+                small = jaxlm.compress(lm, recipe, calibrate=calibrate, context=256)
+                jax.block_until_ready(small.params)
+                seconds = time.perf_counter() - begin
+            done[recipe] = small.evaluate(data, context=256)["perplexity"], seconds
+        ours, seconds = done[recipe]
+        above = ours / row["ppl"] - 1
+        out.append({"method": row["method"], "setting": row["setting"], "recipe": recipe.name, "theirs": row["ppl"],
+                    "ours": ours, "above": above, "seconds_theirs": row.get("seconds"), "seconds": seconds})
+        told = f"{row['method']:<12}{row['setting'][:57]:<58}{row['ppl']:>9.4f}{ours:>10.4f}{above:>+9.2%}"
+        print(f"{told}{row.get('seconds') or 0:>10.1f}{seconds:>8.1f}", flush=True)
+    if not out:
+        sys.exit("no such row")
+    print(f"{len(out)} rows, mean {np.mean([row['above'] for row in out]):+.3%}, "
+          f"largest {max(row['above'] for row in out):+.3%}")
+    if args.json:
+        args.json.write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
