@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from jaxlm import nn
+from jaxlm.compression.names import parse
 from jaxlm.compression.placement import place
-from jaxlm.compression.recipe import parse
 from jaxlm.core.leaves import dequantize_tree, is_leaf
 from jaxlm.core.tree import flatten
 

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlm.compression.recipe import Magnitude, NofM, Quantize, Recipe, load_recipe, parse
+from jaxlm.compression.names import NAMES, parse
+from jaxlm.compression.recipe import Recipe, load_recipe
+from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
+from jaxlm.compression.steps import BlockStep, Float8, Magnitude, NofM, Quantize
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize, is_leaf
 from jaxlm.core.tree import flatten
@@ -37,6 +40,12 @@ def params():
         ("sparse62.5-magnitude+huffman", (Magnitude(0.625),), "huffman"),
         ("2:4-magnitude+w8a8-dynamic+huffman", (NofM(2, 4), Quantize(8, 0, True, 8)), "huffman"),
         ("huffman", (), "huffman"),
+        ("fp8", (Float8(),), "plain"),
+        ("w3a16-gptq-g64-sym", (Gptq(3, 64, True),), "plain"),
+        ("sparse70-wanda+w4a16-gptq-channel", (Wanda(0.7), Gptq(4, 0)), "plain"),
+        ("2:4-sparsegpt", (SparseGpt(n=2, m=4),), "plain"),
+        ("sparse50-sparsegpt-w4+huffman", (SparseGpt(0.5, bits=4),), "huffman"),
+        ("2:4-sparsegpt-w3-g128", (SparseGpt(n=2, m=4, bits=3, group=128),), "plain"),
     ],
 )
 def test_names(name, steps, storage):
@@ -67,11 +76,26 @@ def test_mistakes_in_names(name, says):
 
 def test_a_file_defines_a_recipe(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("from jaxlm.compression.recipe import *\nrecipe = Recipe((Quantize(5, target='head/kernel'),))\n")
+    imports = "from jaxlm.compression.recipe import Recipe\nfrom jaxlm.compression.steps import Quantize\n"
+    file.write_text(imports + "recipe = Recipe((Quantize(5, target='head/kernel'),))\n")
     assert load_recipe(str(file)) == Recipe((Quantize(5, target="head/kernel"),))
     file.write_text("recipe = 3\n")
     with pytest.raises(UserError, match="does not define"):
         load_recipe(str(file))
+
+
+def test_what_is_listed_is_what_there_is():
+    for name in NAMES:
+        recipe = parse(name.example)
+        assert recipe.steps and Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+        assert name.calibrated == any(isinstance(step, BlockStep) for step in recipe.steps) and name.meaning
+
+
+def test_data_is_asked_for(params):
+    with pytest.raises(UserError, match="gptq is calibrated with data; give some"):
+        parse("w4a16-gptq").run(None, params)
+    with pytest.raises(UserError, match="needs the whole model"):
+        parse("w4a16-gptq").apply(params)
 
 
 @pytest.mark.parametrize("damage", [{"kind": "fold"}, {"bitz": 3}, {"bits": "four"}])

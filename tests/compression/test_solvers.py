@@ -1,0 +1,126 @@
+"""Steps that solve with data, on whole small models: better than without data, exact about zeros, clear about gaps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlm import nn
+from jaxlm.compression.calibrate import Calibration
+from jaxlm.compression.names import parse
+from jaxlm.compression.recipe import Recipe
+from jaxlm.compression.solvers import Gptq, SparseGpt
+from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import QArray, dequantize, is_leaf
+from jaxlm.core.tree import flatten
+from jaxlm.nn.walk import Walk
+
+DECODER = nn.DecoderConfig(vocab_size=31, width=32, heads=4, kv_heads=2, ffn=40, layers=2)
+CONFIGS = {
+    "decoder": DECODER,
+    "moe": dataclasses.replace(DECODER, experts=4),
+    "seq2seq": nn.preset("tiny", vocab_size=31, width=32, heads=4, ffn=40, encoder_layers=1, decoder_layers=2),
+}
+
+
+@functools.cache
+def make(name, tokens=64):
+    config = CONFIGS[name]
+    graphdef, params = nn.build(config, jax.random.key(0))
+    rng = np.random.default_rng(1)
+    # Few directions of the width are in use: what solvers with data can make use of.
+    table = flatten(params)["embed/table"]
+    basis = jnp.asarray(rng.normal(size=(6, 32)), jnp.float32)
+    params["embed"]["table"].set_value(jnp.asarray(rng.normal(size=(31, 6)), jnp.float32) @ basis + 0.1 * table)
+    batches = [(rng.integers(3, 31, (4, tokens // 4)),) for _ in range(2)]
+    if config.kind == "seq2seq":
+        batches = [(rng.integers(3, 31, (4, 9)), batch) for (batch,) in batches]
+    walk = lambda config: Walk(config, nn.initializer(config)[0])  # noqa: E731
+    return config, graphdef, params, Calibration(batches, walk)
+
+
+def run(name, recipe):
+    config, graphdef, params, calibration = make(name)
+    done = (parse(recipe) if isinstance(recipe, str) else recipe).run(config, params, calibration)
+    assert done.config == config
+    return done
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(graphdef, params, *batch):
+    return nnx.merge(graphdef, params)(*batch)
+
+
+def error(name, params):
+    """Mean squared change of the logits on the calibration data."""
+    _, graphdef, dense, calibration = make(name)
+    changes = [logits(graphdef, params, *each) - logits(graphdef, dense, *each) for each in calibration.batches]
+    return np.mean([np.mean(change**2) for change in changes])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "with_data,without",
+    [("w3a16-gptq-g16", "w3a16-rtn-g16"), ("sparse60-sparsegpt", "sparse60-wanda"), ("2:4-sparsegpt", "2:4-magnitude")],
+)
+def test_data_helps(name, with_data, without):
+    solved, plain = run(name, with_data), run(name, without)
+    assert error(name, solved.params) < 0.9 * error(name, plain.params)
+    for path, leaf in flatten(solved.params).items():
+        dense = flatten(make(name)[2])[path]
+        if not path.endswith("kernel") or "router" in path:
+            continue
+        assert leaf.shape == dense.shape and is_leaf(leaf) == ("gptq" in with_data)
+        assert jnp.any(dequantize(leaf) != dense), path
+
+
+@pytest.mark.parametrize("name", ["decoder", "moe"])
+def test_zeros_survive_gptq_and_joint_pruning_rounds_what_is_left(name):
+    pruned = run(name, "2:4-wanda")
+    both = run(name, "2:4-wanda+w4a16-gptq-g16")
+    joint = run(name, Recipe((SparseGpt(n=2, m=4, bits=4),)))
+    for path, leaf in flatten(both.params).items():
+        if isinstance(leaf, QArray):
+            zero = np.asarray(flatten(pruned.params)[path]) == 0
+            assert zero.mean() >= 0.5 and not np.asarray(dequantize(leaf))[zero].any()
+            shared = np.asarray(dequantize(flatten(joint.params)[path]) == 0).swapaxes(-1, -2)
+            assert (shared.reshape(*shared.shape[:-1], -1, 4).sum(-1) >= 2).all()
+    assert error(name, joint.params) < error(name, both.params)
+
+
+def test_true_sequential_sees_what_was_rounded_before():
+    plain, after = run("decoder", Recipe((Gptq(2, 16),))), run("decoder", Recipe((Gptq(2, 16, true_sequential=True),)))
+    flat, flat_after = flatten(plain.params), flatten(after.params)
+    first, later = "decoder/layers/0/attn/q/kernel", "decoder/layers/0/mlp/down/kernel"
+    assert jnp.array_equal(flat[first].codes[0], flat_after[first].codes[0])
+    assert not jnp.array_equal(flat[later].codes[0], flat_after[later].codes[0])
+
+
+def test_experts_that_saw_too_little_are_done_without_data():
+    config, graphdef, params, calibration = make("moe")
+    few = dataclasses.replace(calibration, batches=[(calibration.batches[0][0][:1, :6],)])
+    done = Recipe((Gptq(4, 16),)).run(config, params, few)
+    assert any("experts saw too few tokens" in note and "rounded to 4 bits without data" in note for note in done.notes)
+    rounded = parse("w4a16-rtn-g16").apply(params)
+    path = "decoder/layers/0/mlp/experts/down/kernel"
+    seen = flatten(done.params)[path].codes == flatten(rounded)[path].codes
+    assert seen[0].all(axis=(-1, -2)).any()
+    assert not run("moe", "w4a16-gptq-g16").notes
+
+
+@pytest.mark.parametrize("target", ["embed/table", ".*(embed/table|layers/0/.*/kernel)"])
+def test_only_layers_are_calibrated(target):
+    config, _, params, calibration = make("decoder")
+    with pytest.raises(UserError, match="calibrates the layers' kernels, and its target matches embed/table"):
+        Recipe((Gptq(4, target=target),)).run(config, params, calibration)
+
+
+def test_the_same_arguments_give_the_same_codes():
+    first, second = run("decoder", "w4a16-gptq"), run("decoder", "w4a16-gptq")
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
