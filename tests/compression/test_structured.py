@@ -9,7 +9,7 @@ from jaxlm import nn
 from jaxlm.checkpoint.directory import read_model, write_model
 from jaxlm.checkpoint.hf_export import express, hf_config
 from jaxlm.compression.depth import block_influence, drop_layers, layers_to_drop
-from jaxlm.compression.recipe import parse
+from jaxlm.compression.names import parse
 from jaxlm.compression.structured import prune_experts, prune_ffn, prune_heads
 from jaxlm.compression.units import refit, remaining
 from jaxlm.core.errors import UserError
