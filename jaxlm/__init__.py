@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jaxlm.checkpoint.generation_config import GenerationConfig
     from jaxlm.core.errors import UserError
     from jaxlm.evaluation.evaluate import evaluate
     from jaxlm.inference.generate import generate
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
 
 # Imported at first use, so that the command line answers before JAX is there.
 _HOMES = {
-    "LM": "jaxlm.model", "UserError": "jaxlm.core.errors", "compress": "jaxlm.model",
+    "GenerationConfig": "jaxlm.checkpoint.generation_config", "LM": "jaxlm.model", "UserError": "jaxlm.core.errors",
+    "compress": "jaxlm.model",
     "evaluate": "jaxlm.evaluation.evaluate", "generate": "jaxlm.inference.generate", "load": "jaxlm.model",
     "train": "jaxlm.training.loop", "translate": "jaxlm.inference.translate",
 }
-__all__ = ["LM", "UserError", "compress", "evaluate", "generate", "load", "train", "translate"]
+__all__ = ["GenerationConfig", "LM", "UserError", "compress", "evaluate", "generate", "load", "train", "translate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from jaxlm import nn
 from jaxlm.checkpoint.adapters import CONFIG, Adapter, apply_adapter, read_adapter
-from jaxlm.checkpoint.directory import export_model, read_json, read_model, read_tokenizer, write_model
+from jaxlm.checkpoint.directory import export_model, read_generation, read_json, read_model, read_tokenizer, write_model
 from jaxlm.checkpoint.formats import pack_params, stored
+from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.compression.calibrate import Calibration
 from jaxlm.compression.placement import place
 from jaxlm.compression.recipe import Recipe, load_recipe
@@ -35,11 +36,15 @@ from jaxlm.nn.walk import Walk
 
 __all__ = ["LM", "compress", "load"]
 
+# What is downloaded of a repository: weights, settings, and all that tokenizers are kept in.
+_FILES = ("*.json", "*.safetensors", "*.model", "*.spm", "merges.txt", "*.jinja")
+
 
 @dataclass(frozen=True)
 class LM:
     """A language or translation model: structure, parameters and tokenizer.
 
+    ``generation`` has the defaults of ``generate`` and ``translate``, from generation_config.json.
     ``info`` says where it came from (see ``checkpoint.directory.read_model``; ``notes`` were made while loading).
     ``recipe`` and ``report`` are those of ``compress``.
     """
@@ -48,6 +53,7 @@ class LM:
     graphdef: nnx.GraphDef
     params: Params
     tokenizer: Tokenizer | None = None
+    generation: GenerationConfig = PLAIN
     info: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
     report: tuple[Row, ...] = ()
@@ -76,17 +82,19 @@ class LM:
             rows = [row.to_json() for row in self.report]
             files["compression.json"] = {"recipe": self.recipe.to_json(), "tensors": rows}
         return write_model(
-            directory, self.config, self.params, self.tokenizer, files=files,
+            directory, self.config, self.params, self.tokenizer, self.generation, files=files,
             storage="plain" if self.recipe is None else self.recipe.storage,
             info={} if self.recipe is None else {"recipe": self.recipe.to_json()},
         )
 
     def export(self, directory: str | Path, *, format: str | None = None, dtype: str = "float32") -> Path:
         """Writes the dense model as one of a Hugging Face family; see ``export_model``."""
-        return export_model(directory, self.config, self.params, self.tokenizer, kind=format, dtype=dtype)
+        return export_model(
+            directory, self.config, self.params, self.tokenizer, self.generation, kind=format, dtype=dtype
+        )
 
-    def generate(self, prompts: str | Sequence[str], **options: Any) -> list[str]:
-        """Continuations of texts; see ``jaxlm.inference.generate.generate``."""
+    def generate(self, prompts: Any, **options: Any) -> list[str]:
+        """Continuations of texts or conversations; see ``jaxlm.inference.generate.generate``."""
         from jaxlm.inference.generate import generate
 
         return generate(self, prompts, **options)
@@ -141,9 +149,11 @@ def load(
     if adapter is not None:
         adapters.append(read_adapter(_local(adapter)))
     config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype)
-    notes: list[str] = []
+    generation = read_generation(Path(info["source"]))
+    notes = generation.notes()
     if expand:
-        params, notes = place(params, jax.default_backend())
+        params, placed = place(params, jax.default_backend())
+        notes += placed
     if adapters:
         config, params, tokenizer = _adapted(path, adapters, config, params, tokenizer)
         params = params if mesh is None else jax.device_put(params, shardings(params, mesh))
@@ -154,7 +164,7 @@ def load(
     recipe = Recipe.from_json(info["recipe"]) if "recipe" in info else None
     if recipe is None and (trained_for := info.get("training", {}).get("recipe")):
         notes.append(f"trained to be compressed by {trained_for}, and validated so: these are the weights before")
-    lm = LM(config, nn.initializer(config)[0], params, tokenizer, info | {"notes": notes}, recipe)
+    lm = LM(config, nn.initializer(config)[0], params, tokenizer, generation, info | {"notes": notes}, recipe)
     return lm if kv_cache is None else lm.configure(kv_cache=kv_cache)
 
 
@@ -232,14 +242,24 @@ def _local(path: str | Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    """A repository of the Hugging Face hub, ``org/name`` or ``org/name@revision``, in the local cache."""
-    from huggingface_hub import snapshot_download
+    """A repository of the Hugging Face hub, ``org/name`` or ``org/name@revision``, in the local cache.
+
+    The cache, the token and the offline switch are those of huggingface_hub: HF_HOME, HF_TOKEN (or ``hf auth login``),
+    HF_HUB_OFFLINE.
+    """
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = name.partition("@")
-    patterns = ["*.json", "*.safetensors"]
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES)))
+    except LocalEntryNotFoundError:
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(f"hf://{name} is not in the cache, and HF_HUB_OFFLINE is set: unset it once") from None
+        raise UserError(f"hf://{name} is not in the cache, and the hub cannot be reached: check the network") from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"hf://{name} cannot be downloaded ({reason}); check the name and the network") from None
+        raise UserError(
+            f"hf://{name} cannot be downloaded ({reason}); check the name and the network, and HF_TOKEN where it is "
+            "not public"
+        ) from None

@@ -22,6 +22,8 @@ from jax.sharding import Mesh
 from jaxlm import nn
 from jaxlm.checkpoint.disk import replaced_directory
 from jaxlm.checkpoint.formats import pack_params, unpack_params
+from jaxlm.checkpoint.generation_config import FILE as GENERATION
+from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.checkpoint.hf import RUNTIME, ours, read_config, read_hf
 from jaxlm.checkpoint.hf_export import express, hf_config, hf_tensors
 from jaxlm.checkpoint.sizes import check_sizes
@@ -34,7 +36,7 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizer_files import find_tokenizer
 from jaxlm.nn.config import ModelConfig
 
-__all__ = ["export_model", "read_model", "read_tokenizer", "weight_bytes", "write_model"]
+__all__ = ["export_model", "read_generation", "read_model", "read_tokenizer", "weight_bytes", "write_model"]
 
 _PREFIX = "jaxlm-"  # of our model types
 
@@ -44,6 +46,7 @@ def write_model(
     config: ModelConfig,
     params: Params,
     tokenizer: Tokenizer | None,
+    generation: GenerationConfig = PLAIN,
     *,
     storage: str = "plain",
     info: Mapping[str, Any] | None = None,
@@ -55,6 +58,7 @@ def write_model(
         directory: made, with its parents; where it exists it must be empty or hold a model.
         config, params, tokenizer: the model. Parameters keep their representation, but adapters are merged; on several
             hosts, each must call.
+        generation: how it is to generate.
         storage: "plain", or "huffman" for entropy coding.
         info: JSON-safe, kept in config.json under "jaxlm" (how the model came about).
         files: JSON-safe contents of further files, by name.
@@ -72,7 +76,8 @@ def write_model(
             tensors, weights = pack_params(params, storage)
             write_tensors(new, tensors, json.dumps(weights))
 
-    return _write(directory, config, merge_adapters(params), tokenizer, write_weights, files or {})
+    files = {GENERATION: generation.to_json(config), **(files or {})}
+    return _write(directory, merge_adapters(params), tokenizer, write_weights, files)
 
 
 def export_model(
@@ -80,6 +85,7 @@ def export_model(
     config: ModelConfig,
     params: Params,
     tokenizer: Tokenizer | None,
+    generation: GenerationConfig = PLAIN,
     *,
     kind: str | None = None,
     dtype: str = "float32",
@@ -96,12 +102,11 @@ def export_model(
     def write_weights(new: Path, params: Params) -> None:
         _write_family(new, fields, config, params, dtype, {})
 
-    return _write(directory, config, params, tokenizer, write_weights, {})
+    return _write(directory, params, tokenizer, write_weights, {GENERATION: generation.to_json(config)})
 
 
 def _write(
     directory: str | Path,
-    config: ModelConfig,
     params: Params,
     tokenizer: Tokenizer | None,
     write_weights: Callable[[Path, Params], None],  # into a directory, config.json with them
@@ -115,7 +120,6 @@ def _write(
     if jax.process_index() == 0:
         with replaced_directory(directory) as new:
             write_weights(new, params)
-            _write_json(new / "generation_config.json", _special_ids(config))
             if tokenizer is not None:
                 tokenizer.save(new)
             for name, content in files.items():
@@ -131,11 +135,6 @@ def _write_family(
     fields = fields | {"dtype": dtype}
     _write_json(new / "config.json", fields | more)
     write_tensors(new, hf_tensors(config, params, fields, jnp.dtype(dtype)))
-
-
-def _special_ids(config: ModelConfig) -> dict[str, int]:
-    ids = {f"{role}_token_id": getattr(config, f"{role}_id") for role in ("bos", "eos", "pad")}
-    return ids | ({"decoder_start_token_id": config.bos_id} if config.kind == "seq2seq" else {})
 
 
 def read_model(
@@ -200,6 +199,15 @@ def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     return tokenizer
+
+
+def read_generation(directory: Path) -> GenerationConfig:
+    """How a model is to generate: its generation_config.json, else what older ones say in config.json. UserError where
+    a value is of the wrong kind."""
+    if (directory / GENERATION).is_file():
+        return GenerationConfig.read(directory / GENERATION, read_json(directory / GENERATION))
+    file = directory / "config.json"
+    return GenerationConfig.read(file, read_json(file), older=True) if file.is_file() else PLAIN
 
 
 def _weights_metadata(files: TensorFiles, path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jaxlm.cli.arguments import add_kv_cache, add_model
+from jaxlm.cli.arguments import add_generation, add_kv_cache, add_languages, add_model, add_search, with_generation
 from jaxlm.cli.output import Progress, add_json, check_json, print_fields, write_json
 from jaxlm.core.errors import UserError
 
@@ -21,13 +21,13 @@ def add_arguments(parser) -> None:
     parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens in a window; 0: what fits")
     parser.add_argument("--stride", type=int, default=0, metavar="N", help="tokens between windows; 0: the context")
     parser.add_argument("--batch-size", type=int, default=0, metavar="N", help="rows at a time; 0: what fits")
-    parser.add_argument("--beam", type=int, default=5, metavar="N", help="translations considered; 1 is greedy (5)")
-    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="exponent of the length (1.0)")
-    parser.add_argument("--max-length", type=int, default=128, metavar="N", help="tokens of a translation (128)")
+    add_languages(parser)
+    add_search(parser)
     parser.add_argument("--sentences", type=int, default=0, metavar="N", help="translate only the first N; 0: all")
     parser.add_argument("--no-translations", action="store_true", help="leave BLEU and chrF out")
     parser.add_argument("--speed", action="store_true", help="also measure tokens per second")
     add_json(parser)
+    add_generation(parser)
 
 
 def run(args) -> None:
@@ -35,11 +35,12 @@ def run(args) -> None:
     spec = args.data or _test_data(Path(args.model))
     import jaxlm
 
-    lm = jaxlm.load(args.model, adapter=args.adapter, kv_cache=args.kv_cache)
+    lm = with_generation(jaxlm.load(args.model, adapter=args.adapter, kv_cache=args.kv_cache), args)
     for note in lm.info["notes"]:
         print(f"note: {note}")
     scores = lm.evaluate(
-        spec, context=args.context, stride=args.stride, batch_size=args.batch_size, beam=args.beam,
+        spec, context=args.context, stride=args.stride, batch_size=args.batch_size,
+        source_language=args.source_language, target_language=args.target_language, beam=args.beam,
         length_penalty=args.length_penalty, max_length=args.max_length, sentences=args.sentences,
         translations=not args.no_translations, speed=args.speed, progress=Progress(),
     )

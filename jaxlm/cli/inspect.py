@@ -31,7 +31,8 @@ def run(args) -> None:
         "bytes_a_cached_token": bytes_a_token(lm.config),
         "recipe": lm.recipe.name if lm.recipe else None,
         "vocabulary": lm.tokenizer.vocab_size if lm.tokenizer else None,
-        "notes": notes,
+        "generation": lm.generation.to_json(lm.config),
+        "notes": [*lm.info["notes"], *notes],
     }
     config = to_dict(lm.config)
     tensors = [
@@ -41,7 +42,15 @@ def run(args) -> None:
     shown = {name: size(value) if name.startswith("bytes") and value else value for name, value in summary.items()}
     print_fields({name: value for name, value in shown.items() if value})
     print()
-    print_fields(config)
+    usual = to_dict(type(lm.config)())
+    print_fields({name: _differences(value, usual[name]) for name, value in config.items()})
     print()
     print_table([row | {"shape": shape_str(row["shape"])} for row in tensors])
     write_json(args.json, {**summary, "config": config, "tensors": tensors})
+
+
+def _differences(value, usual):
+    """Of a group of settings, those that are not as usual; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    return {name: each for name, each in value.items() if each != usual[name]}

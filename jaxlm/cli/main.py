@@ -84,8 +84,11 @@ def _run(argv: list[str]) -> None:
     parser = Parser(prog=f"jaxlm {name}", description=command.__doc__)
     command.add_arguments(parser)
     args, others = parser.parse_known_args(argv[1:])
-    if others and not hasattr(args, "overrides"):
-        parser.error(f"unknown argument {others[0]!r}")
+    taken = getattr(args, "overrides", None)  # what begins the names of settings, "--a.b", where it takes any
+    for i, word in enumerate(others):
+        named = word.startswith("--")
+        if taken is None or (named and not word[2:].startswith(taken)) or (taken and not named and i == 0):
+            parser.error(f"unknown argument {word!r}")
     args.overrides = others
     _prepare()
     command.run(args)

@@ -12,7 +12,10 @@ from typing import Any
 
 from jaxlm.core.errors import UserError
 
-__all__ = ["Progress", "add_json", "check_json", "print_fields", "print_table", "shape_str", "size", "write_json"]
+__all__ = [
+    "Progress", "add_json", "check_json", "print_fields", "print_notes", "print_table", "shape_str", "size",
+    "write_json",
+]
 
 _EVERY = 5.0  # seconds between plain lines of progress
 
@@ -43,6 +46,12 @@ def print_fields(fields: Mapping[str, Any]) -> None:
         print(f"{name:<{width}}  {_cell(value)}")
 
 
+def print_notes(lm) -> None:
+    """What a user should know of how a model was loaded: to standard error, which is not for results."""
+    for note in lm.info["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of the same fields under their names; numbers to the right."""
     header = list(rows[0])
@@ -59,6 +68,10 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={_cell(item)}" for name, item in value.items()) or "none"
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 1e3:
+        return f"{value:,.0f}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:g}"
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

@@ -6,6 +6,7 @@ dotted path, as in `jaxlm train configs/phrasebook.py --out runs/a --optim.lr 3e
 
 from __future__ import annotations
 
+from jaxlm.cli.arguments import parse_overrides
 from jaxlm.core.errors import UserError
 
 
@@ -13,7 +14,7 @@ def add_arguments(parser) -> None:
     parser.usage = "jaxlm train CONFIG.py --out RUN [--a.b VALUE ...]"
     parser.add_argument("config", metavar="CONFIG.py", help="a Python file that says config = Experiment(...)")
     parser.add_argument("--out", metavar="RUN", required=True, help="the run directory: checkpoints, metrics, model")
-    parser.set_defaults(overrides=[])
+    parser.set_defaults(overrides="")
 
 
 def run(args) -> None:
@@ -27,19 +28,3 @@ def run(args) -> None:
     from jaxlm.training.loop import train
 
     train(config, args.out)
-
-
-def parse_overrides(words: list[str]) -> dict[str, str]:
-    """``["--a.b", "1", "--c.d=2"]`` as ``{"a.b": "1", "c.d": "2"}``; UserError on anything else."""
-    changes = {}
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("--"):
-            raise UserError(f"unexpected argument {word!r}; settings are written --a.b VALUE")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            value = next(rest, None)
-        if value is None:
-            raise UserError(f"{word} has no value; write {word} VALUE")
-        changes[key] = value
-    return changes

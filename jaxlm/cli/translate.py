@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jaxlm.cli.arguments import add_kv_cache, add_model
-from jaxlm.cli.output import Progress
+from jaxlm.cli.arguments import add_generation, add_kv_cache, add_languages, add_model, add_search, with_generation
+from jaxlm.cli.output import Progress, print_notes
 from jaxlm.core.errors import UserError
 
 
@@ -15,10 +15,10 @@ def add_arguments(parser) -> None:
     add_kv_cache(parser)
     parser.add_argument("--input", metavar="FILE", type=Path, help="UTF-8, a sentence a line (standard input)")
     parser.add_argument("--output", metavar="FILE", type=Path, help="(standard output)")
-    parser.add_argument("--beam", type=int, default=5, metavar="N", help="1 is greedy (5)")
-    parser.add_argument("--length-penalty", type=float, default=1.0, metavar="X", help="exponent of the length (1.0)")
-    parser.add_argument("--max-length", type=int, default=128, metavar="N", help="tokens of a translation (128)")
+    add_languages(parser)
+    add_search(parser)
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="sentences at a time (64)")
+    add_generation(parser)
 
 
 def run(args) -> None:
@@ -28,9 +28,11 @@ def run(args) -> None:
         raise UserError(f"{args.input} does not exist; name a text file with a sentence a line")
     if args.output and not args.output.absolute().parent.is_dir():
         raise UserError(f"the directory of {args.output} does not exist; make it")
-    lm = jaxlm.load(args.model, adapter=args.adapter, kv_cache=args.kv_cache)
+    lm = with_generation(jaxlm.load(args.model, adapter=args.adapter, kv_cache=args.kv_cache), args)
+    print_notes(lm)
     options = dict(
-        beam=args.beam, length_penalty=args.length_penalty, max_length=args.max_length, batch_size=args.batch_size
+        source_language=args.source_language, target_language=args.target_language, beam=args.beam,
+        length_penalty=args.length_penalty, max_length=args.max_length, batch_size=args.batch_size,
     )
     if args.input is None and args.output is None and sys.stdin.isatty():
         for line in sys.stdin:  # a conversation

@@ -6,8 +6,11 @@ A pair goes to the smallest bucket that holds both of its sides with their eos; 
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +18,8 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.packing import Batch, random_state
 from jaxlm.data.sources import Bitext
 from jaxlm.data.tokenizer import Tokenizer
+
+_AT_A_TIME = 1 << 14  # sentences encoded
 
 
 def bucket_rows(length: int, batch_tokens: int, multiple: int) -> int:
@@ -40,27 +45,32 @@ class Pairs:
 
     def __init__(
         self, source: Bitext, tokenizer: Tokenizer, buckets: tuple[int, ...], batch_tokens: int, *,
-        keep_all: bool, multiple: int = 1,
+        keep_all: bool, multiple: int = 1, source_language: str | None = None, target_language: str | None = None,
+        start_id: int | None = None,
     ):
         """
         Args:
             source: the text.
-            tokenizer: has pad, bos and eos.
+            tokenizer: has pad and eos.
             buckets: padded lengths.
             batch_tokens: padded tokens of a batch on its larger side.
             keep_all: longer buckets (each twice the last) take pairs that fit none; otherwise those are left out.
             multiple: the number of rows is one of this (devices, processes).
+            source_language, target_language: see ``Tokenizer.encode_source`` and ``encode_target``.
+            start_id: what decoder inputs start with; None: the bos token of the tokenizer.
 
         Raises:
             UserError: no buckets, a tokenizer without the special tokens, or no pair that fits.
         """
-        missing = [role for role in ("pad", "bos", "eos") if getattr(tokenizer, f"{role}_id") is None]
+        roles = ("pad", "bos", "eos") if start_id is None else ("pad", "eos")
+        missing = [role for role in roles if getattr(tokenizer, f"{role}_id") is None]
         if missing:
             raise UserError(f"the tokenizer has no {' or '.join(missing)} token, which translation needs; use another")
         if not buckets or min(buckets) < 2:
             raise UserError(f"data.buckets is {buckets}; give padded lengths of at least 2, such as (16, 32, 64)")
-        self._pad, self._bos = tokenizer.pad_id, tokenizer.bos_id
-        self._src, self._tgt = (_Side(texts, tokenizer) for texts in (source.src, source.tgt))
+        self._pad, self._start = tokenizer.pad_id, tokenizer.bos_id if start_id is None else start_id
+        self._src = _Side(source.src, partial(tokenizer.encode_source, language=source_language))
+        self._tgt = _Side(source.tgt, partial(tokenizer.encode_target, language=target_language))
         length = np.maximum(self._src.lengths, self._tgt.lengths)[:-1]
         self._buckets = sorted(set(buckets))
         while keep_all and self._buckets[-1] < length.max():
@@ -107,7 +117,7 @@ class Pairs:
         return Plan(order, np.append(start, begin), bucket)
 
     def take(self, plan: Plan, k: int, part: int = 0, parts: int = 1) -> Batch:
-        """Rows ``part`` of ``parts`` of batch k: ``src``, ``inputs`` (bos + target), ``targets`` (target + eos) int32
+        """Rows ``part`` of ``parts`` of batch k: ``src``, ``inputs`` (start + target), ``targets`` (target + eos) int32
         and ``weights`` float32, each [rows, length].
 
         Rows beyond the last pair have weight 0 and hold an empty pair, so that no row is without a token to attend to.
@@ -119,7 +129,7 @@ class Pairs:
         pairs_B[:len(chosen)] = chosen
         src_BxS, _ = self._src.take(pairs_B, length, self._pad)
         targets_BxT, mask_BxT = self._tgt.take(pairs_B, length, self._pad)
-        inputs_BxT = np.full_like(targets_BxT, self._bos)
+        inputs_BxT = np.full_like(targets_BxT, self._start)
         inputs_BxT[:, 1:] = np.where(mask_BxT[:, 1:], targets_BxT[:, :-1], self._pad)
         mask_BxT[len(chosen):] = False
         return {"src": src_BxS, "inputs": inputs_BxT, "targets": targets_BxT, "weights": mask_BxT.astype(np.float32)}
@@ -147,10 +157,13 @@ class Pairs:
 class _Side:
     """One language: sentences with their eos, end to end, and an empty one at the end."""
 
-    def __init__(self, texts: list[str], tokenizer: Tokenizer):
-        ids, lengths = tokenizer.encode_flat([*texts, ""])
-        self._ids = np.insert(ids, np.cumsum(lengths), tokenizer.eos_id)
-        self.lengths = lengths + 1
+    def __init__(self, texts: list[str], encode: Callable[[list[str]], list[list[int]]]):
+        texts, ids, lengths = [*texts, ""], [], []
+        for at in range(0, len(texts), _AT_A_TIME):  # Python's numbers take ten times the room
+            rows = encode(texts[at : at + _AT_A_TIME])
+            ids.append(np.fromiter(itertools.chain.from_iterable(rows), np.int32))
+            lengths += map(len, rows)
+        self._ids, self.lengths = np.concatenate(ids), np.array(lengths)
         self._starts = np.cumsum(self.lengths) - self.lengths
 
     def take(self, rows_B: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:

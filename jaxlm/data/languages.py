@@ -54,12 +54,14 @@ class Languages:
         default: what the source is taken for where nothing says so.
         pattern: which special tokens are languages; its first group is the code.
         first: the code precedes the text (and the end token follows it); otherwise it comes after the end token.
+        starts: the decoder starts with the code; otherwise the code is the first token after its start token.
     """
 
     codes: tuple[str, ...]
     default: str
     pattern: str
     first: bool = True
+    starts: bool = False
 
     def of(self, vocabulary: Mapping[str, int]) -> dict[str, int]:
         """The id of each code, from the tokens that are not part of text."""
@@ -70,7 +72,7 @@ class Languages:
 _FAMILIES = {
     "NllbTokenizer": Languages(tuple(_NLLB.split()), "eng_Latn", r"([a-z]{3}_[A-Z][a-z]{3})"),
     "M2M100Tokenizer": Languages(tuple(_M2M.split()), "en", r"__(\w+?)__"),
-    "MBartTokenizer": Languages(tuple(_MBART.split()), "en_XX", r"([a-z]{2}_[A-Z]{2})", first=False),
+    "MBartTokenizer": Languages(tuple(_MBART.split()), "en_XX", r"([a-z]{2}_[A-Z]{2})", False, True),
     "MBart50Tokenizer": Languages(tuple(_MBART50.split()), "en_XX", r"([a-z]{2}_[A-Z]{2})"),
 }
 

@@ -162,13 +162,13 @@ class Tokenizer:
         with a language code where such models have one (mBART-cc25, whose decoder starts with the code: after the end
         token). Without ``language`` it is the ``tgt_lang`` of tokenizer_config.json. UserError where that is missing,
         or the tokenizer lacks the language."""
-        return self._framed(texts, language, self._config.get("tgt_lang"), target=True)
+        return self._framed(texts, language, self.target_language, target=True)
 
     def _framed(self, texts: Sequence[str], language: str | None, default: str | None, target: bool) -> list[list[int]]:
         texts = list(texts)
         if not self.languages:
             if language is not None:
-                raise UserError(f"the tokenizer has no languages, so {language!r} cannot be chosen; leave it out")
+                self.language_id(language)
             framed = self._engine.encode_framed(texts)
             rows = None if framed is None else [list(row) for row in framed]
             # A frame without the end token is a decoder's; encoders and targets end.
@@ -183,10 +183,22 @@ class Tokenizer:
         first = self._convention.first
         return [[code, *row, self.eos_id] if first else [*row, self.eos_id, code] for row in ids]
 
+    @property
+    def target_language(self) -> str | None:
+        """The language that tokenizer_config.json says the model translates into."""
+        return self._config.get("tgt_lang")
+
+    @property
+    def starts_with_language(self) -> bool:
+        """Whether a decoder starts with the code of its language, instead of saying it first."""
+        return self._convention is not None and self._convention.starts
+
     def language_id(self, language: str | None) -> int:
         """The id of a language's code. UserError, naming the nearest codes, where there is no such language."""
         if language in self.languages:
             return self.languages[language]
+        if not self.languages:
+            raise UserError(f"the tokenizer has no languages, so {language!r} cannot be chosen; leave it out")
         if language is None:
             raise UserError(f"say which language to translate into: one of {', '.join(list(self.languages)[:8])}, …")
         near = difflib.get_close_matches(language, self.languages, n=3, cutoff=0.0)

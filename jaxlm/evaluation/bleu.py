@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
@@ -32,16 +33,9 @@ def translate_corpus(
     source: Bitext,
     *,
     sentences: int = 0,
-    beam: int = 5,
-    length_penalty: float = 1.0,
-    max_length: int = 128,
-    batch_size: int = 64,
-    progress: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> tuple[list[str], list[str]]:
     """Translations and references of the first ``sentences`` pairs (0: all). Options as in ``translate``."""
     count = sentences or len(source.src)
-    hypotheses = translate(
-        lm, source.src[:count], beam=beam, length_penalty=length_penalty, max_length=max_length, batch_size=batch_size,
-        progress=progress,
-    )
+    hypotheses = translate(lm, source.src[:count], **options)
     return hypotheses, list(source.tgt[:count])

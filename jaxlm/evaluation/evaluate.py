@@ -9,6 +9,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.sources import Bitext, open_source
 from jaxlm.evaluation.perplexity import bitext_perplexity, perplexity
 from jaxlm.evaluation.speed import tokens_per_second
+from jaxlm.inference.translate import search_settings
 
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
 
@@ -20,9 +21,11 @@ def evaluate(
     context: int = 0,
     stride: int = 0,
     batch_size: int = 0,
-    beam: int = 5,
-    length_penalty: float = 1.0,
-    max_length: int = 128,
+    source_language: str | None = None,
+    target_language: str | None = None,
+    beam: int | None = None,
+    length_penalty: float | None = None,
+    max_length: int | None = None,
     sentences: int = 0,
     translations: bool = True,
     speed: bool = False,
@@ -35,6 +38,7 @@ def evaluate(
         spec: text for a language model, ``bitext:`` or ``builtin:`` pairs for a translation model.
         context, stride: of the windows over text; see ``perplexity``.
         batch_size: rows at a time; 0 fits the vocabulary.
+        source_language, target_language: of the pairs, for models with many; see ``translate``.
         beam, length_penalty, max_length: of the translations; see ``translate``.
         sentences: pairs to translate, the first ones; 0 is all. The loss is always over all.
         translations: False leaves out BLEU and chrF.
@@ -54,11 +58,12 @@ def evaluate(
     def report(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
 
+    languages = {"source_language": source_language, "target_language": target_language}
     out: dict[str, Any] = {"data": spec}
     if source.synthetic:
         out |= {"synthetic": True, "note": source.synthetic}
     if pairs:
-        out |= bitext_perplexity(lm, source, batch_size=batch_size, progress=report("scoring"))
+        out |= bitext_perplexity(lm, source, batch_size=batch_size, progress=report("scoring"), **languages)
     else:
         out |= perplexity(
             lm, source, context=context, stride=stride, batch_size=batch_size, progress=report("scoring")
@@ -70,9 +75,10 @@ def evaluate(
         tell = report("translating")
         found = translate_corpus(
             lm, source, sentences=count, beam=beam, length_penalty=length_penalty, max_length=max_length,
-            progress=None if tell is None else lambda done: tell(done, count),
+            progress=None if tell is None else lambda done: tell(done, count), **languages,
         )
-        out |= bleu(*found) | {"sentences": count, "beam": beam, "length_penalty": length_penalty}
+        used = search_settings(lm.generation, beam, length_penalty)
+        out |= bleu(*found) | {"sentences": count, "beam": used.num_beams, "length_penalty": used.length_penalty}
     if speed:
-        out["tokens_per_second"] = tokens_per_second({"": lm}, source, context=out.get("context", 0))[""]
+        out["tokens_per_second"] = tokens_per_second({"": lm}, source, context=out.get("context", 0), **languages)[""]
     return out

@@ -211,9 +211,11 @@ class JaxLM(TemplateLM):
             reads = self.max_length
             raise UserError(f"{count} new tokens leave no room in a model that reads {reads}; lower max_gen_toks")
         decode = self.lm.tokenizer.decode
+        sampling = {"temperature": 1.0} | sampling if sampled else {"temperature": 0.0}
         found = generate_tokens(
-            self.lm, [self.tok_encode(prompt)[-room:] or [self._prefix] for prompt in prompts], max_new_tokens=count,
-            **(sampling if sampled else {}), seed=self._seed, batch_size=self.batch_size, finished=_stops(decode, stop),
+            self.lm, [self.tok_encode(prompt)[-room:] or [self._prefix] for prompt in prompts], self.lm.generation,
+            max_new_tokens=count, **sampling, seed=self._seed, batch_size=self.batch_size,
+            finished=_stops(decode, stop),
         )
         return [postprocess_generated_text(decode(tokens), stop, None) for tokens in found]
 

@@ -20,6 +20,8 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.bitext import Pairs
 from jaxlm.data.packing import Batch, token_stream
 from jaxlm.data.sources import Bitext, Documents, Tokens, text_size
+from jaxlm.inference.translate import into_language, start_token
+from jaxlm.inference.translate import target_language as language_into
 
 _LOGITS = 1 << 26  # logits of one batch, 256 MiB
 _BUCKETS = (16, 32, 64, 128)
@@ -91,10 +93,18 @@ def window_batches(ids_N: np.ndarray, context: int, stride: int, rows: int) -> I
         yield {"inputs": inputs, "targets": targets, "weights": weights}
 
 
-def pair_batches(lm, source: Bitext, rows: int = 0) -> Iterator[Batch]:
+def pair_batches(
+    lm, source: Bitext, rows: int = 0, *, source_language: str | None = None, target_language: str | None = None
+) -> Iterator[Batch]:
     """Every pair of a bitext, bucketed by length; about ``rows`` rows of the middling length (0: by vocabulary)."""
+    if lm.tokenizer is None:
+        raise UserError("the model has no tokenizer: put a tokenizer.json beside its config.json")
     tokens = (rows or _rows(lm, 64)) * 64
-    pairs = Pairs(source, lm.tokenizer, _BUCKETS, tokens, keep_all=True)
+    pairs = Pairs(
+        source, lm.tokenizer, _BUCKETS, tokens, keep_all=True, source_language=source_language,
+        target_language=language_into(lm, target_language),
+        start_id=start_token(lm.config, into_language(lm, target_language)),
+    )
     if lm.config.positions == "learned" and pairs.report()["longest"] > lm.config.max_positions:
         raise UserError(
             f"{source.spec!r} has a sentence of {pairs.report()['longest']} tokens and the model reads "
@@ -148,13 +158,22 @@ def perplexity(
 
 
 def bitext_perplexity(
-    lm, source: Bitext, *, batch_size: int = 0, progress: Progress | None = None
+    lm,
+    source: Bitext,
+    *,
+    source_language: str | None = None,
+    target_language: str | None = None,
+    batch_size: int = 0,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Scores target sentences given their sources, each token given the true ones before it, the end token included.
+    """Scores target sentences given their sources, each token given the true ones before it, the end token included,
+    and the code of the language where the model says it. Languages are those of ``translate``.
 
     Returns ``perplexity``'s figures, over the target side.
     """
-    batches = list(pair_batches(lm, source, batch_size))
+    batches = list(pair_batches(
+        lm, source, batch_size, source_language=source_language, target_language=target_language
+    ))
     nll, tokens = _sum(lm, batches, len(batches), progress)
     return figures(nll, tokens, tokens, source.tgt)
 

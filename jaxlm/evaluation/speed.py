@@ -16,17 +16,18 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def tokens_per_second(
-    lms: Mapping[Name, object], source: Source, *, context: int = 0, rows: int = 16, rounds: int = 7
+    lms: Mapping[Name, object], source: Source, *, context: int = 0, rows: int = 16, rounds: int = 7,
+    **languages: str | None,
 ) -> dict[Name, float]:
     """Target tokens a second of the forward pass with loss, on one batch, after compilation.
 
     The models must share a tokenizer. They take turns, ``rounds`` times, and the best time of each counts: whatever
     else the machine does then hits all of them alike. The batch holds ``rows`` windows of ``context`` tokens (0: 256),
-    or of a bitext the bucket with most tokens to predict.
+    or of a bitext (in the ``languages`` of ``pair_batches``) the bucket with most tokens to predict.
     """
     first = next(iter(lms.values()))
     if isinstance(source, Bitext):
-        batch = max(pair_batches(first, source, rows), key=lambda batch: batch["weights"].sum())
+        batch = max(pair_batches(first, source, rows, **languages), key=lambda batch: batch["weights"].sum())
     else:
         context = context or 256
         ids_N = np.resize(stream(first, source), rows * context)

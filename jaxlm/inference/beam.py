@@ -1,9 +1,9 @@
 """Beam search, for translation and language models alike, as one compiled loop.
 
-The rules are those of ``transformers`` (``early_stopping=False``), so scores and outputs agree with it: a hypothesis
-scores its summed log-probability over ``length ** length_penalty``, its length counting the end token; of the ``2K``
-best continuations those that end within the first ``K`` are kept as finished, the best ``K`` of the others go on;
-a sentence is closed when its best live beam, ending here, could not beat the worst of ``K`` finished hypotheses.
+The rules are those of ``transformers``, so scores and outputs agree with it: a hypothesis scores its summed
+log-probability over ``length ** length_penalty``, its length counting the end token; of the ``2K`` best continuations
+(more where several tokens end a text) those that end within the first ``K`` are kept as finished, the best ``K`` of the
+others go on. When a sentence is closed is a ``Stopping``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from jaxlm.checkpoint.generation_config import GenerationConfig
+from jaxlm.inference.rules import Rules, log_softmax
 from jaxlm.inference.sampling import top_k
 
 Decode = Callable[[Array, Any], tuple[Array, Any]]
@@ -31,6 +34,30 @@ class Hypotheses:
     tokens: Array  # [B, K, N] int32, the end token included
     length: Array  # [B, K] int32
     score: Array  # [B, K] float32
+
+    def best(self, rules: Rules) -> list[list[int]]:
+        """The best of each sentence, without the end token."""
+        tokens_BxN, lengths, eos = (np.asarray(x) for x in (self.tokens[:, 0], self.length[:, 0], rules.eos_E))
+        rows = [row[:length].tolist() for row, length in zip(tokens_BxN, lengths, strict=True)]
+        return [row[:-1] if row and row[-1] in eos else row for row in rows]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Stopping:
+    """How hypotheses compare, and when a sentence is closed: when its best live beam, ending here, could not beat the
+    worst of ``K`` finished hypotheses."""
+
+    length_penalty: Array | float = 1.0
+    exact: Array | bool = False  # rather: when no continuation of any allowed length could ("never" in transformers)
+    full: Array | bool = False  # rather: as soon as there are K finished hypotheses (True in transformers)
+
+    @classmethod
+    def of(cls, generation: GenerationConfig) -> Stopping:
+        """As the settings say; a single beam, which is greedy, has nothing to compare."""
+        exact, full = generation.early_stopping == "never", generation.early_stopping is True
+        full |= generation.num_beams in (None, 1)
+        return cls(np.float32(generation.length_penalty), np.bool_(exact), np.bool_(full))
 
 
 @jax.tree_util.register_dataclass
@@ -51,73 +78,74 @@ def _take(x_BxNx: Array, index_BxK: Array) -> Array:
 
 
 def search(
-    decode: Decode,
-    cache: Any,
-    first_B: Array,
-    *,
-    beams: int,
-    size: int,
-    eos_id: int,
-    limit_B: Array,
-    length_penalty: Array | float = 1.0,
-    exact: Array | bool = False,
+    decode: Decode, cache: Any, first_B: Array, *, rules: Rules, beams: int, size: int, stopping: Stopping = Stopping()
 ) -> Hypotheses:
     """The best continuations of ``first_B`` (the last token before them, int32 ``[B]``); call it inside ``jit``.
 
     ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, ``cache.fork(beams)`` and ``cache.reorder(beams_BxK)`` are
-    the decoding protocol of ``jaxlm.nn``; ``cache`` holds B rows and everything before ``first_B``. Sentence ``b`` gets
-    at most ``limit_B[b] <= size`` new tokens. ``exact`` searches on until no continuation of any allowed length could
-    win, where the rule above only asks about ending now (they differ for a positive length penalty).
+    the decoding protocol of ``jaxlm.nn``; ``cache`` holds B rows and everything before ``first_B``. No limit of the
+    ``rules`` is above ``size``. A single beam is greedy search: rules change its logits, not its log-probabilities.
     """
-    batch = first_B.shape[0]
+    batch, limit_B = first_B.shape[0], rules.limit_B
+    candidates = max(2, 1 + len(rules.eos_E)) * beams  # so that enough are left where many end
 
     def scaled(logp, length):
-        return logp / jnp.asarray(length, jnp.float32) ** length_penalty
+        return logp / jnp.asarray(length, jnp.float32) ** stopping.length_penalty
+
+    def best(logits_RxV: Array, s: _State, n: int) -> tuple[Array, Array]:
+        """The ``n`` best next tokens of each beam: log-probabilities and ids, ``[R, n]`` each."""
+        if not rules.active:
+            values_Rxn, token_Rxn = top_k(logits_RxV, n)
+            return values_Rxn - jax.nn.logsumexp(logits_RxV, axis=-1, keepdims=True), token_Rxn
+        scores_RxV = logits_RxV if beams == 1 else log_softmax(logits_RxV)
+        apply = jax.vmap(lambda scores_BxV, tokens_BxN: rules.apply(scores_BxV, tokens_BxN, s.step), 1, 1)
+        scores_BxKxV = apply(scores_RxV.reshape(batch, beams, -1), s.tokens_BxKxN)
+        scores_RxV = scores_BxKxV.reshape(batch * beams, -1)
+        return top_k(log_softmax(scores_RxV) if beams == 1 else scores_RxV, n)
 
     def body(s: _State) -> _State:
         logits_Rx1xV, cache = decode(s.last_BxK.reshape(-1, 1), s.cache)
         logits_RxV = logits_Rx1xV[:, -1].astype(jnp.float32)
-        vocab = logits_RxV.shape[-1]
 
-        # The 2K best continuations of a sentence are among the 2K best of each of its beams.
-        n = min(2 * beams, vocab)
-        values_Rxn, token_Rxn = top_k(logits_RxV, n)
-        logp_Rxn = values_Rxn - jax.nn.logsumexp(logits_RxV, axis=-1, keepdims=True)
-        logp_BxC = (logp_Rxn.reshape(batch, beams, n) + s.logp_BxK[:, :, None]).reshape(batch, beams * n)
-        logp_Bx2K, index_Bx2K = lax.top_k(logp_BxC, 2 * beams)
-        beam_Bx2K = index_Bx2K // n
-        token_Bx2K = _take(token_Rxn.reshape(batch, beams * n), index_Bx2K)
-        tokens_Bx2KxN = _take(s.tokens_BxKxN, beam_Bx2K)
-        tokens_Bx2KxN = lax.dynamic_update_slice_in_dim(tokens_Bx2KxN, token_Bx2K[:, :, None], s.step, axis=2)
+        # The C best continuations of a sentence are among the C best of each of its beams.
+        n = min(candidates, logits_RxV.shape[-1])
+        logp_Rxn, token_Rxn = best(logits_RxV, s, n)
+        logp_BxP = (logp_Rxn.reshape(batch, beams, n) + s.logp_BxK[:, :, None]).reshape(batch, beams * n)
+        logp_BxC, index_BxC = lax.top_k(logp_BxP, min(candidates, beams * n))
+        beam_BxC = index_BxC // n
+        token_BxC = _take(token_Rxn.reshape(batch, beams * n), index_BxC)
+        tokens_BxCxN = _take(s.tokens_BxKxN, beam_BxC)
+        tokens_BxCxN = lax.dynamic_update_slice_in_dim(tokens_BxCxN, token_BxC[:, :, None], s.step, axis=2)
         length = s.step + 1
-        ends_Bx2K = (token_Bx2K == eos_id) | (length >= limit_B)[:, None]
+        ends_BxC = rules.ends(token_BxC) | (length >= limit_B)[:, None]
 
-        counts_Bx2K = ends_Bx2K & (jnp.arange(2 * beams) < beams) & s.open_B[:, None]
+        counts_BxC = ends_BxC & (jnp.arange(ends_BxC.shape[1]) < beams) & s.open_B[:, None]
         pool_BxP = jnp.concatenate(
-            [s.finished.score, jnp.where(counts_Bx2K, scaled(logp_Bx2K, length), -jnp.inf)], axis=1
+            [s.finished.score, jnp.where(counts_BxC, scaled(logp_BxC, length), -jnp.inf)], axis=1
         )
         score_BxK, kept_BxK = lax.top_k(pool_BxP, beams)
-        length_BxP = jnp.concatenate([s.finished.length, jnp.full_like(token_Bx2K, length)], axis=1)
+        length_BxP = jnp.concatenate([s.finished.length, jnp.full_like(token_BxC, length)], axis=1)
         finished = Hypotheses(
-            tokens=_take(jnp.concatenate([s.finished.tokens, tokens_Bx2KxN], axis=1), kept_BxK),
+            tokens=_take(jnp.concatenate([s.finished.tokens, tokens_BxCxN], axis=1), kept_BxK),
             length=jnp.where(score_BxK > -jnp.inf, _take(length_BxP, kept_BxK), 0),
             score=score_BxK,
         )
 
-        logp_BxK, live_BxK = lax.top_k(jnp.where(ends_Bx2K, -jnp.inf, logp_Bx2K), beams)
-        longest_B = jnp.where(jnp.asarray(exact) & (jnp.asarray(length_penalty) > 0), limit_B, length)
-        hopeful_B = scaled(logp_BxK[:, 0], longest_B) > score_BxK[:, -1]
+        logp_BxK, live_BxK = lax.top_k(jnp.where(ends_BxC, -jnp.inf, logp_BxC), beams)
+        longest_B = jnp.where(jnp.asarray(stopping.exact) & (stopping.length_penalty > 0), limit_B, length)
+        worst_B = score_BxK[:, -1]
+        hopeful_B = (scaled(logp_BxK[:, 0], longest_B) > worst_B) & ~(stopping.full & (worst_B > -jnp.inf))
         return _State(
             step=length,
-            cache=cache.reorder(_take(beam_Bx2K, live_BxK)),
-            last_BxK=_take(token_Bx2K, live_BxK),
-            tokens_BxKxN=_take(tokens_Bx2KxN, live_BxK),
+            cache=cache.reorder(_take(beam_BxC, live_BxK)),
+            last_BxK=_take(token_BxC, live_BxK),
+            tokens_BxKxN=_take(tokens_BxCxN, live_BxK),
             logp_BxK=logp_BxK,
             finished=finished,
             open_B=s.open_B & hopeful_B,
         )
 
-    tokens_BxKxN = jnp.full((batch, beams, size), eos_id, jnp.int32)
+    tokens_BxKxN = jnp.broadcast_to(rules.eos_E[0], (batch, beams, size)).astype(jnp.int32)
     no_score_BxK = jnp.full((batch, beams), -jnp.inf)
     start = _State(
         step=jnp.int32(0),
@@ -133,30 +161,23 @@ def search(
 
 @partial(jax.jit, static_argnames=("graphdef", "beams", "size"))
 def search_seq2seq(
-    graphdef, params, src_BxS: Array, limit_B: Array, length_penalty: Array, exact: Array, *, beams: int, size: int
+    graphdef, params, src_BxS: Array, first_B: Array, rules: Rules, stopping: Stopping, *, beams: int, size: int
 ) -> Hypotheses:
-    """Translations of padded sources (each ending with the end token); ``limit_B`` 0 marks a row of padding."""
+    """Translations of padded sources (each ending with the end token) that begin after the tokens ``first``."""
     model = nnx.merge(graphdef, params)
-    config = model.config
-    mask_BxS = (src_BxS != config.pad_id).at[:, 0].set(True)  # a row of padding still needs something to attend to
+    mask_BxS = (src_BxS != model.config.pad_id).at[:, 0].set(True)  # a row of padding still needs something to read
     cache = model.init_cache(model.encode(src_BxS, mask_BxS), mask_BxS, size)
-    first_B = jnp.full(src_BxS.shape[0], config.bos_id, jnp.int32)
-    return search(
-        model.decode, cache, first_B, beams=beams, size=size, eos_id=config.eos_id, limit_B=limit_B,
-        length_penalty=length_penalty, exact=exact,
-    )
+    return search(model.decode, cache, first_B, rules=rules, beams=beams, size=size, stopping=stopping)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "beams", "size"))
 def search_decoder(
-    graphdef, params, prompts_BxP: Array, start_B: Array, limit_B: Array, length_penalty: Array, exact: Array, *,
-    beams: int, size: int,
+    graphdef, params, prompts_BxP: Array, start_B: Array, rules: Rules, stopping: Stopping, *, beams: int, size: int
 ) -> Hypotheses:
     """Continuations of left-padded prompts with ``start_B`` slots of padding each."""
     model = nnx.merge(graphdef, params)
     cache = model.init_cache(prompts_BxP.shape[0], prompts_BxP.shape[1] + size).replace(start=start_B)
     _, cache = model.decode(prompts_BxP[:, :-1], cache)
     return search(
-        model.decode, cache, prompts_BxP[:, -1], beams=beams, size=size, eos_id=model.config.eos_id, limit_B=limit_B,
-        length_penalty=length_penalty, exact=exact,
+        model.decode, cache, prompts_BxP[:, -1], rules=rules, beams=beams, size=size, stopping=stopping
     )

@@ -7,66 +7,98 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
-from jaxlm.inference.beam import Hypotheses, search_seq2seq
+from jaxlm.inference.beam import Hypotheses, Stopping, search_seq2seq
+from jaxlm.inference.rules import Rules, make_rules
+
+_BEAM, _LENGTH = 5, 128  # where nothing says how many
 
 
 def translate_tokens(
     lm,
     sources: Sequence[Sequence[int]],
+    generation: GenerationConfig = PLAIN,
     *,
-    beam: int = 5,
-    length_penalty: float = 1.0,
-    max_length: int = 128,
-    exact: bool = False,
+    beam: int | None = None,
+    length_penalty: float | None = None,
+    max_length: int | None = None,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[list[int]], np.ndarray]:
     """Best translations of token rows that end with the end token; returned without it, with their scores.
 
-    A translation has at most ``min(max_length, 2 * len(source) + 10)`` tokens, the end token included. ``progress`` is
-    called with the number of sentences done so far.
+    The options take the place of what ``generation`` says. A translation has at most ``max_length`` tokens, the end
+    token included; where that is not given, as many as ``generation`` allows (128, if it does not say) and at most
+    ``2 * len(source) + 10``. ``progress`` is called with the number of sentences done so far.
     """
-    config = lm.config
+    config, generation = lm.config, search_settings(generation, beam, length_penalty)
+    start = start_token(config, generation)
+    allowed = max_length or min(generation.limits([1], _LENGTH))
+    if config.positions == "learned":
+        allowed = min(allowed, config.max_positions)
+    least = max(generation.min_new_tokens, generation.min_length)
+
+    def limit(length: int) -> int:
+        return allowed if max_length else min(allowed, max(2 * length + 10, least))
+
     out: list[list[int]] = [[] for _ in sources]
     scores = np.zeros(len(sources), np.float32)
     done = 0
 
-    def finish(rows: list[int], found: Hypotheses) -> None:
+    def finish(rows: list[int], found: Hypotheses, rules: Rules) -> None:
         nonlocal done
-        best, lengths, score = (np.asarray(x)[:, 0] for x in (found.tokens, found.length, found.score))
-        for r, i in enumerate(rows):
-            out[i] = [token for token in best[r, : lengths[r]].tolist() if token != config.eos_id]
-            scores[i] = score[r]
+        for i, tokens, score in zip(rows, found.best(rules), np.asarray(found.score[:, 0]), strict=False):
+            out[i], scores[i] = tokens, score
         done += len(rows)
         if progress is not None:
             progress(done)
 
-    if config.positions == "learned":
-        max_length = min(max_length, config.max_positions)
-    running: deque[tuple[list[int], Hypotheses]] = deque()  # the next batch is under way before one is read
+    running: deque[tuple[list[int], Hypotheses, Rules]] = deque()  # the next batch is under way before one is read
     for rows in batches_by_length([len(source) for source in sources], batch_size):
         length = bucket(len(sources[rows[0]]))
         batch = power_of_two(len(rows))
-        limits = np.zeros(batch, np.int32)
-        limits[: len(rows)] = [min(max_length, 2 * len(sources[i]) + 10) for i in rows]
         src_BxS = pad_rows([sources[i] for i in rows], (batch, length), config.pad_id)
-        found = search_seq2seq(
-            lm.graphdef, lm.params, src_BxS, limits, np.float32(length_penalty), exact, beams=beam,
-            size=min(bucket(max_length), bucket(2 * length + 10)),
+        first_B = np.full(batch, start, np.int32)
+        rules = make_rules(
+            generation, config, [1] * len(rows), [limit(len(sources[i])) for i in rows], first_B[:, None],
+            np.zeros(batch, np.int32),
         )
-        running.append((rows, found))
+        found = search_seq2seq(
+            lm.graphdef, lm.params, src_BxS, first_B, rules, Stopping.of(generation), beams=generation.num_beams,
+            size=bucket(limit(length)),
+        )
+        running.append((rows, found, rules))
         if len(running) > 1:
             finish(*running.popleft())
-    for rows, found in running:
-        finish(rows, found)
+    for batch in running:
+        finish(*batch)
     return out, scores
 
 
-def encode_sources(lm, sentences: Sequence[str]) -> list[list[int]]:
-    """Token rows with the end token; UserError where a sentence does not fit a model with learned positions."""
-    rows = [[*ids, lm.config.eos_id] for ids in lm.tokenizer.encode_batch(list(sentences))]
+def start_token(config, generation: GenerationConfig) -> int:
+    """What the decoder reads first."""
+    return config.bos_id if generation.decoder_start_token_id is None else generation.decoder_start_token_id
+
+
+def search_settings(
+    generation: GenerationConfig, beam: int | None = None, length_penalty: float | None = None
+) -> GenerationConfig:
+    """The settings of a search for translations, with ``num_beams`` told. UserError where they ask for something else
+    or what is not supported."""
+    generation = generation.given(beam=beam, length_penalty=length_penalty)
+    generation.check()
+    for name in ("do_sample", "stop_strings"):
+        if value := getattr(generation, name):
+            raise UserError(f"{name} = {value!r}, as the model's generation_config.json has it, is not for translation")
+    return generation.replace(num_beams=generation.num_beams or _BEAM)
+
+
+def encode_sources(lm, sentences: Sequence[str], language: str | None = None) -> list[list[int]]:
+    """What the encoder reads; UserError where a sentence does not fit a model with learned positions, or the model has
+    no such language."""
+    rows = lm.tokenizer.encode_source(sentences, language)
     if lm.config.positions == "learned":
         for number, row in enumerate(rows, 1):
             if len(row) > lm.config.max_positions:
@@ -76,32 +108,63 @@ def encode_sources(lm, sentences: Sequence[str]) -> list[list[int]]:
     return rows
 
 
+def target_language(lm, language: str | None = None) -> str | None:
+    """The language to translate into, as given, or as generation_config.json or tokenizer_config.json has it; None
+    where nothing says so."""
+    tokenizer, generation = lm.tokenizer, lm.generation
+    said = generation.forced_bos_token_id
+    if tokenizer.starts_with_language:
+        said = start_token(lm.config, generation)
+    codes = {index: code for code, index in tokenizer.languages.items()}
+    return language or codes.get(said) or tokenizer.target_language
+
+
+def into_language(lm, language: str | None = None) -> GenerationConfig:
+    """The model's settings for translations into a language: the token that they start with or say first. UserError
+    for a language that the model lacks, and where it has several and nothing says which."""
+    tokenizer, language = lm.tokenizer, target_language(lm, language)
+    if language is None and not tokenizer.languages:
+        return lm.generation
+    code = tokenizer.language_id(language)
+    if tokenizer.starts_with_language:
+        return lm.generation.replace(decoder_start_token_id=code)
+    return lm.generation.replace(forced_bos_token_id=code)
+
+
 def translate(
     lm,
     sentences: str | Sequence[str],
     *,
-    beam: int = 5,
-    length_penalty: float = 1.0,
-    max_length: int = 128,
+    source_language: str | None = None,
+    target_language: str | None = None,
+    beam: int | None = None,
+    length_penalty: float | None = None,
+    max_length: int | None = None,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """One translation a sentence, in order; a blank sentence gives an empty one.
 
-    ``lm`` has ``config``, ``graphdef``, ``params`` and ``tokenizer``; ``beam`` 1 is greedy. See ``translate_tokens``.
+    Languages are codes of the tokenizer (``lm.tokenizer.languages``), for models with many; those that are not given
+    are what tokenizer_config.json or generation_config.json says. Other options that are not given are those of
+    ``lm.generation``, what generation_config.json says; where it says nothing, a beam of 5. ``beam`` 1 is greedy. See
+    ``translate_tokens``. Other settings are changed there: ``lm.replace(generation=...)``.
+
+    ``lm`` has ``config``, ``graphdef``, ``params``, ``tokenizer`` and ``generation``. UserError on options that mean
+    nothing, and on a setting of the model's that is not supported.
     """
     sentences = [sentences] if isinstance(sentences, str) else list(sentences)
     if lm.config.kind != "seq2seq":
         raise UserError("this is a language model, not a translation model: use generate instead of translate")
     if lm.tokenizer is None:
         raise UserError("the model has no tokenizer: put a tokenizer.json beside its config.json")
-    if beam < 1 or max_length < 1 or batch_size < 1:
+    if min(1 if option is None else option for option in (beam, max_length, batch_size)) < 1:
         raise UserError("beam, max_length and batch_size must be at least 1")
     told = [i for i, sentence in enumerate(sentences) if sentence.strip()]
-    sources = encode_sources(lm, sentences)
+    sources = encode_sources(lm, sentences, source_language)
     found, _ = translate_tokens(
-        lm, [sources[i] for i in told], beam=beam, length_penalty=length_penalty, max_length=max_length,
-        batch_size=batch_size, progress=progress,
+        lm, [sources[i] for i in told], into_language(lm, target_language), beam=beam, length_penalty=length_penalty,
+        max_length=max_length, batch_size=batch_size, progress=progress,
     )
     out = [""] * len(sentences)
     for i, tokens in zip(told, found, strict=True):

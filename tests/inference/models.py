@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlm import nn
+from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.data.tokenizer import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
@@ -24,6 +25,7 @@ class Handle:
     graphdef: Any
     params: Any
     tokenizer: Any
+    generation: GenerationConfig = PLAIN
 
 
 @cache

@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.inference.beam import search
+from jaxlm.inference.beam import Stopping, search
+from jaxlm.inference.rules import Rules
 from tests.inference import toys
 
 EOS = 2
@@ -17,8 +19,8 @@ EOS = 2
 @partial(jax.jit, static_argnames=("beams", "size"))
 def _search(table, first_B, limit_B, alpha, exact, *, beams, size):
     return search(
-        partial(toys.decode, table), toys.empty(len(table)), first_B, beams=beams, size=size, eos_id=EOS,
-        limit_B=limit_B, length_penalty=alpha, exact=exact,
+        partial(toys.decode, table), toys.empty(len(table)), first_B, rules=Rules(jnp.array([EOS]), limit_B),
+        beams=beams, size=size, stopping=Stopping(alpha, exact),
     )
 
 

@@ -1,0 +1,178 @@
+"""generation_config.json: how the makers of a model want it to generate, in the words of transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxlm.core.config import from_dict, to_dict
+from jaxlm.core.config import override as override_fields
+from jaxlm.core.errors import UserError
+from jaxlm.nn.config import ModelConfig
+
+__all__ = ["FILE", "PLAIN", "GenerationConfig"]
+
+FILE = "generation_config.json"
+
+# What changes the tokens that transformers generates and is not done here, with the values that leave them as they are.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "constraints": (), "custom_generate": (), "diversity_penalty": (0,), "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1,), "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,), "exponential_decay_length_penalty": (), "force_words_ids": ([],), "forced_decoder_ids": ([],),
+    "guidance_scale": (1,), "max_time": (), "num_beam_groups": (1,), "num_return_sequences": (1,),
+    "penalty_alpha": (0,), "sequence_bias": ([], {}), "token_healing": (False,), "top_h": (), "typical_p": (1,),
+    "watermarking_config": (),
+}
+# What says how to compute or what to return, or repeats config.json.
+_NEUTRAL = frozenset(
+    "_from_model_config assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight "
+    "assistant_lookbehind bos_token_id cache_config cache_implementation compile_config continuous_batching_config "
+    "disable_compile is_assistant low_memory max_cache_len max_matching_ngram_size num_assistant_tokens "
+    "num_assistant_tokens_schedule output_attentions output_hidden_states output_logits output_scores pad_token_id "
+    "prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values return_dict_in_generate speculation_type "
+    "target_lookbehind transformers_version use_cache use_mtp".split()
+)
+_ONE_OR_MORE = ("eos_token_id", "forced_eos_token_id", "stop_strings")  # a value may stand for a list of one
+_TOP_K = 50  # of transformers, where a file samples and does not say
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Defaults of ``generate`` and ``translate``. Lengths are tokens. None, and an empty list, say nothing.
+
+    ``max_length`` and ``min_length`` count the prompt, which for an encoder-decoder is its start token; where
+    ``max_new_tokens`` or ``min_new_tokens`` is there too, it decides.
+    """
+
+    eos_token_id: tuple[int, ...] = ()  # each of them ends a text; (): that of the model's configuration
+    decoder_start_token_id: int | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    min_length: int = 0
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    num_beams: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: Literal[False, True, "never"] = False  # see ``jaxlm.inference.beam``
+    repetition_penalty: float = 1.0  # arXiv:1909.05858, section 4.1
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    forced_bos_token_id: int | None = None  # the first new token, after a prompt of one
+    forced_eos_token_id: tuple[int, ...] = ()  # the last one that there is room for
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    renormalize_logits: bool = False  # to probabilities, after all of the above
+    stop_strings: tuple[str, ...] = ()
+    others: Mapping[str, Any] = field(default_factory=dict)  # what else the file says that might matter
+
+    def replace(self, **changes: Any) -> GenerationConfig:
+        return dataclasses.replace(self, **changes)
+
+    def given(
+        self, *, beam: int | None = None, temperature: float | None = None, **others: Any
+    ) -> GenerationConfig:
+        """With the options that a caller gives (those that are not None) in place of these.
+
+        ``beam`` is ``num_beams``; a ``temperature`` of 0 does not sample, one above it does. Who asks for one of search
+        and sampling gets it, whatever the file says about the other.
+        """
+        if beam is not None:
+            others["num_beams"] = beam
+            if beam > 1 and temperature is None:
+                others["do_sample"] = False
+        if temperature is not None:
+            others["do_sample"] = temperature > 0
+            others["temperature"] = temperature or self.temperature
+            if temperature > 0 and beam is None:
+                others["num_beams"] = 1
+        return self.replace(**{name: value for name, value in others.items() if value is not None})
+
+    def override(self, changes: Mapping[str, str]) -> GenerationConfig:
+        """With fields set by name, as a command line does. UserError on an unknown name or a wrong value."""
+        if "others" in changes:
+            raise UserError(f"'others' is not a setting of {FILE}")
+        return override_fields(self, changes)._checked()
+
+    def limits(self, prompts: Sequence[int], default: int) -> list[int]:
+        """How many tokens may follow prompts of these lengths. UserError for one that leaves no room."""
+        if self.max_new_tokens is not None or self.max_length is None:
+            return [default if self.max_new_tokens is None else self.max_new_tokens] * len(prompts)
+        if max(prompts, default=0) >= self.max_length:
+            raise UserError(
+                f"a prompt has {max(prompts)} tokens, and by the max_length of {FILE} text and prompt have "
+                f"{self.max_length}: say max_new_tokens"
+            )
+        return [self.max_length - prompt for prompt in prompts]
+
+    def check(self) -> None:
+        """UserError where the file asks for what is not supported; to be called when text is about to be generated, as
+        a model may be loaded for something else."""
+        for name, value in self.others.items():
+            if name in _UNSUPPORTED and value is not None and value not in _UNSUPPORTED[name]:
+                raise UserError(
+                    f"the model's {FILE} asks for {name} = {value!r}, which is not supported; generate without that "
+                    "file (--ignore-generation-config, lm.replace(generation=jaxlm.GenerationConfig()))"
+                )
+
+    def notes(self) -> list[str]:
+        """What a user should know who relies on the file."""
+        unknown = [name for name in self.others if name not in _UNSUPPORTED]
+        return [f"{', '.join(unknown)} in {FILE}: not known here, without effect"] if unknown else []
+
+    @classmethod
+    def read(cls, file: Path, fields: Mapping[str, Any], *, older: bool = False) -> GenerationConfig:
+        """What the fields of a file say; ``older``: it is a config.json, and most of them have nothing to do with this.
+        UserError on a value of the wrong kind."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"others"}
+        given = {name: value for name, value in fields.items() if name in names and value is not None}
+        for name in _ONE_OR_MORE:
+            if name in given and not isinstance(given[name], list):
+                given[name] = [given[name]]
+        if given.get("do_sample"):
+            given.setdefault("top_k", _TOP_K)
+        others = {
+            name: value for name, value in fields.items()
+            if name not in names and (name in _UNSUPPORTED if older else name not in _NEUTRAL)
+        }
+        try:
+            return from_dict(cls, given)._checked().replace(others=others)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+
+    def _checked(self) -> GenerationConfig:
+        for name in ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative")
+        if self.num_beams is not None and self.num_beams < 1:
+            raise UserError(f"num_beams is {self.num_beams}; it must be at least 1")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0")
+        if () in self.bad_words_ids:
+            raise UserError("bad_words_ids holds an empty sequence; remove it")
+        return self
+
+    def to_json(self, config: ModelConfig) -> dict[str, Any]:
+        """The file for a model: its special tokens, what differs from the defaults, and what else the file said."""
+        ids: dict[str, Any] = {f"{role}_token_id": getattr(config, f"{role}_id") for role in ("bos", "eos", "pad")}
+        if config.kind == "seq2seq":
+            ids["decoder_start_token_id"] = config.bos_id
+        said = {
+            name: value for name, value in to_dict(self.replace(others={})).items()
+            if getattr(self, name) != getattr(PLAIN, name) and name != "others"
+        }
+        if self.do_sample:
+            said["top_k"] = self.top_k
+        for name in ("eos_token_id", "forced_eos_token_id"):
+            if len(said.get(name, ())) == 1:
+                (said[name],) = said[name]
+        return ids | said | dict(self.others)
+
+
+PLAIN = GenerationConfig()  # greedy, until the model's end token

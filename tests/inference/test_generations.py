@@ -1,0 +1,42 @@
+"""Settings of generation_config.json do what they do in transformers, greedily and with a beam: the same tokens."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.numpy import save_file
+
+import jaxlm
+from jaxlm.inference.generate import beam_tokens, generate_tokens
+from jaxlm.inference.translate import translate_tokens
+from tests.checkpoint import families
+from tests.inference.generations import CASES, GOLDEN, PROMPT, SEARCHES, by_transformers, settings
+
+
+def tokens(directory) -> list[list[int]]:
+    """What the model in the directory generates of its own accord."""
+    lm = jaxlm.load(directory)
+    source = families.inputs(json.loads((directory / "config.json").read_text()))[0]
+    if lm.config.kind == "seq2seq":
+        return translate_tokens(lm, source.tolist(), lm.generation)[0]
+    tokens = beam_tokens if lm.generation.num_beams > 1 else generate_tokens
+    return tokens(lm, source[:, :PROMPT].tolist(), lm.generation)
+
+
+@pytest.mark.parametrize("name, beams", SEARCHES)
+def test_the_tokens_are_those_that_transformers_left(tmp_path, name, beams):
+    family = json.loads((families.GOLDEN / f"{CASES[name][0]}.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(family["config"]))
+    save_file(families.weights(family["tensors"]), tmp_path / "model.safetensors")
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings(name, beams)))
+    assert tokens(tmp_path) == json.loads(GOLDEN.read_text())[name][str(beams)]
+
+
+@pytest.mark.parametrize("name, beams", SEARCHES)
+def test_transformers_still_generates_them(tmp_path, name, beams):
+    pytest.importorskip("torch", reason="torch is not installed: nothing to compare with")
+    pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    expected = by_transformers(name, beams, tmp_path)
+    assert expected == json.loads(GOLDEN.read_text())[name][str(beams)], "the golden file is of another transformers"
+    assert tokens(tmp_path) == expected

@@ -1,0 +1,107 @@
+"""Text to text with the tokenizers of translation models: what the encoder reads, and the language that comes out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.numpy import save_file
+
+import jaxlm
+from jaxlm.core.errors import UserError
+from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.inference.translate import into_language, translate_tokens
+from tests.checkpoint import families
+from tests.data.pieces import ENGLISH, GERMAN, family
+
+# A tokenizer and its kind of model; the language of the source and of the translation.
+MODELS = {
+    "NllbTokenizer": ("m2m_100", "deu_Latn", "spa_Latn"),
+    "M2M100Tokenizer": ("m2m_100", "de", "es"),
+    "MBartTokenizer": ("mbart", "de_DE", "es_XX"),
+    "MBart50Tokenizer": ("mbart", "de_DE", "es_XX"),
+    "MarianTokenizer": ("marian", None, None),
+    "T5Tokenizer": ("t5", None, None),
+}
+
+
+@pytest.fixture
+def model(request, tmp_path):
+    """(directory of a random model with the tokenizer, its name)."""
+    name = request.param
+    family(name, tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    golden = json.loads((families.GOLDEN / f"{MODELS[name][0]}.json").read_text())
+    rows = tokenizer.vocab_size
+    config = golden["config"] | {"vocab_size": rows, "pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.eos_id}
+    config |= {"decoder_start_token_id": tokenizer.pad_id if MODELS[name][1] is None else tokenizer.eos_id}
+    config.pop("decoder_vocab_size", None)
+    shapes = {
+        key: [rows if size == families.VOCABULARY else size for size in shape]
+        for key, shape in golden["tensors"].items()
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps({
+        name: config[name] for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+    } | {"max_length": 16, "num_beams": 2, "no_repeat_ngram_size": 2}))
+    save_file(families.weights(shapes), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path, name
+
+
+@pytest.mark.parametrize("model", MODELS, indirect=True)
+def test_translations_are_those_of_transformers(model):
+    torch = pytest.importorskip("torch", reason="torch is not installed: nothing to compare with")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    directory, name = model
+    kind, source, target = MODELS[name]
+    lm = jaxlm.load(directory)
+    tokenizer = getattr(transformers, name).from_pretrained(directory)
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(directory).eval()
+    options = {}
+    if target:
+        tokenizer.src_lang = source
+        option = "decoder_start_token_id" if name == "MBartTokenizer" else "forced_bos_token_id"
+        options[option] = lm.tokenizer.language_id(target)
+    said = []
+    for text in GERMAN[:3]:
+        with torch.no_grad():
+            rows = theirs.generate(**tokenizer([text], return_tensors="pt", return_token_type_ids=False), **options)
+        said += tokenizer.batch_decode(rows, skip_special_tokens=True)
+    assert lm.translate(GERMAN[:3], source_language=source, target_language=target) == said
+    assert len(set(said)) > 1
+
+
+@pytest.mark.parametrize("model", ["NllbTokenizer", "MBartTokenizer"], indirect=True)
+def test_the_language_is_the_first_token_or_the_start(model):
+    directory, name = model
+    lm, (_, source, target) = jaxlm.load(directory), MODELS[name]
+    code = lm.tokenizer.language_id(target)
+    settings = into_language(lm, target)
+    if name == "MBartTokenizer":
+        assert settings.decoder_start_token_id == code and settings.forced_bos_token_id is None
+    else:
+        rows, _ = translate_tokens(lm, lm.tokenizer.encode_source(ENGLISH, source), settings)
+        assert [row[0] for row in rows] == [code] * len(ENGLISH)
+    assert into_language(lm) == into_language(lm, lm.tokenizer.target_language), "tokenizer_config.json says it"
+    assert lm.translate(ENGLISH[0], target_language=target) == lm.translate(
+        ENGLISH[0], source_language=source, target_language=target
+    ), "the source too"
+    with pytest.raises(UserError, match="has no language 'klingon'; did you mean"):
+        lm.translate("a", target_language="klingon")
+    scores = lm.evaluate(_bitext(directory), target_language=target, sentences=1)
+    assert scores["tokens"] == sum(map(len, lm.tokenizer.encode_target(GERMAN, target))) and scores["beam"] == 2
+
+
+def _bitext(directory) -> str:
+    for name, lines in (("en", ENGLISH), ("de", GERMAN)):
+        (directory / name).write_text("\n".join(lines) + "\n")
+    return f"bitext:{directory / 'en'},{directory / 'de'}"
+
+
+@pytest.mark.parametrize("model", ["T5Tokenizer"], indirect=True)
+def test_a_model_without_languages_takes_none(model):
+    lm = jaxlm.load(model[0])
+    assert lm.evaluate(_bitext(model[0]), translations=False)["tokens"] > 0, "its tokenizer has no begin token"
+    for side in ("source_language", "target_language"):
+        with pytest.raises(UserError, match="has no languages, so 'de' cannot be chosen"):
+            lm.translate("a", **{side: "de"})
