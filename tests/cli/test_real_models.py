@@ -23,7 +23,7 @@ config = Experiment(
     model=DecoderConfig(width=16, heads=2, layers=1),
     data=DataConfig(train="text:{text}", valid="text:{text}", tokenizer="{tokenizer}", seq_len=8, batch_size=8),
     optim=OptimConfig(warmup_steps=1),
-    train=TrainConfig(steps=1, log_every=1, eval_every=1),
+    train=TrainConfig(steps=2, log_every=1, eval_every=2),
 )
 """
 

@@ -9,7 +9,9 @@ import pytest
 
 from jaxlm import nn
 from jaxlm.checkpoint.directory import read_model
+from jaxlm.checkpoint.generation_config import PLAIN
 from jaxlm.core.errors import UserError
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows
 from jaxlm.inference.generate import beam_tokens, generate, generate_tokens
 from tests.inference.models import Handle, decoder, greedy_by_full_forward, lstm, seq2seq, total_logp
@@ -122,6 +124,38 @@ def test_nothing_asked_and_nothing_to_go_on():
 def test_mistakes_are_named(options, named):
     with pytest.raises(UserError, match=named):
         generate(decoder(), ["a"], **options)
+
+
+def test_the_settings_of_the_model_are_the_defaults():
+    lm = decoder()
+    longer = generate(lm, PROMPTS, max_new_tokens=12)
+    stop = longer[0][5:7]
+    own = replace(lm, generation=PLAIN.replace(max_new_tokens=12, stop_strings=(stop,), no_repeat_ngram_size=0))
+    assert generate(own, PROMPTS) == generate(lm, PROMPTS, max_new_tokens=12, stop=stop)
+    assert generate(own, PROMPTS, stop=()) == longer
+    total = replace(lm, generation=PLAIN.replace(max_length=20))  # the prompt included
+    assert generate(total, PROMPTS[:2]) == [
+        generate(lm, prompt, max_new_tokens=20 - len(prompt))[0] for prompt in PROMPTS[:2]
+    ]
+    refused = replace(lm, generation=PLAIN.replace(others={"penalty_alpha": 0.6}))
+    with pytest.raises(UserError, match="asks for penalty_alpha = 0.6, which is not supported"):
+        generate(refused, ["a"])
+    both = replace(lm, generation=PLAIN.replace(do_sample=True, num_beams=2))
+    with pytest.raises(UserError, match="beam search does not sample"):
+        generate(both, ["a"])
+    assert generate(both, ["a"], beam=2, max_new_tokens=3) == generate(lm, ["a"], beam=2, max_new_tokens=3)
+
+
+def test_a_conversation_is_what_the_chat_template_makes_of_it():
+    lm, template = decoder(), "{% for message in messages %}{{ message.content }}{% endfor %}<s>"
+    tokenizer = Tokenizer(lm.tokenizer._engine, lm.tokenizer._config | {"chat_template": template})
+    chat = [{"role": "system", "content": "the "}, {"role": "user", "content": "cat"}]
+    wanted = generate_tokens(lm, [[*lm.tokenizer.encode("the cat"), lm.tokenizer.bos_id]], max_new_tokens=9)
+    said = generate(replace(lm, tokenizer=tokenizer), chat, max_new_tokens=9)
+    assert said == [lm.tokenizer.decode(wanted[0])]
+    assert generate(replace(lm, tokenizer=tokenizer), [chat, chat], max_new_tokens=9) == said * 2
+    with pytest.raises(UserError, match="no chat template"):
+        generate(lm, chat)
 
 
 def test_the_wrong_kind_of_model_is_named():
