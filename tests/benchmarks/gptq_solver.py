@@ -10,6 +10,7 @@ correlated, as those of a layer are. "loss" is ``tr((W - Q) H (W - Q)^T)``, a me
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
@@ -24,10 +25,12 @@ from jaxlm.compression.rtn import Integers
 
 def problem(n_out: int, n_in: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    mix = rng.normal(size=(n_in // 4, n_in)).astype(np.float32) / np.sqrt(n_in // 4)
-    x = rng.normal(size=(2 * n_in, n_in // 4)).astype(np.float32) @ mix
-    x += 0.3 * rng.normal(size=x.shape).astype(np.float32)
-    return rng.normal(size=(n_out, n_in)).astype(np.float32), x.T @ x / len(x)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    x = normal(2 * n_in, n_in // 4) @ normal(n_in // 4, n_in) * (n_in // 4) ** -0.5 + 0.3 * normal(2 * n_in, n_in)
+    return normal(n_out, n_in), x.T @ x / len(x)
 
 
 def ours(w: np.ndarray, h: np.ndarray, prune: bool) -> Callable[[], jax.Array]:
@@ -59,12 +62,13 @@ def authors(w: np.ndarray, h: np.ndarray, prune: bool, checkout: str) -> Callabl
         layer.weight.data = torch.from_numpy(w)
         solver = Solver(layer)
         solver.H = torch.from_numpy(h.copy())
-        if prune:
-            solver.fasterprune(0.5)
-        else:
-            solver.quantizer = Quantizer()
-            solver.quantizer.configure(4, perchannel=True, sym=False)
-            solver.fasterquant(groupsize=128, actorder=True, static_groups=True)
+        with contextlib.redirect_stdout(None):
+            if prune:
+                solver.fasterprune(0.5)
+            else:
+                solver.quantizer = Quantizer()
+                solver.quantizer.configure(4, perchannel=True, sym=False)
+                solver.fasterquant(groupsize=128, actorder=True, static_groups=True)
         return layer.weight.numpy()
 
     return run
