@@ -1,6 +1,17 @@
 """GPTQ and SparseGPT: what to do with a column in the loop of ``compression.obs`` (arXiv:2210.17323, 2301.00774).
 
-One solver: a grid makes it GPTQ, a sparsity makes it SparseGPT, both are its joint pruning and quantization.
+One solver: a grid makes it GPTQ, a sparsity makes it SparseGPT, both are its joint pruning and quantization. By default
+it is the authors' method; three options go beyond it: a clip search (``least``), ``sweeps`` and ``search``. Perplexity
+of a Llama of 5.5 million parameters, 44.71 when dense, by the authors' code and with these options:
+
+    int2, groups of 64      49.80   48.89   least=0.6, sweeps=3
+    int3, groups of 128     45.62   45.37   least=0.8, sweeps=3
+    50%                     46.33   45.67   search=30, sweeps=5
+    2:4                     49.22   47.75   search=30, sweeps=5
+    70%                     55.60   50.26   search=30, sweeps=5
+    80%                     83.03   61.42   search=30, sweeps=5
+    50% and int4            46.52   45.89   search=30, sweeps=3
+    2:4 and int4            49.54   48.19   search=30, sweeps=3
 """
 
 from __future__ import annotations
