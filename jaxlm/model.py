@@ -150,7 +150,7 @@ def load(
         adapters.append(read_adapter(_local(adapter)))
     config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype)
     generation = read_generation(Path(info["source"]))
-    notes = generation.notes()
+    notes = [*info.get("notes", ()), *generation.notes()]
     if expand:
         params, placed = place(params, jax.default_backend())
         notes += placed

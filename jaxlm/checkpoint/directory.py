@@ -20,12 +20,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxlm import nn
+from jaxlm.checkpoint.compressed_export import compressed_tensors
 from jaxlm.checkpoint.disk import replaced_directory
 from jaxlm.checkpoint.formats import pack_params, unpack_params
 from jaxlm.checkpoint.generation_config import FILE as GENERATION
 from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.checkpoint.hf import RUNTIME, ours, read_config, read_hf
-from jaxlm.checkpoint.hf_export import express, hf_config, hf_tensors
+from jaxlm.checkpoint.hf_export import express, hf_config, hf_tensors, plan
 from jaxlm.checkpoint.sizes import check_sizes
 from jaxlm.checkpoint.tensors import TensorFiles, write_tensors
 from jaxlm.core.config import from_dict, to_dict
@@ -38,6 +39,7 @@ from jaxlm.nn.config import ModelConfig
 
 __all__ = ["export_model", "read_generation", "read_model", "read_tokenizer", "weight_bytes", "write_model"]
 
+COMPRESSED_TENSORS = "compressed-tensors"
 _PREFIX = "jaxlm-"  # of our model types
 
 
@@ -92,15 +94,23 @@ def export_model(
 ) -> Path:
     """As ``write_model``, as a model of the family ``kind``, or of the plainest that can be it.
 
-    What the family has and the model has not is added where it changes nothing, such as biases of zero.
-    UserError where the family, or any, cannot be the model.
+    What the family has and the model has not is added where it changes nothing, such as biases of zero. Compressed
+    weights are written as what they stand for; with "compressed-tensors" in place of a family they keep their codes,
+    in that layout. UserError where the family, or any, or the layout cannot be the model.
     """
-    fields = hf_config(config, kind) if kind else express(config, exactly=False)
+    compressed = kind == COMPRESSED_TENSORS
+    fields = hf_config(config, kind) if kind and not compressed else express(config, exactly=False)
     if fields is None:
         raise UserError(f"no family of transformers can be this {config.kind} model: name one with format to see why")
 
     def write_weights(new: Path, params: Params) -> None:
-        _write_family(new, fields, config, params, dtype, {})
+        if compressed:
+            how = plan(config, merge_adapters(params), fields)
+            tensors, layout = compressed_tensors(how, fields["model_type"], jnp.dtype(dtype))
+            _write_json(new / "config.json", fields | {"dtype": dtype, "quantization_config": layout})
+            write_tensors(new, tensors)
+        else:
+            _write_family(new, fields, config, params, dtype, {})
 
     return _write(directory, params, tokenizer, write_weights, {GENERATION: generation.to_json(config)})
 
@@ -165,8 +175,8 @@ def read_model(
     tokenizer = read_tokenizer(path, config)
     info = {name: value for name, value in ours(fields).items() if name != "runtime"} | {"source": str(path)}
     if not _is_ours(fields):
-        config, params = read_hf(path, fields, config, mesh=mesh, dtype=dtype)
-        return config, params, tokenizer, info | {"bytes_on_disk": TensorFiles(path).nbytes}
+        config, params, facts = read_hf(path, fields, config, mesh=mesh, dtype=dtype)
+        return config, params, tokenizer, info | facts
     files = TensorFiles(path)
     weights = _weights_metadata(files, path)
     try:

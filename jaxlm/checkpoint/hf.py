@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,14 +17,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm import nn
+from jaxlm.checkpoint.hf_coded import coded_leaf, dense_part, outputs_first, split_segments
 from jaxlm.checkpoint.hf_fields import REQUIRED, Family, Tensor
 from jaxlm.checkpoint.hf_maps import FAMILIES, NEUTRAL
+from jaxlm.checkpoint.layouts import open_weights
+from jaxlm.checkpoint.matrices import Matrix, MatrixFiles
 from jaxlm.checkpoint.sizes import check_sizes, layer_counts
-from jaxlm.checkpoint.tensors import TensorFiles
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import is_leaf
 from jaxlm.core.sharding import shardings
-from jaxlm.core.tree import Params, flatten, unflatten
+from jaxlm.core.tree import Leaf, Params, flatten, unflatten
 from jaxlm.nn.config import DecoderConfig, ModelConfig
 from jaxlm.nn.stack import layers_of
 
@@ -49,31 +53,43 @@ def read_config(fields: Mapping[str, Any]) -> ModelConfig:
 
 def read_hf(
     directory: Path, fields: Mapping[str, Any], config: ModelConfig, *, mesh: Mesh | None = None, dtype: str = "float32"
-) -> tuple[ModelConfig, Params]:
-    """Configuration, untied where the file has a head of its own, and parameters of a directory.
+) -> tuple[ModelConfig, Params, dict[str, Any]]:
+    """Configuration, untied where the file has a head of its own, parameters of a directory, and facts about them.
 
     ``fields`` are those of its config.json and ``config`` what they say (``read_config``). Each tensor is read once, on
     a mesh each device's part by itself, and put where it belongs on the device: this process's memory holds at most one
-    tensor besides the parameters.
+    tensor besides the parameters. Quantized matrices stay so, and layers quantized in another way than their neighbours
+    become segments of their own. The facts are ``bytes_on_disk`` (of the weights), ``tensor_bytes`` (of each parameter)
+    and ``notes``.
 
     UserError where a tensor is missing, superfluous or of the wrong shape.
     """
-    family, files = family_of(fields), TensorFiles(directory)
+    family = family_of(fields)
+    files, notes = open_weights(directory, fields.get("quantization_config"))
     for name in layer_counts(config):
         count = getattr(config, name)
         if count > len(files):  # before they are listed and traced one by one
             raise UserError(f"{directory / 'config.json'}: {name} is {count}, but the files hold {len(files)} tensors")
     files = _Prefixed(family, files)
     config = _untie(family, config, files)
-    like = nn.abstract(config)[1]
+    like, rows = _plan(family, config, files)
+    if files.files.matrices and (split := split_segments(config, _grids(files, rows))) != config:
+        config = split
+        like, rows = _plan(family, config, files)
     values, flat = complete(family, fields), flatten(like)
     targets = flatten(shardings(like, mesh)) if mesh is not None else dict.fromkeys(flat)
-    rows = _find(family, config, files, {path: leaf.shape for path, leaf in flat.items()})
     leaves = {
-        path: _leaf(files, config, values, rows[path], leaf.shape, targets[path], jnp.dtype(dtype))
+        path: _leaf(files, config, values, path, rows[path], leaf.shape, targets[path], jnp.dtype(dtype))
         for path, leaf in flat.items()
     }
-    return config, unflatten(like, leaves)
+    mixed = [path for path, found in rows.items() if not is_leaf(leaves[path]) and any(map(files.matrix, found))]
+    mixed = [path for path in mixed if all((m := files.matrix(piece)) and m.grid for piece in rows[path])]
+    notes += [f"{path} is read as dense: its experts are quantized in different ways" for path in mixed]
+    params = unflatten(like, leaves)
+    if mesh is not None and files.files.matrices:
+        params = jax.device_put(params, shardings(params, mesh))
+    sizes = {path: _bytes(files, found, flat[path].shape) for path, found in rows.items()}
+    return config, params, {"bytes_on_disk": files.files.nbytes, "tensor_bytes": sizes, "notes": notes}
 
 
 def ours(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +173,7 @@ def _special_ids(family: Family, fields: Mapping[str, Any]) -> dict[str, int]:
 class _Prefixed:
     """The files of a model, whose names may lack the prefix of its family."""
 
-    def __init__(self, family: Family, files: TensorFiles):
+    def __init__(self, family: Family, files: MatrixFiles):
         self.files = files
         prefix = family.prefix
         self.bare = bool(prefix) and not any(name.startswith(prefix) for name in files)
@@ -167,6 +183,10 @@ class _Prefixed:
         """The name that the file has, of several."""
         options = [each.removeprefix(self.prefix) if self.bare else each for each in (name, *aliases)]
         return next((each for each in options if each in self.files), options[0])
+
+    def matrix(self, piece: Piece) -> Matrix | None:
+        """The quantized matrix that a piece is, if it is one."""
+        return self.files.matrices.get(self.name(piece.name, piece.tensor.aliases))
 
     def known(self, name: str) -> bool:
         return self.name(name) in self.files
@@ -221,6 +241,35 @@ def _untie(family: Family, config: ModelConfig, files: _Prefixed) -> ModelConfig
     return config if np.array_equal(head, table) else dataclasses.replace(config, tie_embeddings=False)
 
 
+def _plan(family: Family, config: ModelConfig, files: _Prefixed) -> tuple[Params, dict[str, list[Piece]]]:
+    """The abstract parameters, and what each is made of."""
+    like = nn.abstract(config)[1]
+    return like, _find(family, config, files, {path: leaf.shape for path, leaf in flatten(like).items()})
+
+
+def _grids(files: _Prefixed, rows: Mapping[str, list[Piece]]) -> dict[tuple[str, int], list[Any]]:
+    """For each side and layer, how its parameters are quantized."""
+    grids: dict[tuple[str, int], list[Any]] = {}
+    for path, found in rows.items():
+        if found[0].layer is not None:
+            side, rest = layer_path(path)
+            for piece in found:
+                matrix = files.matrix(piece)
+                grid = (rest, piece.at[1:], None if matrix is None else matrix.grid)
+                grids.setdefault((side, piece.layer), []).append(grid)
+    return {place: sorted(grid, key=repr) for place, grid in grids.items()}
+
+
+def _bytes(files: _Prefixed, found: list[Piece], shape: tuple[int, ...]) -> int:
+    """What a parameter takes in the files: of tensors that it is cut from, its share."""
+    total = 0
+    for piece in found:
+        name = files.name(piece.name, piece.tensor.aliases)
+        whole = math.prod(files.files.shape(name))
+        total += files.files.size(name) * math.prod(shape[len(piece.at) :]) // max(whole, 1)
+    return total
+
+
 def _find(
     family: Family, config: ModelConfig, files: _Prefixed, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, list[Piece]]:
@@ -235,6 +284,8 @@ def _find(
         for piece in pieces(family, config, path, shape):
             name = files.name(piece.name, piece.tensor.aliases)
             found, due = files.files.shape(name), _stored(config, piece.tensor, shape[len(piece.at) :])
+            if files.matrix(piece) is not None and not outputs_first(path, piece.tensor):
+                due = due[::-1]
             if found != due:
                 file = files.files.file(name)
                 raise UserError(f"{file}: tensor {name!r} is {list(found)}, by config.json it should be {list(due)}")
@@ -259,15 +310,18 @@ def _stored(config: ModelConfig, tensor: Tensor, shape: tuple[int, ...]) -> tupl
     return (1, *stored) if tensor.row else stored
 
 
-def _leaf(files, config, values, found: list[Piece], shape, target: NamedSharding | None, dtype) -> jax.Array:
+def _leaf(files, config, values, path: str, found: list[Piece], shape, target: NamedSharding | None, dtype) -> Leaf:
     """A parameter, from its pieces. Without a target it is not bound to a device."""
+    matrices = [(piece.tensor, files.matrix(piece)) for piece in found]
+    if None not in {matrix and matrix.grid for _, matrix in matrices} and len({m.grid for _, m in matrices}) == 1:
+        return coded_leaf(config, values, path, shape[: len(found[0].at)], matrices)
     if not found[0].at:
-        return _put(None, *_read(files, config, values, found[0], shape, target), at=(), dtype=dtype, out=target)
+        return _put(None, *_read(files, config, values, path, found[0], shape, target), at=(), dtype=dtype, out=target)
     depth = len(found[0].at)
     inner = _without(target, depth)
     buffer = jnp.zeros(shape, dtype, device=target)
     for piece in found:
-        parts = _read(files, config, values, piece, shape[depth:], inner)
+        parts = _read(files, config, values, path, piece, shape[depth:], inner)
         buffer = _put(buffer, *parts, at=piece.at, dtype=dtype, out=target)
     return buffer
 
@@ -279,7 +333,7 @@ def _without(target: NamedSharding | None, depth: int) -> NamedSharding | None:
     return NamedSharding(target.mesh, PartitionSpec(*target.spec[depth:]))
 
 
-def _read(files: _Prefixed, config: ModelConfig, values, piece: Piece, shape, target: NamedSharding | None):
+def _read(files: _Prefixed, config: ModelConfig, values, path: str, piece: Piece, shape, target: NamedSharding | None):
     """The piece as it is stored, on its devices, with what turns it into ours: (array, transposed, scale, offset)."""
     tensor, name = piece.tensor, files.name(piece.name, piece.tensor.aliases)
     stored = shape[::-1] if tensor.transposed else shape
@@ -291,6 +345,9 @@ def _read(files: _Prefixed, config: ModelConfig, values, piece: Piece, shape, ta
     start = 0 if tensor.cut is None else sum(tensor.cut.sizes(config)[: tensor.cut.index])
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
+        if (matrix := files.matrix(piece)) is not None:
+            array = dense_part(config, tensor, matrix)
+            return (array if outputs_first(path, tensor) else array.T)[index]
         if tensor.cut is not None and tensor.cut.by_head:
             array = tensor.cut.take(config, np.moveaxis(files.files.read(name), axis, 0))
             return np.ascontiguousarray(np.moveaxis(array, 0, axis)[index])

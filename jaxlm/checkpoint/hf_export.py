@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,12 +18,12 @@ from jaxlm.checkpoint.hf_fields import Tensor
 from jaxlm.checkpoint.hf_maps import FAMILIES
 from jaxlm.checkpoint.tensors import Lazy
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import dequantize, is_leaf
-from jaxlm.core.tree import Params, flatten
+from jaxlm.core.leaves import QArray, dequantize, is_leaf
+from jaxlm.core.tree import Leaf, Params, flatten
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, RopeScaling, Seq2SeqConfig, StackConfig
 from jaxlm.nn.stack import layers_of
 
-__all__ = ["express", "hf_config", "hf_tensors"]
+__all__ = ["Part", "Plan", "express", "hf_config", "hf_tensors", "joined", "plan"]
 
 # Without these a model is the same as with them at zero, so a family that always has them can hold it.
 _ADDABLE = ("qkv_bias", "out_bias", "mlp_bias", "norm_bias", "logits_bias")
@@ -115,6 +115,60 @@ def _canonical(config: StackConfig) -> StackConfig:
     return dataclasses.replace(config, **changes)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A parameter of ours, of one layer and expert, that is (a part of) a tensor of theirs.
+
+    ``leaf`` is the whole parameter, layers and all, or None where the model has no such parameter: zeros.
+    """
+
+    path: str
+    tensor: Tensor
+    shape: tuple[int, ...]
+    leaf: Leaf | None
+    at: tuple[int, ...]
+
+    def get(self) -> Leaf:
+        """As it is represented."""
+        if self.leaf is None:
+            return np.zeros(self.shape, np.float32)
+        return jax.tree.map(lambda array: array[self.at], self.leaf) if self.at else self.leaf
+
+    def dense(self) -> np.ndarray:
+        """As what it stands for."""
+        part = self.get()
+        return np.asarray(dequantize(part) if is_leaf(part) else part, np.float32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the tensors of a family's file are made of: by name, parts in the order in which they lie side by side."""
+
+    config: ModelConfig  # as the family has it
+    values: Mapping[str, Any]  # of config.json, defaults included
+    parts: Mapping[str, list[Part]]
+
+    def lazy(self, name: str, dtype: np.dtype) -> Lazy:
+        """A dense tensor."""
+        return _tensor(self.config, self.values, self.parts[name], dtype)
+
+
+def plan(config: ModelConfig, params: Params, fields: Mapping[str, Any]) -> Plan:
+    """How the model is written as one of a family; ``fields`` are those of ``hf_config``."""
+    family = FAMILIES[fields["model_type"]]
+    target = dataclasses.replace(convert_config(family, fields), tie_embeddings=config.tie_embeddings)
+    ours = flatten(params)
+    parts: dict[str, list[Part]] = {}
+    for path, leaf in flatten(nn.abstract(target)[1]).items():
+        for piece in pieces(family, target, path, leaf.shape):
+            mine, at = _place(ours, config, path, piece.layer, piece.at[1:])
+            part = Part(path, piece.tensor, leaf.shape[len(piece.at) :], ours.get(mine), at)
+            parts.setdefault(piece.name, []).append(part)
+    for found in parts.values():
+        found.sort(key=lambda part: part.tensor.cut.index if part.tensor.cut else 0)
+    return Plan(target, complete(family, fields), parts)
+
+
 def hf_tensors(
     config: ModelConfig, params: Params, fields: Mapping[str, Any], dtype: Any = np.float32
 ) -> dict[str, Lazy]:
@@ -122,55 +176,59 @@ def hf_tensors(
 
     Compressed leaves are written as what they stand for.
     """
-    family = FAMILIES[fields["model_type"]]
-    target = dataclasses.replace(convert_config(family, fields), tie_embeddings=config.tie_embeddings)
-    values, ours = complete(family, fields), flatten(params)
-    parts: dict[str, list[tuple[Tensor, Callable[[], np.ndarray], tuple[int, ...]]]] = {}
-    for path, leaf in flatten(nn.abstract(target)[1]).items():
-        for piece in pieces(family, target, path, leaf.shape):
-            shape = leaf.shape[len(piece.at) :]
-            get = partial(_ours, ours, config, path, piece.layer, piece.at[1:], shape)
-            parts.setdefault(piece.name, []).append((piece.tensor, get, shape))
-    return {name: _tensor(target, values, found, np.dtype(dtype)) for name, found in parts.items()}
+    found = plan(config, params, fields)
+    return {name: found.lazy(name, np.dtype(dtype)) for name in found.parts}
 
 
-def _ours(ours: Mapping[str, Any], config: ModelConfig, path: str, layer: int | None, rest, shape) -> np.ndarray:
-    """Our value of a parameter, of one layer and expert; zeros where it is one that the family adds."""
+def _place(ours: Mapping[str, Any], config: ModelConfig, path: str, layer: int | None, rest: tuple[int, ...]):
+    """(our path, index into its leading dimensions) of a parameter of one layer and expert."""
     if path == "src_embed/table" and path not in ours:
         path = "embed/table"
-    at: tuple[int, ...] = ()
     if layer is not None:
         prefix, rest_of_path = layer_path(path)
         for segment, run in enumerate(layers_of(config, prefix.rstrip("/"))):
             if layer in run:
-                path, at = f"{prefix}layers/{segment}/{rest_of_path}", (layer - run[0], *rest)
-    if path not in ours:
-        return np.zeros(shape, np.float32)
-    leaf = ours[path]
-    part = jax.tree.map(lambda array: array[at], leaf) if at else leaf
-    return np.asarray(dequantize(part) if is_leaf(part) else part, np.float32)
+                return f"{prefix}layers/{segment}/{rest_of_path}", (layer - run[0], *rest)
+    return path, ()
 
 
-def _tensor(config: ModelConfig, values: Mapping[str, Any], found: list, dtype: np.dtype) -> Lazy:
+def _tensor(config: ModelConfig, values: Mapping[str, Any], found: list[Part], dtype: np.dtype) -> Lazy:
     """One tensor of the file from the parameters of ours that are cut from it."""
-    tensor, _, shape = found[0]
+    tensor, shape = found[0].tensor, found[0].shape
     axis = 0 if tensor.transposed else len(shape) - 1
 
-    def stored(tensor: Tensor, get: Callable[[], np.ndarray]) -> np.ndarray:
+    def stored(part: Part) -> np.ndarray:
+        tensor, array = part.tensor, part.dense()
         scale = 1.0 if tensor.scale is None else tensor.scale(values)
-        array = get()
         array = array.T if tensor.transposed else array
         return (array - tensor.offset) / scale if scale != 1.0 or tensor.offset else array
 
     def make() -> np.ndarray:
         if tensor.cut is None:
-            array = stored(*found[0][:2])
+            array = stored(found[0])
         else:
-            parts = [stored(*each[:2]) for each in sorted(found, key=lambda each: each[0].cut.index)]
-            array = np.moveaxis(tensor.cut.join(config, [np.moveaxis(part, axis, 0) for part in parts]), 0, axis)
+            parts = [np.moveaxis(stored(part), axis, 0) for part in found]
+            array = np.moveaxis(tensor.cut.join(config, parts), 0, axis)
         return (array[None] if tensor.row else array).astype(dtype)
 
     whole = list(shape[::-1] if tensor.transposed else shape)
     if tensor.cut is not None:
         whole[axis] = sum(tensor.cut.sizes(config))
     return Lazy((1, *whole) if tensor.row else tuple(whole), dtype, make)
+
+
+def joined(plan: Plan, name: str) -> QArray:
+    """The quantized matrix that a tensor of the file is, its codes ``[out, in]``, from leaves of one grid."""
+    found, leaves = plan.parts[name], []
+    for part in found:
+        scale = 1.0 if part.tensor.scale is None else part.tensor.scale(plan.values)
+        leaf = jax.tree.map(np.asarray, part.get())
+        leaves.append(dataclasses.replace(leaf, scale=leaf.scale / np.float32(scale)))
+    if found[0].tensor.cut is None:
+        return leaves[0]
+
+    def join(field: str) -> np.ndarray | None:
+        parts = [getattr(leaf, field) for leaf in leaves]
+        return None if parts[0] is None else found[0].tensor.cut.join(plan.config, parts)
+
+    return dataclasses.replace(leaves[0], codes=join("codes"), scale=join("scale"), zero=join("zero"))

@@ -33,8 +33,9 @@ FAMILIES: dict[str, Family] = {
     "mbart": translators.MBART,
 }
 
-# Fields that have no part in what a model computes, in any family: names, ids (read apart), what training did, what
-# classifiers on top of it need, and the settings of generation that older files keep here (``generation_config``).
+# Fields that have no part in what a model computes, in any family: names, ids and quantization_config (read apart),
+# what training did, what classifiers on top of it need, and the settings of generation that older files keep here
+# (``generation_config``).
 NEUTRAL = frozenset(
     "_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures auto_map bos_token_id "
     "cache_implementation chunk_size_feed_forward classif_dropout classifier_dropout cross_attention_hidden_size "
@@ -42,9 +43,9 @@ NEUTRAL = frozenset(
     "gradient_checkpointing id2label init_std initializer_factor initializer_range is_decoder is_encoder_decoder jaxlm "
     "label2id layerdrop model_type n_ctx num_labels output_attentions "
     "output_hidden_states output_past output_router_logits pad_token_id prefix pretraining_tp problem_type "
-    "pruned_heads return_dict return_dict_in_generate router_aux_loss_coef router_jitter_noise sep_token_id "
-    "task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript transformers_version use_bfloat16 "
-    "use_cache "
+    "pruned_heads quantization_config return_dict return_dict_in_generate router_aux_loss_coef router_jitter_noise "
+    "sep_token_id task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript transformers_version "
+    "use_bfloat16 use_cache "
     "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
     "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length "
     "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values "

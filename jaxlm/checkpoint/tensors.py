@@ -135,6 +135,10 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
+    def size(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
     def dtype(self, name: str) -> np.dtype:
         """UserError where it is one that numpy has not."""
         entry = self._entry(name)
