@@ -18,6 +18,7 @@ from jaxlm.checkpoint.adapters import CONFIG, Adapter, apply_adapter, read_adapt
 from jaxlm.checkpoint.directory import export_model, read_generation, read_json, read_model, read_tokenizer, write_model
 from jaxlm.checkpoint.formats import pack_params, stored
 from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
+from jaxlm.checkpoint.gguf_export import GGUF, export_gguf
 from jaxlm.compression.calibrate import Calibration
 from jaxlm.compression.placement import place
 from jaxlm.compression.recipe import Recipe, load_recipe
@@ -88,7 +89,15 @@ class LM:
         )
 
     def export(self, directory: str | Path, *, format: str | None = None, dtype: str = "float32") -> Path:
-        """Writes the dense model as one of a Hugging Face family; see ``export_model``."""
+        """Writes the model for others to load, and says where.
+
+        ``format`` is a Hugging Face family (default: the plainest), "compressed-tensors" (see ``export_model``), or
+        "gguf-f16", "gguf-q8_0", "gguf-q4_0" or "gguf-q4_k" (see ``checkpoint.gguf_export``; ``directory`` may be the
+        name of the file, and ``dtype`` has no part in it).
+        """
+        if format and format.startswith(GGUF):
+            kind = format.removeprefix(GGUF)
+            return export_gguf(directory, self.config, self.params, self.tokenizer, kind)[0]
         return export_model(
             directory, self.config, self.params, self.tokenizer, self.generation, kind=format, dtype=dtype
         )

@@ -71,6 +71,15 @@ def _scaled(frequencies_K: np.ndarray, theta: float, scaling: RopeScaling) -> np
     return frequencies_K
 
 
+def slowing(config: StackConfig) -> np.ndarray | None:
+    """What the scaling divides each frequency by, ``[d_rotary / 2]``, where that depends on nothing else; None without
+    scaling."""
+    if config.rope_scaling.method == "none":
+        return None
+    frequencies_K = _frequencies(config.d_rotary, config.rope_theta)
+    return (frequencies_K / _scaled(frequencies_K, config.rope_theta, config.rope_scaling)).astype(np.float32)
+
+
 def rotate(x_BxTxHxK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates the pairs ``(i, i + R/2)`` of the first R dimensions: the half-split convention of Llama checkpoints."""
     half = cos.shape[-1]
