@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxlm import nn
 from jaxlm.checkpoint.compressed_export import compressed_tensors
 from jaxlm.checkpoint.disk import replaced_directory
-from jaxlm.checkpoint.formats import pack_params, unpack_params
+from jaxlm.checkpoint.formats import pack_params, tensor_bytes, unpack_params
 from jaxlm.checkpoint.generation_config import FILE as GENERATION
 from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.checkpoint.hf import RUNTIME, ours, read_config, read_hf
@@ -154,7 +154,8 @@ def read_model(
 
     Parameters come as stored, compressed leaves included; those of a Hugging Face directory in ``dtype``, and on a
     ``mesh`` each device's part by itself. ``info`` is what ``write_model`` was given, with ``source``
-    (the directory), ``bytes_on_disk`` (of the weights) and ``weights`` (the metadata of packed weights).
+    (the directory), ``bytes_on_disk`` (of the weights), ``tensor_bytes`` (of each parameter), ``notes`` on what was
+    read in another way than it was stored, and ``weights`` (the metadata of packed weights).
 
     Raises:
         UserError: nothing there, or something missing or damaged; the message names the file, and the tensor.
@@ -183,7 +184,9 @@ def read_model(
         params = unpack_params(nn.abstract(config)[1], files, weights)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-    return config, params, tokenizer, info | {"bytes_on_disk": files.nbytes, "weights": weights}
+    return config, params, tokenizer, info | {
+        "bytes_on_disk": files.nbytes, "tensor_bytes": tensor_bytes(files.size, weights), "weights": weights
+    }
 
 
 def _is_ours(fields: Mapping[str, Any]) -> bool:

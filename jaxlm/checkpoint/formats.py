@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -79,11 +79,15 @@ def unpack_params(like: Params, tensors: Mapping[str, np.ndarray], meta: Mapping
 
 def stored(tensors: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     """For each path its bytes in the file and how they are coded: ``codes mask (raw, huffman), scale array``."""
-    out = {}
-    for path, entry in meta["tensors"].items():
-        size = sum(tensors[_name(path, suffix)].nbytes for suffix in _suffixes(entry))
-        out[path] = size, ", ".join(_how(entry))
-    return out
+    sizes = tensor_bytes(lambda name: tensors[name].nbytes, meta)
+    return {path: (sizes[path], ", ".join(_how(entry))) for path, entry in meta["tensors"].items()}
+
+
+def tensor_bytes(size: Callable[[str], int], meta: Mapping[str, Any]) -> dict[str, int]:
+    """For each path its bytes in the file, whose arrays have the bytes that ``size`` tells."""
+    return {
+        path: sum(size(_name(path, suffix)) for suffix in _suffixes(entry)) for path, entry in meta["tensors"].items()
+    }
 
 
 def _how(entry: Mapping[str, Any], within: str = "") -> list[str]:

@@ -174,8 +174,8 @@ def test_both_spellings_of_the_rotary_base():
 
 
 def test_what_other_models_need_is_refused_by_name():
-    """The fields of one family mean nothing to another: quantization, adapters and remote code are such fields too."""
-    for name in ("quantization_config", "final_logit_softcapping", "num_local_experts", "alibi"):
+    """The fields of one family mean nothing to another: adapters and remote code are such fields too."""
+    for name in ("final_logit_softcapping", "num_local_experts", "alibi"):
         with pytest.raises(UserError, match=f"{name} = .* is not known, and might change what the model computes"):
             convert_config(FAMILIES["llama"], FIELDS | {name: 1})
 

@@ -99,6 +99,12 @@ def test_compress_inspect_generate(jaxlm_command, decoder, tmp_path):
     kinds = {row["tensor"]: row["representation"] for row in facts["tensors"]}
     assert kinds["decoder/layers/0/attn/q/kernel"] == "int4 g8" and kinds["embed/table"] == "float32"
     assert "int4 g8: " in out  # what it is here
+    rows = json.loads((small / "compression.json").read_text())["tensors"]
+    shown = {row["tensor"]: row for row in facts["tensors"]}
+    assert {row["path"]: (row["bytes"], row["bits"]) for row in rows} == {
+        path: (row["bytes"], row["bits"]) for path, row in shown.items()
+    }
+    assert all(abs(row["sparsity"] - shown[row["path"]]["sparsity"]) < 1e-6 for row in rows)
     status, out, err = jaxlm_command("generate", small, "--prompt", "abc", "--prompt", "d", "--max-new-tokens", 3)
     first, second = out.removesuffix("\n").split("\n\n")
     assert (status, first[:3], second[:1]) == (0, "abc", "d")
@@ -125,6 +131,27 @@ def test_the_kv_cache_is_an_option(jaxlm_command, decoder, translator, tmp_path)
     assert jaxlm_command("translate", translator, *options, "int8")[::2] == (0, "")
     status, _, err = jaxlm_command("translate", translator, *options, "int7")
     assert status == 2 and "--kv-cache: invalid choice: 'int7'" in err
+
+
+def test_export_and_inspect_what_is_foreign(jaxlm_command, decoder, tmp_path):
+    small, out_dir = tmp_path / "small", tmp_path / "ct"
+    assert jaxlm_command("compress", decoder, "--recipe", "w4a16-rtn-g8", "--out", small)[0] == 0
+    status, out, err = jaxlm_command("export", small, "--format", "compressed-tensors", "--out", out_dir)
+    assert (status, err) == (0, "") and out.startswith(f"{out_dir}: llama, ") and out.endswith("pack-quantized\n")
+    status, out, err = jaxlm_command("inspect", out_dir, "--json", tmp_path / "facts.json")
+    assert status == 0, err
+    rows = {row["tensor"]: row for row in json.loads((tmp_path / "facts.json").read_text())["tensors"]}
+    up = rows["decoder/layers/0/mlp/up/kernel"]
+    assert up["representation"] == "int4 g8" and 8 < up["bits"] < 13 and "int4 g8" in out  # a scale each 8 weights
+    total = sum(row["bytes"] for row in rows.values())
+    assert total == json.loads((tmp_path / "facts.json").read_text())["bytes_on_disk"] - _header(out_dir)
+    status, _, err = jaxlm_command("export", small, "--format", "gguf-q4_0", "--out", tmp_path / "m.gguf")
+    assert status == 2 and "llama.cpp has no tokenizer of the kind WordLevel" in err
+
+
+def _header(directory):
+    data = (directory / "model.safetensors").read_bytes()
+    return 8 + int.from_bytes(data[:8], "little")
 
 
 def test_translate_files_and_pipes(jaxlm_command, translator, tmp_path, monkeypatch):
