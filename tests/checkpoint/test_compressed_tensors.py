@@ -1,6 +1,6 @@
 """compressed-tensors: what the package itself writes is read, what we write the package and transformers read.
 
-    python tests/checkpoint/test_compressed_tensors.py      (with compressed-tensors) writes golden/compressed.json
+    python tests/checkpoint/test_compressed_tensors.py      (with compressed-tensors) writes compressed_golden.json
 
 The golden file holds small matrices as the package stores them, and the weights that it makes of them.
 """
@@ -32,7 +32,7 @@ from jaxlm.core.tree import flatten, map_params
 from jaxlm.model import LM
 from jaxlm.nn.config import DecoderConfig
 
-GOLDEN = Path(__file__).parent / "golden" / "compressed.json"
+GOLDEN = Path(__file__).with_name("compressed_golden.json")
 CASES = {
     "int4-group": Scheme(4, symmetric=False, group=16, strategy="group"),
     "int4-channel": Scheme(4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import struct
 
 import jax.numpy as jnp
@@ -233,6 +234,18 @@ def test_llama_cpp_computes_the_same(config, kind, tmp_path):
     logits = np.asarray(lm(np.array([tokens]))[0])
     error = np.abs(theirs.scores[: len(tokens)] - logits).max() / np.abs(logits).max()
     assert error < (0.05 if kind == "q8_0" else 5e-3)
+
+
+def test_llama_cpp_reads_a_sentencepiece_tokenizer_alike(shared, tmp_path):
+    """But for texts that begin with a space: there llama.cpp adds one more, as SentencePiece itself does."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    shutil.copy(shared / "models" / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer.load(tmp_path)
+    config = DecoderConfig(vocab_size=32000, width=32, heads=2, layers=1, ffn=32, max_positions=64)
+    file = model(config).replace(tokenizer=tokenizer).export(tmp_path / "m.gguf", format="gguf-f16")
+    theirs = llama_cpp.Llama(str(file), verbose=False, vocab_only=True)
+    for text in ("Hello world, it's 3 o'clock.", "a  b\n\nc\td", "Größe 你好 🙂", "def f(x):\n    return x**2"):
+        assert theirs.tokenize(text.encode(), add_bos=True) == tokenizer.encode_prompt(text)
 
 
 def test_books_llama_says_the_same_in_llama_cpp(shared, tmp_path):
