@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxlm import nn
+from jaxlm.checkpoint.assemble import assemble, copy
 from jaxlm.checkpoint.hf_coded import coded_leaf, dense_part, outputs_first, split_segments
 from jaxlm.checkpoint.hf_fields import REQUIRED, Family, Tensor
 from jaxlm.checkpoint.hf_maps import FAMILIES, NEUTRAL
@@ -237,8 +238,11 @@ def _untie(family: Family, config: ModelConfig, files: _Prefixed) -> ModelConfig
     if table_name not in files.files or files.name(family.head) == table_name:
         return config
     shape = (config.vocab_size, config.width)
-    head, table = (files.files.read(name, shape) for name in (files.name(family.head), table_name))
-    return config if np.array_equal(head, table) else dataclasses.replace(config, tie_embeddings=False)
+    names = (files.name(family.head), table_name)
+    same = np.array_equal(*(files.files.view(name, shape) for name in names))
+    for name in names:
+        files.files.release(name)
+    return config if same else dataclasses.replace(config, tie_embeddings=False)
 
 
 def _plan(family: Family, config: ModelConfig, files: _Prefixed) -> tuple[Params, dict[str, list[Piece]]]:
@@ -315,72 +319,34 @@ def _leaf(files, config, values, path: str, found: list[Piece], shape, target: N
     matrices = [(piece.tensor, files.matrix(piece)) for piece in found]
     if None not in {matrix and matrix.grid for _, matrix in matrices} and len({m.grid for _, m in matrices}) == 1:
         return coded_leaf(config, values, path, shape[: len(found[0].at)], matrices)
-    if not found[0].at:
-        return _put(None, *_read(files, config, values, path, found[0], shape, target), at=(), dtype=dtype, out=target)
-    depth = len(found[0].at)
-    inner = _without(target, depth)
-    buffer = jnp.zeros(shape, dtype, device=target)
-    for piece in found:
-        parts = _read(files, config, values, path, piece, shape[depth:], inner)
-        buffer = _put(buffer, *parts, at=piece.at, dtype=dtype, out=target)
-    return buffer
+    fills = {piece.at: partial(_fill, files, config, values, path, piece, shape[len(piece.at) :]) for piece in found}
+    return assemble(shape, dtype, fills, target)
 
 
-def _without(target: NamedSharding | None, depth: int) -> NamedSharding | None:
-    """The sharding of one layer (and expert) of an array."""
-    if target is None:
-        return None
-    return NamedSharding(target.mesh, PartitionSpec(*target.spec[depth:]))
-
-
-def _read(files: _Prefixed, config: ModelConfig, values, path: str, piece: Piece, shape, target: NamedSharding | None):
-    """The piece as it is stored, on its devices, with what turns it into ours: (array, transposed, scale, offset)."""
+def _fill(
+    files: _Prefixed, config: ModelConfig, values, path: str, piece: Piece, shape: tuple[int, ...],
+    out: np.ndarray, index: tuple[slice, ...],
+) -> None:
+    """Writes what the index gives of a piece, which has this shape."""
     tensor, name = piece.tensor, files.name(piece.name, piece.tensor.aliases)
-    stored = shape[::-1] if tensor.transposed else shape
-    axis = 0 if tensor.transposed else len(stored) - 1  # of the outputs
-    if target is not None and tensor.transposed:
-        spec = (*target.spec, *[None] * (len(shape) - len(target.spec)))
-        target = NamedSharding(target.mesh, PartitionSpec(*spec[::-1]))
-
-    start = 0 if tensor.cut is None else sum(tensor.cut.sizes(config)[: tensor.cut.index])
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        if (matrix := files.matrix(piece)) is not None:
-            array = dense_part(config, tensor, matrix)
-            return (array if outputs_first(path, tensor) else array.T)[index]
-        if tensor.cut is not None and tensor.cut.by_head:
-            array = tensor.cut.take(config, np.moveaxis(files.files.read(name), axis, 0))
-            return np.ascontiguousarray(np.moveaxis(array, 0, axis)[index])
-        first, last, _ = index[axis].indices(stored[axis])
-        index = (*index[:axis], slice(start + first, start + last), *index[axis + 1 :])
-        array = files.files.read_slice(name, (slice(0, 1), *index) if tensor.row else index)
-        return array[0] if tensor.row else array
-
-    if target is None:
-        array = jnp.array(part((slice(None),) * len(stored)))  # a copy: what it is a view of is the file
+    index = tuple(slice(*each.indices(size)) for each, size in zip(index, shape, strict=True))
+    stored = index[::-1] if tensor.transposed else index
+    axis = 0 if tensor.transposed else len(shape) - 1  # of the outputs
+    if (matrix := files.matrix(piece)) is not None:
+        array = dense_part(config, tensor, matrix)
+        array = (array if outputs_first(path, tensor) else array.T)[stored]
+    elif tensor.cut is not None and tensor.cut.by_head:
+        whole = np.moveaxis(files.files.read_slice(name, ()), axis, 0)
+        array = np.moveaxis(tensor.cut.take(config, whole), 0, axis)[stored]
     else:
-        array = jax.make_array_from_callback(tuple(stored), target, part)
+        start = 0 if tensor.cut is None else sum(tensor.cut.sizes(config)[: tensor.cut.index])
+        outputs = slice(start + stored[axis].start, start + stored[axis].stop)
+        stored = (*stored[:axis], outputs, *stored[axis + 1 :])
+        array = files.files.read_slice(name, (slice(0, 1), *stored) if tensor.row else stored)
+        array = array[0] if tensor.row else array
+    array = array.T if tensor.transposed else array
     scale = 1.0 if tensor.scale is None else tensor.scale(values)
-    return array, tensor.transposed, scale, tensor.offset
-
-
-@partial(jax.jit, static_argnames=("transposed", "dtype", "out", "plain"), donate_argnames="buffer")
-def _place(buffer, array, scale, offset, at, *, transposed: bool, plain: bool, dtype, out: NamedSharding | None):
-    array = array.T if transposed else array
-    array = array.astype(dtype) if plain else (array.astype(jnp.float32) * scale + offset).astype(dtype)
-    if buffer is not None:
-        array = array.reshape((1,) * (buffer.ndim - array.ndim) + array.shape)
-        array = jax.lax.dynamic_update_slice(buffer, array, at)
-    return array if out is None else jax.lax.with_sharding_constraint(array, out)
-
-
-def _put(
-    buffer, array, transposed: bool, scale: float, offset: float, *, at, dtype, out: NamedSharding | None
-) -> jax.Array:
-    """The stored array made ours, alone or as one part of a buffer, which is given up."""
-    where = None if buffer is None else tuple(np.int32(i) for i in (*at, *[0] * (buffer.ndim - len(at))))
-    plain = scale == 1.0 and offset == 0.0
-    return _place(
-        buffer, array, np.float32(scale), np.float32(offset), where, transposed=transposed, plain=plain, dtype=dtype,
-        out=out,
-    )
+    if scale != 1.0 or tensor.offset:
+        array = array.astype(np.float32) * np.float32(scale) + np.float32(tensor.offset)
+    copy(out, array)
+    files.files.release(name)

@@ -81,10 +81,15 @@ class MatrixFiles(Mapping[str, np.ndarray]):
     def shape(self, name: str) -> tuple[int, ...]:
         return self.matrices[name].shape if name in self.matrices else self.raw.shape(name)
 
-    def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        if name not in self.matrices:
-            return self.raw.read(name, shape)
-        return matrix_values(self.matrices[name].read())
+    def read(self, name: str) -> np.ndarray:
+        return matrix_values(self.matrices[name].read()) if name in self.matrices else self.raw.read(name)
+
+    def view(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        return self.read(name) if name in self.matrices else self.raw.view(name, shape)
+
+    def release(self, name: str) -> None:
+        for each in self.matrices[name].parts if name in self.matrices else (name,):
+            self.raw.release(each)
 
     def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         return self.read(name)[index] if name in self.matrices else self.raw.read_slice(name, index)

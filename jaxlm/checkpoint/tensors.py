@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self.directory = directory
         places = None if (directory / file).exists() else self._index()
         self._entries: dict[str, _Entry] = {}
-        self._maps: dict[Path, np.ndarray] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         self.metadata: dict[str, str] = {}  # what the files say about themselves
         self._checksums: dict[str, str] = {}
         for name in [file] if places is None else sorted(set(places.values())):
@@ -95,7 +96,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 length = int.from_bytes(raw.read(8), "little")
                 header = json.loads(raw.read(length))
             checksums = dict(json.loads(metadata.get(_CRC32, "{}")))
-            self._maps[path] = np.memmap(path, np.uint8, mode="r")
+            with path.open("rb") as raw:
+                self._maps[path] = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise UserError(f"{path} is missing; copy the model directory again") from None
         except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
@@ -146,14 +148,18 @@ class TensorFiles(Mapping[str, np.ndarray]):
             raise UserError(f"{entry.path}: tensor {name!r} is of the type {entry.dtype}, which is not supported")
         return _DTYPES[entry.dtype]
 
-    def read(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor, in the type it is stored in. UserError unless it has this ``shape``, where one is given."""
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, in the type it is stored in."""
+        return np.array(self.read_slice(name, ()))
+
+    def view(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor as a view of the file. UserError unless it has this shape."""
         entry = self._entry(name)
-        if shape is not None and entry.shape != tuple(shape):
+        if entry.shape != tuple(shape):
             raise UserError(
                 f"{entry.path}: tensor {name!r} is {list(entry.shape)}, by config.json it should be {list(shape)}"
             )
-        return np.array(self.read_slice(name, ()))
+        return self.read_slice(name, ())
 
     def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor, as a view of the file: nothing else is read from disk.
@@ -168,6 +174,14 @@ class TensorFiles(Mapping[str, np.ndarray]):
         if part.shape == whole.shape and name in self._checksums and self._checksums[name] != _crc32(whole):
             raise UserError(f"{entry.path}: tensor {name!r} is damaged (its checksum is wrong); copy or save it again")
         return part
+
+    def release(self, name: str) -> None:
+        """Takes the pages of a tensor out of this process's memory; a view of it reads them again."""
+        entry = self._entry(name)
+        start = entry.start - entry.start % mmap.PAGESIZE
+        size = math.prod(entry.shape) * self.dtype(name).itemsize
+        if size and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[entry.path].madvise(mmap.MADV_DONTNEED, start, entry.start + size - start)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:

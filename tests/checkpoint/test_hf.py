@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import textwrap
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxlm
+from jaxlm.checkpoint.assemble import copy
 from jaxlm.checkpoint.hf import convert_config
 from jaxlm.checkpoint.hf_maps import FAMILIES
 from jaxlm.core.errors import UserError
+from jaxlm.core.sharding import make_mesh
 
 FIELDS = {
     "model_type": "llama", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
@@ -206,3 +212,58 @@ def test_a_real_llama_round_trips_through_our_format(shared, tmp_path, rng):
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_large_transposed_matrices_are_copied_exactly(rng, dtype):
+    """In strips and by several threads, whole and in parts."""
+    array = rng.normal(size=(700, 611)).astype(ml_dtypes.bfloat16 if dtype == "float32" else np.float32)
+    for source in (array, array.T, array[33:, 5:], array[33:, 5:].T):
+        out = np.zeros((2, *source.shape), dtype)
+        copy(out[1], source)
+        np.testing.assert_array_equal(out[1], source.astype(dtype))
+        assert not out[0].any()
+
+
+def test_a_device_with_memory_of_its_own_gets_one_piece_at_a_time(tmp_path, rng, monkeypatch):
+    """What every platform but CPU does: the stack of layers is put together on the device."""
+    path = write(tmp_path / "llama", FIELDS, random_tensors(rng, False, False))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    whole = [jaxlm.load(path, mesh=each) for each in (None, mesh)]
+    monkeypatch.setattr("jaxlm.checkpoint.assemble._on_host", lambda target: False)
+    for expected, each in zip(whole, (None, mesh), strict=True):
+        found = jaxlm.load(path, mesh=each)
+        jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+        jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(str(a)), found.params, expected.params)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_holds_one_tensor_beyond_the_parameters(tmp_path, rng):
+    """Peak resident memory of a process that loads 8 layers, of which all are one parameter here."""
+    fields = FIELDS | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 256}
+    width, ffn, layer = 1024, 4096, "model.layers.{}"
+    shapes = {"model.embed_tokens.weight": (256, width), "lm_head.weight": (256, width), "model.norm.weight": (width,)}
+    for i in range(8):
+        shapes |= {f"{layer.format(i)}.self_attn.{n}_proj.weight": (width, width) for n in "qo"}
+        shapes |= {f"{layer.format(i)}.self_attn.{n}_proj.weight": (width // 2, width) for n in "kv"}
+        shapes |= {f"{layer.format(i)}.mlp.{n}_proj.weight": (ffn, width) for n in ("gate", "up")}
+        shapes |= {f"{layer.format(i)}.mlp.down_proj.weight": (width, ffn)}
+        shapes |= {f"{layer.format(i)}.{n}_layernorm.weight": (width,) for n in ("input", "post_attention")}
+    write(tmp_path / "llama", fields, {name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    code = textwrap.dedent("""
+        import sys, jax, jaxlm
+        from pathlib import Path
+        def memory(field):
+            return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines()
+                        if line.startswith(field))
+        jaxlm.load(sys.argv[2])
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        params = jaxlm.load(sys.argv[1]).params
+        jax.block_until_ready(params)
+        print(memory("VmHWM") - before - sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+    """)
+    small = write(tmp_path / "small", FIELDS, random_tensors(rng, False, False))
+    result = subprocess.run([sys.executable, "-c", code, tmp_path / "llama", small], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 4 * width * ffn + 12e6  # of 560 MB
