@@ -135,6 +135,7 @@ class Block:
     targets: tuple[str, ...]
     batches: Sequence[Batch]
     states: Sequence[Any]  # what the layer is given, for each batch
+    originals: Sequence[Any] = ()  # what it gave before any layer was replaced, for each batch, if that was asked for
     seed: int = 0
     notes: list[str] = field(default_factory=list)  # lines for the user, from any layer
 
@@ -159,10 +160,11 @@ class Block:
 
     def outputs(self, layer: Layer) -> list[Any]:
         """What the layer gives, with other parameters, for each batch."""
-        return [
-            _advance(self.walk, self.params, self.place, layer, batch, state)
-            for batch, state in zip(self.batches, self.states, strict=True)
-        ]
+        return _through(self.walk, self.params, self.place, layer, self.batches, self.states)
+
+
+def _through(walk: Walk, params: Params, place: Any, layer: Layer, batches: Sequence[Batch], states: Sequence[Any]):
+    return [_advance(walk, params, place, layer, *each) for each in zip(batches, states, strict=True)]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -204,25 +206,34 @@ def solve_blocks(
     solve: Callable[[Block], Layer],
     targets: Callable[[str], bool],
     notes: list[str],
+    originals: bool = False,
 ) -> list[tuple[Any, Layer]]:
     """Walks through the model and lets ``solve`` replace the parameters of each layer in turn.
 
-    ``targets`` says which paths are to be solved for; a layer that has none is passed through as it is. Returns every
-    layer's place and parameters (see ``segments.join``), and adds to ``notes``.
+    ``targets`` says which paths are to be solved for; a layer that has none is passed through as it is. With
+    ``originals`` blocks have them, and twice as many hidden states are in memory. Returns every layer's place and
+    parameters (see ``segments.join``), and adds to ``notes``.
     """
     walk = calibration.walk(config)
     places = list(walk.places())
-    states = [_enter(walk, params, batch) for batch in calibration.batches]
-    keep = np.asarray if sum(x.nbytes for x in jax.tree.leaves(states)) > _ON_DEVICE else lambda x: x
+    batches = calibration.batches
+    states = [_enter(walk, params, batch) for batch in batches]
+    dense = states if originals else ()
+    keep = np.asarray if sum(x.nbytes for x in jax.tree.leaves((states, dense))) > _ON_DEVICE else lambda x: x
     solved, side = [], places[0].side
     for done, place in enumerate(places):
         if place.side != side:
-            states = [_turn(walk, params, *each) for each in zip(calibration.batches, states, strict=True)]
+            states, dense = (
+                [_turn(walk, params, *each) for each in zip(batches, some, strict=True)] if some else some
+                for some in (states, dense)
+            )
             side = place.side
-        states = jax.tree.map(keep, states)
         layer = layer_of(params, place)
+        if originals:
+            dense = _through(walk, params, place, layer, batches, dense)
+        states, dense = jax.tree.map(keep, (states, dense))
         names = tuple(name for name in layer if targets(place.prefix + name))
-        block = Block(walk, params, place, layer, names, calibration.batches, states, calibration.seed + done, notes)
+        block = Block(walk, params, place, layer, names, batches, states, dense, calibration.seed + done, notes)
         if names:
             layer = solve(block)
         solved.append((place, layer))

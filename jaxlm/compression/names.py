@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from jaxlm.compression.autoround import AutoRound
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
 from jaxlm.compression.steps import Float8, Magnitude, NofM, Quantize, Step, needs_data
@@ -58,6 +59,8 @@ NAMES: tuple[Name, ...] = (
          "(-g32, -g64, -channel; -sym: no zero points)", "{bits}a16-rtn{group}", lambda f: (Quantize(**_grid(f)),)),
     Name("w4a16-gptq", "the same grids, with GPTQ: act-order, static groups", "{bits}a16-gptq{group}",
          lambda f: (Gptq(**_grid(f)),)),
+    Name("w2a16-autoround", "the same grids, with rounding and clipping learned from the layers' outputs, as AutoRound "
+         "does; for 2 and 3 bits", "{bits}a16-autoround{group}", lambda f: (AutoRound(**_grid(f)),)),
     Name("sparse50-magnitude", "the smallest half of each matrix is zero; 2:4-magnitude: two of every four inputs",
          "{sparse}-magnitude", lambda f: (NofM(**_sparsity(f)) if f["m"] else Magnitude(**_sparsity(f)),)),
     Name("sparse50-wanda", "pruned by magnitude times input norm, also 2:4-wanda", "{sparse}-wanda",

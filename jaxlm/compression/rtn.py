@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.leaves import QArray, spread
+from jaxlm.core.leaves import QArray, spread, straight_through
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric", "act_bits", "axis"))
@@ -41,24 +41,16 @@ def grid(
     costs less than a finer grid saves: to the least ``sum_i weight_i (w_i - q_i)**2``. ``weight_I``, ``[..., in]``, is
     ``E[x**2]``, the diagonal of the Hessian (None: all alike).
     """
-    n_in, size = w_OxI.shape[-1], group or w_OxI.shape[-1]
-
-    def cut(x):
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n_in % size)]).reshape(*x.shape[:-1], -1, size)
-
-    groups = cut(w_OxI)
-    low, high = jnp.minimum(groups.min(-1), 0), jnp.maximum(groups.max(-1), 0)
-    if symmetric:
-        low, high = -jnp.maximum(-low, high), jnp.maximum(-low, high)
+    low, high = extent(w_OxI, group, symmetric)
 
     def shrunk(by):
-        span = by * (high - low)
-        scale = jnp.where(span > 0, span / (2**bits - 1), 1)
-        return scale, None if symmetric else (jnp.round(-by * low / scale) - 2 ** (bits - 1)).astype(jnp.int8)
+        scale, zero = points(by * low, by * high, bits, symmetric)
+        return scale, None if zero is None else zero.astype(jnp.int8)
 
     if least == 1:
         return shrunk(1)
-    weight = 1 if weight_I is None else cut(weight_I)[..., None, :, :]
+    groups = _cut(w_OxI, group)
+    weight = 1 if weight_I is None else _cut(weight_I, group)[..., None, :, :]
 
     def cost(scale, zero):
         scale, zero = scale[..., None], None if zero is None else zero[..., None]
@@ -73,6 +65,31 @@ def grid(
     start = shrunk(1)
     shrinks = jnp.linspace(1, least, max(2, round((1 - least) * 100)) + 1)[1:]
     return jax.lax.scan(keep_better, (cost(*start), start), shrinks)[0][1]
+
+
+def extent(w_OxI: jax.Array, group: int, symmetric: bool) -> tuple[jax.Array, jax.Array]:
+    """The least and the largest of each group's values and 0, ``[..., out, groups]``; one the negative of the other for
+    a symmetric grid."""
+    groups = _cut(w_OxI, group)
+    low, high = jnp.minimum(groups.min(-1), 0), jnp.maximum(groups.max(-1), 0)
+    return (-jnp.maximum(-low, high), jnp.maximum(-low, high)) if symmetric else (low, high)
+
+
+def points(low: jax.Array, high: jax.Array, bits: int, symmetric: bool) -> tuple[jax.Array, jax.Array | None]:
+    """The scale and zero of ``2**bits`` points from ``low`` to ``high``. The zero is whole, of the type of the ends,
+    with straight-through gradients."""
+    span = high - low
+    scale = jnp.where(span > 0, span / (2**bits - 1), 1)
+    if symmetric:
+        return scale, None
+    place = -low / scale
+    return scale, straight_through(place, jnp.round(place)) - 2 ** (bits - 1)
+
+
+def _cut(x: jax.Array, group: int) -> jax.Array:
+    """``[..., in]`` in groups, the last one filled up with zeros: ``[..., groups, group]``."""
+    n_in, size = x.shape[-1], group or x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -n_in % size)]).reshape(*x.shape[:-1], -1, size)
 
 
 def round_to(w_OxI: jax.Array, scale: jax.Array, zero: jax.Array | None, bits: int, group: int) -> jax.Array:

@@ -69,9 +69,13 @@ class WeightStep:
 
 
 class BlockStep:
-    """Replaces the weights of its target layer by layer, with data."""
+    """Replaces the weights of its target layer by layer, with data.
+
+    ``originals`` says whether its blocks are to know what the layers gave before (``calibrate.Block.originals``).
+    """
 
     kind: ClassVar[str]
+    originals: ClassVar[bool] = False
     target: str
 
     def solve(self, block: Block) -> Layer:
@@ -83,7 +87,7 @@ class BlockStep:
         for path in sorted(chosen):
             if not re.match(r"(encoder|decoder)/layers/\d+/", path):
                 raise UserError(f"a {self.kind} step calibrates the layers' kernels, and its target matches {path}")
-        layers = solve_blocks(config, params, calibration, self.solve, chosen.__contains__, notes)
+        layers = solve_blocks(config, params, calibration, self.solve, chosen.__contains__, notes, self.originals)
         return join(config, params, layers)
 
 

@@ -123,6 +123,27 @@ def test_a_layer_is_given_what_the_solved_ones_before_it_give():
     assert [place.row for place, _ in layers] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("name", ["decoder", "seq2seq"])
+def test_originals_are_what_the_layers_gave_before(name):
+    config, params, calibration = make(name)
+
+    def solve_with(replace):
+        seen = []
+
+        def solve(block):
+            seen.append((block.originals, block.outputs(block.layer)))
+            return block.layer | {name: jnp.zeros_like(block.layer[name]) for name in block.targets if replace}
+
+        solve_blocks(config, params, calibration, solve, lambda path: path.endswith("o/kernel"), [], originals=True)
+        return seen
+
+    plain, solved = solve_with(False), solve_with(True)
+    for (before, given), (still, changed) in zip(plain, solved, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, before, given)
+        jax.tree.map(np.testing.assert_array_equal, before, still)
+        assert (changed[0][0] != still[0][0]).any() == (still is not solved[0][0])  # all but the first
+
+
 def test_joining_untouched_layers_changes_nothing():
     for name in CONFIGS:
         config, params, _ = make(name)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxlm.compression.autoround import AutoRound
 from jaxlm.compression.names import NAMES, parse
 from jaxlm.compression.recipe import Recipe, load_recipe
 from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
@@ -42,6 +43,8 @@ def params():
         ("huffman", (), "huffman"),
         ("fp8", (Float8(),), "plain"),
         ("w3a16-gptq-g64-sym", (Gptq(3, 64, True),), "plain"),
+        ("w2a16-autoround-g64", (AutoRound(2, 64),), "plain"),
+        ("w3a16-autoround-channel-sym", (AutoRound(3, 0, True),), "plain"),
         ("sparse70-wanda+w4a16-gptq-channel", (Wanda(0.7), Gptq(4, 0)), "plain"),
         ("2:4-sparsegpt", (SparseGpt(n=2, m=4),), "plain"),
         ("sparse50-sparsegpt-w4+huffman", (SparseGpt(0.5, bits=4),), "huffman"),
