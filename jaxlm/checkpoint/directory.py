@@ -225,8 +225,11 @@ def read_generation(directory: Path) -> GenerationConfig:
 
 def _weights_metadata(files: TensorFiles, path: Path) -> dict[str, Any]:
     try:
-        return json.loads(files.metadata["jaxlm"])
-    except (KeyError, ValueError):
+        found = json.loads(files.metadata["jaxlm"])
+        if not isinstance(found, dict) or not isinstance(found.get("tensors"), dict):
+            raise ValueError
+        return found
+    except (KeyError, ValueError, RecursionError):
         raise UserError(f"{path}: the weights do not belong to this config.json; copy both again") from None
 
 

@@ -1,7 +1,8 @@
 """Training checkpoints over Orbax: written in the background, kept by recency and score, restored past damage.
 
     DIRECTORY/STEP/state/      every array of the state, by its path, so that structure types may change
-    DIRECTORY/STEP/data/       JSON: where the data stood, whatever else the caller remembers, and the score
+    DIRECTORY/STEP/data/       JSON: where the data stood, whatever else the caller remembers, the score, and a
+                               checksum of each array
     DIRECTORY/STEP.damaged/    a checkpoint that could not be read, set aside
 """
 
@@ -21,6 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from jaxlm.checkpoint.disk import room_for
+from jaxlm.checkpoint.sums import checksums, wrong
 from jaxlm.core.errors import UserError
 
 __all__ = ["Store"]
@@ -62,8 +64,9 @@ class Store:
         self._scores.pop(step, None)
         if score is not None:
             self._scores[step] = float(score)
-        data = {"data_state": data_state, "score": self._scores.get(step)}
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(_stored(state)), data=ocp.args.JsonSave(data))
+        arrays = _stored(state)
+        data = {"data_state": data_state, "score": self._scores.get(step), "checksums": checksums(arrays)}
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), data=ocp.args.JsonSave(data))
         with self._writing():
             self._manager.save(step, args=args, force=True)
 
@@ -82,7 +85,8 @@ class Store:
     def restore_params(self, step: int, abstract_params: dict[str, Any]) -> dict[str, Any]:
         """Only what lies under ``state.params``, which was saved as a dict by path. UserError as in ``restore``."""
         try:
-            return self._arrays(step, {"params": abstract_params}, partial=True)["params"]
+            params = self._arrays(step, {"params": abstract_params}, self._data(step), partial=True)
+            return params["params"]
         except Exception as error:
             raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {_brief(error)}") from error
 
@@ -144,8 +148,8 @@ class Store:
             raise
 
     def _read(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
-        state = self._arrays(step, abstract_state, partial=False)
-        return state, self._data(step)["data_state"]
+        data = self._data(step)
+        return self._arrays(step, abstract_state, data, partial=False), data["data_state"]
 
     def _data(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
@@ -164,10 +168,13 @@ class Store:
     def _kept(self, steps: list[int]) -> set[int]:
         return {*steps[max(len(steps) - self.keep_latest, 0) :], *self._best(steps)[: self.keep_best]}
 
-    def _arrays(self, step: int, abstract: Any, *, partial: bool) -> Any:
+    def _arrays(self, step: int, abstract: Any, data: dict[str, Any], *, partial: bool) -> Any:
         stored = _stored(abstract)
         args = ocp.args.PyTreeRestore(stored, jax.tree.map(_restore_args, stored), partial_restore=partial)
         found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        damaged = wrong({path: found[path] for path in stored}, data.get("checksums", {}))
+        if damaged is not None:
+            raise UserError(f"{damaged} is damaged, its checksum is wrong")
         leaves, structure = jax.tree.flatten(abstract)
         return structure.unflatten(
             _like(leaf, value) for leaf, value in zip(leaves, (found[path] for path in stored), strict=True)

@@ -1,0 +1,43 @@
+"""Checksums of arrays where they are: computed on their devices, the same however they are sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["checksums", "wrong"]
+
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+
+
+def checksums(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """For each path the type of its array, which counts too, and a sum that any flipped bit changes. JSON-safe.
+
+    On several processes all must call, with the same arrays.
+    """
+    sums = {path: _sum(array) for path, array in arrays.items() if isinstance(array, jax.Array)}
+    return {path: [str(arrays[path].dtype), int(total)] for path, total in sums.items()}
+
+
+def wrong(arrays: Mapping[str, jax.Array], expected: Mapping[str, list[Any]]) -> str | None:
+    """The path of an array whose sum is not the expected one, among those that have one and kept their type."""
+    known = {path: array for path, array in arrays.items() if expected.get(path, [None])[0] == str(array.dtype)}
+    return next((path for path, found in checksums(known).items() if found != expected[path]), None)
+
+
+@jax.jit
+def _sum(array: jax.Array) -> jax.Array:
+    """Sum of (2 i + 1) w_i modulo 2**32 over the words w_i of the array. The factors are odd, so that no bit is lost,
+    and tell places apart; addition does not ask for an order."""
+    words = array.astype(jnp.int8) if array.dtype.name in ("bool", "int4", "uint4") else array
+    if not jnp.issubdtype(words.dtype, jnp.unsignedinteger):
+        words = jax.lax.bitcast_convert_type(words, _WORDS[words.dtype.itemsize])
+    at = jnp.zeros((1,) * words.ndim, jnp.uint32)
+    for axis, size in enumerate(words.shape):
+        at = at * jnp.uint32(size) + jax.lax.broadcasted_iota(
+            jnp.uint32, tuple(size if each == axis else 1 for each in range(words.ndim)), axis
+        )
+    return jnp.sum(words.astype(jnp.uint32) * (2 * at + 1), dtype=jnp.uint32)
