@@ -210,7 +210,8 @@ def compress(
         raise UserError("this model is quantized already; compress the dense one")
     calibration = _calibration(lm, calibrate, samples, context, seed, progress) if calibrate else None
     done = recipe.run(lm.config, lm.params, calibration)
-    rows = make_report(lm.params, done.params, stored(*pack_params(done.params, recipe.storage)))
+    alike = not any(getattr(step, "folds_scales", False) for step in recipe.steps)
+    rows = make_report(lm.params if alike else None, done.params, stored(*pack_params(done.params, recipe.storage)))
     return lm.replace(
         config=done.config, graphdef=nn.initializer(done.config)[0], params=done.params, recipe=recipe,
         report=tuple(rows), info=lm.info | {"notes": [*lm.info.get("notes", ()), *done.notes]},

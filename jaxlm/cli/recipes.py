@@ -18,6 +18,6 @@ def run(args) -> None:
     from jaxlm.compression.names import NAMES, STORAGE
 
     print_table([
-        {"recipe": name.example, "data": "yes" if name.calibrated else "", "what it does": name.meaning}
+        {"recipe": name.example, "data": name.data, "what it does": name.meaning}
         for name in (*NAMES, STORAGE)
     ])

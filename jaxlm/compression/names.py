@@ -6,13 +6,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from jaxlm.compression.activations import Smooth, Static
 from jaxlm.compression.autoround import AutoRound
+from jaxlm.compression.awq import Awq
 from jaxlm.compression.recipe import Recipe
+from jaxlm.compression.reshape import DropLayers, Factor, KeepCache, Prune, Rotate
 from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
-from jaxlm.compression.steps import Float8, Magnitude, NofM, Quantize, Step, needs_data
+from jaxlm.compression.steps import Float8, Magnitude, NofM, Quantize, Share, Step, Table, needs_data
 from jaxlm.core.errors import UserError
 
-__all__ = ["NAMES", "Name", "parse"]
+__all__ = ["NAMES", "Name", "markdown", "parse"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,12 @@ class Name:
     make: Callable[[dict[str, str]], tuple[Step, ...]]
 
     @property
-    def calibrated(self) -> bool:
-        """Whether it needs data."""
-        return needs_data(parse(self.example).steps) is not None
+    def data(self) -> str:
+        """Whether it is calibrated with data: "needed", "of use" or ""."""
+        steps = self.make(re.fullmatch(self.pattern.format(**_PARTS), self.example).groupdict())
+        if needs_data(steps) is not None:
+            return "needed"
+        return "of use" if any(isinstance(step, DropLayers | Prune) for step in steps) else ""
 
 
 _PARTS = {
@@ -54,13 +60,25 @@ def _sparsity(found: dict[str, str]) -> dict:
 NAMES: tuple[Name, ...] = (
     Name("w8a8-dynamic", "int8 weights, a scale an output channel; activations rounded to int8 a token, on the fly",
          "{bits}a8-dynamic", lambda f: (Quantize(int(f["bits"]), symmetric=True, act_bits=8),)),
-    Name("fp8", "float8 e4m3 weights and activations, scaled as in w8a8-dynamic", "fp8", lambda f: (Float8(),)),
+    Name("w8a8-static", "the same, activations on one grid for all tokens, found with data", "w8a8-static",
+         lambda f: (Static(),)),
+    Name("w8a8-smooth", "w8a8-dynamic after SmoothQuant: ranges of activations moved into the weights",
+         "{bits}a8-smooth", lambda f: (Smooth(), Quantize(int(f["bits"]), symmetric=True, act_bits=8))),
+    Name("fp8", "float8 e4m3 weights and activations, scaled as in w8a8-dynamic (fp8-static: as in w8a8-static)",
+         "fp8(?P<static>-static)?", lambda f: (Static("float8") if f["static"] else Float8(),)),
     Name("w4a16-rtn", "2 to 8-bit weights in groups of 128 inputs with zero points, rounded to nearest "
          "(-g32, -g64, -channel; -sym: no zero points)", "{bits}a16-rtn{group}", lambda f: (Quantize(**_grid(f)),)),
     Name("w4a16-gptq", "the same grids, with GPTQ: act-order, static groups", "{bits}a16-gptq{group}",
          lambda f: (Gptq(**_grid(f)),)),
     Name("w2a16-autoround", "the same grids, with rounding and clipping learned from the layers' outputs, as AutoRound "
          "does; for 2 and 3 bits", "{bits}a16-autoround{group}", lambda f: (AutoRound(**_grid(f)),)),
+    Name("w4a16-awq", "the same grids, clipped, after AWQ's scaling of the channels that matter",
+         "{bits}a16-awq{group}", lambda f: (Awq(**_grid(f)),)),
+    Name("nf4", "4-bit weights at the quantiles of a normal distribution, in groups of 64 (nf4-g128)",
+         r"nf4(-g(?P<group>\d+))?", lambda f: (Table("nf4", int(f["group"] or 64)),)),
+    Name("mxfp4", "4-bit floats with a power of two for each 32", "mxfp4", lambda f: (Table("mxfp4", 32),)),
+    Name("share4", "2 to the power of 4 values a matrix, found by k-means", r"share(?P<bits>\d)",
+         lambda f: (Share(int(f["bits"])),)),
     Name("sparse50-magnitude", "the smallest half of each matrix is zero; 2:4-magnitude: two of every four inputs",
          "{sparse}-magnitude", lambda f: (NofM(**_sparsity(f)) if f["m"] else Magnitude(**_sparsity(f)),)),
     Name("sparse50-wanda", "pruned by magnitude times input norm, also 2:4-wanda", "{sparse}-wanda",
@@ -70,16 +88,36 @@ NAMES: tuple[Name, ...] = (
     Name("sparse50-sparsegpt-w4", "pruned and rounded to 4 bits in one pass, a grid an output channel (-g128: a group)",
          r"{sparse}-sparsegpt-{bits}(-g(?P<group>\d+))?",
          lambda f: (SparseGpt(**_sparsity(f), bits=int(f["bits"]), group=int(f["group"] or 0)),)),
+    Name("lowrank50", "each weight a product of two narrow ones with half of its entries", r"lowrank(?P<percent>\d+)",
+         lambda f: (Factor(int(f["percent"]) / 100),)),
+    Name("prune-heads25", "a quarter of the attention heads go; also prune-ffn30, prune-experts50, prune-width20",
+         r"prune-(?P<what>heads|ffn|experts|width)(?P<percent>\d+)",
+         lambda f: (Prune(f["what"], int(f["percent"]) / 100),)),
+    Name("drop-layers2", "two whole layers go (of an encoder-decoder the decoder's; drop-encoder-layers2)",
+         r"drop-(?P<encoder>encoder-)?layers(?P<count>\d+)",
+         lambda f: (DropLayers(int(f["count"]), "encoder" if f["encoder"] else "decoder"),)),
+    Name("rotate", "random Hadamard rotations folded into the weights: put it before rounding", "rotate",
+         lambda f: (Rotate(),)),
+    Name("kv8", "keys and values kept in int8 while decoding; also kv4, kvfp8", r"kv(?P<kind>8|4|fp8)",
+         lambda f: (KeepCache({"8": "int8", "4": "int4", "fp8": "fp8"}[f["kind"]]),)),
+    Name("deep-compression", "sparse50-sparsegpt, share4, and entropy-coded storage", "deep-compression",
+         lambda f: (SparseGpt(0.5), Share(4))),
 )  # fmt: skip
 _COMPILED = [(re.compile(name.pattern.format(**_PARTS)), name.make) for name in NAMES]
 STORAGE = Name("huffman", "entropy-coded storage, without loss; last", "huffman", lambda f: ())
 
 
+def markdown() -> str:
+    """The table of names in README."""
+    rows = [f"| `{name.example}` | {name.data} | {name.meaning} |" for name in (*NAMES, STORAGE)]
+    return "\n".join(["| recipe | data | what it does |", "|---|---|---|", *rows])
+
+
 def parse(name: str) -> Recipe:
     """The recipe of a name such as ``2:4-magnitude+w8a8-dynamic+huffman``. UserError where a part is not in NAMES."""
     parts = name.split("+")
-    storage = "huffman" if parts[-1] == "huffman" else "plain"
-    parts = parts[:-1] if storage == "huffman" else parts
+    storage = "huffman" if parts[-1] in ("huffman", "deep-compression") else "plain"
+    parts = parts[:-1] if parts[-1] == "huffman" else parts
     return Recipe(tuple(step for part in parts for step in _steps(part, name)), storage, name)
 
 
@@ -91,3 +129,7 @@ def _steps(part: str, name: str) -> tuple[Step, ...]:
     raise UserError(
         f"unknown recipe {part!r} in {name!r}; compose with '+' from: {forms}, huffman (last), or give a FILE.py"
     )
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxlm.compression import autoround, solvers, steps
+from jaxlm.compression import activations, autoround, awq, reshape, solvers, steps
 from jaxlm.compression.calibrate import Calibration
 from jaxlm.compression.steps import Step, WeightStep, needs_data
 from jaxlm.core.errors import UserError
@@ -18,7 +18,7 @@ __all__ = ["Compressed", "Recipe", "load_recipe"]
 
 _STEPS: dict[str, type[Step]] = {
     step.kind: step
-    for module in (steps, solvers, autoround)
+    for module in (steps, solvers, awq, autoround, activations, reshape)
     for step in vars(module).values()
     if isinstance(step, type) and dataclasses.is_dataclass(step) and issubclass(step, Step)
 }

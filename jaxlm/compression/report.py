@@ -36,14 +36,14 @@ class Row:
         return dataclasses.asdict(self)
 
 
-def report(before: Params, after: Params, stored: Mapping[str, tuple[int, str]]) -> list[Row]:
+def report(before: Params | None, after: Params, stored: Mapping[str, tuple[int, str]]) -> list[Row]:
     """Rows in the tree's order.
 
     ``stored`` gives each path's bytes in the file and how they are coded (``checkpoint.formats.stored``).
     ``sparsity`` is the share of weights that are exactly zero; ``relative_error`` is ``|W - W'| / |W|`` (Frobenius), or
-    None where the weight is not of the shape it was. Layers may have come into other segments.
+    None where the weight is not of the shape it was, and without ``before``. Layers may have come into other segments.
     """
-    dense = _by_layer(before)
+    dense = {} if before is None else _by_layer(before)
     rows, begin = [], Counter()
     for path, leaf in flatten(after).items():
         name = _SEGMENT.sub("layers/*/", path)

@@ -12,19 +12,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
 
 from jaxlm.compression.calibrate import Block, Calibration, Layer, solve_blocks
+from jaxlm.compression.codebook import E2M1, kmeans, mxfp4, nf4, nf4_table
 from jaxlm.compression.float8 import quantize_float8
 from jaxlm.compression.prune import magnitude, n_of_m
 from jaxlm.compression.rtn import quantize
 from jaxlm.compression.segments import join
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import is_leaf
+from jaxlm.core.leaves import Codebook, LowRank, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten, map_params
 
 __all__ = [
-    "BLOCKS", "BlockStep", "Float8", "Magnitude", "ModelStep", "NofM", "Quantize", "Step", "WeightStep", "apply_step",
+    "BLOCKS", "BlockStep", "Float8", "Magnitude", "ModelStep", "NofM", "Quantize", "Share", "Step", "Table",
+    "WeightStep", "apply_step",
 ]
 
 # The linear maps of the blocks: embeddings, head and norms stay dense unless a step's target says otherwise.
@@ -41,7 +46,9 @@ def targets(step: WeightStep | BlockStep, params: Params) -> list[str]:
     for path in found:
         if not path.endswith(("/kernel", "/table")):
             raise UserError(f"the target of a {step.kind} step matches {path}; only kernels and tables are compressed")
-        if is_leaf(flat[path]):
+        leaf = flat[path]
+        factors = isinstance(step, WeightStep) and isinstance(leaf, LowRank) and not is_leaf(leaf.a)
+        if is_leaf(leaf) and not factors:
             raise UserError(f"{path} is already quantized; put the {step.kind} step first or start from a dense model")
     return found
 
@@ -49,9 +56,15 @@ def targets(step: WeightStep | BlockStep, params: Params) -> list[str]:
 def apply_step(step: WeightStep, params: Params, weight: Callable[[Leaf, int], Leaf]) -> Params:
     """``weight(leaf, axis)`` over what is the target of a step, ``axis`` being that of contraction."""
     chosen = set(targets(step, params))
-    return map_params(
-        lambda path, leaf: weight(leaf, -1 if path.endswith("/table") else -2) if path in chosen else leaf, params
-    )
+
+    def of_leaf(path: str, leaf: Leaf) -> Leaf:
+        if path not in chosen:
+            return leaf
+        if isinstance(leaf, LowRank):
+            return LowRank(weight(leaf.a, -2), weight(leaf.b, -2))
+        return weight(leaf, -1 if path.endswith("/table") else -2)
+
+    return map_params(of_leaf, params)
 
 
 class WeightStep:
@@ -76,6 +89,7 @@ class BlockStep:
 
     kind: ClassVar[str]
     originals: ClassVar[bool] = False
+    folds_scales: ClassVar[bool] = False  # its weights mean the same only together: one cannot be compared with before
     target: str
 
     def solve(self, block: Block) -> Layer:
@@ -92,10 +106,9 @@ class BlockStep:
 
 
 class ModelStep:
-    """Changes configuration and parameters together. ``calibrated`` says whether it needs data."""
+    """Changes configuration and parameters together, better where there is data."""
 
     kind: ClassVar[str]
-    calibrated: ClassVar[bool] = False
 
     def __call__(
         self, config: Any, params: Params, calibration: Calibration | None, notes: list[str]
@@ -107,8 +120,8 @@ Step = WeightStep | BlockStep | ModelStep
 
 
 def needs_data(steps: Sequence[Step]) -> Step | None:
-    """The first step that needs calibration."""
-    return next((step for step in steps if isinstance(step, BlockStep) or getattr(step, "calibrated", False)), None)
+    """The first step that cannot do without calibration."""
+    return next((step for step in steps if isinstance(step, BlockStep)), None)
 
 
 def check_grid(bits: int, group: int) -> None:
@@ -195,3 +208,46 @@ class NofM(WeightStep):
 
     def weight(self, dense: Leaf, axis: int) -> Leaf:
         return n_of_m(dense, n=self.n, m=self.m, axis=axis)
+
+
+@dataclass(frozen=True)
+class Table(WeightStep):
+    """Rounds weights to the 16 values of a format of 4 bits, a scale a group of inputs: "nf4" (QLoRA, arXiv:2305.14314,
+    section 3), or "mxfp4" (OCP Microscaling Formats v1.0), whose groups are of 32."""
+
+    kind: ClassVar[str] = "table"
+    format: Literal["nf4", "mxfp4"]
+    group: int = 64
+    target: str = BLOCKS
+
+    def __post_init__(self):
+        if self.format not in ("nf4", "mxfp4") or self.group < 1 or (self.format == "mxfp4" and self.group != 32):
+            raise UserError(f"{self.format} in groups of {self.group} is no format; use nf4, or mxfp4 in groups of 32")
+
+    def weight(self, dense: Leaf, axis: int) -> Leaf:
+        w_OxI = dense.swapaxes(-1, -2) if axis == -2 else dense
+        group = min(self.group, w_OxI.shape[-1])
+        codes, scale = nf4(w_OxI, group=group) if self.format == "nf4" else mxfp4(w_OxI)
+        table = jnp.asarray(nf4_table() if self.format == "nf4" else E2M1, jnp.float32)
+        table = jnp.broadcast_to(table, (*w_OxI.shape[:-2], len(table)))
+        return Codebook(codes, table, scale, 4, group, self.format, axis)
+
+
+@dataclass(frozen=True)
+class Share(WeightStep):
+    """Weights of a matrix share ``2**bits`` values, found by k-means; zeros stay zeros (Deep Compression,
+    arXiv:1510.00149, section 3). Not inside ``jit``."""
+
+    kind: ClassVar[str] = "share"
+    bits: int
+    target: str = BLOCKS
+
+    def __post_init__(self):
+        if not 1 <= self.bits <= 8:
+            raise UserError(f"a codebook of {self.bits} bits is impossible; use 1 to 8")
+
+    def weight(self, dense: Leaf, axis: int) -> Leaf:
+        if isinstance(dense, jax.core.Tracer):
+            raise TypeError("k-means runs on the host: share weights outside of jit")
+        codes, table = kmeans(dense.swapaxes(-1, -2) if axis == -2 else dense, self.bits)
+        return Codebook(codes, table, None, self.bits, 0, "shared", axis)

@@ -91,7 +91,7 @@ def test_what_is_listed_is_what_there_is():
     for name in NAMES:
         recipe = parse(name.example)
         assert recipe.steps and Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
-        assert name.calibrated == any(isinstance(step, BlockStep) for step in recipe.steps) and name.meaning
+        assert (name.data == "needed") == any(isinstance(step, BlockStep) for step in recipe.steps) and name.meaning
 
 
 def test_data_is_asked_for(params):

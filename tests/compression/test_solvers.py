@@ -3,68 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from jaxlm import nn
-from jaxlm.compression.calibrate import Calibration
 from jaxlm.compression.names import parse
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.solvers import Gptq, SparseGpt
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize, is_leaf
 from jaxlm.core.tree import flatten
-from jaxlm.nn.walk import Walk
+from tests.compression.calibrated import error, make, run
 
-DECODER = nn.DecoderConfig(vocab_size=31, width=32, heads=4, kv_heads=2, ffn=40, layers=2)
-CONFIGS = {
-    "decoder": DECODER,
-    "moe": dataclasses.replace(DECODER, experts=4),
-    "seq2seq": nn.preset("tiny", vocab_size=31, width=32, heads=4, ffn=40, encoder_layers=1, decoder_layers=2),
-}
+NAMES = ("decoder", "moe", "seq2seq")
 
 
-@functools.cache
-def make(name, tokens=64):
-    config = CONFIGS[name]
-    graphdef, params = nn.build(config, jax.random.key(0))
-    rng = np.random.default_rng(1)
-    # Few directions of the width are in use: what solvers with data can make use of.
-    table = flatten(params)["embed/table"]
-    basis = jnp.asarray(rng.normal(size=(6, 32)), jnp.float32)
-    params["embed"]["table"].set_value(jnp.asarray(rng.normal(size=(31, 6)), jnp.float32) @ basis + 0.1 * table)
-    batches = [(rng.integers(3, 31, (4, tokens // 4)),) for _ in range(2)]
-    if config.kind == "seq2seq":
-        batches = [(rng.integers(3, 31, (4, 9)), batch) for (batch,) in batches]
-    walk = lambda config: Walk(config, nn.initializer(config)[0])  # noqa: E731
-    return config, graphdef, params, Calibration(batches, walk)
-
-
-def run(name, recipe):
-    config, graphdef, params, calibration = make(name)
-    done = (parse(recipe) if isinstance(recipe, str) else recipe).run(config, params, calibration)
-    assert done.config == config
-    return done
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def logits(graphdef, params, *batch):
-    return nnx.merge(graphdef, params)(*batch)
-
-
-def error(name, params):
-    """Mean squared change of the logits on the calibration data."""
-    _, graphdef, dense, calibration = make(name)
-    changes = [logits(graphdef, params, *each) - logits(graphdef, dense, *each) for each in calibration.batches]
-    return np.mean([np.mean(change**2) for change in changes])
-
-
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "with_data,without",
     [("w3a16-gptq-g16", "w3a16-rtn-g16"), ("sparse60-sparsegpt", "sparse60-wanda"), ("2:4-sparsegpt", "2:4-magnitude")],
