@@ -34,13 +34,13 @@ def wanda(w_OxI: jax.Array, norms_I: jax.Array, *, sparsity: float | None = None
     """Zeroes, of every output's weights ``[..., out, in]``, those of least ``|w_i| * |x_i|`` (Wanda, arXiv:2306.11695).
 
     ``norms_I`` ``[..., in]`` are the root mean (or sum of) squares of the inputs, ``sqrt(diag(H))``. Drops the
-    ``sparsity`` share of each output, or all but ``n`` of every ``m`` inputs.
+    ``sparsity`` share of each output, rounded down, or all but ``n`` of every ``m`` inputs.
     """
     score_OxI = jnp.abs(w_OxI.astype(jnp.float32)) * norms_I[..., None, :]
     if sparsity is None:
         return jnp.where(pattern(score_OxI, n, m), w_OxI, 0)
     n_in = w_OxI.shape[-1]
-    rows = jax.vmap(functools.partial(smallest, drop=round(sparsity * n_in)))
+    rows = jax.vmap(functools.partial(smallest, drop=int(sparsity * n_in + 1e-6)))
     return jnp.where(rows(score_OxI.reshape(-1, n_in)).reshape(w_OxI.shape), 0, w_OxI)
 
 

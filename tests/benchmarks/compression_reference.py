@@ -1,6 +1,6 @@
 """Every method beside its authors' code, on a small Llama trained on books.
 
-    python tests/benchmarks/compression_reference.py [--only GPTQ] [--json FILE] [--markdown]
+    python tests/benchmarks/compression_reference.py [--only GPTQ] [--json FILE]
 
 Reads JAXLM_SHARED: the model, calibration and evaluation tokens, and reference/compression.json with the authors'
 perplexities and seconds under the same protocol. Prints a row for each of theirs: perplexity of both, how much ours is

@@ -1,0 +1,65 @@
+"""Size against BLEU of a Multi30k translator under many recipes.
+
+    python tests/benchmarks/multi30k_pareto.py RUN --data bitext:test.en.gz,test.de.gz \\
+        --calibrate bitext:train.en.gz,train.de.gz --out DIR
+
+RUN is a training by configs/multi30k.py. Prints a row a recipe, writes DIR/pareto.json and DIR/pareto.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import jaxlm
+from jaxlm.checkpoint.directory import weight_bytes
+from jaxlm.compression.names import parse
+from jaxlm.compression.recipe import Recipe
+from jaxlm.compression.solvers import Gptq, SparseGpt
+from jaxlm.compression.steps import Quantize
+from jaxlm.evaluation.compare import Comparison
+from jaxlm.evaluation.plots import plot_size_against_bleu
+
+TABLE = "embed/table"  # which is the output head too
+RECIPES: tuple[Recipe, ...] = (
+    parse("w8a8-dynamic"),
+    parse("w4a16-gptq+huffman"),
+    parse("deep-compression"),
+    Recipe((Gptq(4, 64), Quantize(8, target=TABLE)), "huffman", "w4-gptq, table w8, huffman"),
+    Recipe((Gptq(4, 128), Quantize(4, target=TABLE)), "huffman", "w4-gptq, table w4, huffman"),
+    Recipe((Gptq(3, 128), Quantize(4, target=TABLE)), "huffman", "w3-gptq, table w4, huffman"),
+    Recipe((SparseGpt(0.5, bits=4), Quantize(4, target=TABLE)), "huffman", "sparse50-w4, table w4, huffman"),
+    Recipe((Gptq(2, 64), Quantize(4, target=TABLE)), "huffman", "w2-gptq-g64, table w4, huffman"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data", required=True, metavar="SPEC")
+    parser.add_argument("--calibrate", required=True, metavar="SPEC")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    dense = jaxlm.load(args.run)
+    rows: list[Comparison] = []
+    print(f"{'recipe':<36}{'KiB':>8}{'smaller':>9}{'BLEU':>8}{'perplexity':>12}")
+    for recipe in (None, *RECIPES):
+        lm = dense if recipe is None else jaxlm.compress(dense, recipe, calibrate=args.calibrate)
+        with tempfile.TemporaryDirectory() as directory:
+            size = weight_bytes(lm.save(Path(directory) / "model"))
+            lm = jaxlm.load(Path(directory) / "model")  # what is evaluated has been on disk
+            scores = lm.evaluate(args.data, beam=5)
+        name = "dense" if recipe is None else recipe.name
+        rows.append(Comparison(name, size, 0, 0.0, scores["perplexity"], scores["bleu"], 0.0, scores["signature"], ()))
+        print(f"{name:<36}{size / 1024:>8.0f}{rows[0].bytes_on_disk / size:>8.1f}x{scores['bleu']:>8.2f}"
+              f"{scores['perplexity']:>12.3f}", flush=True)
+    print(rows[0].signature)
+    (args.out / "pareto.json").write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
+    plot_size_against_bleu(rows, args.out / "pareto.png")
+
+
+if __name__ == "__main__":
+    main()
