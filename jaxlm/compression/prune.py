@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 
 @functools.partial(jax.jit, static_argnames="sparsity")
 def magnitude(dense: jax.Array, *, sparsity: float) -> jax.Array:
-    """Zeroes the ``sparsity`` share (0 to 1) of smallest magnitude of every matrix ``[in, out]`` of a stack."""
-    drop = round(sparsity * dense.shape[-2] * dense.shape[-1])
+    """Zeroes the ``sparsity`` share (0 to 1) of smallest magnitude, rounded up, of every matrix of a stack."""
+    drop = math.ceil(sparsity * dense.shape[-2] * dense.shape[-1] - 1e-6)
 
     def prune(matrix):
         return jnp.where(smallest(jnp.abs(matrix.astype(jnp.float32)), drop), 0, matrix)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jaxlm
 from jaxlm.checkpoint.directory import weight_bytes
+from jaxlm.compression.autoround import AutoRound
 from jaxlm.compression.names import parse
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.solvers import Gptq, SparseGpt
@@ -30,8 +31,9 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe((Gptq(4, 64), Quantize(8, target=TABLE)), "huffman", "w4-gptq, table w8, huffman"),
     Recipe((Gptq(4, 128), Quantize(4, target=TABLE)), "huffman", "w4-gptq, table w4, huffman"),
     Recipe((Gptq(3, 128), Quantize(4, target=TABLE)), "huffman", "w3-gptq, table w4, huffman"),
+    Recipe((Gptq(3, 128), Quantize(3, target=TABLE)), "huffman", "w3-gptq, table w3, huffman"),
     Recipe((SparseGpt(0.5, bits=4), Quantize(4, target=TABLE)), "huffman", "sparse50-w4, table w4, huffman"),
-    Recipe((Gptq(2, 64), Quantize(4, target=TABLE)), "huffman", "w2-gptq-g64, table w4, huffman"),
+    Recipe((AutoRound(2, 64), Quantize(4, target=TABLE)), "huffman", "w2-autoround-g64, table w4, huffman"),
 )
 
 
