@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,27 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm import nn
 from jaxlm.checkpoint.adapters import CONFIG, Adapter, apply_adapter, read_adapter
-from jaxlm.checkpoint.directory import export_model, read_generation, read_json, read_model, read_tokenizer, write_model
-from jaxlm.checkpoint.formats import pack_params, stored
+from jaxlm.checkpoint.directory import (
+    export_model,
+    read_generation,
+    read_json,
+    read_model,
+    read_tokenizer,
+    weight_bytes,
+    write_model,
+)
+from jaxlm.checkpoint.formats import leaf_bytes, pack_params, stored
 from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.checkpoint.gguf_export import GGUF, export_gguf
+from jaxlm.compression.budget import Budget, Fit, Fitted, LossTarget
+from jaxlm.compression.budget import Row as ChoiceRow
 from jaxlm.compression.calibrate import Calibration
 from jaxlm.compression.placement import place
 from jaxlm.compression.recipe import Recipe, load_recipe
 from jaxlm.compression.report import Row
 from jaxlm.compression.report import report as make_report
+from jaxlm.compression.steps import BLOCKS
+from jaxlm.compression.survey import survey
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
 from jaxlm.core.host import keep_freed_memory
 from jaxlm.core.leaves import LoRA, QArray, is_leaf, merge_adapters
 from jaxlm.core.sharding import shardings
 from jaxlm.core.tree import Params, flatten
-from jaxlm.data.calibration import calibration_batches
+from jaxlm.data.calibration import calibration_batches, hold_out
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.nn.config import KVCache, ModelConfig
 from jaxlm.nn.walk import Walk
@@ -47,7 +62,7 @@ class LM:
 
     ``generation`` has the defaults of ``generate`` and ``translate``, from generation_config.json.
     ``info`` says where it came from (see ``checkpoint.directory.read_model``; ``notes`` were made while loading).
-    ``recipe`` and ``report`` are those of ``compress``.
+    ``recipe`` and ``report`` are those of ``compress``, and ``choices`` what it chose where it was given a budget.
     """
 
     config: ModelConfig
@@ -58,6 +73,7 @@ class LM:
     info: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
     report: tuple[Row, ...] = ()
+    choices: tuple[ChoiceRow, ...] = ()
 
     def __call__(self, *tokens: jax.Array) -> jax.Array:
         """Float32 logits ``[B, T, V]`` of tokens ``[B, T]``; of (source ``[B, S]``, decoder inputs ``[B, T]``) where
@@ -82,6 +98,8 @@ class LM:
         if self.report:
             rows = [row.to_json() for row in self.report]
             files["compression.json"] = {"recipe": self.recipe.to_json(), "tensors": rows}
+            if self.choices:
+                files["compression.json"]["choices"] = [row.to_json() for row in self.choices]
         return write_model(
             directory, self.config, self.params, self.tokenizer, self.generation, files=files,
             storage="plain" if self.recipe is None else self.recipe.storage,
@@ -179,43 +197,107 @@ def load(
 
 def compress(
     lm: LM,
-    recipe: str | Recipe,
+    recipe: str | Recipe | None = None,
     *,
+    fit: str = "",
+    max_perplexity: str = "",
+    storage: str = "plain",
     calibrate: str = "",
     samples: int = 128,
     context: int = 0,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LM:
-    """A smaller model, by a recipe, with a report of each tensor. The same arguments give the same bytes.
+    """A smaller model, by a recipe or to a budget, with a report of each tensor; the same arguments, the same bytes.
 
     The parameters keep their compressed representation, whatever the platform makes of it when they are loaded.
     An adapter is merged first.
 
     Args:
         lm: a dense model.
-        recipe: a name (``jaxlm recipes`` lists them), a file or a ``Recipe``.
-        calibrate: a SPEC of data, for the recipes that need some: text the model should be good at, or sentence pairs.
+        recipe: a name (``jaxlm recipes`` lists them), a file or a ``Recipe``. Without one, bits, groups and sparsity
+            are chosen for each kernel of the blocks (``compression.budget``); the result has a recipe that says so.
+        fit: the least loss in "3.2bits" a weight of these kernels, scales and zero points included; or in "900MiB" of
+            all weights on disk, embeddings and head too, which stay as they are.
+        max_perplexity: the smallest model of a perplexity of at most "46.5", or "+1%" above the dense model's, on a
+            fifth of the calibration data, which is then not calibrated with.
+        storage: of a model without a recipe, plain or huffman.
+        calibrate: a SPEC of data, for what needs some: text the model should be good at, or sentence pairs.
         samples: windows of text of ``context`` tokens (0: the model's own, at most 2,048) to calibrate with; of pairs,
             16 times as many.
         seed: of what is random: which windows, rotations, rounding that is learned.
         progress: called with what is going on, how much is done and how much there is.
 
-    UserError on an unknown recipe, one that cannot be done to this model or lacks its data, and on a model that is
-    compressed already.
+    UserError on an unknown recipe, one that cannot be done to this model or lacks its data, a budget that is too small,
+    and on a model that is compressed already.
     """
+    if sum(map(bool, (recipe, fit, max_perplexity))) != 1:
+        raise UserError("give either a recipe, or a budget to fit to, or a perplexity to keep")
+    if recipe is not None and storage != "plain":
+        raise UserError(f"a recipe says how it is stored: add +{storage} to its name")
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    target = Budget.parse(fit) if fit else LossTarget.parse(max_perplexity) if max_perplexity else None
     lm = lm.replace(params=merge_adapters(lm.params))
     if any(is_leaf(leaf) for leaf in flatten(lm.params).values()):
         raise UserError("this model is quantized already; compress the dense one")
     calibration = _calibration(lm, calibrate, samples, context, seed, progress) if calibrate else None
-    done = recipe.run(lm.config, lm.params, calibration)
+    if recipe is None:
+        fitted = _fit(lm, target, f"fit-{fit or max_perplexity}", storage, calibration, progress)
+        recipe, done, choices = fitted.recipe, fitted.model, fitted.rows
+    else:
+        done, choices = recipe.run(lm.config, lm.params, calibration), ()
     alike = not any(getattr(step, "folds_scales", False) for step in recipe.steps)
     rows = make_report(lm.params if alike else None, done.params, stored(*pack_params(done.params, recipe.storage)))
     return lm.replace(
         config=done.config, graphdef=nn.initializer(done.config)[0], params=done.params, recipe=recipe,
-        report=tuple(rows), info=lm.info | {"notes": [*lm.info.get("notes", ()), *done.notes]},
+        report=tuple(rows), choices=choices, info=lm.info | {"notes": [*lm.info.get("notes", ()), *done.notes]},
     )
+
+
+def _fit(
+    lm: LM, target: Budget | LossTarget, name: str, storage: str, calibration: Calibration | None, progress
+) -> Fitted:
+    Recipe((), storage)  # raises where there is no such storage
+    if calibration is None:
+        raise UserError("what to give up is chosen with data; give some (--calibrate SPEC)")
+    held = ()
+    if isinstance(target, LossTarget):
+        kept, held = hold_out(calibration.batches)
+        calibration = dataclasses.replace(calibration, batches=kept)
+    size = partial(leaf_bytes, storage=storage)
+    trying = None if progress is None else partial(progress, "trying each kernel")
+    seen = survey(lm.config, lm.params, dataclasses.replace(calibration, progress=trying), size)
+    best = Fit(lm.config, lm.params, calibration, seen, size, storage, name)
+    if isinstance(target, Budget):
+        return best.within(target, partial(_kernel_bytes if target.bits else _file_bytes, storage))
+    return best.within_loss(target, partial(_loss, lm, held))
+
+
+def _kernel_bytes(storage: str, config: ModelConfig, params: Params) -> int:
+    """What the kernels of the blocks take in a file."""
+    kernels = re.compile(BLOCKS).fullmatch
+    return sum(size for path, (size, _) in stored(*pack_params(params, storage)).items() if kernels(path))
+
+
+def _file_bytes(storage: str, config: ModelConfig, params: Params) -> int:
+    """What all weights take on disk."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return weight_bytes(write_model(Path(scratch) / "model", config, params, None, storage=storage))
+
+
+def _loss(lm: LM, batches: Sequence[tuple[np.ndarray, ...]], params: Params) -> float:
+    """Nats a token of batches of calibration data, with other parameters."""
+    from jaxlm.evaluation.perplexity import row_nll
+
+    nll, count = 0.0, 0
+    for *source, tokens_BxT in batches:
+        targets_BxT = tokens_BxT[:, 1:]
+        real_BxT = targets_BxT != lm.config.pad_id if source else np.ones(targets_BxT.shape, bool)
+        batch = {"inputs": tokens_BxT[:, :-1], "targets": targets_BxT, "weights": real_BxT.astype(np.float32)}
+        batch |= {"src": source[0]} if source else {}
+        nll += float(np.asarray(row_nll(lm.graphdef, params, batch), np.float64).sum())
+        count += int(real_BxT.sum())
+    return nll / count
 
 
 def _calibration(lm: LM, spec: str, samples: int, context: int, seed: int, progress) -> Calibration:

@@ -90,6 +90,11 @@ def tensor_bytes(size: Callable[[str], int], meta: Mapping[str, Any]) -> dict[st
     }
 
 
+def leaf_bytes(leaf: Leaf, storage: str = "plain") -> int:
+    """What ``pack_params`` would make of one leaf, in bytes."""
+    return sum(array.nbytes for array in _pack(leaf, storage)[1].values())
+
+
 def _how(entry: Mapping[str, Any], within: str = "") -> list[str]:
     """How each part of an entry is coded."""
     if "a" in entry:

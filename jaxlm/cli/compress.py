@@ -1,8 +1,11 @@
-"""Compresses a model by a recipe. Writes a model directory, with what happened to each tensor in compression.json.
+"""Compresses a model by a recipe or to a budget. Writes a model directory; compression.json tells of each tensor.
 
     jaxlm compress MODEL --recipe w4a16-gptq --calibrate text:some.txt --out DIR
+    jaxlm compress MODEL --fit 3.2bits --calibrate text:some.txt --out DIR
+    jaxlm compress MODEL --max-perplexity +1% --calibrate text:some.txt --out DIR
 
-Recipes compose with "+", as in 2:4-sparsegpt+w4a16-gptq+huffman; `jaxlm recipes` lists them.
+Recipes compose with "+", as in 2:4-sparsegpt+w4a16-gptq+huffman; `jaxlm recipes` lists them. A budget is met by bits,
+groups and sparsity chosen for each kernel of the blocks, to the least loss; embeddings and head stay as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +16,14 @@ from jaxlm.cli.output import Progress, print_table, shape_str, size
 
 def add_arguments(parser) -> None:
     add_model(parser, adapter=True)
-    parser.add_argument("--recipe", metavar="NAME|FILE.py", required=True, help="see above; a file says recipe = ...")
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--recipe", metavar="NAME|FILE", help="see above; FILE.py that says recipe = ..., or a "
+                      "compression.json")
+    goal.add_argument("--fit", metavar="SIZE", default="", help="3.2bits, for each weight of the blocks' kernels with "
+                      "its share of scales; or 900MiB, for all weights on disk")
+    goal.add_argument("--max-perplexity", metavar="P", default="", help="the smallest model that keeps 46.5, or +1%% "
+                      "above the dense one's, on a part of the data")
+    parser.add_argument("--storage", choices=("plain", "huffman"), default="plain", help="of a model without a recipe")
     parser.add_argument("--out", metavar="DIR", required=True, help="the model directory to write")
     parser.add_argument("--calibrate", metavar="SPEC", default="", help="data, for the recipes that need some")
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="windows of it to use (128)")
@@ -27,13 +37,17 @@ def run(args) -> None:
     from jaxlm.compression.recipe import load_recipe
     from jaxlm.compression.report import summary
 
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe) if args.recipe else None
     lm = jaxlm.load(args.model, adapter=args.adapter, expand=False)
     small = jaxlm.compress(
-        lm, recipe, calibrate=args.calibrate, samples=args.samples, context=args.context, seed=args.seed,
-        progress=Progress(),
+        lm, recipe, fit=args.fit, max_perplexity=args.max_perplexity, storage=args.storage, calibrate=args.calibrate,
+        samples=args.samples, context=args.context, seed=args.seed, progress=Progress(),
     )
     out = small.save(args.out)
+    if small.choices:
+        print_table([_chosen(row) for row in small.choices])
+        predicted, final = (sum(getattr(row, name) for row in small.choices) for name in ("predicted", "final"))
+        print(f"loss added, in nats a token: {predicted:.4f} predicted, {final:.4f} as the kernels are solved for")
     print_table([_shown(row) for row in (*small.report, summary(small.report))])
     for note in small.info["notes"]:
         print(f"note: {note}")
@@ -47,3 +61,12 @@ def _shown(row) -> dict:
         "tensor": row.path, "shape": shape_str(row.shape), "representation": row.representation,
         "bits": f"{row.bits:.2f}", "sparsity": f"{row.sparsity:.0%}", "bytes": row.bytes, "error": error,
     }
+
+
+def _chosen(row) -> dict:
+    costs = {"bytes": row.bytes, "predicted": f"{row.predicted:.2e}", "final": f"{row.final:.2e}"}
+    if row.choice is None:
+        return {"kernel": row.kernel, "bits": "dense", "group": "", "sparsity": "", **costs}
+    sparsity = f"{row.choice.n}:{row.choice.m}" if row.choice.m else f"{row.choice.sparsity:.0%}"
+    group = str(row.choice.group or "channel")
+    return {"kernel": row.kernel, "bits": str(row.choice.bits), "group": group, "sparsity": sparsity, **costs}

@@ -69,7 +69,7 @@ def hessian(block: Block, name: str, reading: Reading, what: str) -> jax.Array:
     return experts_alone(block, name, reading, what, h) if reading["count"].ndim else h
 
 
-def _note_failures(block: Block, names: Sequence[str], info: Info, what: str) -> None:
+def note_failures(block: Block, names: Sequence[str], info: Info, what: str) -> None:
     where = ", ".join(block.path(name) for name in names)
     if bool(jnp.any(info.failed)):
         block.notes.append(f"{where}: the Hessian cannot be factored: {what} without error feedback")
@@ -130,7 +130,7 @@ class Gptq(BlockStep):
             w_OxI, h, w_OxI != 0, grid=Integers(self.bits, self.symmetric, clip), group=group,
             act_order=self.act_order, static_groups=self.static_groups, damping=self.damping, sweeps=self.sweeps,
         )
-        _note_failures(block, names, found.info, what)
+        note_failures(block, names, found.info, what)
         ends = list(itertools.accumulate(kernel.shape[-2] for kernel in kernels))[:-1]
         whole = QArray(found.codes_OxI, *found.params, self.bits, group)
         split = jax.tree.map(lambda part: jnp.split(part, ends, -2), whole)
@@ -183,7 +183,7 @@ class SparseGpt(BlockStep):
             sparsity=(self.n, self.m) if self.m else self.sparsity, search=self.search, act_order=False,
             damping=self.damping, sweeps=self.sweeps,
         )
-        _note_failures(block, [name], found.info, "pruned")
+        note_failures(block, [name], found.info, "pruned")
         if self.bits:
             return QArray(found.codes_OxI, *found.params, self.bits, group)
         return found.weights_OxI.swapaxes(-1, -2).astype(kernel.dtype)

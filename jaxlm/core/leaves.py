@@ -160,7 +160,8 @@ class Tap:
     ``reading`` is ``measure(x, weight, sizes)``, whatever the gradient of the product is.
 
     So a model is calibrated without touching its layers: ``jax.grad`` of it with respect to the readings, zeros before,
-    and XLA drops all that the readings do not need.
+    and XLA drops all that the readings do not need. With ``gradient`` it is ``measure(g, weight, sizes)`` of the
+    gradients ``g``, ``[M, out]``, of what is differentiated with respect to the product's rows.
 
     - ``measure`` takes rows ``[M, in]``, their weights ``[M]`` or None, and, where the rows are sorted by expert, the
       experts' numbers of rows ``[E]`` or None; it returns a tree of float32 arrays like ``reading``.
@@ -171,6 +172,7 @@ class Tap:
     reading: Any
     weight: jax.Array | None
     measure: Callable[[jax.Array, jax.Array | None, jax.Array | None], Any] = _static()
+    gradient: bool = _static(False)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ def _dot(x_MxI: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, LowRank):
         return _dot(_dot(x_MxI, w.a), w.b)
     if isinstance(w, Tap):
-        return _dot(_measured(w.measure, x_MxI, w.reading, w.weight, None), w.base)
+        return _tapped(_dot, x_MxI, w)
     if isinstance(w, FakeQuant):
         return _dot(_fake_round(x_MxI, w), w.dense)
     if not is_leaf(w):
@@ -53,18 +53,27 @@ def _dot(x_MxI: jax.Array, w: Weight) -> jax.Array:
     return _weight_only_dot(x_MxI, w)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _measured(measure, x_MxI: jax.Array, reading, weight_M: jax.Array | None, sizes_E: jax.Array | None) -> jax.Array:
-    """``x``, and what is measured of it is the gradient of ``reading``; see ``core.leaves.Tap``."""
+def _tapped(product, x_MxI: jax.Array, w: Tap, sizes_E: jax.Array | None = None) -> jax.Array:
+    """A product, of which a tap measures one side; see ``core.leaves.Tap``."""
+    sizes = () if sizes_E is None else (sizes_E,)
+    if w.gradient:
+        return _measured(w.measure, True, product(x_MxI, w.base, *sizes), w.reading, w.weight, sizes_E)
+    return product(_measured(w.measure, False, x_MxI, w.reading, w.weight, sizes_E), w.base, *sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _measured(measure, gradient: bool, x_MxI: jax.Array, reading, weight_M, sizes_E) -> jax.Array:
+    """``x``, and what is measured of it, or of its gradient, is the gradient of ``reading``."""
     return x_MxI
 
 
-def _measured_forward(measure, x_MxI, reading, weight_M, sizes_E):
-    return x_MxI, (x_MxI, weight_M, sizes_E)
+def _measured_forward(measure, gradient, x_MxI, reading, weight_M, sizes_E):
+    return x_MxI, (None if gradient else x_MxI, weight_M, sizes_E)
 
 
-def _measured_backward(measure, seen, gradient_MxI):
-    return gradient_MxI, measure(*seen), None, None
+def _measured_backward(measure, gradient, seen, gradient_MxI):
+    x_MxI, weight_M, sizes_E = seen
+    return gradient_MxI, measure(gradient_MxI if gradient else x_MxI, weight_M, sizes_E), None, None
 
 
 _measured.defvjp(_measured_forward, _measured_backward)
@@ -78,8 +87,8 @@ def dot_t(x: jax.Array, table: Weight) -> jax.Array:
     if isinstance(table, LowRank):
         return dot_t(dot_t(x, table.b), table.a)
     if isinstance(table, Tap):
-        x_MxD = _measured(table.measure, x.reshape(-1, x.shape[-1]), table.reading, table.weight, None)
-        return dot_t(x_MxD.reshape(x.shape), table.base)
+        y_MxV = _tapped(dot_t, x.reshape(-1, x.shape[-1]), table)
+        return y_MxV.reshape(*x.shape[:-1], y_MxV.shape[-1])
     if isinstance(table, FakeQuant):
         return dot_t(_fake_round(x.reshape(-1, x.shape[-1]), table).reshape(x.shape), table.dense)
     if is_leaf(table):
@@ -119,8 +128,7 @@ def ragged_dot(x_MxI: jax.Array, w_ExIxO: Weight, sizes_E: jax.Array) -> jax.Arr
     if isinstance(w_ExIxO, LowRank):
         return ragged_dot(ragged_dot(x_MxI, w_ExIxO.a, sizes_E), w_ExIxO.b, sizes_E)
     if isinstance(w_ExIxO, Tap):
-        x_MxI = _measured(w_ExIxO.measure, x_MxI, w_ExIxO.reading, w_ExIxO.weight, sizes_E)
-        return ragged_dot(x_MxI, w_ExIxO.base, sizes_E)
+        return _tapped(ragged_dot, x_MxI, w_ExIxO, sizes_E)
     if isinstance(w_ExIxO, FakeQuant):
         return ragged_dot(_fake_round(x_MxI, w_ExIxO, sizes_E), w_ExIxO.dense, sizes_E)
     if is_leaf(w_ExIxO):

@@ -10,7 +10,7 @@ from jaxlm.data.packing import random_state, token_stream
 from jaxlm.data.sources import Bitext, Tokens, open_source
 from jaxlm.data.tokenizer import Tokenizer
 
-__all__ = ["calibration_batches"]
+__all__ = ["calibration_batches", "hold_out"]
 
 _BATCH_TOKENS = 4096
 _PAIRS_A_WINDOW = 16
@@ -39,6 +39,23 @@ def calibration_batches(
     if samples < 1 or context < 2:
         raise UserError(f"{samples} samples of {context} tokens: give 1 or more of 2 or more")
     return _pairs(source, tokenizer, samples, seed) if pairs else _windows(source, tokenizer, samples, context, seed)
+
+
+def hold_out(batches: list[tuple[np.ndarray, ...]]) -> tuple[list, list]:
+    """Batches to calibrate with, and about a fifth to judge by: of each batch, or where rows are few, of the batches.
+
+    UserError where there is too little for both.
+    """
+    kept, held = [], []
+    for number, batch in enumerate(batches):
+        rows = np.arange(len(batch[0]))
+        out = rows % 5 == 2 if len(rows) >= 5 else np.full(len(rows), number % 5 == 2)
+        kept.append(tuple(part[~out] for part in batch))
+        held.append(tuple(part[out] for part in batch))
+    kept, held = ([batch for batch in part if len(batch[0])] for part in (kept, held))
+    if not kept or not held:
+        raise UserError("the calibration data is too little to judge by a part of it; give more")
+    return kept, held
 
 
 def _windows(source, tokenizer: Tokenizer | None, samples: int, context: int, seed: int) -> list[tuple[np.ndarray]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -111,6 +112,41 @@ def test_compress_inspect_generate(jaxlm_command, decoder, tmp_path):
     status, _, err = jaxlm_command("compress", small, "--recipe", "w8a8-dynamic", "--out", tmp_path / "smaller")
     assert (status, err) == (2, "jaxlm: this model is quantized already; compress the dense one\n")
     assert not (tmp_path / "smaller").exists()
+
+
+def test_compress_fits_budgets(jaxlm_command, decoder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abc def abc had a bad cab fed abc " * 20)
+    data = ["--calibrate", f"text:{text}", "--samples", 8, "--context", 16]
+    small = tmp_path / "small"
+    status, out, err = jaxlm_command("compress", decoder, "--fit", "5bits", *data, "--out", small)
+    assert status == 0, err
+    assert "decoder/1/mlp/down" in out and "predicted" in out
+    facts = json.loads((small / "compression.json").read_text())
+    kernels = [row for row in facts["tensors"] if row["path"].endswith("kernel")]
+    weights = sum(math.prod(row["shape"]) for row in kernels)
+    assert 4 < 8 * sum(row["bytes"] for row in kernels) / weights <= 5
+    assert facts["recipe"]["name"] == "fit-5bits" and "decoder/0/attn/q" in [row["kernel"] for row in facts["choices"]]
+    weights = (small / "model.safetensors").read_bytes()
+    again = tmp_path / "again"
+    status, _, err = jaxlm_command("compress", decoder, "--recipe", small / "compression.json", *data, "--out", again)
+    assert status == 0 and (again / "model.safetensors").read_bytes() == weights, err
+    size = len(weights) + 300
+    status, _, err = jaxlm_command("compress", decoder, "--fit", f"{size}B", *data, "--out", small)
+    assert status == 0 and size - 600 < (small / "model.safetensors").stat().st_size <= size, err
+    status, _, err = jaxlm_command("compress", decoder, "--max-perplexity", "+5%", *data, "--out", small)
+    assert status == 0, err
+    assert (small / "model.safetensors").stat().st_size < (decoder / "model.safetensors").stat().st_size / 2
+    for words, says in (
+        (["--fit", "1000B"], "nothing fits into 1,000 bytes; the least possible is "),
+        (["--fit", "3parsecs"], "cannot fit to '3parsecs'"),
+        (["--fit", "4bits", "--recipe", "w4a16-rtn"], "not allowed with"),
+        (["--recipe", "w4a16-rtn", "--storage", "huffman"], "add +huffman to its name"),
+    ):
+        status, _, err = jaxlm_command("compress", decoder, *words, *data, "--out", tmp_path / "none")
+        assert status == 2 and says in err and err.count("\n") == 1
+    status, _, err = jaxlm_command("compress", decoder, "--fit", "4bits", "--out", tmp_path / "none")
+    assert status == 2 and "give some (--calibrate SPEC)" in err
 
 
 def test_the_kv_cache_is_an_option(jaxlm_command, decoder, translator, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from jaxlm.compression.rtn import quantize
 from jaxlm.core import ops
-from jaxlm.core.leaves import LoRA, dequantize
+from jaxlm.core.leaves import LoRA, Tap, dequantize
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -171,3 +171,24 @@ def test_adapted_tables_give_rows_and_logits(base_of):
     np.testing.assert_allclose(ops.take(table, ids), dense[np.asarray(ids)], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ops.take(table, jnp.int32(3)), dense[3], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ops.dot_t(x, table), np.asarray(x) @ dense.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("product", ["dot", "dot_t", "ragged"])
+def test_taps_of_gradients_measure_what_comes_back(product):
+    """The gradients themselves are the reading; and the product and its gradients are as without a tap."""
+    x, sizes = normal(6, 4), jnp.asarray([2, 4]) if product == "ragged" else None
+    w = normal(*{"dot": (4, 5), "dot_t": (5, 4), "ragged": (2, 4, 5)}[product], seed=1)
+
+    def apply(x, w):
+        return ops.ragged_dot(x, w, sizes) if product == "ragged" else getattr(ops, product)(x, w)
+
+    def measure(g_MxO, weight_M, sizes_E):
+        assert (sizes_E is None) == (product != "ragged")
+        return g_MxO
+
+    def loss(x, reading):
+        return jnp.sum(jnp.sin(apply(x, w if reading is None else Tap(w, reading, None, measure, gradient=True))))
+
+    through, reading = jax.grad(loss, (0, 1))(x, jnp.zeros((6, 5)))
+    np.testing.assert_allclose(reading, jnp.cos(apply(x, w)), rtol=1e-6)
+    np.testing.assert_allclose(through, jax.grad(loss)(x, None), rtol=1e-6)
