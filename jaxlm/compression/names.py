@@ -38,6 +38,25 @@ class Name:
             return "needed"
         return "of use" if any(isinstance(step, DropLayers | Prune) for step in steps) else ""
 
+    @property
+    def on_cpu(self) -> str:
+        """How a model of large matrices runs on CPU: faster where it is smaller or ``placement.fast_on_cpu``."""
+        ways = [_on_cpu(step) for step in parse(self.example).steps]
+        return next((way for way in reversed(ways) if way != "as dense"), "as dense")
+
+
+def _on_cpu(step: Step) -> str:
+    match step:
+        case Quantize(act_bits=8) | Static(format="int8") | Prune() | DropLayers():
+            return "faster"
+        case Factor(share=share) if share <= 0.75:
+            return "faster"
+        case SparseGpt(bits=0):
+            return "as dense"
+        case Quantize(group=0) | Gptq(group=0) | AutoRound(group=0) | Awq(group=0) | SparseGpt(group=0):
+            return "faster with jax 0.12"
+    return "as dense"
+
 
 _PARTS = {
     "bits": r"w(?P<bits>\d)",
@@ -109,8 +128,8 @@ STORAGE = Name("huffman", "entropy-coded storage, without loss; last", "huffman"
 
 def markdown() -> str:
     """The table of names in README."""
-    rows = [f"| `{name.example}` | {name.data} | {name.meaning} |" for name in (*NAMES, STORAGE)]
-    return "\n".join(["| recipe | data | what it does |", "|---|---|---|", *rows])
+    rows = [f"| `{name.example}` | {name.data} | {name.on_cpu} | {name.meaning} |" for name in (*NAMES, STORAGE)]
+    return "\n".join(["| recipe | data | on CPU | what it does |", "|---|---|---|---|", *rows])
 
 
 def parse(name: str) -> Recipe:

@@ -17,7 +17,32 @@ float32; medians of interleaved runs; time dense / time w8a8; M rows of activati
 
 A layer is copied out of its stack at every use, and int8 is a quarter of the copy: there w8a8 wins from 128 x 256 on.
 A matrix that stays in cache has to be larger before the product saves more than rounding the activations costs.
-Weight-only integers are converted to float at every use, 0.2 to 0.8 of the dense speed at M = 8: always expanded.
+
+How much more depends on XLA: that of jax 0.12 has VNNI kernels for int8 (700 to 800 GOP/s on this core, where dense
+float32 reaches 200 GFLOP/s), that of 0.10 widens to int16 (330). Time dense / time compressed of layers of a stack,
+by ``tests/benchmarks/cpu_dots.py``:
+
+                          jax 0.12                                jax 0.10
+    in x out     kind     M = 1    M = 8  M = 128  M = 512        M = 1    M = 8  M = 128  M = 512
+    1024 x 1024  w8a8      2.26     2.61     3.58     3.59         2.65     2.38     1.57     1.50
+    1024 x 1024  w8a16     2.04     2.02     1.42     1.17         2.60     1.16     0.59     0.40
+    2048 x 2048  w8a8      2.96     3.72     3.92     3.63         3.19     2.76     1.93     1.73
+    2048 x 2048  w8a16     2.84     2.63     1.58     1.33         3.66     1.78     0.75     0.58
+    512 x 512    w8a16     2.58     1.70     1.23     1.02
+    1024 x 1024  low rank  2.65     1.93     2.08     2.00         2.24     1.75     1.97     1.99
+    1024 x 1024  fp8       0.14     0.22     0.61     0.82         0.20     0.20     0.57     0.82
+    1024 x 1024  nf4       0.83     0.34     0.74     0.92         0.78     0.29     0.71     0.90
+    1024 x 1024  w4 g128   2.23     0.32     0.69     0.90         1.82     0.28     0.62     0.85
+
+- w8a8, its activations scaled a token or by a fixed number (the same speed), wins with both.
+- Weight-only integers of one scale an output channel are multiplied as int8 planes (``core.ops``): they win at every M
+  with jax 0.12. With 0.10 they win where one token is decoded and lose in prefill: expanded.
+- A scale a group, codebooks and float8 are converted to float32 at every use, which takes longer than the product:
+  expanded. (Integer products of single groups would win at M = 1 and lose from M = 512 on.)
+- Factors of low rank, here of half the weights, win by the weights they save: at 90% of them 0.9 to 1.1, at 75% 1.1 to
+  1.4. They stay where they save a quarter.
+
+Accelerators keep every leaf as it is: what that does to their speed has not been measured.
 """
 
 from __future__ import annotations
@@ -32,6 +57,7 @@ from jaxlm.core.leaves import Codebook, LoRA, LowRank, QArray, dequantize, is_le
 from jaxlm.core.tree import Leaf, Params, map_params
 
 _expand = jax.jit(dequantize)
+_VNNI = jax.__version_info__ >= (0, 12)  # whether XLA's int8 kernels use it
 
 
 def place(params: Params, platform: str) -> tuple[Params, list[str]]:
@@ -46,6 +72,8 @@ def place(params: Params, platform: str) -> tuple[Params, list[str]]:
             return leaf
         if isinstance(leaf, LoRA):
             return dataclasses.replace(leaf, base=of_leaf(path, leaf.base))
+        if isinstance(leaf, LowRank) and (platform != "cpu" or fast_on_cpu(leaf)):
+            return LowRank(of_leaf(path, leaf.a), of_leaf(path, leaf.b))
         if platform != "cpu":
             return narrow(leaf)
         if fast_on_cpu(leaf):
@@ -59,11 +87,16 @@ def place(params: Params, platform: str) -> tuple[Params, list[str]]:
 
 
 def fast_on_cpu(leaf: Leaf) -> bool:
-    """Whether the leaf's product is at least as fast as float32 on CPU, by the table above."""
+    """Whether the leaf's product is at least as fast as float32 on CPU, by the tables above; factors count as dense."""
+    if isinstance(leaf, LowRank):
+        return 4 * leaf.a.shape[-1] * sum(leaf.shape[-2:]) <= 3 * leaf.shape[-2] * leaf.shape[-1]
     if not isinstance(leaf, QArray) or leaf.codes.dtype != jnp.int8:
         return False
     *layers, n_out, n_in = leaf.codes.shape
-    return leaf.act_bits == 8 and min(n_in, n_out) >= 128 and n_in * n_out >= (2**15 if layers else 2**20)
+    size, narrowest = n_in * n_out, min(n_in, n_out)
+    if leaf.act_bits:
+        return narrowest >= 128 and size >= (2**15 if layers else 2**20)
+    return _VNNI and leaf.scale.shape[-1] == 1 and narrowest >= 512 and size >= (2**18 if layers else 2**20)
 
 
 def narrow(leaf: Leaf) -> Leaf:

@@ -1,13 +1,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
+from jaxlm.compression import placement
+from jaxlm.compression.float8 import quantize_float8
 from jaxlm.compression.placement import describe, place
 from jaxlm.compression.report import report, summary
 from jaxlm.compression.rtn import quantize
 from jaxlm.core import ops
-from jaxlm.core.leaves import dequantize, is_leaf
+from jaxlm.core.leaves import LowRank, dequantize, is_leaf
 from jaxlm.core.tree import count_bytes, flatten
 
 
@@ -43,6 +46,37 @@ def test_cpu_expands_weight_only_integers():
     assert not any(is_leaf(leaf) for leaf in flatten(placed).values())
     assert notes == ["int4 g32: 4 tensors expanded, they would be slower than dense on this platform"]
     assert place(tree(**DENSE), "cpu")[1] == []
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_cpu_keeps_weight_only_integers_where_their_dots_are_fast(vnni, monkeypatch):
+    monkeypatch.setattr(placement, "_VNNI", vnni)
+    w = normal(1, 512, 512)
+    params = tree(
+        channel=quantize(w, bits=4, symmetric=False), group=quantize(w, bits=4, group=128),
+        lone=quantize(w[0], bits=8), fp8=quantize_float8(w, act_bits=8),
+    )  # fmt: skip
+    placed = flatten(place(params, "cpu")[0])
+    assert [name for name, leaf in placed.items() if is_leaf(leaf)] == (["channel"] if vnni else [])
+
+
+def test_cpu_keeps_factors_that_save_a_quarter():
+    w = normal(2, 128, 128)
+    few, many = LowRank(w[..., :48], w[..., :48, :]), LowRank(w[..., :49], w[..., :49, :])
+    coded = LowRank(quantize(few.a, bits=8), quantize(few.b, bits=8))
+    placed = flatten(place(tree(few=few, many=many, coded=coded), "cpu")[0])
+    assert isinstance(placed["few"], LowRank) and not is_leaf(placed["many"])
+    assert isinstance(placed["coded"], LowRank) and not is_leaf(placed["coded"].a)
+    np.testing.assert_array_equal(placed["coded"].b, dequantize(coded.b))
+    on_gpu = flatten(place(tree(w=LowRank(quantize(few.a, bits=4), few.b)), "gpu")[0])["w"]
+    assert on_gpu.a.codes.dtype == jnp.int4
+
+
+def test_4_bits_in_memory_are_half_a_byte_and_their_grid():
+    """What is claimed of w4 in groups of 128: 4 bits and, a group, a float32 scale and an int8 zero."""
+    w = normal(2, 256, 64)
+    placed, _ = place(tree(w=quantize(w, bits=4, group=128, symmetric=False)), "gpu")
+    assert count_bytes(placed) == w.size // 2 + w.size // 128 * (4 + 1)
 
 
 def test_accelerators_keep_everything_and_hold_4_bits_in_4():

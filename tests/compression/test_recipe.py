@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxlm.compression import placement
 from jaxlm.compression.autoround import AutoRound
-from jaxlm.compression.names import NAMES, parse
+from jaxlm.compression.names import NAMES, Name, parse
 from jaxlm.compression.recipe import Recipe, load_recipe
 from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
 from jaxlm.compression.steps import BlockStep, Float8, Magnitude, NofM, Quantize
@@ -92,6 +93,17 @@ def test_what_is_listed_is_what_there_is():
         recipe = parse(name.example)
         assert recipe.steps and Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
         assert (name.data == "needed") == any(isinstance(step, BlockStep) for step in recipe.steps) and name.meaning
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_what_is_listed_as_faster_is_kept_on_cpu(vnni, monkeypatch):
+    monkeypatch.setattr(placement, "_VNNI", vnni)
+    dense = jax.ShapeDtypeStruct((1, 1024, 1024), jnp.float32)
+    for name in ("w8a8-dynamic", "fp8", "w4a16-rtn", "w4a16-rtn-channel", "nf4", "mxfp4", "sparse50-magnitude"):
+        (step,) = parse(name).steps
+        kept = placement.fast_on_cpu(jax.eval_shape(lambda w: step.weight(w, -2), dense))  # noqa: B023
+        said = Name(name, "", "", lambda f: ()).on_cpu
+        assert kept == (said == "faster" or (vnni and said == "faster with jax 0.12"))
 
 
 def test_data_is_asked_for(params):

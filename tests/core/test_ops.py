@@ -50,6 +50,24 @@ def test_weight_only_dot_is_the_dot_with_the_dequantized_weight(bits, group, sym
     np.testing.assert_allclose(half, exact, atol=2e-2 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize(("rows", "dtype", "error"), [
+    (1, jnp.float32, 2e-7), (300, jnp.float32, 2e-7), (3, jnp.bfloat16, 2e-5),
+])
+def test_weight_only_dots_by_planes_are_as_exact_as_their_activations(rows, dtype, error):
+    """Values of very different size in a row, which planes could lose. 300 rows go in two parts."""
+    x = (normal(rows, 40) * 10.0 ** jnp.arange(-4, 4).repeat(5)).at[0].set(0).astype(dtype)
+    x = x.at[-1, 0].set(3e4)
+    leaf = quantize(normal(40, 6, seed=1), bits=8, symmetric=False)
+    weights = np.asarray(dequantize(leaf), np.float64)
+    exact = np.asarray(x, np.float64) @ weights
+    y = jax.jit(ops._planes_dot)(x, leaf)
+    assert y.dtype == dtype
+    most = np.abs(np.asarray(x, np.float64)).max(1, keepdims=True) * np.abs(weights).sum(0)
+    rounding = np.abs(exact) * float(jnp.finfo(dtype).eps)
+    assert (np.abs(np.asarray(y, np.float64) - exact) <= error * most + rounding).all()
+    assert not np.isfinite(ops.dot(x.at[-1, 3].set(jnp.nan), leaf)[-1]).any()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 9])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_integer_dot_is_exact(rows, symmetric):
