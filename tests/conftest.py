@@ -23,6 +23,16 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+    """Compiled programs go with the module they served: those of all tests together exceed the mappings of memory that
+    Linux allows a process, and the compiler then aborts it."""
+    yield
+    import jax  # after the environment is set
+
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The directory with corpora and models that are not part of this repository, named by JAXLM_SHARED."""

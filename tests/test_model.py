@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 import jaxlm
