@@ -18,21 +18,24 @@ float32; medians of interleaved runs; time dense / time w8a8; M rows of activati
 A layer is copied out of its stack at every use, and int8 is a quarter of the copy: there w8a8 wins from 128 x 256 on.
 A matrix that stays in cache has to be larger before the product saves more than rounding the activations costs.
 
-How much more depends on XLA: that of jax 0.12 has VNNI kernels for int8 (700 to 800 GOP/s on this core, where dense
-float32 reaches 200 GFLOP/s), that of 0.10 widens to int16 (330). Time dense / time compressed of layers of a stack,
-by ``tests/benchmarks/cpu_dots.py``:
+How much more depends on XLA: that of jax 0.12 has VNNI kernels for int8 (660 to 820 GOP/s on this core, where dense
+float32 reaches 200 GFLOP/s), that of 0.10 has none (310 to 340). Time dense / time compressed of layers of a stack, by
+``tests/benchmarks/cpu_dots.py``, in seconds of CPU on a machine that others used; rows differ by a tenth between runs:
 
-                          jax 0.12                                jax 0.10
-    in x out     kind     M = 1    M = 8  M = 128  M = 512        M = 1    M = 8  M = 128  M = 512
-    1024 x 1024  w8a8      2.26     2.61     3.58     3.59         2.65     2.38     1.57     1.50
-    1024 x 1024  w8a16     2.04     2.02     1.42     1.17         2.60     1.16     0.59     0.40
-    2048 x 2048  w8a8      2.96     3.72     3.92     3.63         3.19     2.76     1.93     1.73
-    2048 x 2048  w8a16     2.84     2.63     1.58     1.33         3.66     1.78     0.75     0.58
-    512 x 512    w8a16     2.58     1.70     1.23     1.02
-    1024 x 1024  low rank  2.65     1.93     2.08     2.00         2.24     1.75     1.97     1.99
-    1024 x 1024  fp8       0.14     0.22     0.61     0.82         0.20     0.20     0.57     0.82
-    1024 x 1024  nf4       0.83     0.34     0.74     0.92         0.78     0.29     0.71     0.90
-    1024 x 1024  w4 g128   2.23     0.32     0.69     0.90         1.82     0.28     0.62     0.85
+                             jax 0.12                                jax 0.10
+    in x out     kind        M = 1    M = 8  M = 128  M = 512        M = 1    M = 8  M = 128  M = 512
+    512 x 512    w8a8         2.55     2.71     3.18     3.22         3.29     2.42     1.48     1.51
+    1024 x 1024  w8a8         2.18     2.51     3.34     3.59         2.33     2.25     1.57     1.47
+    1024 x 4096  w8a8         3.28     3.41     3.77     3.43         3.04     2.76     1.86     1.67
+    2048 x 2048  w8a8         2.96     3.81     3.93     3.71         3.34     2.35     1.88     1.74
+    512 x 512    w8a16        2.59     1.83     1.26     1.07         3.30     1.38     0.57     0.54
+    1024 x 1024  w8a16        2.30     1.80     1.37     1.21         2.34     1.28     0.58     0.51
+    1024 x 4096  w8a16        3.14     2.77     1.54     1.27         3.41     1.74     0.73     0.60
+    2048 x 2048  w8a16        2.86     2.77     1.64     1.29         3.36     1.65     0.76     0.62
+    1024 x 1024  low rank     2.04     1.91     1.93     2.02         2.03     2.07     2.00     2.03
+    1024 x 1024  w4a16 g128   1.63     0.27     0.65     0.89         1.75     0.29     0.62     0.86
+    1024 x 1024  nf4          0.70     0.29     0.70     0.90         0.73     0.31     0.70     0.90
+    1024 x 1024  fp8          0.12     0.19     0.55     0.81         0.19     0.21     0.58     0.83
 
 - w8a8, its activations scaled a token or by a fixed number (the same speed), wins with both.
 - Weight-only integers of one scale an output channel are multiplied as int8 planes (``core.ops``): they win at every M
@@ -40,7 +43,7 @@ by ``tests/benchmarks/cpu_dots.py``:
 - A scale a group, codebooks and float8 are converted to float32 at every use, which takes longer than the product:
   expanded. (Integer products of single groups would win at M = 1 and lose from M = 512 on.)
 - Factors of low rank, here of half the weights, win by the weights they save: at 90% of them 0.9 to 1.1, at 75% 1.1 to
-  1.4. They stay where they save a quarter.
+  1.4. They stay where they save a quarter. (Not stacked, at M = 1, some runs had 1024 x 1024 at 0.8.)
 
 Accelerators keep every leaf as it is: what that does to their speed has not been measured.
 """
