@@ -21,46 +21,55 @@ from jaxlm.core.leaves import LoRA, LowRank, is_leaf
 
 log = logging.getLogger(__name__)
 
-AXES = ("data", "fsdp", "tensor")
+# Outermost first: stages and replicas talk least and may lie in different slices; tensor talks most and is adjacent.
+AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 MeshAxes = str | tuple[str, ...] | None
 
 # Logical axis -> mesh axis. Megatron-style tensor parallelism (arXiv:1909.08053) splits heads, FFN and vocabulary;
-# ZeRO-3 (arXiv:1910.02054) splits whatever dimension of a parameter is left along "fsdp".
+# ZeRO-3 (arXiv:1910.02054) splits whatever dimension of a parameter is left along "fsdp". Experts lie on the devices
+# that hold different rows (arXiv:2006.16668).
 RULES: Mapping[str, MeshAxes] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
-    "layers": None,
-    "experts": None,
+    "layers": "stage",
+    "experts": "expert",
+    "length": "sequence",
     "norm": None,
     "positions": None,
-    "length": None,
     "features": None,  # the width of an activation, as opposed to that of a weight
 }
 
 
 def make_mesh(
-    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, stage: int = 1, expert: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A ``data x fsdp x tensor`` mesh over the devices (all by default); one size may be -1: whatever is left."""
+    """A mesh of all ``AXES`` over the devices (all by default); one size may be -1: whatever is left."""
     devices = jax.devices() if devices is None else devices
-    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    sizes = dict(zip(AXES, (stage, data, fsdp, expert, sequence, tensor), strict=True))
     if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise UserError(f"mesh {_describe(sizes)}: sizes are positive, and at most one is -1 (what is left)")
+        raise UserError(f"a mesh of {describe(sizes)}: sizes are positive, and at most one is -1 (what is left)")
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
         raise UserError(
-            f"mesh {_describe(sizes)} does not fit {len(devices)} devices; make the product of the sizes {len(devices)}"
+            f"a mesh of {describe(sizes)} does not fit {len(devices)} devices; make the product of its sizes that"
         )
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def _describe(sizes: Mapping[str, int]) -> str:
-    return " x ".join(f"{name}={size}" for name, size in sizes.items())
+def describe(sizes: Mapping[str, int]) -> str:
+    """The axes that split something: "data 4 x tensor 2"."""
+    return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES):
@@ -69,14 +78,25 @@ def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Ma
     for size, axis in zip(shape, axes, strict=True):
         if axis is not None and axis not in rules:
             raise KeyError(f"no sharding rule for the logical axis {axis!r}; known: {', '.join(rules)}")
-        mesh_axes = rules[axis] if axis is not None else None
-        names = (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes or ())
+        names = _splitting(rules[axis] if axis is not None else None, mesh)
         ways = math.prod(mesh.shape[name] for name in names)
         if size % ways:
             log.info("axis %s of %s does not divide by %d: replicated", axis, tuple(shape), ways)
-            mesh_axes = None
-        entries.append(mesh_axes if ways > 1 else None)
+            names = ()
+        entries.append(_entry(names))
     return PartitionSpec(*entries)
+
+
+def _splitting(mesh_axes: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
+    """Those of the mesh axes that split anything, so that equal layouts have equal specs; in ``shard_map`` the manual
+    ones have done so already."""
+    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(name for name in names if mesh.shape[name] > 1 and types[name] != AxisType.Manual)
+
+
+def _entry(names: tuple[str, ...]) -> MeshAxes:
+    return names if len(names) > 1 else names[0] if names else None
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> Any:
@@ -115,8 +135,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> A
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    """Rows of a batch over the data, fsdp and expert axes."""
+    return NamedSharding(mesh, PartitionSpec(_entry(_splitting(RULES["batch"], mesh))))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:

@@ -84,9 +84,12 @@ class PruneConfig:
 class MeshConfig:
     """Devices along each axis; one may be -1: whatever is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # rows; every device holds all of the model
+    fsdp: int = 1  # rows, and the model's weights (ZeRO-3)
+    tensor: int = 1  # heads, feed-forward and vocabulary (Megatron)
+    sequence: int = 1  # tokens of a row
+    stage: int = 1  # layers, in a pipeline
+    expert: int = 1  # rows, and experts
 
 
 @dataclass(frozen=True)

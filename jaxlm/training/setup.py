@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from jaxlm import nn
 from jaxlm.checkpoint.disk import room_for
 from jaxlm.core.config import to_dict
 from jaxlm.core.errors import UserError
-from jaxlm.core.sharding import AXES, RULES, make_mesh
+from jaxlm.core.sharding import batch_ways, describe, make_mesh
 from jaxlm.core.tree import Params, count_params, flatten
 from jaxlm.data.loader import Loader, make_loader
 from jaxlm.data.sources import Bitext, Source, open_source
@@ -57,11 +56,10 @@ class Setup:
         """One line about data, model and mesh."""
         data = ", ".join(f"{value:,} {name}".replace("_", " ") if isinstance(value, int) else f"{name} {value:.0%}"
                          for name, value in self.loader.report().items())
-        shape = " x ".join(f"{axis} {self.mesh.shape[axis]}" for axis in AXES)
         note = f" ({self.source.synthetic})" if self.source.synthetic else ""
         return (
             f"data: {data}{note}; model: {self.config.model.kind}, {count_params(self.like):,} parameters; "
-            f"mesh: {shape} ({self.mesh.devices.flat[0].device_kind})"
+            f"mesh: {describe(self.mesh.shape)} ({self.mesh.devices.flat[0].device_kind})"
         )
 
     def write(self, run: Path) -> None:
@@ -86,8 +84,10 @@ def prepare(config: Experiment, run: Path) -> Setup:
     config = dataclasses.replace(config, model=_fill(config.model, tokenizer, translates=isinstance(source, Bitext)))
     if resuming:
         _check_unchanged(config, run)
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    sizes = config.mesh
+    mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, sequence=sizes.sequence, stage=sizes.stage,
+                     expert=sizes.expert)
+    ways = batch_ways(mesh)
     place = dict(process_index=jax.process_index(), process_count=jax.process_count())
     rows = ways * config.train.accumulate
     loader = make_loader(config.data, source, tokenizer, train=True, row_multiple=rows, **place)
