@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from jaxlm.core.chips import chip_of
 from jaxlm.nn.config import LSTMConfig, ModelConfig, Seq2SeqConfig, StackConfig
 
 __all__ = ["FLOP_CONVENTION", "peak_flops", "step_flops"]
@@ -19,19 +20,10 @@ FLOP_CONVENTION = (
     "recomputation not counted (arXiv:2204.02311, appendix B); peak: dense bfloat16"
 )
 
-# Dense bfloat16 FLOP/s of one device (as JAX counts devices), from the vendors' data sheets; V100 and T4: float16.
-# The first name that occurs in ``device_kind`` counts.
-_PEAK = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "V100": 125e12, "T4": 65e12,
-    "TPU v6 lite": 918e12, "TPU v5 lite": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v4": 275e12,
-    "TPU v3": 61.5e12, "TPU v2": 22.5e12,
-}
-
-
 def peak_flops(device: jax.Device) -> float | None:
     """Peak FLOP/s of a known accelerator; None on a CPU or an unknown device."""
-    return next((peak for name, peak in _PEAK.items() if name in device.device_kind), None)
+    chip = chip_of(device.device_kind)
+    return chip.flops if chip else None
 
 
 def step_flops(config: ModelConfig, params: Mapping[str, jax.Array], shapes: Mapping[str, tuple[int, ...]]) -> float:

@@ -23,15 +23,15 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.host import keep_freed_memory
 from jaxlm.core.sharding import batch_sharding
 from jaxlm.core.tree import count_params, unflatten
-from jaxlm.training.compression import InTraining
 from jaxlm.training.config import Experiment
 from jaxlm.training.flops import FLOP_CONVENTION, peak_flops, step_flops
-from jaxlm.training.loss import Batch, make_loss
+from jaxlm.training.loss import Batch
 from jaxlm.training.metrics import Meter, MetricsWriter, peak_memory_bytes
-from jaxlm.training.optim import make_optimizer, make_schedule
+from jaxlm.training.optim import make_schedule
+from jaxlm.training.program import make_program
 from jaxlm.training.progress import Reporter
 from jaxlm.training.setup import Setup, prepare
-from jaxlm.training.step import TrainState, abstract_state, init_state, make_step
+from jaxlm.training.step import TrainState, init_state
 from jaxlm.training.validation import Validator
 
 __all__ = ["train"]
@@ -96,16 +96,10 @@ class _Training:
     def __init__(self, setup: Setup, run: Path, terminated: threading.Event):
         config, options = setup.config, setup.config.train
         self._setup, self._options, self._directory, self._terminated = setup, options, run, terminated
-        self._compression = InTraining(config, setup.like)
-        self._tx = self._compression.optimizer(make_optimizer(config.optim, options.steps))
+        program = make_program(config, setup.graphdef, setup.like, setup.mesh)
+        self._compression, self._tx = program.compression, program.tx
+        self._abstract, self._update = program.state, program.update
         self._rates = np.asarray(make_schedule(config.optim, options.steps)(np.arange(options.steps)))
-        self._abstract = abstract_state(setup.like, self._tx, setup.mesh)
-        self._update = make_step(
-            setup.graphdef, setup.like,
-            make_loss(config.model, label_smoothing=options.label_smoothing, z_loss=options.z_loss), self._tx,
-            self._compression.transform, accumulate=options.accumulate, spike_factor=options.spike_factor,
-            layout=jax.tree.map(lambda leaf: leaf.sharding, self._abstract),
-        )
         self._validator = Validator(setup, self._put, self._check) if setup.valid_loader else None
         self._step = self._batch = 0  # updates done, batches taken
         self._saved: int | None = None  # step of the newest checkpoint
