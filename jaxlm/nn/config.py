@@ -83,6 +83,7 @@ class StackConfig:
     kv_cache: KVCache = "full"  # how decoding keeps keys and values: see ``nn.cache``
     scan_layers: bool = True
     remat: Literal["none", "full", "dots"] = "none"
+    microbatches: int = 0  # of a batch, on a mesh with stages; 0: as many as stages. Segments are trips around them
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2

@@ -16,12 +16,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import constrain
 from jaxlm.nn.attention import Attention, causal_mask, window_mask
 from jaxlm.nn.cache import Cache, KeyValue, LayerCache, keep, round_trip
 from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig, StackConfig
 from jaxlm.nn.layers import Embedding, Mlp, Norm, dropout, split_key
 from jaxlm.nn.moe import Moe
+from jaxlm.nn.pipeline import Schedule, flow, make_schedule, stages_in_use
 from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
 
 ACTIVATION_AXES = ("batch", "length", "features")
@@ -173,9 +175,21 @@ class Stack(nnx.Module):
     ) -> jax.Array:
         """The whole sequence at once. The mask says what may be looked at besides causality."""
         x_BxTxD, view, keys = self.enter(x_BxTxD, mask_BxTxS, positions_BxT, memory_mask_BxM, key)
+        schedule = self.schedule(stages_in_use())
+        if schedule is not None and x_BxTxD.shape[0] % schedule.microbatches == 0:
+            return self.leave(self._pipeline(x_BxTxD, view, schedule, memory_BxMxD, keys[0]))
         for i, layer_keys in enumerate(keys):
             x_BxTxD, _ = self._run(i, x_BxTxD, view, memory=memory_BxMxD, key=layer_keys)
         return self.leave(x_BxTxD)
+
+    def schedule(self, stages: int) -> Schedule | None:
+        """How the layers are walked on a mesh of so many stages, by batches whose rows divide into the microbatches;
+        None: one after the other. UserError where they cannot be."""
+        if stages == 1:
+            return None
+        if len({jax.tree.structure(nnx.state(block)) for block in self.layers}) > 1:
+            raise UserError("a pipeline needs layers that are all alike (with experts or without); set mesh.stage=1")
+        return make_schedule(self.segments, stages, self.config.microbatches)
 
     def enter(self, x_BxTxD, mask_BxTxS=None, positions_BxT=None, memory_mask_BxM=None, key=None):
         """What the first layer is given, of the arguments of a call: its input, the view, and a key a segment."""
@@ -300,22 +314,47 @@ class Stack(nnx.Module):
             )
             return (x, None if kv is None else (layer_past.keys, layer_past.values)), None
 
-        body = _remat(body, self.config.remat)
         carry = (x_BxTxD, None if past is None else past[:2])
-        xs = (jnp.arange(count), params, traits, keys, memory_kv)
+        return self._walk(_remat(body, self.config.remat), carry, (params, traits, keys, memory_kv), count)
+
+    def _walk(self, body, carry, xs, count: int):
+        """The carry after ``body(carry, (number, *xs of one))`` for each of ``count`` layers."""
         if self.config.scan_layers:
-            return jax.lax.scan(body, carry, xs)[0]
+            return jax.lax.scan(body, carry, (jnp.arange(count), *xs))[0]
         # Split at once: the gradient is then one concatenation, where that of indexing is a sum of padded layers.
-        layers = jax.tree.map(lambda leaf: jax.lax.split(leaf, [1] * count), params)
+        layers = jax.tree.map(lambda leaf: jax.lax.split(leaf, [1] * count), xs)
         for i in range(count):
-            one = jax.tree.map(lambda _, split, i=i: split[i][0], params, layers)
-            carry, _ = body(carry, (i, one, *jax.tree.map(lambda leaf, i=i: leaf[i], xs[2:])))
+            carry, _ = body(carry, (i, *jax.tree.map(lambda _, split, i=i: split[i][0], xs, layers)))
         return carry
 
+    def _pipeline(self, x_BxTxD, view: View, schedule: Schedule, memory, key) -> jax.Array:
+        """Walks all segments; see ``nn.pipeline``. Dropout has a key a layer and microbatch."""
+        graphdefs, params = zip(*map(nnx.split, self.layers), strict=True)
+        traits = [(self.traits(i), jnp.array(run)) for i, run in enumerate(self.segments)]
 
-def _remat(body, policy: str):
-    """"full" keeps only each layer's input; "dots" also what matrix products with parameters gave."""
-    if policy == "none":
+        def stage(layers, others, here, x, memory, view, microbatch):
+            def body(x, xs):
+                _, chosen, other = xs
+                if other is not None:  # chosen here, layer by layer, so that no choice is kept for the backward pass
+                    chosen = jax.tree.map(partial(jnp.where, here), chosen, other)
+                layer, (layer_traits, number) = chosen
+                layer_key = None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), microbatch)
+                block = nnx.merge(graphdefs[0], layer)
+                return self.layer(block, x, view, layer_traits, memory=memory, key=layer_key)[0], None
+
+            count = len(self.segments[0]) // schedule.stages
+            return self._walk(_remat(body, self.config.remat, chosen=others is not None), x, (layers, others), count)
+
+        return flow(stage, list(zip(params, traits, strict=True)), x_BxTxD, memory, view, schedule)
+
+
+def _remat(body, policy: str, *, chosen: bool = False):
+    """"full" keeps only each layer's input; "dots" also what matrix products with parameters gave; "none" everything,
+    save, where they are ``chosen``, the parameters."""
+    if policy == "none" and not chosen:
         return body
-    saveable = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
+    saveable = {
+        "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "none": lambda primitive, *_, **__: primitive.name != "select_n",
+    }[policy]
     return partial(jax.checkpoint, prevent_cse=False, policy=saveable)(body)

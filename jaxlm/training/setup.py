@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +25,16 @@ from jaxlm.data.sources import Bitext, Source, open_source
 from jaxlm.data.tokenizer import Tokenizer, tokenizer_for
 from jaxlm.model import load
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.pipeline import Schedule
 from jaxlm.training.config import Experiment
 
 __all__ = ["Setup", "prepare"]
 
 # What may differ between the start of a run and its resumption; anything else would make another training of it.
 _MAY_CHANGE = (
-    "mesh.", "eval.", "data.valid", "data.test", "data.prefetch", "train.steps", "train.log_every", "train.eval_every",
-    "train.checkpoint_every", "train.keep_", "train.patience", "train.average", "train.on_nan", "train.spike_factor",
+    "mesh.", "model.microbatches", "eval.", "data.valid", "data.test", "data.prefetch", "train.steps",
+    "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_", "train.patience", "train.average",
+    "train.on_nan", "train.spike_factor",
 )
 
 
@@ -57,9 +60,14 @@ class Setup:
         data = ", ".join(f"{value:,} {name}".replace("_", " ") if isinstance(value, int) else f"{name} {value:.0%}"
                          for name, value in self.loader.report().items())
         note = f" ({self.source.synthetic})" if self.source.synthetic else ""
+        schedules = _schedules(self.graphdef, self.like, self.mesh)
+        pipeline = "".join(
+            f"; pipeline{side}: {each.microbatches} microbatches x {each.repeats}, bubble {each.bubble:.1%}"
+            for side, each in schedules.items()
+        )
         return (
             f"data: {data}{note}; model: {self.config.model.kind}, {count_params(self.like):,} parameters; "
-            f"mesh: {describe(self.mesh.shape)} ({self.mesh.devices.flat[0].device_kind})"
+            f"mesh: {describe(self.mesh.shape)} ({self.mesh.devices.flat[0].device_kind}){pipeline}"
         )
 
     def write(self, run: Path) -> None:
@@ -87,7 +95,9 @@ def prepare(config: Experiment, run: Path) -> Setup:
     sizes = config.mesh
     mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, sequence=sizes.sequence, stage=sizes.stage,
                      expert=sizes.expert)
-    ways = batch_ways(mesh)
+    graphdef, like = nn.abstract(config.model)
+    microbatches = [each.microbatches for each in _schedules(graphdef, like, mesh).values()]
+    ways = batch_ways(mesh) * math.lcm(*microbatches)
     place = dict(process_index=jax.process_index(), process_count=jax.process_count())
     rows = ways * config.train.accumulate
     loader = make_loader(config.data, source, tokenizer, train=True, row_multiple=rows, **place)
@@ -96,11 +106,21 @@ def prepare(config: Experiment, run: Path) -> Setup:
     if config.data.valid:
         valid_source = open_source(config.data.valid, "valid")
         valid_loader = make_loader(config.data, valid_source, tokenizer, train=False, row_multiple=ways, **place)
-    graphdef, like = nn.abstract(config.model)
     initial = _initial(config, like)
     return Setup(
         config, tokenizer, source, loader, valid_source, valid_loader, mesh, graphdef, like, initial, resuming
     )
+
+
+def _schedules(graphdef: nnx.GraphDef, like: Params, mesh: Mesh) -> dict[str, Schedule]:
+    """How each stack is pipelined, where the mesh has stages."""
+    if mesh.shape["stage"] == 1:
+        return {}
+    model = nnx.merge(graphdef, like)
+    stacks = {f" of the {side}": getattr(model, side) for side in ("encoder", "decoder") if hasattr(model, side)}
+    if not stacks:
+        raise UserError("only Transformers are pipelined; set mesh.stage=1")
+    return {side: stack.schedule(mesh.shape["stage"]) for side, stack in stacks.items()}
 
 
 def _fill(model: ModelConfig, tokenizer: Tokenizer, translates: bool) -> ModelConfig:
