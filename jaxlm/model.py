@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -38,13 +39,13 @@ from jaxlm.compression.recipe import Recipe, load_recipe
 from jaxlm.compression.report import Row
 from jaxlm.compression.report import report as make_report
 from jaxlm.compression.steps import BLOCKS
-from jaxlm.compression.survey import survey
+from jaxlm.compression.survey import OPTIONS, SPARSITIES, survey
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
 from jaxlm.core.host import keep_freed_memory
-from jaxlm.core.leaves import LoRA, QArray, is_leaf, merge_adapters
+from jaxlm.core.leaves import LoRA, QArray, dequantize, is_leaf, merge_adapters
 from jaxlm.core.sharding import shardings
-from jaxlm.core.tree import Params, flatten
+from jaxlm.core.tree import Leaf, Params, flatten
 from jaxlm.data.calibration import calibration_batches, hold_out
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.nn.config import KVCache, ModelConfig
@@ -217,8 +218,9 @@ def compress(
         lm: a dense model.
         recipe: a name (``jaxlm recipes`` lists them), a file or a ``Recipe``. Without one, bits, groups and sparsity
             are chosen for each kernel of the blocks (``compression.budget``); the result has a recipe that says so.
-        fit: the least loss in "3.2bits" a weight of these kernels, scales and zero points included; or in "900MiB" of
-            all weights on disk, embeddings and head too, which stay as they are.
+        fit: the least loss in "3.2bits" a weight of these kernels, scales and zero points included; in "900MiB" of
+            all weights on disk, embeddings and head too, which stay as they are; or with "70%zeros" in these kernels,
+            which are pruned and not rounded.
         max_perplexity: the smallest model of a perplexity of at most "46.5", or "+1%" above the dense model's, on a
             fifth of the calibration data, which is then not calibrated with.
         storage: of a model without a recipe, plain or huffman.
@@ -264,10 +266,14 @@ def _fit(
     if isinstance(target, LossTarget):
         kept, held = hold_out(calibration.batches)
         calibration = dataclasses.replace(calibration, batches=kept)
-    size = partial(leaf_bytes, storage=storage)
+    zeros = isinstance(target, Budget) and bool(target.zeros)
+    size = _nonzero if zeros else partial(leaf_bytes, storage=storage)
     trying = None if progress is None else partial(progress, "trying each kernel")
-    seen = survey(lm.config, lm.params, dataclasses.replace(calibration, progress=trying), size)
+    calibrating = dataclasses.replace(calibration, progress=trying)
+    seen = survey(lm.config, lm.params, calibrating, size, ways=SPARSITIES if zeros else OPTIONS)
     best = Fit(lm.config, lm.params, calibration, seen, size, storage, name)
+    if zeros:
+        return best.within(target, lambda config, params: sum(map(_nonzero, _kernels(params).values())))
     if isinstance(target, Budget):
         return best.within(target, partial(_kernel_bytes if target.bits else _file_bytes, storage))
     return best.within_loss(target, partial(_loss, lm, held))
@@ -275,8 +281,18 @@ def _fit(
 
 def _kernel_bytes(storage: str, config: ModelConfig, params: Params) -> int:
     """What the kernels of the blocks take in a file."""
-    kernels = re.compile(BLOCKS).fullmatch
-    return sum(size for path, (size, _) in stored(*pack_params(params, storage)).items() if kernels(path))
+    sizes = stored(*pack_params(params, storage))
+    return sum(sizes[path][0] for path in _kernels(params))
+
+
+def _kernels(params: Params) -> dict[str, Leaf]:
+    """The kernels of the blocks that are compressed."""
+    flat = flatten(params)
+    return {path: flat[path] for path in flat if re.fullmatch(BLOCKS, path) and not path.endswith("/router/kernel")}
+
+
+def _nonzero(leaf: Leaf) -> int:
+    return int(jnp.count_nonzero(dequantize(leaf)))
 
 
 def _file_bytes(storage: str, config: ModelConfig, params: Params) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlm.core.host import fresh_pages
 
 __all__ = ["Fill", "assemble", "copy"]
 
@@ -56,18 +56,11 @@ def _part(
 ) -> np.ndarray:
     """What the index gives of an array of this shape."""
     ranges = [range(size)[each] for size, each in zip(shape, index, strict=True)]
-    out = _pages(tuple(map(len, ranges)), dtype)
+    out = fresh_pages(tuple(map(len, ranges)), dtype)
     for at, fill in pieces.items():
         if all(i in each for i, each in zip(at, ranges, strict=False)):
             fill(out[(*(each.index(i) for i, each in zip(at, ranges, strict=False)), ...)], index[len(at) :])
     return out
-
-
-def _pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array on pages of its own: aligned, so JAX on CPU takes it over without a copy, and small, where numpy asks
-    for huge ones, which a kernel with scattered memory takes five times as long to give."""
-    memory = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
 
 
 @partial(jax.jit, static_argnames="out", donate_argnames="buffer")

@@ -71,7 +71,9 @@ def write_model(
         dense = storage == "plain" and not any(is_leaf(leaf) for leaf in flatten(params).values())
         if dense and (family := express(config)):
             runtime = {name: fields[name] for name in RUNTIME if name in fields}
-            _write_family(new, family, config, params, "float32", {"jaxlm": {**(info or {}), "runtime": runtime}})
+            types = {str(leaf.dtype) for leaf in flatten(params).values()}
+            dtype = "bfloat16" if types == {"bfloat16"} else "float32"
+            _write_family(new, family, config, params, dtype, {"jaxlm": {**(info or {}), "runtime": runtime}})
         else:
             kind = _PREFIX + fields.pop("kind")
             _write_json(new / "config.json", {"model_type": kind, **fields, "jaxlm": dict(info or {})})

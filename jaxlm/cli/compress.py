@@ -2,6 +2,7 @@
 
     jaxlm compress MODEL --recipe w4a16-gptq --calibrate text:some.txt --out DIR
     jaxlm compress MODEL --fit 3.2bits --calibrate text:some.txt --out DIR
+    jaxlm compress MODEL --fit 70%zeros --calibrate text:some.txt --out DIR
     jaxlm compress MODEL --max-perplexity +1% --calibrate text:some.txt --out DIR
 
 Recipes compose with "+", as in 2:4-sparsegpt+w4a16-gptq+huffman; `jaxlm recipes` lists them. A budget is met by bits,
@@ -20,7 +21,7 @@ def add_arguments(parser) -> None:
     goal.add_argument("--recipe", metavar="NAME|FILE", help="see above; FILE.py that says recipe = ..., or a "
                       "compression.json")
     goal.add_argument("--fit", metavar="SIZE", default="", help="3.2bits, for each weight of the blocks' kernels with "
-                      "its share of scales; or 900MiB, for all weights on disk")
+                      "its share of scales; 900MiB, for all weights on disk; or 70%%zeros, of these kernels")
     goal.add_argument("--max-perplexity", metavar="P", default="", help="the smallest model that keeps 46.5, or +1%% "
                       "above the dense one's, on a part of the data")
     parser.add_argument("--storage", choices=("plain", "huffman"), default="plain", help="of a model without a recipe")
@@ -45,7 +46,8 @@ def run(args) -> None:
     )
     out = small.save(args.out)
     if small.choices:
-        print_table([_chosen(row) for row in small.choices])
+        measure = "bytes" if any(row.choice and row.choice.bits for row in small.choices) else "nonzero"
+        print_table([_chosen(row, measure) for row in small.choices])
         predicted, final = (sum(getattr(row, name) for row in small.choices) for name in ("predicted", "final"))
         print(f"loss added, in nats a token: {predicted:.4f} predicted, {final:.4f} as the kernels are solved for")
     print_table([_shown(row) for row in (*small.report, summary(small.report))])
@@ -63,10 +65,12 @@ def _shown(row) -> dict:
     }
 
 
-def _chosen(row) -> dict:
-    costs = {"bytes": row.bytes, "predicted": f"{row.predicted:.2e}", "final": f"{row.final:.2e}"}
-    if row.choice is None:
-        return {"kernel": row.kernel, "bits": "dense", "group": "", "sparsity": "", **costs}
-    sparsity = f"{row.choice.n}:{row.choice.m}" if row.choice.m else f"{row.choice.sparsity:.0%}"
-    group = str(row.choice.group or "channel")
-    return {"kernel": row.kernel, "bits": str(row.choice.bits), "group": group, "sparsity": sparsity, **costs}
+def _chosen(row, measure: str) -> dict:
+    choice, bits, group, sparsity = row.choice, "dense", "", ""
+    if choice is not None:
+        sparsity = f"{choice.n}:{choice.m}" if choice.m else f"{choice.sparsity:.0%}"
+        bits, group = (str(choice.bits), str(choice.group or "channel")) if choice.bits else (bits, group)
+    return {
+        "kernel": row.kernel, "bits": bits, "group": group, "sparsity": sparsity, measure: row.size,
+        "predicted": f"{row.predicted:.2e}", "final": f"{row.final:.2e}",
+    }

@@ -1,7 +1,7 @@
 """Fits a model to a budget: for each kernel the bits, groups and sparsity that together cost the least loss.
 
 What each way to do each kernel costs is measured once for a model (``survey``). Costs add up, so what is best for a
-number of bytes is a multiple-choice knapsack, solved for all numbers of bytes at once: the ``front``. What was chosen
+size is a multiple-choice knapsack, solved for all sizes at once: the ``front``. What was chosen
 is then solved for anew, in one walk through the model as it is being compressed, by an ordinary step (``mixed``).
 """
 
@@ -32,7 +32,7 @@ from jaxlm.core.tree import Leaf, Params
 
 __all__ = ["Budget", "Fit", "Fitted", "Front", "LossTarget", "Row", "front"]
 
-Weigh = Callable[[Any, Params], int]  # (config, params) -> bytes as stored
+Weigh = Callable[[Any, Params], int]  # (config, params) -> size
 
 _POINTS = 1 << 13  # of a front
 _ATTEMPTS = 4  # to meet a budget that is known only when all is done
@@ -42,15 +42,16 @@ _CLOSE = 0.002  # models whose kernels differ by less in size need not be told a
 
 @dataclass(frozen=True)
 class Budget:
-    """So many ``bits`` for each weight of the kernels, scales and zeros included; or ``bytes`` of all weights on disk,
-    embeddings and head too."""
+    """So many ``bits`` for each weight of the kernels, scales and zero points included; or ``bytes`` of all weights on
+    disk, embeddings and head too; or the share of the kernels' weights that are ``zeros``."""
 
     bits: float = 0.0
     bytes: int = 0
+    zeros: float = 0.0
 
     @staticmethod
     def parse(text: str) -> Budget:
-        """``3.2bits``, or ``900MiB`` (B, kB, MB, GB, KiB, MiB, GiB)."""
+        """``3.2bits``, ``900MiB`` (B, kB, MB, GB, KiB, MiB, GiB), or ``70%zeros``."""
         powers = {"": 0, "k": 1, "m": 2, "g": 3}
         if found := re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(bits?|([kmg]?)(i?)b)", text.strip(), re.IGNORECASE):
             number, unit, power, binary = found.groups()
@@ -58,15 +59,24 @@ class Budget:
                 return Budget(bits=float(number))
             if float(number) > 0 and not (binary and not power):
                 return Budget(bytes=int(float(number) * (1024 if binary else 1000) ** powers[power.lower()]))
-        raise UserError(f"cannot fit to {text!r}; give bits a weight as 3.2bits, or the size of the weights as 900MiB")
+        found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*%\s*zeros?", text.strip(), re.IGNORECASE)
+        if found and 0 < float(found[1]) < 100:
+            return Budget(zeros=float(found[1]) / 100)
+        raise UserError(
+            f"cannot fit to {text!r}; give bits a weight as 3.2bits, the size of the weights as 900MiB, or 70%zeros"
+        )
 
     def limit(self, weights: int) -> int:
-        """Bytes, given how many weights there are."""
+        """Bytes, or weights that are not zero, given how many weights there are."""
+        if self.zeros:
+            return round((1 - self.zeros) * weights)
         return int(self.bits * weights / 8) if self.bits else self.bytes
 
-    def tell(self, count: int, weights: int) -> str:
-        """So many bytes, in the terms of this budget."""
-        return f"{8 * count / weights:.4g} bits a weight" if self.bits else f"{count:,} bytes"
+    def tell(self, size: int, weights: int) -> str:
+        """A size in the terms of this budget."""
+        if self.zeros:
+            return f"{1 - size / weights:.2%} zeros"
+        return f"{8 * size / weights:.4g} bits a weight" if self.bits else f"{size:,} bytes"
 
 
 @dataclass(frozen=True)
@@ -100,23 +110,23 @@ class LossTarget:
 
 @dataclass(frozen=True)
 class Front:
-    """The least loss for every number of bytes, of several things with options each: points of rising ``bytes`` and
-    falling ``loss``, ``[points]``. ``picks`` are the options they consist of, ``[points, things]``."""
+    """The least loss for every size, of several things with options each: points of rising ``size`` and falling
+    ``loss``, ``[points]``. ``picks`` are the options they consist of, ``[points, things]``."""
 
-    bytes: np.ndarray
+    size: np.ndarray
     loss: np.ndarray
     picks: np.ndarray
 
     def within(self, most: float) -> int | None:
-        """The number of the best point of at most so many bytes; None where there is none."""
-        at = int(np.searchsorted(self.bytes, most, side="right")) - 1
+        """The number of the best point of at most this size; None where there is none."""
+        at = int(np.searchsorted(self.size, most, side="right")) - 1
         return at if at >= 0 else None
 
 
 def front(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], points: int = _POINTS) -> Front:
     """Of things whose options have these sizes and losses, the best choices for all budgets.
 
-    Exact while there are no more than ``points`` of them. Beyond, of those whose bytes are within one part in
+    Exact while there are no more than ``points`` of them. Beyond, of those whose sizes are within one part in
     ``points`` of the whole range, on a logarithmic scale, only the best one is kept, and the smallest of all.
     """
     total, loss, picks = np.zeros(1, np.int64), np.zeros(1), np.zeros((1, 0), np.int16)
@@ -149,7 +159,7 @@ class Row:
 
     choice: Choice | None
     kernel: str
-    bytes: int
+    size: int
     predicted: float
     final: float
 
@@ -173,7 +183,7 @@ class Fit:
     Attributes:
         config, params, calibration: the dense model, and the data that kernels are solved with.
         seen: its survey.
-        size: bytes of a leaf when stored as ``storage`` says.
+        size: of a leaf: its bytes when stored as ``storage`` says, or its weights that are not zero.
         name: of the recipes.
     """
 
@@ -189,7 +199,7 @@ class Fit:
     def front(self) -> Front:
         every = self.seen.options.values()
         return front(
-            [[each.bytes for each in some] for some in every], [[each.loss for each in some] for some in every]
+            [[each.size for each in some] for some in every], [[each.loss for each in some] for some in every]
         )
 
     def options(self, at: int) -> dict[str, Option]:
@@ -206,7 +216,7 @@ class Fit:
         limit = budget.limit(weights)
         beside = self._beside(0, weigh)
         if (at := self.front.within(limit - beside)) is None:
-            least = budget.tell(beside + int(self.front.bytes[0]), weights)
+            least = budget.tell(beside + int(self.front.size[0]), weights)
             raise UserError(f"nothing fits into {budget.tell(limit, weights)}; the least possible is {least}")
         for _ in range(_ATTEMPTS):  # headers and segments depend on the choice
             closer = self.front.within(limit - self._beside(at, weigh))
@@ -218,7 +228,7 @@ class Fit:
             weight = weigh(done.model.config, done.model.params)
             if weight <= limit:
                 return done
-            closer = self.front.within(int(self.front.bytes[at]) - (weight - limit))
+            closer = self.front.within(int(self.front.size[at]) - (weight - limit))
             if closer is None:
                 break
             at = closer
@@ -232,7 +242,7 @@ class Fit:
         """
         dense = loss(self.params)
         most = target.limit(dense)
-        points, low, high, best, ratio = self.front, -1, len(self.front.bytes) - 1, None, 1.0
+        points, low, high, best, ratio = self.front, -1, len(self.front.size) - 1, None, 1.0
         for _ in range(_MODELS):
             at = int(np.searchsorted(-points.loss, -(most - dense) / ratio))
             at = at if low < at < high else (low + high) // 2
@@ -245,7 +255,7 @@ class Fit:
             else:
                 low = at
             ratio = max(rise, 1e-9) / float(points.loss[at])
-            if low >= 0 and points.bytes[high] - points.bytes[low] <= _CLOSE * points.bytes[high]:
+            if low >= 0 and points.size[high] - points.size[low] <= _CLOSE * points.size[high]:
                 break
         return self.run(high) if best is None else best
 
@@ -262,12 +272,12 @@ class Fit:
         config, params = self.config, self.params
         if choices:
             config, params = step(config, params, self.calibration, notes, found)
-        rows = [rows.get(name, Row(None, name, each.bytes, 0.0, 0.0)) for name, each in options.items()]
+        rows = [rows.get(name, Row(None, name, each.size, 0.0, 0.0)) for name, each in options.items()]
         recipe = Recipe((step,) if choices else (), self.storage, self.name)
         return Fitted(recipe, Compressed(config, params, tuple(notes)), tuple(rows))
 
     def _beside(self, at: int, weigh: Weigh) -> int:
-        """The bytes beside those of the kernels each by itself, told from kernels of the same kinds, merely rounded."""
+        """The size beside that of the kernels each by itself, told from kernels of the same kinds, merely rounded."""
         walk, options, layers, alone = self.calibration.walk(self.config), self.options(at), [], 0
         for place in walk.places():
             layer = layer_of(self.params, place)
@@ -293,4 +303,4 @@ def _rounded(kernel_IxO: jax.Array, choice: Choice | None) -> Leaf:
         kernel_IxO = n_of_m(kernel_IxO, n=choice.n, m=choice.m)
     elif choice.sparsity:
         kernel_IxO = magnitude(kernel_IxO, sparsity=choice.sparsity)
-    return quantize(kernel_IxO, bits=choice.bits, group=choice.group, symmetric=False)
+    return quantize(kernel_IxO, bits=choice.bits, group=choice.group, symmetric=False) if choice.bits else kernel_IxO

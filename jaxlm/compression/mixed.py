@@ -28,26 +28,30 @@ Found = Callable[[str, jax.Array, jax.Array, Leaf], None]
 @dataclass(frozen=True)
 class Choice:
     """What to do to one kernel: prune the share ``sparsity``, or all but ``n`` of every ``m`` inputs, if any; and round
-    it to ``bits`` with zero points, a grid for each ``group`` of inputs (0: an output channel).
+    it to ``bits``, if any, with zero points, a grid for each ``group`` of inputs (0: an output channel).
 
     ``kernel`` is its name, ``decoder/3/mlp/up``: the layers of a side are numbered, whatever segments they are in.
     """
 
     kernel: str
-    bits: int
+    bits: int = 0
     group: int = 0
     sparsity: float = 0.0
     n: int = 0
     m: int = 0
 
     def __post_init__(self):
-        check_grid(self.bits, self.group)
-        if self.sparsity or self.m:
+        if self.bits or not self.sparse:
+            check_grid(self.bits, self.group)
+        if self.sparse:
             check_sparsity(self.sparsity, self.n, self.m)
 
     @property
     def sparse(self) -> bool:
         return bool(self.sparsity or self.m)
+
+    def __str__(self) -> str:
+        return f"rounded to {self.bits} bits" if self.bits else "pruned"
 
 
 def kernel_name(walk: Walk, place: Any, name: str) -> str:
@@ -76,17 +80,17 @@ class Solver:
     search: int = 30
     damping: float = 0.01
 
-    def __call__(self, kernel_IxO: jax.Array, h_IxI: jax.Array, choice: Choice) -> tuple[QArray, Info]:
+    def __call__(self, kernel_IxO: jax.Array, h_IxI: jax.Array, choice: Choice) -> tuple[Leaf, Info]:
         w_OxI = kernel_IxO.swapaxes(-1, -2).astype(jnp.float32)
         group = 0 if choice.group >= w_OxI.shape[-1] else choice.group
         options = {"kept_OxI": w_OxI != 0} if bool(jnp.any(w_OxI == 0)) else {}
         if choice.sparse:
             sparsity = (choice.n, choice.m) if choice.m else choice.sparsity
             options = {"sparsity": sparsity, "search": self.search, "act_order": self.search > 0}
-        found = solve(
-            w_OxI, h_IxI, grid=_Grid(jnp.full(w_OxI.shape[:-2], choice.bits), least=self.clip), group=group,
-            damping=self.damping, sweeps=self.sweeps, **options,
-        )  # fmt: skip
+        grid = _Grid(jnp.full(w_OxI.shape[:-2], choice.bits), least=self.clip) if choice.bits else None
+        found = solve(w_OxI, h_IxI, grid=grid, group=group, damping=self.damping, sweeps=self.sweeps, **options)
+        if grid is None:
+            return found.weights_OxI.swapaxes(-1, -2).astype(kernel_IxO.dtype), found.info
         return QArray(found.codes_OxI, *found.params, choice.bits, group), found.info
 
 
@@ -129,7 +133,7 @@ class Mixed(BlockStep):
         for name in block.targets:
             called = kernel_name(block.walk, block.place, name)
             if choice := choices.get(called):
-                h = hessian(block, name, readings[name], f"rounded to {choice.bits} bits")
+                h = hessian(block, name, readings[name], str(choice))
                 layer[name], info = solver(block.layer[name], h, choice)
                 note_failures(block, [name], info, "rounded")
                 if found:

@@ -12,7 +12,7 @@ from jaxlm.compression.awq import Awq
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.reshape import DropLayers, Factor, KeepCache, Prune, Rotate
 from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
-from jaxlm.compression.steps import Float8, Magnitude, NofM, Quantize, Share, Step, Table, needs_data
+from jaxlm.compression.steps import Float8, Half, Magnitude, NofM, Quantize, Share, Step, Table, needs_data
 from jaxlm.core.errors import UserError
 
 __all__ = ["NAMES", "Name", "markdown", "parse"]
@@ -119,6 +119,8 @@ NAMES: tuple[Name, ...] = (
          lambda f: (Rotate(),)),
     Name("kv8", "keys and values kept in int8 while decoding; also kv4, kvfp8", r"kv(?P<kind>8|4|fp8)",
          lambda f: (KeepCache({"8": "int8", "4": "int4", "fp8": "fp8"}[f["kind"]]),)),
+    Name("half", "what is left dense in bfloat16, and scales in float16: after the others", "half",
+         lambda f: (Half(),)),
     Name("deep-compression", "sparse50-sparsegpt, share4, and entropy-coded storage", "deep-compression",
          lambda f: (SparseGpt(0.5), Share(4))),
 )  # fmt: skip

@@ -33,8 +33,8 @@ def fake_compress(recipe: Recipe, begin: int = 0) -> Callable[[jax.Array], Trans
     for step in recipe.steps:
         if not isinstance(step, WeightStep):
             raise UserError(
-                f"qat.recipe {recipe.name!r}: a {step.kind} step cannot be trained through, as it needs data of its "
-                "own; use one that rounds to nearest, such as w4a16-rtn-g64 or w8a8-dynamic, or prunes by magnitude"
+                f"qat.recipe {recipe.name!r}: a {step.kind} step cannot be trained through, as it is not of one weight "
+                "alone; use one that rounds to nearest, such as w4a16-rtn-g64 or w8a8-dynamic, or prunes by magnitude"
             )
 
     def at(now: jax.Array) -> Transform:

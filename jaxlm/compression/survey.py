@@ -1,10 +1,11 @@
-"""What every kernel of a model costs in every way to do it: bytes, and how much the loss is to rise.
+"""What every kernel of a model costs in every way to do it: its size, and how much the loss is to rise.
 
 Each is solved for with the inputs it has in the dense model; ``sensitivity`` tells what its errors cost.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from jaxlm.compression.steps import targets
 from jaxlm.core.leaves import dequantize
 from jaxlm.core.tree import Leaf, Params
 
-__all__ = ["OPTIONS", "Option", "Survey", "survey"]
+__all__ = ["OPTIONS", "SPARSITIES", "Option", "Survey", "survey"]
 
 # What is tried of each kernel; groups as wide as it is are the same as group 0. Smaller groups never pay, as scales are
 # stored in 32 bits; 2:4 takes the bytes of half the weights chosen freely, and loses more.
@@ -27,6 +28,9 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     *({"bits": bits, "group": group} for bits in (2, 3, 4) for group in (64, 128, 0)),
     *({"bits": bits, "group": group} for bits in (5, 6, 8) for group in (128, 0)),
     {"bits": 4, "group": 128, "sparsity": 0.5},
+)
+SPARSITIES: tuple[dict[str, Any], ...] = tuple(
+    {"sparsity": share} for share in (0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 )
 SOLVER = Solver()
 
@@ -36,7 +40,7 @@ class Option:
     """One way to do a kernel: ``choice`` None leaves it dense. ``loss`` is what it is to cost, in nats a token."""
 
     choice: Choice | None
-    bytes: int
+    size: int
     loss: float
 
 
@@ -58,8 +62,8 @@ def survey(
     solver: Solver = SOLVER,
     ways: Sequence[Mapping[str, Any]] = OPTIONS,
 ) -> Survey:
-    """Tries the ``ways``, fields of a ``Choice``, on each kernel of the blocks; ``size`` says what a leaf takes when
-    stored, in bytes."""
+    """Tries the ``ways``, fields of a ``Choice``, on each kernel of the blocks; ``size`` is what the budget counts of a
+    leaf, such as its bytes when stored."""
     chosen = set(targets(Mixed(()), params))
     minds = iter(output_sensitivity(config, params, calibration, chosen.__contains__))
     options: dict[str, tuple[Option, ...]] = {}
@@ -87,5 +91,5 @@ def survey(
 
 
 def _choices(kernel: str, n_in: int, ways: Sequence[Mapping[str, Any]]) -> list[Choice]:
-    every = [Choice(kernel, **{**each, "group": 0 if each["group"] >= n_in else each["group"]}) for each in ways]
-    return list(dict.fromkeys(every))
+    every = (Choice(kernel, **each) for each in ways)
+    return list(dict.fromkeys(dataclasses.replace(each, group=0) if each.group >= n_in else each for each in every))

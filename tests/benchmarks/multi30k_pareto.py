@@ -19,21 +19,21 @@ from jaxlm.compression.autoround import AutoRound
 from jaxlm.compression.names import parse
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.solvers import Gptq, SparseGpt
-from jaxlm.compression.steps import Quantize
+from jaxlm.compression.steps import Half, Quantize
 from jaxlm.evaluation.compare import Comparison
 from jaxlm.evaluation.plots import plot_size_against_bleu
 
 TABLE = "embed/table"  # which is the output head too
 RECIPES: tuple[Recipe, ...] = (
     parse("w8a8-dynamic"),
-    parse("w4a16-gptq+huffman"),
     parse("deep-compression"),
-    Recipe((Gptq(4, 64), Quantize(8, target=TABLE)), "huffman", "w4-gptq, table w8, huffman"),
-    Recipe((Gptq(4, 128), Quantize(4, target=TABLE)), "huffman", "w4-gptq, table w4, huffman"),
-    Recipe((Gptq(3, 128), Quantize(4, target=TABLE)), "huffman", "w3-gptq, table w4, huffman"),
-    Recipe((Gptq(3, 128), Quantize(3, target=TABLE)), "huffman", "w3-gptq, table w3, huffman"),
-    Recipe((SparseGpt(0.5, bits=4), Quantize(4, target=TABLE)), "huffman", "sparse50-w4, table w4, huffman"),
-    Recipe((AutoRound(2, 64), Quantize(4, target=TABLE)), "huffman", "w2-autoround-g64, table w4, huffman"),
+    parse("w4a16-gptq+half+huffman"),
+    Recipe((Gptq(4, 64), Quantize(8, target=TABLE)), "huffman", "w4-gptq, table w8"),
+    Recipe((Gptq(4, 128), Quantize(4, target=TABLE), Half()), "huffman", "w4-gptq, table w4, half"),
+    Recipe((Gptq(3, 128), Quantize(4, target=TABLE), Half()), "huffman", "w3-gptq, table w4, half"),
+    Recipe((Gptq(3, 128), Quantize(3, target=TABLE), Half()), "huffman", "w3-gptq, table w3, half"),
+    Recipe((SparseGpt(0.5, bits=4), Quantize(4, target=TABLE), Half()), "huffman", "sparse50-w4, table w4, half"),
+    Recipe((AutoRound(2, 64), Quantize(4, target=TABLE), Half()), "huffman", "w2-autoround, table w4, half"),
 )
 
 

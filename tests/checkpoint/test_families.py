@@ -70,7 +70,7 @@ def test_transformers_agrees_and_reads_what_we_export(tmp_path, name):
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
     live = outputs(model)
     expected = live.pop("logits")
-    np.testing.assert_allclose(expected[:, ::4], golden["logits"], atol=2e-5)
+    np.testing.assert_allclose(expected[:, ::4], golden["logits"], atol=1e-4)
     assert live == {key: golden[key] for key in live}, "the golden file is of another transformers"
 
     lm = jaxlm.load(tmp_path / "theirs")

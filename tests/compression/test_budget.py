@@ -83,8 +83,8 @@ def test_the_front_is_the_best_of_all_choices(seed):
         at = found.within(most)
         assert (at is None) == (best is None)
         if at is not None:
-            assert found.loss[at] == pytest.approx(best) and found.bytes[at] <= most
-            assert found.bytes[at] == sum(size[pick] for size, pick in zip(sizes, found.picks[at], strict=True))
+            assert found.loss[at] == pytest.approx(best) and found.size[at] <= most
+            assert found.size[at] == sum(size[pick] for size, pick in zip(sizes, found.picks[at], strict=True))
             assert found.loss[at] == pytest.approx(
                 sum(loss[pick] for loss, pick in zip(losses, found.picks[at], strict=True))
             )
@@ -94,22 +94,25 @@ def test_a_larger_budget_never_predicts_more_loss_and_few_points_do():
     sizes, losses = table(np.random.default_rng(0), 30, 8)
     exact, coarse = front(sizes, losses, 1 << 20), front(sizes, losses, 256)
     for found in (exact, coarse):
-        assert (np.diff(found.bytes) > 0).all() and (np.diff(found.loss) < 0).all()
-    assert len(coarse.bytes) <= 256 < len(exact.bytes) and coarse.bytes[0] == exact.bytes[0]
-    for most in range(int(exact.bytes[0] / 0.95) + 1, int(exact.bytes[-1])):
+        assert (np.diff(found.size) > 0).all() and (np.diff(found.loss) < 0).all()
+    assert len(coarse.size) <= 256 < len(exact.size) and coarse.size[0] == exact.size[0]
+    for most in range(int(exact.size[0] / 0.95) + 1, int(exact.size[-1])):
         assert coarse.loss[coarse.within(most)] <= exact.loss[exact.within(0.95 * most)]
 
 
 @pytest.mark.parametrize(
     "text,budget",
     [("3.2bits", Budget(bits=3.2)), ("4 bit", Budget(bits=4)), ("900MiB", Budget(bytes=900 << 20)),
-     ("1.5 GB", Budget(bytes=1_500_000_000)), ("2000B", Budget(bytes=2000)), ("12kB", Budget(bytes=12_000))],
+     ("1.5 GB", Budget(bytes=1_500_000_000)), ("2000B", Budget(bytes=2000)), ("12kB", Budget(bytes=12_000)),
+     ("70%zeros", Budget(zeros=0.7)), ("62.5 % zeros", Budget(zeros=0.625))],
 )  # fmt: skip
 def test_budgets_in_words(text, budget):
     assert Budget.parse(text) == budget
 
 
-@pytest.mark.parametrize("text", ["", "3.2", "bits", "-3bits", "0bits", "0MB", "3iB", "3Mbit", "1e3B", "+1%"])
+@pytest.mark.parametrize(
+    "text", ["", "3.2", "bits", "-3bits", "0bits", "0MB", "3iB", "3Mbit", "1e3B", "+1%", "100%zeros", "0%zeros"]
+)
 def test_mistakes_in_budgets(text):
     with pytest.raises(UserError, match="give bits a weight as 3.2bits"):
         Budget.parse(text)
@@ -171,7 +174,7 @@ def test_a_model_fits_and_its_recipe_makes_it_again(name):
     best = fitting(name)
     weights = sum(best.seen.weights.values())
     assert weights == sum(leaf.size for path, leaf in flatten(params).items() if is_kernel(path))
-    least = int(best.front.bytes[0])
+    least = int(best.front.size[0])
     limit = int(1.35 * least)
     done = best.within(Budget(bits=8 * limit / weights), kernel_bytes)
     size = kernel_bytes(done.model.config, done.model.params)
@@ -193,6 +196,28 @@ def test_a_model_fits_and_its_recipe_makes_it_again(name):
             assert leaf.bits == row.choice.bits and leaf.group == row.choice.group
         graphdef = nn.initializer(done.model.config)[0]
         assert jnp.isfinite(nnx.merge(graphdef, done.model.params)(calibration.batches[0][0])).all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_zeros_go_where_they_cost_least(name):
+    """And predict less loss than as many of them in every kernel alike."""
+    config, (_, params, calibration) = CONFIGS[name], make(name)
+    nonzero = lambda leaf: int(jnp.count_nonzero(leaf))  # noqa: E731
+    ways = [{"sparsity": share} for share in (0.25, 0.5, 0.75)]
+    seen = survey(config, params, calibration, nonzero, SOLVER, ways)
+    best = Fit(config, params, calibration, seen, nonzero)
+    done = best.within(
+        Budget(zeros=0.5),
+        lambda config, params: sum(nonzero(leaf) for path, leaf in flatten(params).items() if is_kernel(path)),
+    )
+    kernels = {path: leaf for path, leaf in flatten(done.model.params).items() if is_kernel(path)}
+    zeros = sum(int((leaf == 0).sum()) for leaf in kernels.values()) / sum(leaf.size for leaf in kernels.values())
+    assert 0.5 <= zeros < 0.56
+    assert len({row.choice and row.choice.sparsity for row in done.rows}) > 1
+    alike = sum(next(each.loss for each in options if each.choice and each.choice.sparsity == 0.5)
+                for options in seen.options.values())  # fmt: skip
+    assert sum(row.predicted for row in done.rows) < alike
+    assert Recipe.from_json(json.loads(json.dumps(done.recipe.to_json()))) == done.recipe
 
 
 def test_impossible_budgets_say_what_is_possible():

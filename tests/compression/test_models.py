@@ -10,10 +10,15 @@ import pytest
 from flax import nnx
 
 from jaxlm import nn
+from jaxlm.checkpoint.directory import weight_bytes
+from jaxlm.checkpoint.formats import leaf_bytes
 from jaxlm.compression.names import parse
 from jaxlm.compression.placement import place
+from jaxlm.compression.rtn import quantize
+from jaxlm.compression.steps import Half
 from jaxlm.core.leaves import dequantize_tree, is_leaf
 from jaxlm.core.tree import flatten
+from jaxlm.model import LM, compress, load
 
 DECODER = nn.DecoderConfig(vocab_size=50, width=128, heads=4, kv_heads=2, ffn=160, layers=3, segments=(2, 1))
 CONFIGS = {
@@ -65,3 +70,36 @@ def test_an_integer_model_decodes_as_it_reads():
     for t in range(9):
         step, cache = decode(small, TOKENS[:, t : t + 1], cache)
         np.testing.assert_allclose(step[:, 0], whole[:, t], atol=2e-2 * float(jnp.abs(whole).max()))
+
+
+@pytest.mark.parametrize("name", ["decoder", "seq2seq", "lstm"])
+def test_half_takes_half_the_bytes_and_hardly_changes_anything(name):
+    graphdef, params = build(name)
+    exact = parse("w4a16-rtn-g48").apply(params)
+    half = parse("w4a16-rtn-g48+half").run(CONFIGS[name], params).params
+    want = logits(graphdef, exact)
+    assert 0 < jnp.abs(logits(graphdef, half) - want).max() < 0.03 * jnp.abs(want).max()
+    for (path, was), now in zip(flatten(exact).items(), flatten(half).values(), strict=True):
+        assert 0.45 < leaf_bytes(now) / leaf_bytes(was) < (0.95 if is_leaf(was) else 0.6), path
+        if is_leaf(was):
+            np.testing.assert_array_equal(now.codes, was.codes)
+            np.testing.assert_allclose(now.scale, was.scale, rtol=2**-11)
+            assert now.scale.dtype == jnp.float32
+        else:
+            np.testing.assert_allclose(now.astype(jnp.float32), was, rtol=2**-8)
+
+
+def test_scales_that_float16_does_not_reach_stay():
+    leaf = quantize(jnp.array([[1e-6, 1.0, 1e6]] * 4), bits=4, group=0, symmetric=True)
+    kept = flatten(Half()(None, nnx.State({"kernel": nnx.Param(leaf)}), None, [])[1])
+    np.testing.assert_array_equal(kept["kernel"].scale[jnp.array([0, 2])], leaf.scale[jnp.array([0, 2])])
+    assert kept["kernel"].scale[1] == leaf.scale[1].astype(jnp.float16) != leaf.scale[1]
+
+
+def test_a_dense_model_in_half_is_saved_in_half(tmp_path):
+    graphdef, params = build("decoder")
+    lm = LM(CONFIGS["decoder"], graphdef, params, None)
+    half = compress(lm, "half")
+    out = half.save(tmp_path / "half")
+    assert weight_bytes(out) < 0.52 * weight_bytes(lm.save(tmp_path / "dense"))
+    jax.tree.map(np.testing.assert_array_equal, load(out).params, jax.tree.map(jnp.float32, half.params))

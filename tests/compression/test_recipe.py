@@ -11,7 +11,7 @@ from jaxlm.compression.autoround import AutoRound
 from jaxlm.compression.names import NAMES, Name, parse
 from jaxlm.compression.recipe import Recipe, load_recipe
 from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
-from jaxlm.compression.steps import BlockStep, Float8, Magnitude, NofM, Quantize
+from jaxlm.compression.steps import BlockStep, Float8, Half, Magnitude, NofM, Quantize
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize, is_leaf
 from jaxlm.core.tree import flatten
@@ -49,6 +49,7 @@ def params():
         ("sparse70-wanda+w4a16-gptq-channel", (Wanda(0.7), Gptq(4, 0)), "plain"),
         ("2:4-sparsegpt", (SparseGpt(n=2, m=4),), "plain"),
         ("sparse50-sparsegpt-w4+huffman", (SparseGpt(0.5, bits=4),), "huffman"),
+        ("w4a16-rtn+half+huffman", (Quantize(4, 128), Half()), "huffman"),
         ("2:4-sparsegpt-w3-g128", (SparseGpt(n=2, m=4, bits=3, group=128),), "plain"),
     ],
 )

@@ -1,0 +1,29 @@
+"""Memory that the process asks for."""
+
+from __future__ import annotations
+
+import resource
+
+import numpy as np
+import pytest
+
+from jaxlm.core.host import fresh_pages
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 5), (1025, 1027)])
+def test_fresh_pages_are_zeros_and_aligned(shape):
+    array = fresh_pages(shape, np.dtype(np.float32))
+    assert array.shape == shape and array.dtype == np.float32 and not array.any()
+    assert array.ctypes.data % 64 == 0
+    array += 1
+    assert array.sum() == array.size
+
+
+def test_large_ones_are_there_before_they_are_written():
+    array = fresh_pages((1 << 24,), np.dtype(np.uint8))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    array[:: resource.getpagesize()] = 1
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    if faults > 1000:
+        pytest.skip("this kernel gives pages only as they are written (Linux before 5.14)")
+    assert array.sum() == (1 << 24) // resource.getpagesize()
