@@ -104,7 +104,7 @@ class _Training:
         self._step = self._batch = 0  # updates done, batches taken
         self._saved: int | None = None  # step of the newest checkpoint
         self._history = _History()
-        self._pending: deque[tuple[int, float, dict[str, jax.Array]]] = deque()  # step, FLOPs, metrics
+        self._pending: deque[tuple[int, float | None, dict[str, jax.Array]]] = deque()  # step, FLOPs, metrics
         self._flops: dict[tuple, float] = {}  # of a step, by batch shape
         peak = peak_flops(setup.mesh.devices.flat[0])
         self._peak = peak * setup.mesh.size if peak else None
@@ -212,15 +212,16 @@ class _Training:
         batch = self._put(batch)
         shapes = {name: x.shape for name, x in batch.items()}
         known = tuple(shapes.values())
-        if known in self._flops:
+        if flops := self._flops.get(known):
             self._state, metrics = self._update(self._state, batch)
-        else:
+        else:  # compiles: its speed would be that of no other step
+            self._drain()
             self._flops[known] = step_flops(self._setup.config.model, self._state.params, shapes)
-            with self._meter.paused():  # compiles
-                self._state, metrics = self._update(self._state, batch)
+            with self._meter.paused():
+                self._state, metrics = jax.block_until_ready(self._update(self._state, batch))
         self._step += 1
         self._batch += 1
-        self._pending.append((self._step, self._flops[known], metrics))
+        self._pending.append((self._step, flops, metrics))
         if len(self._pending) > _IN_FLIGHT:
             self._book()
         self._reporter.advance(self._step)
@@ -229,7 +230,8 @@ class _Training:
         """Fetches the metrics of the oldest step in flight, which waits for it if it has not finished."""
         step, flops, metrics = self._pending.popleft()
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._meter.add(metrics["weight"], flops)
+        if flops:
+            self._meter.add(metrics["weight"], flops)
         history = self._history
         if metrics["bad"]:
             self._bad(step, metrics)

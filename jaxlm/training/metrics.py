@@ -2,8 +2,9 @@
 
 A training row has ``step`` (updates done), ``loss`` (nats per token, mean since the row before; None if every update
 was left out), ``objective`` (the same with smoothing and z-loss), ``grad_norm``, ``lr``, ``tokens`` (since the row
-before), ``skipped`` (updates, in all), ``step_ms``, ``tokens_per_second``, ``mfu`` (None where the peak is unknown) and
-``peak_memory_bytes``. A validation row has ``step`` and ``valid_...``; the first row of each start has ``start``.
+before), ``skipped`` (updates, in all), ``step_ms``, ``tokens_per_second``, ``mfu`` and ``peak_memory_bytes``. Speeds
+are those of steps that did not compile, None where all did; ``mfu`` is None where the peak is unknown, too. A
+validation row has ``step`` and ``valid_...``; the first row of each start has ``start``.
 """
 
 from __future__ import annotations
@@ -97,8 +98,11 @@ class Meter:
     def read(self) -> dict[str, float | None]:
         """``step_ms``, ``tokens_per_second``, ``mfu`` (a fraction), from here back to the reading before."""
         seconds = time.perf_counter() - self._start
+        if not self._steps:
+            self._restart()
+            return dict.fromkeys(("step_ms", "tokens_per_second", "mfu"))
         speed = {
-            "step_ms": 1e3 * seconds / max(self._steps, 1),
+            "step_ms": 1e3 * seconds / self._steps,
             "tokens_per_second": self._tokens / seconds,
             "mfu": self._flops / seconds / self._peak if self._peak else None,
         }

@@ -42,15 +42,14 @@ class Reporter:
     def train(self, row: dict[str, Any]) -> None:
         """A training row of ``metrics.jsonl``."""
         loss = "(no update)" if row["loss"] is None else f"{row['loss']:.4f}"
-        text = (
-            f"loss {loss}  lr {row['lr']:.2e}  {row['tokens_per_second']:,.0f} tokens/s  "
-            f"{row['step_ms']:.1f} ms/step"
-        )
+        text = f"loss {loss}  lr {row['lr']:.2e}"
+        if row["step_ms"]:
+            text += f"  {row['tokens_per_second']:,.0f} tokens/s  {row['step_ms']:.1f} ms/step"
         if self._bar:
             self._bar.update(self._task, description=text)
         elif self._enabled:
-            seconds = (self._steps - row["step"]) * row["step_ms"] / 1e3
-            print(f"step {row['step']}/{self._steps}  {text}  eta {_duration(seconds)}", flush=True)
+            left = _duration((self._steps - row["step"]) * row["step_ms"] / 1e3) if row["step_ms"] else "unknown"
+            print(f"step {row['step']}/{self._steps}  {text}  eta {left}", flush=True)
 
     def close(self) -> None:
         if self._bar:

@@ -81,7 +81,9 @@ def test_it_learns_and_writes_everything(finished):
     training = [row for row in log if "loss" in row]
     assert [row["step"] for row in training] == list(range(1, 31))
     assert training[-1]["loss"] < training[0]["loss"] - 0.5
-    assert all(row["step_ms"] > 0 and row["tokens_per_second"] > 0 and row["peak_memory_bytes"] > 0 for row in training)
+    assert training[0]["step_ms"] is training[0]["tokens_per_second"] is None, "the first step compiles"
+    assert all(row["step_ms"] > 0 and row["tokens_per_second"] > 0 for row in training[1:])
+    assert all(row["peak_memory_bytes"] > 0 for row in training)
     assert training[0]["mfu"] is None and training[0]["tokens"] == 64 and training[0]["lr"] == pytest.approx(1e-2 / 6)
     assert [row["step"] for row in log if "valid_loss" in row] == [10, 20, 30]
     assert "6 x matrix parameters" in log[0]["start"]["flop_convention"]

@@ -70,6 +70,7 @@ def test_meter(monkeypatch):
     now[0] += 4
     meter.add(tokens=8, flops=0.0)
     assert meter.read() == {"step_ms": 4000.0, "tokens_per_second": 2.0, "mfu": 0.0}
+    assert meter.read() == {"step_ms": None, "tokens_per_second": None, "mfu": None}
 
 
 def test_rows_past_the_resumed_step_are_dropped(tmp_path):
