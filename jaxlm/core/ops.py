@@ -22,6 +22,7 @@ from jaxlm.core.leaves import (
     look_up,
     straight_through,
 )
+from jaxlm.core.sharding import ways
 from jaxlm.kernels import weight_only
 
 Weight = jax.Array | QArray | Codebook | LowRank | LoRA | Tap | FakeQuant
@@ -31,8 +32,11 @@ def dot(x: jax.Array, w: Weight) -> jax.Array:
     """``x_..xI @ w_IxO``, in the dtype of ``x``.
 
     Leading dimensions of ``x`` are flattened first: XLA on CPU is slow at the weight gradient of a product that
-    contracts two dimensions (measured: 158 against 74 ms for the gradient of a 4-layer model).
+    contracts two dimensions (measured: 158 against 74 ms for the gradient of a 4-layer model). Not where two of them
+    are split over devices: no layout of the flat dimension is that, and GSPMD would gather ``x``.
     """
+    if ways("length") > 1 and not isinstance(w, Tap):
+        return _dot(x, w)
     y_MxO = _dot(x.reshape(-1, x.shape[-1]), w)
     return y_MxO.reshape(*x.shape[:-1], y_MxO.shape[-1])
 
@@ -91,9 +95,11 @@ def dot_t(x: jax.Array, table: Weight) -> jax.Array:
         y_MxV = _tapped(dot_t, x.reshape(-1, x.shape[-1]), table)
         return y_MxV.reshape(*x.shape[:-1], y_MxV.shape[-1])
     if isinstance(table, FakeQuant):
-        return dot_t(_fake_round(x.reshape(-1, x.shape[-1]), table).reshape(x.shape), table.dense)
+        return dot_t(_fake_round(x, table), table.dense)
     if is_leaf(table):
         return dot(x, table)  # its codes have the contraction axis last, as those of a kernel
+    if ways("length") > 1:
+        return _contract_last(x, table.astype(x.dtype))
     y_MxV = _contract_last(x.reshape(-1, x.shape[-1]), table.astype(x.dtype))
     return y_MxV.reshape(*x.shape[:-1], y_MxV.shape[-1])
 
@@ -141,28 +147,28 @@ def ragged_dot(x_MxI: jax.Array, w_ExIxO: Weight, sizes_E: jax.Array) -> jax.Arr
 
 
 def _contract_last(x_MxI: jax.Array, w_OxI: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
-    return jax.lax.dot_general(x_MxI, w_OxI, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    return jax.lax.dot_general(x_MxI, w_OxI, (((x_MxI.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype)
 
 
 def _weight_only_dot(x_MxI: jax.Array, w: QArray | Codebook) -> jax.Array:
-    integers = isinstance(w, QArray) and jnp.issubdtype(w.codes.dtype, jnp.integer)
-    ways = {}
+    integers = isinstance(w, QArray) and jnp.issubdtype(w.codes.dtype, jnp.integer) and x_MxI.ndim == 2
+    faster = {}
     if integers and w.scale.shape[-1] == 1:
-        ways["cpu"] = _planes_dot
+        faster["cpu"] = _planes_dot
     if integers and weight_only.enabled() and weight_only.takes(x_MxI, w):
-        ways["cuda"] = weight_only.dot
-    return _by_platform(tuple(ways.items()), x_MxI, w) if ways else _converted_dot(x_MxI, w)
+        faster["cuda"] = weight_only.dot
+    return _by_platform(tuple(faster.items()), x_MxI, w) if faster else _converted_dot(x_MxI, w)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_platform(ways: tuple, x_MxI: jax.Array, w: QArray) -> jax.Array:
+def _by_platform(faster: tuple, x_MxI: jax.Array, w: QArray) -> jax.Array:
     """``_converted_dot`` by what is faster on some platforms; the gradients are its own."""
-    return jax.lax.platform_dependent(x_MxI, w, default=_converted_dot, **dict(ways))
+    return jax.lax.platform_dependent(x_MxI, w, default=_converted_dot, **dict(faster))
 
 
 @_by_platform.defjvp
-def _by_platform_jvp(ways, primals, tangents):
-    return _by_platform(ways, *primals), jax.jvp(_converted_dot, primals, tangents)[1]
+def _by_platform_jvp(faster, primals, tangents):
+    return _by_platform(faster, *primals), jax.jvp(_converted_dot, primals, tangents)[1]
 
 
 def _converted_dot(x_MxI: jax.Array, w: QArray | Codebook) -> jax.Array:

@@ -7,9 +7,11 @@ Every parameter names its logical axes where it is created. ``shardings`` turns 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +20,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LoRA, LowRank, is_leaf
+from jaxlm.core.tree import Params, Transform, path_str
 
 log = logging.getLogger(__name__)
 
 # Outermost first: stages and replicas talk least and may lie in different slices; tensor talks most and is adjacent.
 AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 MeshAxes = str | tuple[str, ...] | None
+LogicalAxis = str | tuple[str, ...] | None  # a name in the table of rules, or mesh axes themselves
 
 # Logical axis -> mesh axis. Megatron-style tensor parallelism (arXiv:1909.08053) splits heads, FFN and vocabulary;
 # ZeRO-3 (arXiv:1910.02054) splits whatever dimension of a parameter is left along "fsdp". Experts lie on the devices
@@ -42,6 +46,39 @@ RULES: Mapping[str, MeshAxes] = {
     "positions": None,
     "features": None,  # the width of an activation, as opposed to that of a weight
 }
+
+
+# Preset -> the axes that share the devices, and the one that gets the rest; see ``mesh_sizes``.
+PRESETS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "ddp": ((), "data"),
+    "fsdp": ((), "fsdp"),
+    "fsdp+tp": (("tensor",), "fsdp"),
+    "3d": (("tensor", "stage"), "data"),
+    "moe": (("expert",), "fsdp"),
+}
+HOST_MEMORY = "pinned_host"  # JAX's name for memory of the host that devices read by themselves
+_HOST = 8  # devices of one host, which the axes that talk most should not leave
+
+
+def mesh_sizes(preset: str, explicit: Mapping[str, int], devices: int) -> dict[str, int]:
+    """The arguments of ``make_mesh`` for so many devices: ``explicit`` sizes that are not 0, and what the preset makes
+    of the devices that these leave.
+
+    Each of the preset's narrow axes gets the largest power of two, up to 8, of which every narrow axis and the rest can
+    have as much; the rest is the last axis's. With 64 devices "3d" is data 4 x stage 4 x tensor 4.
+    """
+    narrow, rest = PRESETS[preset]
+    given = {axis: size for axis, size in explicit.items() if size}
+    left = devices // max(math.prod(size for size in given.values() if size > 0), 1)
+    narrow = [axis for axis in narrow if axis not in given]
+    sizes = {axis: 1 for axis in AXES} | given
+    for count, axis in zip(range(len(narrow), 0, -1), narrow, strict=True):
+        sizes[axis] = max(p for p in (1, 2, 4, _HOST) if left % p == 0 and p ** (count + 1) <= left or p == 1)
+        left //= sizes[axis]
+    last = next((axis for axis in (rest, "data") if axis not in given), None)
+    if last and -1 not in given.values():
+        sizes[last] = -1
+    return sizes
 
 
 def make_mesh(
@@ -68,20 +105,20 @@ def describe(sizes: Mapping[str, int]) -> str:
 
 
 def batch_ways(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """Of what the rows of a batch must be a multiple."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
-def spec(shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES):
+def spec(shape: Sequence[int], axes: Sequence[LogicalAxis], mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES):
     """The PartitionSpec of one array: a dimension its mesh axes do not divide is replicated."""
     entries: list[MeshAxes] = []
     for size, axis in zip(shape, axes, strict=True):
-        if axis is not None and axis not in rules:
+        if isinstance(axis, str) and axis not in rules:
             raise KeyError(f"no sharding rule for the logical axis {axis!r}; known: {', '.join(rules)}")
-        names = _splitting(rules[axis] if axis is not None else None, mesh)
-        ways = math.prod(mesh.shape[name] for name in names)
-        if size % ways:
-            log.info("axis %s of %s does not divide by %d: replicated", axis, tuple(shape), ways)
+        names = _splitting(rules[axis] if isinstance(axis, str) else axis, mesh)
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts:
+            log.info("axis %s of %s does not divide by %d: replicated", axis, tuple(shape), parts)
             names = ()
         entries.append(_entry(names))
     return PartitionSpec(*entries)
@@ -97,6 +134,75 @@ def _splitting(mesh_axes: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
 
 def _entry(names: tuple[str, ...]) -> MeshAxes:
     return names if len(names) > 1 else names[0] if names else None
+
+
+def relocate(overrides: Sequence[str]) -> Transform:
+    """A Transform that changes where parameters lie, by path: ``"embed/table=tensor+fsdp -"``.
+
+    Each override is a regular expression for whole paths, "=", and for every dimension of the parameter (the first of a
+    layer's is that of the layers) the mesh axes that split it, joined by "+", or "-". A later one wins.
+
+    Raises UserError on an override that is not of this form, names what is no axis, or matches no parameter.
+    """
+    parsed = [_parse(override) for override in overrides]
+
+    def transform(params: Params) -> Params:
+        flat = nnx.to_flat_state(params)
+        found = {path: variable.get_metadata("axes") for path, variable in flat}
+        for override, matches, axes in parsed:
+            matching = [path for path in found if matches(path_str(path))]
+            if not matching:
+                raise UserError(f"mesh.rules: {override!r} matches no parameter; see `jaxlm inspect` for their paths")
+            for path in matching:
+                if len(found[path]) != len(axes):
+                    raise UserError(f"mesh.rules: {override!r} is for {len(axes)} dimensions, and {path_str(path)} has "
+                                    f"{len(found[path])}; write axes, or -, for each")
+                found[path] = axes
+        moved = [(path, variable.copy()) for path, variable in flat]
+        for path, variable in moved:
+            variable.set_metadata("axes", found[path])
+        return nnx.from_flat_state(moved)
+
+    return transform if parsed else lambda params: params
+
+
+def _parse(override: str) -> tuple[str, Callable, tuple[tuple[str, ...], ...]]:
+    pattern, equals, right = override.rpartition("=")
+    try:
+        matches = re.compile(pattern.strip()).fullmatch
+    except re.error as error:
+        raise UserError(f"mesh.rules: {pattern!r} is no regular expression: {error}") from None
+    axes = tuple(() if part == "-" else tuple(part.split("+")) for part in right.split())
+    names = [name for part in axes for name in part]
+    for name in names if equals else ():
+        if name not in AXES:
+            near = difflib.get_close_matches(name, AXES, 1, 0.0)[0]
+            raise UserError(f"mesh.rules: {override!r}: there is no mesh axis {name!r}; the nearest is {near!r}")
+    if not equals or not axes or len(set(names)) < len(names):
+        raise UserError(f"mesh.rules: {override!r} is not PATTERN=AXES, an axis or - for each dimension and none twice")
+    return override, matches, axes
+
+
+def spread(sharding: NamedSharding, shape: Sequence[int], axis: str = "data") -> NamedSharding:
+    """The sharding of an array split over one more mesh axis, in the dimension that divides and of which a device has
+    most. The same where none divides, or the axis is in use."""
+    mesh, parts = sharding.mesh, sharding.mesh.shape[axis]
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in sharding.spec]
+    entries += [()] * (len(shape) - len(entries))
+    local = [size // math.prod(mesh.shape[name] for name in names) for size, names in zip(shape, entries, strict=True)]
+    fitting = [i for i, size in enumerate(local) if size % parts == 0 and size]
+    if parts == 1 or not fitting or any(axis in names for names in entries):
+        return sharding
+    best = max(fitting, key=lambda i: (local[i], not entries[i]))
+    entries[best] = (*entries[best], axis)
+    return NamedSharding(mesh, PartitionSpec(*map(_entry, entries)))
+
+
+def require_host_memory(mesh: Mesh) -> None:
+    """UserError where the devices have no memory of the host to offload to."""
+    device = mesh.devices.flat[0]
+    if HOST_MEMORY not in {memory.kind for memory in device.addressable_memories()}:
+        raise UserError(f"{device.device_kind} has no {HOST_MEMORY} memory to offload to; switch offloading off")
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> Any:
@@ -134,9 +240,12 @@ def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> A
     return jax.tree.map(of_leaf, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch over the data, fsdp and expert axes."""
-    return NamedSharding(mesh, PartitionSpec(_entry(_splitting(RULES["batch"], mesh))))
+def batch_sharding(mesh: Mesh, length: int | None = None) -> NamedSharding:
+    """Rows of a batch over the data, fsdp and expert axes; with a ``length`` that divides, tokens over sequence too."""
+    entries = [_entry(_splitting(RULES["batch"], mesh))]
+    if length is not None:
+        entries.append(_entry(_splitting(RULES["length"], mesh)) if length % mesh.shape["sequence"] == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
@@ -145,3 +254,9 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
+
+
+def ways(axis: str) -> int:
+    """Into how many parts GSPMD splits what lies along a logical axis, where a mesh is in use; 1 elsewhere."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _splitting(RULES[axis], mesh))

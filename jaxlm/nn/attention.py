@@ -1,4 +1,4 @@
-"""Attention: who may look at whom, the attention itself, and the projections around it."""
+"""Attention, and the projections around it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,11 @@ from jaxlm.core import ops
 from jaxlm.core.leaves import is_leaf
 from jaxlm.nn.cache import Kept, mix, scores
 from jaxlm.nn.config import StackConfig
+from jaxlm.nn.context import NEGATIVE, Sight, goes_around, ring_attend
 from jaxlm.nn.layers import Linear, Norm, dropout, softcap
 from jaxlm.nn.positions import rotate
 
 _MANY_ROWS = 256  # from which joining kernels costs little beside the product
-NEGATIVE = -1e9  # finite, so that a row that may look at nothing becomes uniform instead of NaN
-
-
-def causal_mask(q_slots_BxT: jax.Array, k_slots_BxS: jax.Array) -> jax.Array:
-    """``[B, T, S]``: true where the key's slot is not after the query's."""
-    return k_slots_BxS[:, None, :] <= q_slots_BxT[:, :, None]
-
-
-def window_mask(q_slots_BxT: jax.Array, k_slots_BxS: jax.Array, window: jax.Array | int) -> jax.Array:
-    """``[B, T, S]``: true where the key is less than ``window`` slots away; a window of 0 is no limit."""
-    distance = jnp.abs(q_slots_BxT[:, :, None] - k_slots_BxS[:, None, :])
-    return (distance < window) | (jnp.asarray(window) == 0)
 
 
 def attend(
@@ -106,17 +95,24 @@ class Attention(nnx.Module):
     def _heads(self, x_BxTxN: jax.Array) -> jax.Array:
         return x_BxTxN.reshape(*x_BxTxN.shape[:2], -1, self.config.d_head)
 
-    def __call__(self, q, k, v, mask, bias=None, *, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, q, k, v, mask, bias=None, *, key: jax.Array | None, sight: Sight | None = None
+    ) -> jax.Array:
         """From ``query`` and ``key_value`` to the block's output ``[B, T, D]``.
 
+        Where there is a ``sight`` and the mesh in use splits sequences, long ones go around a ring (``nn.context``), by
+        ``sight`` instead of the mask.
         Where there are fewer rows of keys than of queries (the beams of a sentence), neighbouring rows share theirs: to
         attention they are one row of queries, and the mask ``[keys' rows, B * T / keys' rows, S]`` tells them apart.
         """
         config = self.config
         B, T, H, K = q.shape
-        q = q.reshape(k.shape[0], -1, H, K)
-        out = attend(
-            q, k, v, mask, bias, scale=config.attention_scale or config.d_head**-0.5, cap=config.attention_softcap,
-            dropout_rate=config.attention_dropout, key=key,
-        )
+        scale, cap = config.attention_scale or config.d_head**-0.5, config.attention_softcap
+        if sight is not None and goes_around(config, T, k.shape[2]):
+            out = ring_attend(q, k, v, sight, bias, scale=scale, cap=cap)
+        else:
+            q = q.reshape(k.shape[0], -1, H, K)
+            out = attend(
+                q, k, v, mask, bias, scale=scale, cap=cap, dropout_rate=config.attention_dropout, key=key
+            )
         return self.o(out.reshape(B, T, -1))

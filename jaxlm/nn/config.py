@@ -66,6 +66,7 @@ class StackConfig:
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     attention_scale_by_layer: bool = False  # divided by the layer's number too, which is 1 for the first
     attention_softcap: float = 0.0  # 0: off; c * tanh(logits / c) (arXiv:2408.00118)
+    ring_from: int = 8192  # keys from which attention over a split sequence goes around a ring (``nn.context``)
     logit_softcap: float = 0.0
     windows: tuple[int, ...] = ()  # sliding windows, cycled over layers; 0 is full attention
     experts: int = 0  # mixture-of-experts MLPs (``nn.moe``); 0: dense ones
@@ -82,7 +83,7 @@ class StackConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
     kv_cache: KVCache = "full"  # how decoding keeps keys and values: see ``nn.cache``
     scan_layers: bool = True
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "offload", "offload_dots"] = "none"  # see ``nn.stack``
     microbatches: int = 0  # of a batch, on a mesh with stages; 0: as many as stages. Segments are trips around them
     pad_id: int = 0
     bos_id: int = 1
@@ -199,14 +200,6 @@ PRESETS: dict[str, ModelConfig] = {
         _LLAMA, width=4096, heads=32, ffn=11008, layers=32, vocab_size=32000, max_positions=4096, remat="full",
         dtype="bfloat16",
     ),
-    "70b": dataclasses.replace(
-        _LLAMA, width=8192, heads=64, kv_heads=8, ffn=28672, layers=80, vocab_size=32000, max_positions=4096,
-        remat="full", dtype="bfloat16",
-    ),  # Llama 2 (arXiv:2307.09288), as "7b"
-    "8x7b": dataclasses.replace(
-        _LLAMA, width=4096, heads=32, kv_heads=8, ffn=14336, layers=32, experts=8, rope_theta=1e6, vocab_size=32000,
-        max_positions=32768, remat="full", dtype="bfloat16",
-    ),  # Mixtral (arXiv:2401.04088)
 }
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.core.sharding import constrain
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.config import DecoderConfig, StackConfig
 from jaxlm.nn.layers import Embedding, Linear, softcap
@@ -35,9 +36,8 @@ class DecoderLM(nnx.Module):
         Where several documents share a row, ``segments`` numbers them (they do not see each other) and ``positions``
         restarts in each. Dropout needs a ``key``.
         """
-        mask = None if segments_BxT is None else segments_BxT[:, :, None] == segments_BxT[:, None, :]
         x_BxTxD = embed(self.embed, tokens_BxT, self.config)
-        x_BxTxD = self.decoder(x_BxTxD, mask_BxTxS=mask, positions_BxT=positions_BxT, key=key)
+        x_BxTxD = self.decoder(x_BxTxD, segments_BxT=segments_BxT, positions_BxT=positions_BxT, key=key)
         return head_logits(self, x_BxTxD)
 
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -65,6 +65,6 @@ def head(config: StackConfig, *, rngs: nnx.Rngs) -> tuple[Linear | None, nnx.Par
 def head_logits(model, x_BxTxD: jax.Array) -> jax.Array:
     """Logits in float32 from a model with an ``embed`` table and, untied, a ``head``."""
     logits = model.embed.logits(x_BxTxD) if model.head is None else model.head(x_BxTxD)
-    logits = logits.astype(jnp.float32)
+    logits = constrain(logits.astype(jnp.float32), ("batch", "length", "vocab"))
     logits = logits if model.logits_bias is None else logits + model.logits_bias.get_value()
     return softcap(logits, model.config.logit_softcap)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.core import ops
+from jaxlm.core.leaves import is_leaf
+from jaxlm.core.sharding import constrain
 from jaxlm.nn.config import StackConfig
 
 
@@ -61,7 +63,12 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(normal(rngs, (rows, width), std), axes=axes)
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        return ops.take(self.table.get_value(), ids).astype(dtype)
+        table = self.table.get_value()
+        if not is_leaf(table):
+            # Whole rows, before and (the gradient) after: a lookup of parts of rows would move the activations of all
+            # devices around instead. Rows split over "tensor" stay so; each device looks up its own.
+            table = constrain(table, (self.table.get_metadata("axes")[0], "features"))
+        return ops.take(table, ids).astype(dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         return ops.dot_t(x, self.table.get_value())

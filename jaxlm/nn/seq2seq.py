@@ -71,4 +71,4 @@ class Seq2Seq(nnx.Module):
         return embed(self.embed if self.src_embed is None else self.src_embed, src_BxS, self.config)
 
     def _encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array, key: jax.Array | None) -> jax.Array:
-        return self.encoder(self.embed_source(src_BxS), mask_BxTxS=src_mask_BxS[:, None, :], key=key)
+        return self.encoder(self.embed_source(src_BxS), real_BxT=src_mask_BxS, key=key)

@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.sharding import constrain
-from jaxlm.nn.attention import Attention, causal_mask, window_mask
+from jaxlm.core.sharding import HOST_MEMORY, constrain
+from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache, KeyValue, LayerCache, keep, round_trip
 from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig, StackConfig
+from jaxlm.nn.context import Sight, causal_mask, goes_around, window_mask
 from jaxlm.nn.layers import Embedding, Mlp, Norm, dropout, split_key
 from jaxlm.nn.moe import Moe
 from jaxlm.nn.pipeline import Schedule, flow, make_schedule, stages_in_use
 from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
 
+_LAYER_INPUT = "layer_input"
 ACTIVATION_AXES = ("batch", "length", "features")
 Traits = tuple[jax.Array | None, jax.Array | None]  # a layer's window, and its number from 1 where that matters
 
@@ -35,13 +38,13 @@ Traits = tuple[jax.Array | None, jax.Array | None]  # a layer's window, and its 
 class View:
     """What all layers of a stack share: positions, and who may look at whom."""
 
-    slots_q: jax.Array  # [B or 1, T]
-    slots_k: jax.Array  # [B or 1, S]
-    mask_BxTxS: jax.Array | None
+    sight: Sight
+    mask_BxTxS: jax.Array | None  # None too where it would be of a whole sequence that goes around a ring
     bias_BxHxTxS: jax.Array | None = None
     angles: tuple[jax.Array, jax.Array] | None = None
     local_angles: tuple[jax.Array, jax.Array] | None = None  # of layers with a window, where theirs are different
     memory_mask: jax.Array | None = None  # [B, 1, M]
+    memory_sight: Sight | None = None
 
 
 class Block(nnx.Module):
@@ -71,7 +74,9 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config.width, config)
         self.mlp_out_norm = Norm(config.width, config) if sandwich else None
 
-    def __call__(self, x_BxTxD, view: View, *, mask_BxTxS, angles, number, past: LayerCache | None, memory, key):
+    def __call__(
+        self, x_BxTxD, view: View, *, mask_BxTxS, sight, angles, number, past: LayerCache | None, memory, key
+    ):
         """Returns the layer's output and its cache with the new slots written (None without one).
 
         ``number`` divides the logits of self-attention, None being 1.
@@ -87,10 +92,11 @@ class Block(nnx.Module):
             else:
                 past = past.write(*keep(k, v, kv_cache))
                 k, v = past.read()
-            return self.attn(q, k, v, mask_BxTxS, view.bias_BxHxTxS, key=next(keys))
+            return self.attn(q, k, v, mask_BxTxS, view.bias_BxHxTxS, key=next(keys), sight=sight)
 
         def cross_attention(h):
-            return self.cross(self.cross.query(h, None), *memory, view.memory_mask, key=next(keys))
+            q = self.cross.query(h, None)
+            return self.cross(q, *memory, view.memory_mask, key=next(keys), sight=view.memory_sight)
 
         def mlp(h):
             return self.mlp(h, next(keys))
@@ -167,14 +173,18 @@ class Stack(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         *,
-        mask_BxTxS: jax.Array | None = None,
+        segments_BxT: jax.Array | None = None,
+        real_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
         memory_BxMxD: jax.Array | None = None,
         memory_mask_BxM: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """The whole sequence at once. The mask says what may be looked at besides causality."""
-        x_BxTxD, view, keys = self.enter(x_BxTxD, mask_BxTxS, positions_BxT, memory_mask_BxM, key)
+        """The whole sequence at once. Tokens see those of their own segment that are real, besides causality."""
+        x_BxTxD, view, keys = self.enter(
+            x_BxTxD, segments_BxT=segments_BxT, real_BxT=real_BxT, positions_BxT=positions_BxT,
+            memory_mask_BxM=memory_mask_BxM, key=key,
+        )
         schedule = self.schedule(stages_in_use())
         if schedule is not None and x_BxTxD.shape[0] % schedule.microbatches == 0:
             return self.leave(self._pipeline(x_BxTxD, view, schedule, memory_BxMxD, keys[0]))
@@ -191,14 +201,19 @@ class Stack(nnx.Module):
             raise UserError("a pipeline needs layers that are all alike (with experts or without); set mesh.stage=1")
         return make_schedule(self.segments, stages, self.config.microbatches)
 
-    def enter(self, x_BxTxD, mask_BxTxS=None, positions_BxT=None, memory_mask_BxM=None, key=None):
+    def enter(
+        self, x_BxTxD, *, segments_BxT=None, real_BxT=None, positions_BxT=None, memory_mask_BxM=None, key=None
+    ):
         """What the first layer is given, of the arguments of a call: its input, the view, and a key a segment."""
-        slots = jnp.arange(x_BxTxD.shape[1])[None]
-        if self.causal:
-            causal = causal_mask(slots, slots)
-            mask_BxTxS = causal if mask_BxTxS is None else causal & mask_BxTxS
+        T = x_BxTxD.shape[1]
+        slots = jnp.arange(T)[None]
+        sight = Sight(slots, slots, segments_BxT, segments_BxT, real_BxT, causal=self.causal)
+        mask_BxTxS = None if goes_around(self.config, T, T) else sight.mask()
         positions = slots if positions_BxT is None else positions_BxT
-        view = self._view(slots, slots, positions, mask_BxTxS, memory_mask_BxM)
+        view = self._view(sight, positions, mask_BxTxS, memory_mask_BxM)
+        if memory_mask_BxM is not None:
+            memory_slots = jnp.arange(memory_mask_BxM.shape[1])[None]
+            view = replace(view, memory_sight=Sight(slots, memory_slots, real_k=memory_mask_BxM))
         keys = split_key(key, len(self.layers) + 1)
         return self._enter(x_BxTxD, positions, keys[-1]), view, keys[:-1]
 
@@ -219,7 +234,7 @@ class Stack(nnx.Module):
             remembered_BxKxKxS = cache.writer[:, :, None] == own
             mask &= jnp.repeat(remembered_BxKxKxS.reshape(-1, beams, beams * slots), T, axis=1)
         positions = jnp.maximum(new_T - jnp.repeat(cache.start, beams)[:, None], 0)
-        view = self._view(slots_q, slots_k, positions, mask, cache.memory_mask)
+        view = self._view(Sight(slots_q, slots_k), positions, mask, cache.memory_mask)
         x_BxTxD = self._enter(x_BxTxD, positions, None)
         keys, values = [], []
         for i in range(len(self.segments)):
@@ -250,14 +265,13 @@ class Stack(nnx.Module):
 
         return tuple(of_segment(block) for block in self.layers)
 
-    def _view(self, slots_q, slots_k, positions, mask_BxTxS, memory_mask_BxM) -> View:
+    def _view(self, sight: Sight, positions, mask_BxTxS, memory_mask_BxM) -> View:
         config = self.config
         rotary, local = config.positions == "rotary", config.rope_local_theta > 0
         return View(
-            slots_q,
-            slots_k,
+            sight,
             mask_BxTxS,
-            bias_BxHxTxS=None if self.rel is None else self.rel(slots_q, slots_k),
+            bias_BxHxTxS=None if self.rel is None else self.rel(sight.slots_q, sight.slots_k),
             angles=rotary_angles(positions, config) if rotary else None,
             local_angles=local_rotary_angles(positions, config) if rotary and local else None,
             memory_mask=None if memory_mask_BxM is None else memory_mask_BxM[:, None, :],
@@ -285,16 +299,20 @@ class Stack(nnx.Module):
         memory_kv=None, key=None,
     ):
         """One layer: its output and its cache. A memory is given whole (``memory``) or projected (``memory_kv``)."""
-        mask, angles, (window, number) = view.mask_BxTxS, view.angles, traits
+        x_BxTxD = checkpoint_name(x_BxTxD, _LAYER_INPUT)
+        mask, angles, sight, (window, number) = view.mask_BxTxS, view.angles, view.sight, traits
         if window is not None:
-            near = window_mask(view.slots_q, view.slots_k, window)
-            mask = near if mask is None else mask & near
+            sight = replace(sight, window=window)
+            if mask is not None or not goes_around(self.config, x_BxTxD.shape[1], sight.slots_k.shape[1]):
+                near = window_mask(sight.slots_q, sight.slots_k, window)
+                mask = near if mask is None else mask & near
             if view.local_angles is not None:
                 angles = jax.tree.map(partial(jnp.where, window > 0), view.local_angles, angles)
         if memory is not None:
             memory_kv = round_trip(*block.cross.key_value(memory, None), self.config.kv_cache)
         return block(
-            x_BxTxD, view, mask_BxTxS=mask, angles=angles, number=number, past=past, memory=memory_kv, key=key
+            x_BxTxD, view, mask_BxTxS=mask, sight=sight if past is None else None, angles=angles, number=number,
+            past=past, memory=memory_kv, key=key,
         )
 
     def _run(self, i: int, x_BxTxD, view: View, *, past=None, memory=None, memory_kv=None, key=None):
@@ -349,12 +367,23 @@ class Stack(nnx.Module):
 
 
 def _remat(body, policy: str, *, chosen: bool = False):
-    """"full" keeps only each layer's input; "dots" also what matrix products with parameters gave; "none" everything,
-    save, where they are ``chosen``, the parameters."""
+    """What of a layer is kept for the backward pass; the rest is computed again.
+
+    - ``none``: everything, save, where they are ``chosen``, the parameters
+    - ``full``: its input; ``offload``: that too, in the memory of the host
+    - ``dots``: also what matrix products with parameters gave; ``offload_dots``: only those, in the memory of the host
+    """
     if policy == "none" and not chosen:
         return body
+    policies = jax.checkpoint_policies
     saveable = {
-        "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "none": lambda primitive, *_, **__: primitive.name != "select_n",
+        "full": None,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT],
+            offload_src="device", offload_dst=HOST_MEMORY,
+        ),
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload_dots": policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY),
     }[policy]
     return partial(jax.checkpoint, prevent_cse=False, policy=saveable)(body)

@@ -97,5 +97,5 @@ def _inputs(model: Any, side: str, batch: Batch):
         return model.decoder.enter(embed(model.embed, batch[0], model.config))
     mask_BxS = model.source_mask(batch[0])
     if side == "encoder":
-        return model.encoder.enter(model.embed_source(batch[0]), mask_BxS[:, None, :])
+        return model.encoder.enter(model.embed_source(batch[0]), real_BxT=mask_BxS)
     return model.decoder.enter(embed(model.embed, batch[1], model.config), memory_mask_BxM=mask_BxS)

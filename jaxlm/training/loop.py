@@ -118,7 +118,7 @@ class _Training:
             self._store = self._open_store()
             stack.callback(self._store.close)
             self._state = self._restore() or init_state(
-                self._setup.initial, self._tx, self._options.seed, self._setup.mesh
+                self._setup.initial, self._tx, self._options.seed, jax.tree.map(lambda x: x.sharding, self._abstract)
             )
             self._writer = MetricsWriter(self._directory, self._step) if first else None
             if self._writer:
@@ -204,8 +204,9 @@ class _Training:
         """This process's rows, as part of an array over all devices."""
         if self._setup.mesh.size == 1:
             return batch
-        sharding = batch_sharding(self._setup.mesh)
-        return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+        mesh = self._setup.mesh
+        return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.shape[1]), x)
+                for name, x in batch.items()}
 
     def _advance(self, batch: Batch) -> None:
         """Dispatches a step, and books one that has finished."""

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxlm.core.sharding import ways
 from jaxlm.nn.config import ModelConfig
 
 __all__ = ["Batch", "Loss", "Sums", "cross_entropy", "lm_loss", "make_loss", "seq2seq_loss"]
@@ -46,7 +47,7 @@ def cross_entropy(
 
 def _forward(logits_BxTxV, targets_BxT, label_smoothing, z_loss):
     lse_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-    target_BxT = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+    target_BxT = _chosen(logits_BxTxV, targets_BxT)
     nll_BxT = lse_BxT - target_BxT
     objective_BxT = nll_BxT
     if label_smoothing:
@@ -54,6 +55,15 @@ def _forward(logits_BxTxV, targets_BxT, label_smoothing, z_loss):
     if z_loss:
         objective_BxT += z_loss * lse_BxT**2
     return objective_BxT, nll_BxT, lse_BxT
+
+
+def _chosen(logits_BxTxV, targets_BxT):
+    """The logits of the targets. A vocabulary split over devices is summed behind a mask, which GSPMD splits too under
+    any mesh; it cannot split an indexed lookup in all of them."""
+    if ways("vocab") == 1:
+        return jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
+    hit_BxTxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxTxV.shape, 2) == targets_BxT[..., None]
+    return jnp.sum(jnp.where(hit_BxTxV, logits_BxTxV, 0), -1)
 
 
 def _cross_entropy_fwd(logits_BxTxV, targets_BxT, label_smoothing, z_loss):

@@ -36,10 +36,14 @@ def make_program(config: Experiment, graphdef: nnx.GraphDef, like: Params, mesh:
     options = config.train
     compression = InTraining(config, like)
     tx = compression.optimizer(make_optimizer(config.optim, options.steps))
-    state = abstract_state(like, tx, mesh)
+    shared = config.mesh
+    state = abstract_state(
+        like, tx, mesh, shard_optimizer=shared.shard_optimizer, offload_optimizer=shared.offload_optimizer
+    )
     loss = make_loss(config.model, label_smoothing=options.label_smoothing, z_loss=options.z_loss)
     update = make_step(
         graphdef, like, loss, tx, compression.transform, accumulate=options.accumulate,
         spike_factor=options.spike_factor, layout=jax.tree.map(lambda leaf: leaf.sharding, state),
+        compress=shared.compress_gradients,
     )
     return Program(compression, tx, state, update)

@@ -18,8 +18,8 @@ from jaxlm import nn
 from jaxlm.checkpoint.disk import room_for
 from jaxlm.core.config import to_dict
 from jaxlm.core.errors import UserError
-from jaxlm.core.sharding import batch_ways, describe, make_mesh
-from jaxlm.core.tree import Params, count_params, flatten
+from jaxlm.core.sharding import batch_ways, describe, make_mesh, mesh_sizes, relocate, require_host_memory
+from jaxlm.core.tree import Params, Transform, count_params, flatten
 from jaxlm.data.loader import Loader, make_loader
 from jaxlm.data.sources import Bitext, Source, open_source
 from jaxlm.data.tokenizer import Tokenizer, tokenizer_for
@@ -92,9 +92,11 @@ def prepare(config: Experiment, run: Path) -> Setup:
     config = dataclasses.replace(config, model=_fill(config.model, tokenizer, translates=isinstance(source, Bitext)))
     if resuming:
         _check_unchanged(config, run)
-    sizes = config.mesh
-    mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, sequence=sizes.sequence, stage=sizes.stage,
-                     expert=sizes.expert)
+    mesh = make_mesh(**mesh_sizes(config.mesh.preset, config.mesh.sizes, jax.device_count()))
+    if config.mesh.compress_gradients != "none" and mesh.shape["data"] == 1:
+        raise UserError("mesh.compress_gradients is of sums over the data axis; set mesh.data, or leave it none")
+    if getattr(config.model, "remat", "").startswith("offload"):
+        require_host_memory(mesh)
     graphdef, like = nn.abstract(config.model)
     microbatches = [each.microbatches for each in _schedules(graphdef, like, mesh).values()]
     ways = batch_ways(mesh) * math.lcm(*microbatches)
@@ -106,7 +108,8 @@ def prepare(config: Experiment, run: Path) -> Setup:
     if config.data.valid:
         valid_source = open_source(config.data.valid, "valid")
         valid_loader = make_loader(config.data, valid_source, tokenizer, train=False, row_multiple=ways, **place)
-    initial = _initial(config, like)
+    relocated = relocate(config.mesh.rules)
+    like, initial = relocated(like), _initial(config, like, relocated)
     return Setup(
         config, tokenizer, source, loader, valid_source, valid_loader, mesh, graphdef, like, initial, resuming
     )
@@ -170,11 +173,11 @@ def _check_lengths(config: Experiment, loader: Loader) -> None:
         )
 
 
-def _initial(config: Experiment, like: Params) -> Params | Callable[[], Params]:
+def _initial(config: Experiment, like: Params, relocated: Transform) -> Params | Callable[[], Params]:
     """Fresh parameters, or those of ``init_from``, which must fit the model."""
     if not config.init_from:
         init = nn.initializer(config.model)[1]
-        return lambda: init(jax.random.key(config.train.seed))
+        return lambda: relocated(init(jax.random.key(config.train.seed)))
     params = load(config.init_from).params
     ours, theirs = ({path: leaf.shape for path, leaf in flatten(tree).items()} for tree in (like, params))
     for path in sorted({**ours, **theirs}):
@@ -183,4 +186,4 @@ def _initial(config: Experiment, like: Params) -> Params | Callable[[], Params]:
                 f"init_from {config.init_from}: {path} is {theirs.get(path, 'absent')}, the model wants "
                 f"{ours.get(path, 'none')}; use the model configuration that it was trained with"
             )
-    return params
+    return relocated(params)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,22 @@ from jax.sharding import PartitionSpec as P
 from jaxlm import nn
 from jaxlm.compression.recipe import load_recipe
 from jaxlm.core.errors import UserError
-from jaxlm.core.sharding import AXES, RULES, batch_sharding, constrain, describe, make_mesh, shardings, spec
+from jaxlm.core.sharding import (
+    AXES,
+    PRESETS,
+    RULES,
+    batch_sharding,
+    constrain,
+    describe,
+    make_mesh,
+    mesh_sizes,
+    relocate,
+    shardings,
+    spec,
+    spread,
+)
 from jaxlm.core.tree import flatten
+from jaxlm.training.config import MeshConfig
 
 CONFIG = nn.DecoderConfig(vocab_size=16, width=16, heads=4, kv_heads=2, ffn=32, layers=3)
 MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=1, tensor=8), dict(data=2, fsdp=2, tensor=2),
@@ -45,6 +61,83 @@ def test_one_size_may_be_what_is_left():
 def test_impossible_meshes_are_told_in_one_line(sizes, message):
     with pytest.raises(UserError, match=message):
         make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    "preset, devices, explicit, expected",
+    [
+        ("ddp", 8, {}, "data 8"),
+        ("ddp", 8, dict(fsdp=2, tensor=2, data=0), "data 2 x fsdp 2 x tensor 2"),
+        ("ddp", 8, dict(fsdp=-1, tensor=2), "fsdp 4 x tensor 2"),
+        ("fsdp", 8, {}, "fsdp 8"),
+        ("fsdp", 8, dict(fsdp=2), "data 4 x fsdp 2"),
+        ("fsdp+tp", 8, {}, "fsdp 4 x tensor 2"),
+        ("fsdp+tp", 8, dict(tensor=4), "fsdp 2 x tensor 4"),
+        ("fsdp+tp", 256, {}, "fsdp 32 x tensor 8"),
+        ("3d", 8, {}, "stage 2 x data 2 x tensor 2"),
+        ("3d", 64, {}, "stage 4 x data 4 x tensor 4"),
+        ("3d", 64, dict(tensor=8), "stage 2 x data 4 x tensor 8"),
+        ("moe", 64, {}, "fsdp 8 x expert 8"),
+        ("moe", 6, {}, "fsdp 3 x expert 2"),
+    ],
+)
+def test_presets(preset, devices, explicit, expected):
+    sizes = mesh_sizes(preset, explicit, devices)
+    known = math.prod(size for size in sizes.values() if size > 0)
+    whole = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    assert describe(whole) == expected and math.prod(whole.values()) == devices
+    if devices == 8:
+        assert make_mesh(**sizes).shape == whole
+
+
+def test_the_presets_are_those_of_the_configuration():
+    assert typing.get_args(typing.get_type_hints(MeshConfig)["preset"]) == tuple(PRESETS)
+
+
+def test_parameters_go_where_their_path_says():
+    like, mesh = nn.abstract(CONFIG)[1], make_mesh(data=1, fsdp=2, tensor=4)
+    moved = relocate((".*/mlp/.*/kernel=- tensor fsdp", "decoder/layers/0/mlp/down/kernel = - - fsdp+tensor"))(like)
+    before, after = (flatten(shardings(tree, mesh)) for tree in (like, moved))
+    layer = "decoder/layers/0/mlp/"
+    assert after[layer + "up/kernel"].spec == P(None, "tensor", "fsdp") != before[layer + "up/kernel"].spec
+    assert after[layer + "down/kernel"].spec == P(None, None, ("fsdp", "tensor"))
+    assert after["embed/table"] == before["embed/table"]
+    coded = load_recipe("w4a16-rtn-channel").apply(relocate((layer + "up/kernel=- tensor fsdp",))(nn.build(
+        CONFIG, jax.random.key(0))[1]))
+    assert flatten(shardings(coded, mesh))[layer + "up/kernel"].codes.spec == P(None, "fsdp", "tensor")  # [L, out, in]
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("embed/tabel=tensor -", "matches no parameter"),
+        ("embed/table=tensro -", "no mesh axis 'tensro'; the nearest is 'tensor'"),
+        ("embed/table=tensor", "is for 1 dimensions, and embed/table has 2"),
+        ("embed/table=tensor tensor", "none twice"),
+        ("embed/table", "is not PATTERN=AXES"),
+        ("embed/(=tensor -", "no regular expression"),
+    ],
+)
+def test_mistakes_in_overrides(override, message):
+    with pytest.raises(UserError, match=message):
+        relocate((override,))(nn.abstract(CONFIG)[1])
+
+
+@pytest.mark.parametrize(
+    "shape, before, after",
+    [
+        ((3, 16, 32), P(None, "fsdp", "tensor"), P(None, "fsdp", ("tensor", "data"))),
+        ((3, 16, 15), P(None, "fsdp", None), P(None, ("fsdp", "data"), None)),
+        ((4, 16, 32), P(None, "fsdp", "tensor"), P(None, "fsdp", ("tensor", "data"))),
+        ((16, 16, 32), P(None, "fsdp", "tensor"), P("data", "fsdp", "tensor")),
+        ((64, 16), P(), P("data", None)),
+        ((3,), P(), P()),
+        ((4,), P("data"), P("data")),
+    ],
+)
+def test_moments_are_split_over_data_too(shape, before, after):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    assert spread(NamedSharding(mesh, before), shape) == NamedSharding(mesh, after)
 
 
 def test_what_does_not_divide_is_replicated():

@@ -53,7 +53,7 @@ def train(config, mesh=None):
     graphdef, like = nn.abstract(config)
     init, tx = nn.initializer(config)[1], optax.sgd(0.3)  # Adam would blow up the rounding of gradients near zero
     layout = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh))
-    state = init_state(lambda: init(jax.random.key(0)), tx, 0, mesh)
+    state = init_state(lambda: init(jax.random.key(0)), tx, 0, layout)
     step, history = make_step(graphdef, like, make_loss(config), tx, layout=layout), []
     data = packed(config, 2)
     data = data if mesh is None else jax.device_put(data, batch_sharding(mesh))

@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_left_out_of_the_mean(folder, tmp_path, monkeypa
 
 def test_init_from(folder, finished, tmp_path):
     setup = prepare(dataclasses.replace(experiment(folder), init_from=str(finished / "model")), tmp_path)
-    state = init_state(setup.initial, make_optimizer(setup.config.optim, 30), 0, setup.mesh)
+    state = init_state(setup.initial, make_optimizer(setup.config.optim, 30), 0)
     for path, leaf in flatten(read_model(finished / "model")[1]).items():
         np.testing.assert_array_equal(leaf, state.params[path], err_msg=path)
     with pytest.raises(UserError, match="decoder/layers/0/attn/k/kernel is .*, the model wants"):

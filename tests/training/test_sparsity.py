@@ -146,7 +146,7 @@ def run(mesh=None):
     layout = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh))
     step = make_step(graphdef, like, make_loss(MODEL), tx, fake_compress(parse("w4a8-dynamic"), begin=2), layout=layout)
     init = nn.initializer(MODEL)[1]
-    state, losses, random = init_state(lambda: init(jax.random.key(0)), tx, 0, mesh), [], np.random.default_rng(0)
+    state, losses, random = init_state(lambda: init(jax.random.key(0)), tx, 0, layout), [], np.random.default_rng(0)
     for _ in range(4):
         batch = {name: random.integers(3, 32, (16, 6)).astype(np.int32) for name in ("inputs", "targets")}
         batch["weights"] = np.ones((16, 6), np.float32)

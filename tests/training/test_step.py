@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.core.sharding import batch_sharding, make_mesh
+from jaxlm.core.sharding import batch_sharding, make_mesh, spread
 from jaxlm.core.tree import map_params
 from jaxlm.training.config import OptimConfig
 from jaxlm.training.loss import lm_loss, make_loss
@@ -45,7 +45,7 @@ def run(config, data, mesh=None, **options):
     layout = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh))
     loss = make_loss(config, label_smoothing=0.1, z_loss=1e-3)
     step = make_step(graphdef, like, loss, tx, layout=layout, **options)
-    state = init_state(lambda: init(jax.random.key(0)), tx, 0, mesh)
+    state = init_state(lambda: init(jax.random.key(0)), tx, 0, layout)
     history = []
     for batch in data:
         if mesh is not None:
@@ -90,13 +90,13 @@ def test_eight_devices_equal_one(config, sizes, on_one_device):
         assert_same(on_one_device[config.kind], run(config, batches(config, 3), mesh), 1e-5)
 
 
-def test_moments_lie_like_their_parameters():
+@pytest.mark.parametrize("shard_optimizer", [False, True])
+def test_where_moments_lie(shard_optimizer):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    like = nn.abstract(DECODER)[1]
-    state = abstract_state(like, make_optimizer(OPTIM, 20), mesh)
-    moments = optax.tree.get(state.opt_state, "mu")
-    assert {path: leaf.sharding for path, leaf in moments.items()} == {
-        path: leaf.sharding for path, leaf in state.params.items()}
+    state = abstract_state(nn.abstract(DECODER)[1], make_optimizer(OPTIM, 20), mesh, shard_optimizer=shard_optimizer)
+    for path, leaf in optax.tree.get(state.opt_state, "mu").items():
+        like = state.params[path].sharding
+        assert leaf.sharding == (spread(like, leaf.shape) if shard_optimizer else like)
     assert not state.params["embed/table"].sharding.is_fully_replicated
 
 
