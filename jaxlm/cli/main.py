@@ -28,6 +28,7 @@ COMMANDS = {
     "translate": "translate lines",
     "export": "write a model for transformers",
     "inspect": "what is in a model: configuration, sizes, tensors",
+    "plan": "forecast a training or a server on devices that are not there",
 }
 
 

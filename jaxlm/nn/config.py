@@ -200,6 +200,14 @@ PRESETS: dict[str, ModelConfig] = {
         _LLAMA, width=4096, heads=32, ffn=11008, layers=32, vocab_size=32000, max_positions=4096, remat="full",
         dtype="bfloat16",
     ),
+    "70b": dataclasses.replace(
+        _LLAMA, width=8192, heads=64, kv_heads=8, ffn=28672, layers=80, vocab_size=32000, max_positions=4096,
+        remat="full", dtype="bfloat16",
+    ),  # Llama 2 (arXiv:2307.09288), as "7b"
+    "8x7b": dataclasses.replace(
+        _LLAMA, width=4096, heads=32, kv_heads=8, ffn=14336, layers=32, experts=8, rope_theta=1e6, vocab_size=32000,
+        max_positions=32768, remat="full", dtype="bfloat16",
+    ),  # Mixtral (arXiv:2401.04088)
 }
 
 

@@ -85,13 +85,13 @@ class MeshConfig:
     """How devices share the work. A size of 0 is what the preset makes it (``core.sharding.mesh_sizes``); one size may
     be -1: whatever is left."""
 
-    preset: Literal["ddp", "fsdp", "fsdp+tp", "3d", "moe"] = "ddp"
     data: int = 0  # rows; every device holds all of the model
     fsdp: int = 0  # rows, and the model's weights (ZeRO-3)
     tensor: int = 0  # heads, feed-forward and vocabulary (Megatron)
     sequence: int = 0  # tokens of a row
     stage: int = 0  # layers, in a pipeline
     expert: int = 0  # rows, and experts
+    preset: Literal["ddp", "fsdp", "fsdp+tp", "3d", "moe"] = "ddp"
     rules: tuple[str, ...] = ()  # where parameters lie: "embed/table=tensor+fsdp -" (``core.sharding.relocate``)
     shard_optimizer: bool = True  # its moments over the data axis too (ZeRO-1, arXiv:1910.02054)
     offload_optimizer: bool = False  # its moments in the memory of the host, between updates

@@ -1,0 +1,139 @@
+"""Forecasts a training or a server on devices that are not there: compiles it ahead of time and reads the program.
+
+    jaxlm plan CONFIG.py --topology v5e:16x16 [--mesh.fsdp 256 ...]
+    jaxlm plan CONFIG.py --topology v5e:2x4 --serve --recipe w8a8-dynamic --batch 8 --context 4096 --mesh.tensor 8
+    jaxlm plan CONFIG.py --topology v5e:8x8 --search
+
+Memory is the compiler's own figure. Arithmetic, traffic and messages are counted in the compiled program, and times are
+what the chip's figures make of them: lower bounds, by assumptions that are printed. No data is needed. Forecasts for
+TPUs need libtpu: pip install jaxlm[plan].
+"""
+
+from __future__ import annotations
+
+from jaxlm.cli.arguments import parse_overrides
+from jaxlm.cli.output import Progress, add_json, check_json, print_fields, print_table, size, write_json
+from jaxlm.core.errors import UserError
+
+_COMPILED = 4  # meshes of a search
+
+
+def add_arguments(parser) -> None:
+    parser.usage = "jaxlm plan CONFIG.py --topology NAME [--serve ...] [--search] [--json FILE] [--a.b VALUE ...]"
+    parser.add_argument("config", metavar="CONFIG.py", help="a Python file that says config = Experiment(...)")
+    parser.add_argument("--topology", metavar="NAME", required=True, help="v5e:16x16, v5p:4x4x8, v6e:2x4, v4:2x2x1; "
+                        "two slices: v5e:16x16*2; cpu:8")
+    parser.add_argument("--serve", action="store_true", help="reading a prompt and decoding a token, not training")
+    parser.add_argument("--recipe", metavar="NAME", default="", help="with --serve: compressed so (bfloat16)")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="with --serve: rows (8)")
+    parser.add_argument("--context", type=int, default=0, metavar="N", help="with --serve: tokens of a row (the "
+                        "model's)")
+    parser.add_argument("--search", action="store_true", help="try mesh shapes and remat policies: the best ten, the "
+                        f"{_COMPILED} most promising of them compiled")
+    add_json(parser)
+    parser.set_defaults(overrides="")
+
+
+def run(args) -> None:
+    check_json(args.json)
+    from jaxlm.core.config import load_config, override
+    from jaxlm.planning.child import run_forecast
+    from jaxlm.planning.topology import parse_topology
+    from jaxlm.training.config import Experiment
+
+    topology = parse_topology(args.topology)
+    config = load_config(args.config)
+    if not isinstance(config, Experiment):
+        raise UserError(f"{args.config}: config is a {type(config).__name__}; it must be a jaxlm Experiment")
+    config = override(config, parse_overrides(args.overrides))
+    if args.search and args.serve:
+        raise UserError("--search is for training; leave out --serve")
+    if not args.serve and (args.recipe or args.context):
+        raise UserError("--recipe and --context say what to serve; add --serve (in training, --qat.recipe)")
+    serving = {"recipe": args.recipe, "batch": args.batch, "context": args.context} if args.serve else None
+    found = run_forecast(config, topology, serving, _COMPILED if args.search else 0, Progress())
+    if found["search"]:
+        print_table([_candidate(row) for row in found["search"]])
+        print()
+    for i, forecast in enumerate(found["forecasts"]):
+        if i:
+            print()
+        _print(forecast)
+    if any(forecast["time"] for forecast in found["forecasts"]):
+        from jaxlm.planning.cost import ASSUMPTIONS
+
+        print()
+        for line in (f"figures of the chip: {topology.chip.source}", *ASSUMPTIONS):
+            print(f"assumed: {line}")
+    write_json(args.json, found)
+
+
+def _print(forecast) -> None:
+    memory, counts, time = forecast["memory"], forecast["counts"], forecast["time"]
+    mesh = " x ".join(f"{axis} {ways}" for axis, ways in forecast["mesh"].items() if ways > 1) or "one device"
+    print_fields({
+        "program": forecast["program"], "devices": f"{forecast['devices']:,} ({forecast['topology']}): {mesh}",
+        "parameters": forecast["parameters"], **({"shapes": "; ".join(forecast["notes"])} if forecast["notes"] else {}),
+    })
+    print()
+    rows = [{"memory of a device": name, "bytes": size(round(held))} for name, held in memory["held"].items()]
+    rest = size(round(memory["activations"]))
+    rows.append({"memory of a device": "activations and other temporaries", "bytes": rest})
+    rows.append({"memory of a device": "peak", "bytes": size(round(memory["peak"])) + _of(memory)})
+    print_table(rows)
+    if forecast["over"]:
+        print(f"\ndoes not fit: {size(round(forecast['over']))} too much")
+        for line in forecast["advice"]:
+            print(f"try: {line}")
+    if counts and counts["collectives"]:
+        print()
+        print_table([
+            {"messages of a device": row["kind"], "along": "+".join(row["axes"]), "times": row["times"],
+             "bytes sent": size(round(row["bytes"]))} for row in counts["collectives"]
+        ])
+    if counts:
+        print()
+        print_fields(_figures(forecast, counts, time))
+
+
+def _of(memory) -> str:
+    capacity = memory["capacity"]
+    return f" of {size(round(capacity))}, {memory['peak'] / capacity:.0%}" if capacity else ""
+
+
+def _figures(forecast, counts, time) -> dict:
+    fields = {
+        "FLOPs of a device": f"{sum(counts['flops'].values()):.4g}",
+        "model FLOPs, its share": f"{forecast['flops'] / forecast['devices']:.4g}",
+        "memory traffic": size(round(counts["traffic"])),
+        "tokens": forecast["tokens"],
+    }
+    if time is None:
+        return fields | {"time": "nothing is known of the speed of this device"}
+    network = ", ".join(f"{axes} {_seconds(each)}" for axes, each in time["network"].items())
+    fields |= {
+        "compute": _seconds(time["compute"]), "memory": _seconds(time["memory"]), "network": network or "none",
+        "time, at least": f"{_seconds(time['step'])} ({time['bound']}); {_seconds(time['serial'])} without overlap",
+        "tokens a second": f"{forecast['tokens_per_second']:,.0f}",
+        "MFU, at most": f"{forecast['mfu']:.1%}",
+    }
+    if forecast["days"]:
+        fields |= {
+            "training": f"{forecast['total_tokens']:,} tokens: {forecast['days']:.3g} days, "
+                        f"{forecast['chip_hours']:,.0f} chip-hours",
+        }
+    return fields
+
+
+def _candidate(row) -> dict:
+    mesh = {axis: ways for axis, ways in row["mesh"].items() if axis in ("data", "fsdp", "tensor")}
+    return {
+        **mesh, "remat": row["remat"], "peak": size(round(row["peak"])),
+        "step": "does not fit" if row["seconds"] is None else _seconds(row["seconds"]),
+        "by": "compiler" if row["compiled"] else "closed form",
+    }
+
+
+def _seconds(seconds: float) -> str:
+    unit, many = next((unit for unit in (("s", 1), ("ms", 1e3)) if seconds * unit[1] >= 1), ("us", 1e6))
+    return f"{seconds * many:.3g} {unit}"

@@ -1,0 +1,139 @@
+"""Closed forms: what a step must hold and send at least, and a quick estimate of what it takes.
+
+They rank the meshes of a search before any is compiled, say what a change would do to a program that does not fit, and
+are what weak scaling is measured against (``tests/benchmarks/weak_scaling.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+from jax.sharding import AbstractMesh, AxisType
+
+from jaxlm import nn
+from jaxlm.core.sharding import AXES, batch_ways, mesh_sizes
+from jaxlm.core.tree import flatten
+from jaxlm.nn.config import ModelConfig
+from jaxlm.planning.abstract import bytes_per_device, complete_model, train_batch
+from jaxlm.planning.topology import Topology
+from jaxlm.training.config import Experiment, MeshConfig
+from jaxlm.training.flops import step_flops
+from jaxlm.training.program import make_program
+
+__all__ = ["Estimate", "abstract_mesh", "estimate", "least_fsdp", "least_tensor", "state_bytes"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and seconds of a step on one device, before compiling it."""
+
+    state: float
+    activations: float
+    compute: float
+    network: float
+
+    @property
+    def peak(self) -> float:
+        return self.state + self.activations
+
+    @property
+    def step(self) -> float:
+        return max(self.compute, self.network)
+
+
+def abstract_mesh(sizes: MeshConfig, devices: int) -> AbstractMesh:
+    """A mesh without devices; one size may be -1."""
+    given = mesh_sizes(sizes.preset, sizes.sizes, devices)
+    known = math.prod(size for size in given.values() if size != -1)
+    shape = tuple(devices // known if given[axis] == -1 else given[axis] for axis in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def state_bytes(config: Experiment, devices: int) -> float:
+    """Parameters, optimizer and gradients of one device, as the rules lay them out."""
+    graphdef, like = _abstract(config.model)
+    state = make_program(config, graphdef, like, abstract_mesh(config.mesh, devices)).state
+    return 2 * bytes_per_device(state.params) + bytes_per_device(state.opt_state)
+
+
+@functools.lru_cache(maxsize=4)
+def _abstract(model: ModelConfig):
+    return nn.abstract(model)
+
+
+def estimate(config: Experiment, topology: Topology) -> Estimate:
+    """For a topology with figures. The messages are those of ``least_fsdp`` and ``least_tensor`` and of an all-reduce
+    of the gradients along "data"; activations are what a remat policy keeps, the work of one layer, and the logits."""
+    config = dataclasses.replace(config, model=complete_model(config))
+    model, mesh, chip = config.model, abstract_mesh(config.mesh, topology.size), topology.chip
+    shapes = {name: x.shape for name, x in train_batch(config, mesh).items()}
+    flat = flatten(_abstract(model)[1])
+    remat = getattr(model, "remat", "none")
+    again = {"none": 3, "dots": 3.1}.get(remat, 4) / 3
+    compute = again * step_flops(model, flat, shapes) / (topology.size * chip.flops)
+
+    tokens = math.prod(shapes["inputs"]) / (batch_ways(mesh) * mesh.shape["sequence"])
+    item = 2 if model.dtype == "bfloat16" else 4
+    weights = sum(math.prod(leaf.shape) for leaf in flat.values()) / mesh.shape["stage"]
+    tensor, data = mesh.shape["tensor"], mesh.shape["data"]
+    sent = {
+        "fsdp": config.train.accumulate * least_fsdp(weights / tensor, mesh.shape["fsdp"], item),
+        "tensor": again * least_tensor(model, tokens, tensor, item),
+        "data": 2 * (data - 1) / data * 4 * weights / (tensor * mesh.shape["fsdp"]),
+    }
+    network = sum(size / _bandwidth(topology, mesh.shape[axis]) for axis, size in sent.items() if size)
+    tokens /= config.train.accumulate
+    rows = max(shapes["inputs"][0] / (batch_ways(mesh) * config.train.accumulate), 1)
+    activations = _activations(model, remat, tokens, rows, shapes["inputs"][1], tensor, item) / mesh.shape["stage"]
+    return Estimate(state_bytes(config, topology.size), activations, compute, network)
+
+
+def least_fsdp(weights: float, ways: int, item: int) -> float:
+    """Bytes that a device sends in a step of fully sharded data parallelism: weights gathered for the forward and for
+    the backward pass in the type of the activations, gradients scattered once in float32 (arXiv:1910.02054, section
+    7.2)."""
+    return (ways - 1) / ways * weights * (2 * item + 4)
+
+
+def least_tensor(model: ModelConfig, tokens: float, ways: int, item: int) -> float:
+    """Bytes that a device sends in a step of tensor parallelism: two all-reduces a layer forward and two backward
+    (arXiv:1909.08053, section 3), and one each for the embedding and the output head."""
+    return (4 * _layers(model) + 2) * 2 * (ways - 1) / ways * tokens * model.width * item
+
+
+def _layers(model: ModelConfig) -> int:
+    """A decoder's layer with cross-attention counts one and a half."""
+    return model.encoder_layers + 1.5 * model.decoder_layers if model.kind == "seq2seq" else model.layers
+
+
+def _activations(model, remat: str, tokens: float, rows: float, length: int, tensor: int, item: int) -> float:
+    residual = tokens * model.width * item
+    logits = 2 * tokens * model.vocab_size * 4 / tensor
+    if model.kind == "lstm":
+        return logits + model.layers * 8 * residual
+    heads, gates = model.heads * model.d_head, 3 if model.gated else 2
+    wide = tokens * (heads + 2 * model.n_kv_heads * model.d_head + gates * model.d_ffn) * item / tensor
+    scores = 3 * rows * model.heads * length**2 * 4 / tensor
+    kept = {"none": 4 * residual + wide + scores, "dots": 3 * residual + wide}.get(remat, residual)
+    return logits + _layers(model) * kept + 4 * residual + 2 * wide + scores
+
+
+def _bandwidth(topology: Topology, ways: int) -> float:
+    """Of an axis: its share of the torus's dimensions, one at least; both ways if they close."""
+    chip = topology.chip
+    share = max(1, round(chip.dimensions * math.log(ways) / math.log(max(topology.size, 2))))
+    return chip.link * share * (2 if topology.closes(0) else 1)
+
+
+def mesh_shapes(devices: int) -> list[MeshConfig]:
+    """Every data x fsdp x tensor mesh of so many devices."""
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    return [
+        MeshConfig(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
+        for tensor in sizes for fsdp in sizes if devices % (fsdp * tensor) == 0
+    ]
+
+

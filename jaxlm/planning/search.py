@@ -1,0 +1,92 @@
+"""Which mesh and which remat policy suit an experiment best: closed forms first, then the compiler for a few."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlm.core.errors import UserError
+from jaxlm.nn.config import DecoderConfig
+from jaxlm.planning.closed import Estimate, estimate, mesh_shapes
+from jaxlm.planning.forecast import Forecast, forecast
+from jaxlm.planning.programs import programs_of
+from jaxlm.planning.topology import Topology
+from jaxlm.training.config import Experiment
+
+__all__ = ["Candidate", "search"]
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An experiment with another mesh and remat policy; ``forecast`` is there if it was compiled."""
+
+    config: Experiment
+    estimate: Estimate
+    forecast: Forecast | None = None
+
+    @property
+    def peak(self) -> float:
+        return self.forecast.memory.peak if self.forecast else self.estimate.peak
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; endless where the compiler found no room for it."""
+        if self.forecast is None:
+            return self.estimate.step
+        return self.forecast.time.step if self.forecast.time else float("inf")
+
+    def fits(self, topology: Topology) -> bool:
+        return self.peak <= topology.chip.memory and self.seconds < float("inf")
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "mesh": dataclasses.asdict(self.config.mesh), "remat": self.config.model.remat, "peak": self.peak,
+            "seconds": self.seconds if self.seconds < float("inf") else None,
+            "compiled": self.forecast is not None,
+        }
+
+
+def search(
+    config: Experiment, topology: Topology, compiled: int, progress: Callable[[str, int, int], None]
+) -> list[Candidate]:
+    """The best ten, best first: those that fit before those that do not, the fastest first. The ``compiled`` best by
+    closed form are compiled. UserError where there is nothing to search: on CPU, of whose speed nothing is known, and
+    for an LSTM, which has no remat policies."""
+    if topology.chip is None:
+        raise UserError("--search compares by time, and nothing is known of the speed of a CPU; give a TPU topology")
+    if config.model.kind == "lstm":
+        raise UserError("--search chooses a mesh and a remat policy for Transformers, and this is an LSTM")
+    found = []
+    for each in _variants(config, topology):
+        try:
+            found.append(Candidate(each, estimate(each, topology)))
+        except UserError:  # a batch that such a mesh cannot share
+            continue
+    if not found:
+        raise UserError(f"no mesh of {topology.size} devices can share the batch; make data.batch_size a multiple")
+
+    def order(candidate: Candidate) -> tuple:
+        return not candidate.fits(topology), candidate.seconds, candidate.peak
+
+    found.sort(key=order)
+    for i, candidate in enumerate(found[:compiled]):
+        progress("compiling the best by closed form", i, compiled)
+        (program,) = programs_of(candidate.config, topology)
+        found[i] = dataclasses.replace(candidate, forecast=forecast(program, candidate.config, topology))
+    progress("compiling the best by closed form", compiled, compiled)
+    return sorted(found, key=lambda each: (each.forecast is None, order(each)))[:_SHOWN]
+
+
+def _variants(config: Experiment, topology: Topology) -> Iterator[Experiment]:
+    model = config.model
+    for mesh in mesh_shapes(topology.size):
+        divided = (model.heads, model.n_kv_heads, model.d_ffn)
+        if any(size % mesh.tensor for size in divided):
+            continue
+        for remat in typing.get_args(typing.get_type_hints(DecoderConfig)["remat"]):
+            yield dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(model, remat=remat))

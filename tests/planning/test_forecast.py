@@ -1,0 +1,195 @@
+"""Forecasts of real programs on eight CPU devices, and what users are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+
+import jax
+import pytest
+
+from jaxlm import nn
+from jaxlm.cli.main import main
+from jaxlm.core.errors import UserError
+from jaxlm.core.tree import count_params
+from jaxlm.planning.abstract import bytes_per_device, compressed
+from jaxlm.planning.advice import advise
+from jaxlm.planning.child import run_forecast
+from jaxlm.planning.closed import estimate, mesh_shapes
+from jaxlm.planning.forecast import _used, forecast
+from jaxlm.planning.programs import Serving, programs_of
+from jaxlm.planning.topology import parse_topology
+from jaxlm.training.config import DataConfig, Experiment, MeshConfig, TrainConfig
+
+MODEL = nn.DecoderConfig(
+    width=64, heads=4, kv_heads=2, ffn=128, layers=2, vocab_size=96, tie_embeddings=False, max_positions=32
+)
+CONFIG = Experiment(
+    model=MODEL, data=DataConfig(batch_size=8, seq_len=32), train=TrainConfig(steps=200), mesh=MeshConfig(1, 4, 2)
+)
+CPU = parse_topology("cpu:8")
+
+
+@pytest.fixture(scope="module")
+def trained():
+    (program,) = programs_of(CONFIG, CPU)
+    return program, forecast(program, CONFIG, CPU)
+
+
+def test_memory_is_what_the_layout_says(trained):
+    program, result = trained
+    count = count_params(nn.abstract(MODEL)[1])
+    norms = (2 * MODEL.layers + 1) * MODEL.width  # on every device
+    share = 4 * ((count - norms) / 8 + norms)
+    held = result.memory.held
+    assert held["parameters"] == share
+    assert held["optimizer"] == pytest.approx(2 * share, abs=16)  # and its counters
+    assert held["batch"] == 3 * 4 * 8 * 32 / 4
+    assert 0 < held["gradients"] <= share
+    assert result.memory.peak == sum(held.values()) + result.memory.activations
+    arguments = bytes_per_device(program.arguments)
+    assert result.memory.peak > arguments == pytest.approx(sum(held.values()) - held["gradients"], abs=64)
+
+
+def test_arithmetic_is_that_of_the_model(trained):
+    """What all devices compute is what the model needs, and the little that several compute alike."""
+    _, result = trained
+    assert 1 <= 8 * result.counts.total_flops / result.flops < 1.15
+    assert result.total_tokens == 200 * 8 * 32 and result.tokens == 8 * 32
+
+
+def test_fully_sharded_weights_are_gathered_along_their_axis_only(trained):
+    _, result = trained
+    gathered = result.counts.sent("all-gather")
+    weights = 4 * count_params(nn.abstract(MODEL)[1]) / 2  # of a device along "tensor"
+    # forward and backward; some the compiler gathers once for both, small activations it gathers too
+    assert 3 / 4 * weights <= gathered[("fsdp",)] <= 3 / 4 * weights * 3
+
+
+def test_remat_computes_the_forward_pass_again(trained):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, remat="full"))
+    (program,) = programs_of(config, CPU)
+    again = forecast(program, config, CPU)
+    assert 1.2 < again.counts.total_flops / trained[1].counts.total_flops < 1.34
+    assert again.memory.activations < trained[1].memory.activations
+
+
+def test_serving_holds_weights_and_cache():
+    prefill, decode = programs_of(CONFIG, CPU, Serving(batch=8))
+    result = forecast(decode, CONFIG, CPU)
+    count = count_params(nn.abstract(MODEL)[1])
+    assert result.memory.held["parameters"] == pytest.approx(2 * count / 8, rel=0.05)  # bfloat16
+    row = 2 * MODEL.layers * 2 * 16 * 32 * 4  # keys and values, 2 heads of 16, 32 tokens, float32
+    assert result.memory.held["cache"] == pytest.approx(8 * row / 8, abs=64)
+    assert prefill.tokens == 8 * 32 and decode.tokens == 8
+    assert 1 <= 8 * result.counts.total_flops / result.flops < 1.2
+
+
+RECIPES = {
+    "w8a8-dynamic": 8, "w4a16-gptq-g32": 4, "w4a16-awq-g32": 4, "w2a16-autoround-g32": 4, "w8a8-static": 8,
+    "w8a8-smooth": 8, "fp8-static": 8, "nf4": 8, "sparse50-sparsegpt": 16, "sparse50-sparsegpt-w4": 4, "lowrank50": 16,
+    "2:4-wanda+w4a16-rtn-g32": 4, "kv8": 16, "rotate+w8a8-dynamic": 8, "prune-heads50": 16, "drop-layers1": 16,
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_forecast_by_shape(name):
+    """Those that need data too: what matters is the kind of leaf that they make."""
+    from jaxlm.compression.recipe import load_recipe
+    from jaxlm.core.tree import flatten
+
+    config, params = compressed(load_recipe(name), MODEL, nn.abstract(MODEL)[1], "bfloat16", "tpu")
+    path = next(path for path in flatten(params) if path.endswith("up/kernel"))
+    leaf = flatten(params)[path]
+    parts = jax.tree.leaves(getattr(leaf, "codes", leaf))
+    bits = {"int4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8, "bfloat16": 16, "float32": 16}
+    assert bits[str(parts[0].dtype)] == RECIPES[name]
+    assert config.kv_cache == ("int8" if name == "kv8" else "full")
+
+
+def test_what_the_compiler_says_when_it_does_not_fit():
+    said = "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded"
+    assert _used(said) == (20.5 * 2**30, 15.75 * 2**30)
+    assert _used("anything else") is None
+
+
+def test_advice_is_for_what_does_not_fit(trained):
+    topology = parse_topology("v5e:2x4")
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(8), data=DataConfig(batch_size=64, seq_len=32))
+    held = {name: 8 * size for name, size in trained[1].memory.held.items()}
+    memory = dataclasses.replace(trained[1].memory, held=held, peak=2e6, capacity=1e6)
+    lines = "\n".join(advise(dataclasses.replace(trained[1], memory=memory), config, topology, None))
+    for change in ("mesh.data 1 --mesh.fsdp 8", "model.remat full", "model.dtype bfloat16", "train.accumulate 2"):
+        assert f"--{change}" in lines
+    assert advise(trained[1], config, topology, None) == []
+
+
+def test_meshes_of_a_search():
+    shapes = mesh_shapes(8)
+    assert len(shapes) == len(set(shapes)) == 10
+    assert all(math.prod((mesh.data, mesh.fsdp, mesh.tensor)) == 8 for mesh in shapes)
+    topology, config = parse_topology("v5e:2x4"), dataclasses.replace(CONFIG, mesh=MeshConfig(8))
+    whole, split = (estimate(dataclasses.replace(config, mesh=mesh), topology) for mesh in
+                    (MeshConfig(8), MeshConfig(1, 8)))
+    assert split.state < whole.state / 6 and split.compute == whole.compute
+
+
+def test_a_forecast_from_the_command_line(tmp_path, capsys):
+    file, out = tmp_path / "config.py", tmp_path / "plan.json"
+    file.write_text(
+        "from jaxlm import nn\nfrom jaxlm.training.config import *\n"
+        "config = Experiment(model=nn.DecoderConfig(width=16, heads=2, layers=1), data=DataConfig(seq_len=8))\n"
+    )
+    with pytest.raises(SystemExit) as status:
+        main(["plan", str(file), "--topology", "cpu:2", "--json", str(out), "--data.vocab_size", "32",
+              "--mesh.fsdp", "2"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert status.value.code == 0 and "activations and other temporaries" in printed and "fsdp 2" in printed
+    (found,) = json.loads(out.read_text())["forecasts"]
+    assert found["devices"] == 2 and found["tokens"] == 16 * 8 and found["time"] is None
+    assert found["memory"]["peak"] >= found["memory"]["held"]["parameters"]
+
+
+MISTAKES = {
+    "no vocabulary": (CONFIG, {"model": dataclasses.replace(MODEL, vocab_size=0)}, {"tokenizer": "x"}, "vocab_size N"),
+    "rows": (CONFIG, {"train": TrainConfig(accumulate=3)}, {}, "make it a multiple"),
+    "mesh": (CONFIG, {"mesh": MeshConfig(3)}, {}, "does not fit 8 devices"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_told_in_a_line(case):
+    config, changes, data, said = MISTAKES[case]
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **data), **changes)
+    with pytest.raises(UserError, match=said):
+        programs_of(config, CPU)
+
+
+def test_serving_takes_language_models_and_whole_rows():
+    with pytest.raises(UserError, match="make it a multiple"):
+        programs_of(CONFIG, CPU, Serving(batch=3))
+    with pytest.raises(UserError, match="language models"):
+        programs_of(dataclasses.replace(CONFIG, model=nn.preset("tiny", vocab_size=96)), CPU, Serving())
+
+
+def test_mistakes_cross_from_the_child():
+    with pytest.raises(UserError, match="nothing is known of the speed of a CPU"):
+        run_forecast(CONFIG, CPU, None, 1, lambda *_: None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_without_libtpu_it_says_what_to_install():
+    with pytest.raises(UserError, match=r"pip install jaxlm\[plan\]"):
+        programs_of(CONFIG, parse_topology("v5e:2x4"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (jaxlm[plan]) is not installed")
+def test_a_step_for_tpus_that_are_not_there():
+    found = run_forecast(CONFIG, parse_topology("v5e:2x4"), None, 0, lambda *_: None)
+    (result,) = found["forecasts"]
+    assert result["mesh"]["fsdp"] == 4 and result["time"]["step"] > 0 and 0 < result["mfu"] < 1
+    assert 1 <= 8 * sum(result["counts"]["flops"].values()) / result["flops"] < 1.3
+    assert {tuple(row["axes"]) for row in result["counts"]["collectives"]} <= {
+        ("fsdp",), ("tensor",), ("fsdp", "tensor")}
