@@ -38,8 +38,8 @@ __all__ = [
 
 # Fields of ours that belong to training or to a process, not to the model: kept beside the family's own.
 RUNTIME = (
-    "dtype", "kv_cache", "scan_layers", "remat", "ring_from", "microbatches", "dropout", "attention_dropout",
-    "ffn_dropout", "segments", "encoder_segments", "decoder_segments",
+    "dtype", "kv_cache", "scan_layers", "remat", "ring_from", "microbatches", "expert_routing", "capacity_factor",
+    "dropout", "attention_dropout", "ffn_dropout", "segments", "encoder_segments", "decoder_segments",
 )
 _LAYERS = re.compile(r"(.*?)layers/(\d+)/(.*)")
 

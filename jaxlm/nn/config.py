@@ -73,6 +73,8 @@ class StackConfig:
     experts_per_token: int = 2
     expert_ffn: int = 0  # 0: d_ffn
     expert_renormalize: bool = True  # the weights of a token's experts sum to 1
+    expert_routing: Literal["dropless", "capacity"] = "dropless"  # see ``nn.experts``
+    capacity_factor: float = 1.25  # slots of an expert, as a multiple of its even share of a group's tokens
     dense_layers: tuple[int, ...] = ()  # layers without experts in a model that has them
     embed_scale: bool = False  # multiply embeddings by sqrt(width)
     tie_embeddings: bool = True

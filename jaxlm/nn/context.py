@@ -22,6 +22,7 @@ from jaxlm.nn.layers import softcap
 __all__ = ["NEGATIVE", "Sight", "goes_around", "ring_attend"]
 
 AXIS = "sequence"
+_MANUAL = {AXIS, "stage"}  # a pipeline maps over its stages from outside
 NEGATIVE = -1e9  # finite, so that a row that may look at nothing becomes uniform instead of NaN
 
 
@@ -172,7 +173,8 @@ def _forward(q, k, v, bias, sight: Sight, scale, cap):
         return out / total, top, total
 
     out, top, total = jax.shard_map(
-        around, in_specs=(_specs(queries, _QUERIES), _specs(keys, _KEYS)), out_specs=(_ROWS,) * 3, axis_names={AXIS},
+        around, in_specs=(_specs(queries, _QUERIES), _specs(keys, _KEYS)), out_specs=(_ROWS,) * 3, axis_names=_MANUAL,
+        check_vma=False,
     )(queries, keys)
     return _heads_last(out).astype(q.dtype), (q, k, v, bias, sight, out, top, total)
 
@@ -227,7 +229,8 @@ def _backward(scale, cap, residuals, gradient):
     specs = (_specs(queries, _QUERIES), _specs(keys, _KEYS), *[_ROWS] * 4)
     of_bias = None if bias is None else _QUERIES.bias
     gradients = jax.shard_map(
-        around, in_specs=specs, out_specs=(_QUERIES.q, _KEYS.k, _KEYS.v, of_bias), axis_names={AXIS},
+        around, in_specs=specs, out_specs=(_QUERIES.q, _KEYS.k, _KEYS.v, of_bias), axis_names=_MANUAL,
+        check_vma=False,
     )(queries, keys, gradient, delta, top, total)
     return *gradients, None
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxlm.core.sharding import constrain
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.config import DecoderConfig, StackConfig
+from jaxlm.nn.experts import Routing
 from jaxlm.nn.layers import Embedding, Linear, softcap
 from jaxlm.nn.stack import Stack, layers_of
 
@@ -31,14 +32,25 @@ class DecoderLM(nnx.Module):
         positions_BxT: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits ``[B, T, V]`` in float32.
+        """Logits ``[B, T, V]`` in float32: ``forward`` without the routing."""
+        return self.forward(tokens_BxT, segments_BxT=segments_BxT, positions_BxT=positions_BxT, key=key)[0]
+
+    def forward(
+        self,
+        tokens_BxT: jax.Array,
+        *,
+        segments_BxT: jax.Array | None = None,
+        positions_BxT: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Logits ``[B, T, V]`` in float32, and what the routers did, where there are experts.
 
         Where several documents share a row, ``segments`` numbers them (they do not see each other) and ``positions``
         restarts in each. Dropout needs a ``key``.
         """
         x_BxTxD = embed(self.embed, tokens_BxT, self.config)
-        x_BxTxD = self.decoder(x_BxTxD, segments_BxT=segments_BxT, positions_BxT=positions_BxT, key=key)
-        return head_logits(self, x_BxTxD)
+        x_BxTxD, routing = self.decoder(x_BxTxD, segments_BxT=segments_BxT, positions_BxT=positions_BxT, key=key)
+        return head_logits(self, x_BxTxD), routing
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``length`` tokens."""

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.core import ops
+from jaxlm.core.errors import UserError
+from jaxlm.core.sharding import RULES
 from jaxlm.nn.config import StackConfig
+from jaxlm.nn.experts import Routing, capacity, in_rounds, limited, sorted_by_expert
 from jaxlm.nn.layers import ACTIVATIONS, Linear, dropout, normal
 
 
@@ -17,13 +26,14 @@ class ExpertLinear(nnx.Module):
     def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str], *, rngs: nnx.Rngs, scale: float = 1.0):
         self.kernel = nnx.Param(normal(rngs, shape, scale * shape[1] ** -0.5), axes=("experts", *axes))
 
-    def __call__(self, x_MxI: jax.Array, sizes_E: jax.Array) -> jax.Array:
-        """Rows sorted by expert, ``sizes_E`` of them for each."""
-        return ops.ragged_dot(x_MxI, self.kernel.get_value(), sizes_E)
+    def __call__(self, x: jax.Array, sizes_E: jax.Array | None) -> jax.Array:
+        """Rows ``[M, I]`` sorted by expert, ``sizes_E`` of them for each; without sizes, rows ``[E, M, I]``."""
+        kernel = self.kernel.get_value()
+        return jax.vmap(ops.dot)(x, kernel) if sizes_E is None else ops.ragged_dot(x, kernel, sizes_E)
 
 
 class Experts(nnx.Module):
-    """The MLPs themselves, on rows sorted by expert."""
+    """The MLPs themselves, on rows sorted by expert, or as many rows for each."""
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, scale: float):
         width, ffn, experts = config.width, config.d_expert, config.experts
@@ -33,16 +43,17 @@ class Experts(nnx.Module):
         self.up = ExpertLinear((experts, width, ffn), ("embed", "mlp"), rngs=rngs)
         self.down = ExpertLinear((experts, ffn, width), ("mlp", "embed"), rngs=rngs, scale=scale)
 
-    def __call__(self, x_MxD: jax.Array, sizes_E: jax.Array, key: jax.Array | None) -> jax.Array:
-        h = self.up(x_MxD, sizes_E)
-        h = self.act(h) if self.gate is None else self.act(self.gate(x_MxD, sizes_E)) * h
+    def __call__(self, x: jax.Array, sizes_E: jax.Array | None, key: jax.Array | None) -> jax.Array:
+        h = self.up(x, sizes_E)
+        h = self.act(h) if self.gate is None else self.act(self.gate(x, sizes_E)) * h
         return self.down(dropout(h, self.ffn_dropout, key), sizes_E)
 
 
 class Moe(nnx.Module):
     """Each token's output is the sum of its ``experts_per_token`` best experts', weighted by the router.
 
-    No token is dropped: the copies of the tokens are sorted by expert and each expert multiplies its run of them.
+    On a mesh each device routes its own tokens (``nn.experts``). A choice that ``expert_routing`` "capacity" drops adds
+    nothing: the token goes on by the residual stream.
     """
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, scale: float):
@@ -50,20 +61,88 @@ class Moe(nnx.Module):
         self.router = Linear(config.width, config.experts, ("embed", "experts"), bias=False, rngs=rngs)
         self.experts = Experts(config, rngs=rngs, scale=scale)
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        x_MxD = x.reshape(-1, x.shape[-1])
-        weights_MxK, experts_MxK = self.route(x_MxD)
-        order = jnp.argsort(experts_MxK.reshape(-1), stable=True)
-        sizes_E = jnp.bincount(experts_MxK.reshape(-1), length=self.config.experts).astype(jnp.int32)
-        sorted_MKxD = self.experts(x_MxD[order // experts_MxK.shape[1]], sizes_E, key)
-        y_MKxD = jnp.zeros_like(sorted_MKxD).at[order].set(sorted_MKxD, unique_indices=True)
-        y_MxD = jnp.einsum("mkd,mk->md", y_MKxD.reshape(*weights_MxK.shape, -1), weights_MxK.astype(x.dtype))
-        return y_MxD.reshape(x.shape)
+    def __call__(self, x_BxTxD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Routing]:
+        """The output, and sums over the tokens of what the router did."""
+        sizes = _sizes()
+        holding = tuple(axis for axis in (*RULES["batch"], "sequence") if axis in sizes)  # tokens
+        ways, parts = math.prod(sizes[axis] for axis in holding), sizes.get("sequence", 1)
+        experts, devices = self.config.experts, sizes.get("expert", 1)
+        if experts % devices:
+            raise UserError(f"{experts} experts do not divide among {devices} devices; choose another mesh.expert")
+        if ways == 1 or x_BxTxD.shape[0] % (ways // parts) or x_BxTxD.shape[1] % parts:
+            return self._here(x_BxTxD, key, {})
+        graphdef, params = nnx.split(self)
+        rows = P(tuple(axis for axis in holding if axis != "sequence") or None, "sequence" if parts > 1 else None)
+        by_expert = nnx.from_flat_state(
+            (path, variable.replace(jax.tree.map(partial(_split, path), variable.get_value())))
+            for path, variable in nnx.to_flat_state(params)
+        )
 
-    def route(self, x_MxD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Weights (float32) and numbers of each token's experts, ``[M, K]`` each, best first."""
-        probabilities_MxE = jax.nn.softmax(self.router(x_MxD).astype(jnp.float32), -1)
+        @partial(
+            jax.shard_map, in_specs=(by_expert, rows, P()), out_specs=(rows, P(holding)), axis_names=set(sizes),
+            check_vma=False,
+        )
+        def everywhere(params, x_BxTxD, key):
+            if key is not None:
+                key = jax.random.fold_in(key, jax.lax.axis_index(holding))
+            y_BxTxD, routing = nnx.merge(graphdef, params)._here(x_BxTxD, key, sizes)
+            return y_BxTxD, jax.tree.map(lambda leaf: leaf[None], routing)
+
+        y_BxTxD, routing = everywhere(params, x_BxTxD, key)
+        return y_BxTxD, jax.tree.map(lambda leaf: jnp.sum(leaf, 0), routing)
+
+    def _here(self, x_BxTxD: jax.Array, key: jax.Array | None, sizes: dict[str, int]) -> tuple[jax.Array, Routing]:
+        """The tokens of this device, on a mesh whose axes have these sizes."""
+        config, (B, T, D) = self.config, x_BxTxD.shape
+        weights_MxK, experts_MxK, routing = self.route(x_BxTxD.reshape(-1, D))
+
+        def apply(rows, sizes_E=None):
+            return self.experts(rows, sizes_E, key)
+
+        spread, parts = (axis if sizes.get(axis, 1) > 1 else None for axis in ("expert", "sequence"))
+        K = config.experts_per_token
+        if config.expert_routing == "capacity":
+            slots = capacity(config.capacity_factor, T * sizes.get("sequence", 1), K, config.experts)
+            y, kept = limited(
+                apply, x_BxTxD, experts_MxK.reshape(B, T, K), config.experts, slots, parts=parts, spread=spread
+            )
+            routing = dataclasses.replace(routing, dropped=jnp.sum(~kept, dtype=jnp.float32))
+        elif spread is None:
+            y = sorted_by_expert(apply, x_BxTxD.reshape(-1, D), experts_MxK, config.experts)
+        else:
+            slots = capacity(config.capacity_factor, B * T, K, config.experts)
+            y = in_rounds(
+                apply, x_BxTxD.reshape(-1, D), experts_MxK, config.experts, slots, spread=spread,
+                everywhere=tuple(sizes),
+            )
+        y_MxD = jnp.einsum("mkd,mk->md", y.reshape(-1, K, D), weights_MxK.astype(y.dtype))
+        return y_MxD.reshape(B, T, D), routing
+
+    def route(self, x_MxD: jax.Array) -> tuple[jax.Array, jax.Array, Routing]:
+        """Weights (float32) and numbers of each token's experts, ``[M, K]`` each, best first, and their sums."""
+        logits_MxE = self.router(x_MxD).astype(jnp.float32)
+        probabilities_MxE = jax.nn.softmax(logits_MxE, -1)
         weights_MxK, experts_MxK = jax.lax.top_k(probabilities_MxE, self.config.experts_per_token)
         if self.config.expert_renormalize:
             weights_MxK /= jnp.sum(weights_MxK, -1, keepdims=True)
-        return weights_MxK, experts_MxK
+        routing = Routing(
+            tokens=jnp.asarray(len(x_MxD), jnp.float32),
+            chosen_E=jnp.zeros(self.config.experts).at[experts_MxK.reshape(-1)].add(1.0),
+            probability_E=jnp.sum(probabilities_MxE, 0),
+            square=jnp.sum(jnp.square(jax.nn.logsumexp(logits_MxE, -1))),
+            dropped=jnp.zeros(()),
+        )
+        return weights_MxK, experts_MxK, routing
+
+
+def _sizes() -> dict[str, int]:
+    """Of the axes of the mesh in use over which ``Moe`` maps by hand. Tensor parallelism stays XLA's; "stage" has no
+    part in it, but a pipeline maps over it from outside."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)) if not mesh.empty else {}
+    return {axis: mesh.shape[axis] for axis in types if axis != "tensor" and types[axis] != AxisType.Manual}
+
+
+def _split(path: tuple, part: jax.Array) -> P:
+    """How an array of a parameter is split among devices: those of experts by their first dimension."""
+    return P("expert") if path[0] == "experts" else P()

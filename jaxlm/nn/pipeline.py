@@ -83,20 +83,21 @@ def make_schedule(segments: Sequence[Sequence[int]], stages: int, microbatches: 
 
 
 def flow(
-    run: Callable[..., jax.Array], repeats: Sequence[Any], x_BxTxD: jax.Array, along: Any, view: Any,
+    run: Callable[..., tuple[jax.Array, Any]], repeats: Sequence[Any], x_BxTxD: jax.Array, along: Any, view: Any,
     schedule: Schedule,
-) -> jax.Array:
-    """The output of all layers for ``x``.
+) -> tuple[jax.Array, Any]:
+    """The output of all layers for ``x``, and what they count, summed over the microbatches.
 
     ``repeats`` has, a segment, a tree of arrays ``[layers, ...]``. ``along`` is a tree of activations ``[B, ., D]``
     that each microbatch takes with it, and ``view`` one of arrays ``[B, ...]``, or ``[1, ...]`` where all rows share
     it, that are looked up (a gradient through those of B rows would cost more than taking them along).
 
     ``run(layers, others, here, x, along, view, microbatch)`` takes one microbatch through the layers of one stage:
-    those of ``layers`` if ``here`` is true, else those of ``others``, which is None where there is no choice.
+    those of ``layers`` if ``here`` is true, else those of ``others``, which is None where there is no choice. It gives
+    the output and a tree of counts ``[layers of a stage, ...]``; those of the whole are ``[layers, ...]``.
     """
     S, group, groups = schedule.stages, schedule.group, schedule.microbatches // schedule.group
-    rows, stage_S = x_BxTxD.shape[0], jnp.arange(S)
+    stage_S = jnp.arange(S)
     repeats = [jax.tree.map(lambda w: w.reshape(S, -1, *w.shape[1:]), layers) for layers in repeats]
 
     def spread(leaf):
@@ -118,23 +119,24 @@ def flow(
     shared = jax.tree.map(lambda leaf: of_all_rows(leaf) if leaf.shape[0] == 1 else None, view)
     per_row = jax.tree.map(lambda leaf: None if leaf.shape[0] == 1 else split(leaf), view)
 
+    def look(microbatch_S):
+        looked_up = jax.tree.map(lambda leaf: jax.vmap(lambda i: leaf[i])(microbatch_S), per_row)
+        return jax.tree.map(lambda a, b: b if a is None else a, shared, looked_up, is_leaf=lambda leaf: leaf is None)
+
     def tick(r: int, start: jax.Array, choosing: bool, carry, xs):
-        moving, done = carry
+        moving, done, counts = carry
         t, new = xs
         if new is not None:
             moving = jax.tree.map(lambda old, new: jnp.where(_at(stage_S, 0, old), new, old), moving, new)
         microbatch_S = schedule.microbatch(t - stage_S)
-        looked_up = jax.tree.map(lambda leaf: jax.vmap(lambda i: leaf[i])(microbatch_S), per_row)
-        seen = jax.tree.map(lambda a, b: b if a is None else a, shared, looked_up, is_leaf=lambda leaf: leaf is None)
         others = repeats[r - 1] if choosing else None  # stages that this round has not reached are in the one before
-        x = jax.vmap(run, spmd_axis_name="stage")(
-            repeats[r], others, stage_S <= t - start, *moving, seen, microbatch_S
-        )
+        x, more = running(repeats[r], others, stage_S <= t - start, *moving, look(microbatch_S), microbatch_S)
+        counts = jax.tree.map(partial(_add, schedule, t - stage_S), counts, more)
         x = constrain(x, _MOVING_AXES)
         last = schedule.microbatch(t - (S - 1))
         done = jax.lax.dynamic_update_index_in_dim(done, x, last, 1)  # early ones are overwritten
         moving = jax.tree.map(lambda leaf: constrain(_shift(leaf), _MOVING_AXES), (x, moving[1]))
-        return (moving, done), None
+        return (moving, done, counts), None
 
     def round_(carry, start, ticks: int, r: int, choosing: bool, new=None):
         return jax.lax.scan(partial(tick, r, start, choosing), carry, (start + jnp.arange(ticks), new))[0]
@@ -146,20 +148,35 @@ def flow(
             carry = round_(carry, start, group, r, schedule.repeats > 1, None if r else new)
         return carry, None
 
+    running = jax.vmap(run, spmd_axis_name="stage")
     new = jax.tree.map(entering, (x_BxTxD, along))
     moving = jax.tree.map(lambda leaf: constrain(jnp.zeros(leaf.shape[2:], leaf.dtype), _MOVING_AXES), new)
     done = jnp.zeros((S, schedule.microbatches, *moving[0].shape[1:]), x_BxTxD.dtype)
     done = constrain(done, ("layers", None, *_MOVING_AXES[1:]))
-    carry, _ = jax.lax.scan(once_around, (moving, done), (jnp.arange(groups), new))
-    _, done = round_(carry, schedule.ticks - (S - 1), S - 1, schedule.repeats - 1, False)
+    _, more = jax.eval_shape(
+        lambda moving: running(repeats[0], None, stage_S == 0, *moving, look(stage_S), stage_S), moving
+    )
+    counts = jax.tree.map(lambda leaf: jnp.zeros((schedule.repeats, *leaf.shape), leaf.dtype), more)
+    carry, _ = jax.lax.scan(once_around, (moving, done, counts), (jnp.arange(groups), new))
+    _, done, counts = round_(carry, schedule.ticks - (S - 1), S - 1, schedule.repeats - 1, False)
     # By a sum rather than ``done[-1]``, which XLA would move to the first stage before it sends it to all.
     x = jnp.sum(jnp.where(_at(stage_S, S - 1, done), done, 0), 0)
-    return constrain(x.swapaxes(0, 1).reshape(rows, *x_BxTxD.shape[1:]), _MOVING_AXES[1:])
+    x_BxTxD = constrain(x.swapaxes(0, 1).reshape(x_BxTxD.shape), _MOVING_AXES[1:])
+    return x_BxTxD, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:]), counts)
 
 
 def _at(stage_S: jax.Array, stage: int, like: jax.Array) -> jax.Array:
     """True for one stage, in a shape that goes with ``like``."""
     return (stage_S == stage).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _add(schedule: Schedule, visit_S: jax.Array, total_RxS: jax.Array, more_S: jax.Array) -> jax.Array:
+    """The counts ``[repeats, stages, ...]`` with those of a tick added, save of stages that have nothing to do."""
+    repeat_S = visit_S // schedule.group % schedule.repeats
+    busy_S = (visit_S >= 0) & (visit_S < schedule.microbatches * schedule.repeats)
+    here_RxS = (jnp.arange(schedule.repeats)[:, None] == repeat_S) & busy_S
+    here_RxS = here_RxS.reshape(*here_RxS.shape, *[1] * (more_S.ndim - 1))
+    return total_RxS + jnp.where(here_RxS, more_S, 0)
 
 
 @jax.custom_vjp

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxlm.nn.cache import Cache
 from jaxlm.nn.config import Seq2SeqConfig
 from jaxlm.nn.decoder import embed, head, head_logits
+from jaxlm.nn.experts import Routing, joined
 from jaxlm.nn.layers import Embedding
 from jaxlm.nn.stack import Stack, layers_of
 
@@ -33,24 +34,36 @@ class Seq2Seq(nnx.Module):
         src_mask_BxS: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits ``[B, T, V]`` in float32; ``tgt`` is the decoder's input, beginning with ``bos_id``.
+        """Logits ``[B, T, V]`` in float32: ``forward`` without the routing."""
+        return self.forward(src_BxS, tgt_BxT, src_mask_BxS=src_mask_BxS, key=key)[0]
 
+    def forward(
+        self,
+        src_BxS: jax.Array,
+        tgt_BxT: jax.Array,
+        *,
+        src_mask_BxS: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Routing | None]:
+        """Logits ``[B, T, V]`` in float32, and what the routers did, where there are experts, the encoder's first.
+
+        ``tgt`` is the decoder's input, beginning with ``bos_id``.
         The mask says which source tokens are real (default: those that are not ``pad_id``). Dropout needs a ``key``.
         """
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         src_mask_BxS = self.source_mask(src_BxS, src_mask_BxS)
-        memory_BxSxD = self._encode(src_BxS, src_mask_BxS, encoder_key)
-        x_BxTxD = self.decoder(
+        memory_BxSxD, of_encoder = self._encode(src_BxS, src_mask_BxS, encoder_key)
+        x_BxTxD, of_decoder = self.decoder(
             embed(self.embed, tgt_BxT, self.config),
             memory_BxMxD=memory_BxSxD,
             memory_mask_BxM=src_mask_BxS,
             key=decoder_key,
         )
-        return head_logits(self, x_BxTxD)
+        return head_logits(self, x_BxTxD), joined([of_encoder, of_decoder])
 
     def encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array | None = None) -> jax.Array:
         """The encoder's output ``[B, S, D]``."""
-        return self._encode(src_BxS, self.source_mask(src_BxS, src_mask_BxS), None)
+        return self._encode(src_BxS, self.source_mask(src_BxS, src_mask_BxS), None)[0]
 
     def init_cache(self, memory_BxSxD: jax.Array, src_mask_BxS: jax.Array, length: int) -> Cache:
         """A cache for targets of at most ``length`` tokens, with the memory projected once for every layer."""
@@ -70,5 +83,5 @@ class Seq2Seq(nnx.Module):
         """``[B, S, D]``, from the table of the source's vocabulary."""
         return embed(self.embed if self.src_embed is None else self.src_embed, src_BxS, self.config)
 
-    def _encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array, key: jax.Array | None) -> jax.Array:
+    def _encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array, key: jax.Array | None):
         return self.encoder(self.embed_source(src_BxS), real_BxT=src_mask_BxS, key=key)

@@ -18,17 +18,18 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.sharding import HOST_MEMORY, constrain
+from jaxlm.core.sharding import constrain
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache, KeyValue, LayerCache, keep, round_trip
 from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig, StackConfig
 from jaxlm.nn.context import Sight, causal_mask, goes_around, window_mask
+from jaxlm.nn.experts import Routing, joined
 from jaxlm.nn.layers import Embedding, Mlp, Norm, dropout, split_key
 from jaxlm.nn.moe import Moe
 from jaxlm.nn.pipeline import Schedule, flow, make_schedule, stages_in_use
 from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
+from jaxlm.nn.remat import LAYER_INPUT, rematerialised
 
-_LAYER_INPUT = "layer_input"
 ACTIVATION_AXES = ("batch", "length", "features")
 Traits = tuple[jax.Array | None, jax.Array | None]  # a layer's window, and its number from 1 where that matters
 
@@ -77,11 +78,12 @@ class Block(nnx.Module):
     def __call__(
         self, x_BxTxD, view: View, *, mask_BxTxS, sight, angles, number, past: LayerCache | None, memory, key
     ):
-        """Returns the layer's output and its cache with the new slots written (None without one).
+        """Returns the layer's output, its cache with the new slots written (None without one), and what its router did
+        (None without experts).
 
         ``number`` divides the logits of self-attention, None being 1.
         """
-        keys, kv_cache = iter(split_key(key, 6)), self.config.kv_cache
+        keys, kv_cache, routing = iter(split_key(key, 6)), self.config.kv_cache, None
 
         def attention(h):
             nonlocal past
@@ -99,16 +101,19 @@ class Block(nnx.Module):
             return self.cross(q, *memory, view.memory_mask, key=next(keys), sight=view.memory_sight)
 
         def mlp(h):
-            return self.mlp(h, next(keys))
+            nonlocal routing
+            y = self.mlp(h, next(keys))
+            y, routing = y if isinstance(self.mlp, Moe) else (y, None)
+            return y
 
         if self.config.parallel:
             y = dropout(attention(self.attn_norm(x_BxTxD)), self.config.dropout, next(keys))
             y += dropout(mlp(self.mlp_norm(x_BxTxD)), self.config.dropout, next(keys))
-            return constrain(x_BxTxD + y, ACTIVATION_AXES), past
+            return constrain(x_BxTxD + y, ACTIVATION_AXES), past, routing
         x_BxTxD = self._residual(x_BxTxD, self.attn_norm, self.attn_out_norm, attention, keys)
         if self.cross is not None:
             x_BxTxD = self._residual(x_BxTxD, self.cross_norm, self.cross_out_norm, cross_attention, keys)
-        return self._residual(x_BxTxD, self.mlp_norm, self.mlp_out_norm, mlp, keys), past
+        return self._residual(x_BxTxD, self.mlp_norm, self.mlp_out_norm, mlp, keys), past, routing
 
     def _residual(self, x, norm: Norm, out_norm: Norm | None, inner, keys: Iterator) -> jax.Array:
         position = self.config.norm_position
@@ -179,18 +184,24 @@ class Stack(nnx.Module):
         memory_BxMxD: jax.Array | None = None,
         memory_mask_BxM: jax.Array | None = None,
         key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The whole sequence at once. Tokens see those of their own segment that are real, besides causality."""
+    ) -> tuple[jax.Array, Routing | None]:
+        """The whole sequence at once, and what the routers of the layers with experts did, ``[layers, ...]``.
+
+        Tokens see those of their own segment that are real, besides causality.
+        """
         x_BxTxD, view, keys = self.enter(
             x_BxTxD, segments_BxT=segments_BxT, real_BxT=real_BxT, positions_BxT=positions_BxT,
             memory_mask_BxM=memory_mask_BxM, key=key,
         )
         schedule = self.schedule(stages_in_use())
         if schedule is not None and x_BxTxD.shape[0] % schedule.microbatches == 0:
-            return self.leave(self._pipeline(x_BxTxD, view, schedule, memory_BxMxD, keys[0]))
+            x_BxTxD, routing = self._pipeline(x_BxTxD, view, schedule, memory_BxMxD, keys[0])
+            return self.leave(x_BxTxD), routing
+        routings = []
         for i, layer_keys in enumerate(keys):
-            x_BxTxD, _ = self._run(i, x_BxTxD, view, memory=memory_BxMxD, key=layer_keys)
-        return self.leave(x_BxTxD)
+            x_BxTxD, _, routing = self._run(i, x_BxTxD, view, memory=memory_BxMxD, key=layer_keys)
+            routings.append(routing)
+        return self.leave(x_BxTxD), joined(routings)
 
     def schedule(self, stages: int) -> Schedule | None:
         """How the layers are walked on a mesh of so many stages, by batches whose rows divide into the microbatches;
@@ -240,7 +251,7 @@ class Stack(nnx.Module):
         for i in range(len(self.segments)):
             past = (cache.keys[i], cache.values[i], cache.index)
             memory = cache.memory[i] if cache.memory else None
-            x_BxTxD, (k, v) = self._run(i, x_BxTxD, view, past=past, memory_kv=memory)
+            x_BxTxD, (k, v), _ = self._run(i, x_BxTxD, view, past=past, memory_kv=memory)
             keys.append(k)
             values.append(v)
         x_BxTxD = self.leave(x_BxTxD)
@@ -298,8 +309,8 @@ class Stack(nnx.Module):
         self, block: Block, x_BxTxD, view: View, traits: Traits = (None, None), *, past=None, memory=None,
         memory_kv=None, key=None,
     ):
-        """One layer: its output and its cache. A memory is given whole (``memory``) or projected (``memory_kv``)."""
-        x_BxTxD = checkpoint_name(x_BxTxD, _LAYER_INPUT)
+        """One layer: what its block returns. A memory is given whole (``memory``) or projected (``memory_kv``)."""
+        x_BxTxD = checkpoint_name(x_BxTxD, LAYER_INPUT)
         mask, angles, sight, (window, number) = view.mask_BxTxS, view.angles, view.sight, traits
         if window is not None:
             sight = replace(sight, window=window)
@@ -326,26 +337,30 @@ class Stack(nnx.Module):
             x, kv = carry
             layer, layer_params, layer_traits, layer_key, layer_memory = xs
             layer_past = None if kv is None else LayerCache(*kv, layer, past[2])
-            x, layer_past = self.layer(
+            x, layer_past, routing = self.layer(
                 nnx.merge(graphdef, layer_params), x, view, layer_traits, past=layer_past, memory=memory,
                 memory_kv=layer_memory, key=layer_key,
             )
-            return (x, None if kv is None else (layer_past.keys, layer_past.values)), None
+            return (x, None if kv is None else (layer_past.keys, layer_past.values)), routing
 
         carry = (x_BxTxD, None if past is None else past[:2])
-        return self._walk(_remat(body, self.config.remat), carry, (params, traits, keys, memory_kv), count)
+        xs = (params, traits, keys, memory_kv)
+        (x_BxTxD, kv), routing = self._walk(rematerialised(body, self.config.remat), carry, xs, count)
+        return x_BxTxD, kv, routing
 
     def _walk(self, body, carry, xs, count: int):
-        """The carry after ``body(carry, (number, *xs of one))`` for each of ``count`` layers."""
+        """``lax.scan`` of ``body(carry, (number, *xs of one))`` over ``count`` layers, unrolled where so configured."""
         if self.config.scan_layers:
-            return jax.lax.scan(body, carry, (jnp.arange(count), *xs))[0]
+            return jax.lax.scan(body, carry, (jnp.arange(count), *xs))
         # Split at once: the gradient is then one concatenation, where that of indexing is a sum of padded layers.
         layers = jax.tree.map(lambda leaf: jax.lax.split(leaf, [1] * count), xs)
+        ys = []
         for i in range(count):
-            carry, _ = body(carry, (i, *jax.tree.map(lambda _, split, i=i: split[i][0], xs, layers)))
-        return carry
+            carry, y = body(carry, (i, *jax.tree.map(lambda _, split, i=i: split[i][0], xs, layers)))
+            ys.append(y)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *ys)
 
-    def _pipeline(self, x_BxTxD, view: View, schedule: Schedule, memory, key) -> jax.Array:
+    def _pipeline(self, x_BxTxD, view: View, schedule: Schedule, memory, key):
         """Walks all segments; see ``nn.pipeline``. Dropout has a key a layer and microbatch."""
         graphdefs, params = zip(*map(nnx.split, self.layers), strict=True)
         traits = [(self.traits(i), jnp.array(run)) for i, run in enumerate(self.segments)]
@@ -358,32 +373,11 @@ class Stack(nnx.Module):
                 layer, (layer_traits, number) = chosen
                 layer_key = None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), microbatch)
                 block = nnx.merge(graphdefs[0], layer)
-                return self.layer(block, x, view, layer_traits, memory=memory, key=layer_key)[0], None
+                x, _, routing = self.layer(block, x, view, layer_traits, memory=memory, key=layer_key)
+                return x, routing
 
             count = len(self.segments[0]) // schedule.stages
-            return self._walk(_remat(body, self.config.remat, chosen=others is not None), x, (layers, others), count)
+            body = rematerialised(body, self.config.remat, mapped=True, chosen=others is not None)
+            return self._walk(body, x, (layers, others), count)
 
         return flow(stage, list(zip(params, traits, strict=True)), x_BxTxD, memory, view, schedule)
-
-
-def _remat(body, policy: str, *, chosen: bool = False):
-    """What of a layer is kept for the backward pass; the rest is computed again.
-
-    - ``none``: everything, save, where they are ``chosen``, the parameters
-    - ``full``: its input; ``offload``: that too, in the memory of the host
-    - ``dots``: also what matrix products with parameters gave; ``offload_dots``: only those, in the memory of the host
-    """
-    if policy == "none" and not chosen:
-        return body
-    policies = jax.checkpoint_policies
-    saveable = {
-        "none": lambda primitive, *_, **__: primitive.name != "select_n",
-        "full": None,
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT],
-            offload_src="device", offload_dst=HOST_MEMORY,
-        ),
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "offload_dots": policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY),
-    }[policy]
-    return partial(jax.checkpoint, prevent_cse=False, policy=saveable)(body)

@@ -35,6 +35,8 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches a step
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of log(Z)^2 (arXiv:2204.02311, section 5)
+    router_balance: float = 0.01  # of experts: weight of the loss that evens their load (arXiv:2101.03961, equation 4)
+    router_z: float = 0.001  # ... and of log(Z)^2 of their routers (arXiv:2202.08906, equation 5)
     log_every: int = 20
     eval_every: int = 200  # validation, in steps; 0: never
     checkpoint_every: int = 200  # 0: only at the end

@@ -238,8 +238,8 @@ class _Training:
             self._bad(step, metrics)
         else:
             history.sums["weight"] += metrics["weight"]
-            for name in ("nll", "loss"):
-                history.sums[name] += metrics[name] * metrics["weight"]
+            for name in metrics.keys() & {"nll", "loss", "dropped"}:
+                history.sums[name] = history.sums.get(name, 0.0) + metrics[name] * metrics["weight"]
         if step % self._options.log_every == 0 or step == self._options.steps:
             tokens = history.sums["weight"]
             row = {
@@ -250,6 +250,7 @@ class _Training:
                 "lr": float(self._rates[step - 1 - history.skipped + int(metrics["bad"])]),  # by updates, not by steps
                 "tokens": round(tokens),
                 "skipped": history.skipped,
+                **({"dropped": history.sums["dropped"] / tokens} if "dropped" in history.sums else {}),
                 **self._meter.read(),
                 "peak_memory_bytes": peak_memory_bytes(),
             }

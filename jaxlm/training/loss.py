@@ -18,12 +18,14 @@ from jax import Array
 
 from jaxlm.core.sharding import ways
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.experts import Routing
 
-__all__ = ["Batch", "Loss", "Sums", "cross_entropy", "lm_loss", "make_loss", "seq2seq_loss"]
+__all__ = ["Batch", "Loss", "Router", "Sums", "cross_entropy", "lm_loss", "make_loss", "router_loss", "seq2seq_loss"]
 
 Batch = dict[str, Array]
 Sums = dict[str, Array]
 Loss = Callable[[Any, Batch, Array | None], tuple[Array, Sums]]
+Router = tuple[float, float]  # the weights of the two terms of ``router_loss``
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -86,29 +88,62 @@ def _cross_entropy_bwd(label_smoothing, z_loss, residuals, cotangents):
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def _summed(logits_BxTxV: Array, batch: Batch, label_smoothing: float, z_loss: float) -> tuple[Array, Sums]:
+def router_loss(routing: Routing, weights: Router) -> Array:
+    """What keeps the load of experts even and the logits of routers small: nats, summed over layers.
+
+    The first term is E * sum(f * P) over the E experts, f being the share of the choices that fell on an expert and P
+    its mean probability (arXiv:2101.03961, equation 4); the second is the mean of log(Z)^2, Z being the normaliser of
+    the router's softmax (arXiv:2202.08906, equation 5). Both are of all tokens, padding too.
+    """
+    share_LxE = routing.chosen_E / jnp.sum(routing.chosen_E, -1, keepdims=True)
+    probability_LxE = routing.probability_E / routing.tokens[..., None]
+    balance = share_LxE.shape[-1] * jnp.sum(share_LxE * probability_LxE)
+    return weights[0] * balance + weights[1] * jnp.sum(routing.square / routing.tokens)
+
+
+def _summed(
+    model, inputs: tuple[Array, ...], batch: Batch, label_smoothing: float, z_loss: float, router: Router | None,
+    **given,
+) -> tuple[Array, Sums]:
+    logits_BxTxV, routing = model.forward(*inputs, **given) if router else (model(*inputs, **given), None)
     weights_BxT = batch["weights"]
     objective_BxT, nll_BxT = cross_entropy(logits_BxTxV, batch["targets"], label_smoothing, z_loss)
     sums = {"nll": jnp.sum(weights_BxT * nll_BxT), "weight": jnp.sum(weights_BxT)}
-    return jnp.sum(weights_BxT * objective_BxT), jax.lax.stop_gradient(sums)
+    objective = jnp.sum(weights_BxT * objective_BxT)
+    if router:
+        objective += sums["weight"] * router_loss(routing, router)
+        if model.config.expert_routing == "capacity":
+            sums["dropped"] = sums["weight"] * jnp.sum(routing.dropped) / jnp.sum(routing.chosen_E)
+    return objective, jax.lax.stop_gradient(sums)
 
 
 def lm_loss(
-    model, batch: Batch, key: Array | None = None, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    model, batch: Batch, key: Array | None = None, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    router: Router | None = None,
 ) -> tuple[Array, Sums]:
-    """Next-token loss. ``batch``: inputs, targets, weights ``[B, T]``; segments, positions if documents are packed."""
+    """Next-token loss. ``batch``: inputs, targets, weights ``[B, T]``; segments, positions if documents are packed.
+
+    With ``router`` the ``router_loss`` of the batch is added to each token's, and where experts have a capacity the
+    sums have ``"dropped"``: the share of choices that found no slot, times the weight.
+    """
     packing = {f"{name}_BxT": batch[name] for name in ("segments", "positions") if name in batch}
-    return _summed(model(batch["inputs"], key=key, **packing), batch, label_smoothing, z_loss)
+    return _summed(model, (batch["inputs"],), batch, label_smoothing, z_loss, router, key=key, **packing)
 
 
 def seq2seq_loss(
-    model, batch: Batch, key: Array | None = None, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    model, batch: Batch, key: Array | None = None, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    router: Router | None = None,
 ) -> tuple[Array, Sums]:
-    """Teacher-forced translation loss. ``batch``: src ``[B, S]``; inputs, targets, weights ``[B, T]``."""
-    return _summed(model(batch["src"], batch["inputs"], key=key), batch, label_smoothing, z_loss)
+    """Teacher-forced translation loss, else as ``lm_loss``. ``batch``: src ``[B, S]``; inputs, targets, weights
+    ``[B, T]``."""
+    return _summed(model, (batch["src"], batch["inputs"]), batch, label_smoothing, z_loss, router, key=key)
 
 
-def make_loss(config: ModelConfig, *, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Loss:
-    """The loss that fits a model's kind: translation for ``seq2seq``, next-token for the rest."""
+def make_loss(
+    config: ModelConfig, *, label_smoothing: float = 0.0, z_loss: float = 0.0, router: Router | None = None
+) -> Loss:
+    """The loss that fits a model's kind: translation for ``seq2seq``, next-token for the rest. ``router`` counts where
+    there are experts."""
     loss = seq2seq_loss if config.kind == "seq2seq" else lm_loss
-    return partial(loss, label_smoothing=label_smoothing, z_loss=z_loss)
+    router = router if getattr(config, "experts", 0) else None
+    return partial(loss, label_smoothing=label_smoothing, z_loss=z_loss, router=router)

@@ -2,9 +2,10 @@
 
 A training row has ``step`` (updates done), ``loss`` (nats per token, mean since the row before; None if every update
 was left out), ``objective`` (the same with smoothing and z-loss), ``grad_norm``, ``lr``, ``tokens`` (since the row
-before), ``skipped`` (updates, in all), ``step_ms``, ``tokens_per_second``, ``mfu`` and ``peak_memory_bytes``. Speeds
-are those of steps that did not compile, None where all did; ``mfu`` is None where the peak is unknown, too. A
-validation row has ``step`` and ``valid_...``; the first row of each start has ``start``.
+before), ``skipped`` (updates, in all), ``dropped`` (where experts have a capacity, the share of choices that found no
+slot), ``step_ms``, ``tokens_per_second``, ``mfu`` and ``peak_memory_bytes``. Speeds are those of steps that did not
+compile, None where all did; ``mfu`` is None where the peak is unknown, too. A validation row has ``step`` and
+``valid_...``; the first row of each start has ``start``.
 """
 
 from __future__ import annotations

@@ -40,7 +40,10 @@ def make_program(config: Experiment, graphdef: nnx.GraphDef, like: Params, mesh:
     state = abstract_state(
         like, tx, mesh, shard_optimizer=shared.shard_optimizer, offload_optimizer=shared.offload_optimizer
     )
-    loss = make_loss(config.model, label_smoothing=options.label_smoothing, z_loss=options.z_loss)
+    loss = make_loss(
+        config.model, label_smoothing=options.label_smoothing, z_loss=options.z_loss,
+        router=(options.router_balance, options.router_z),
+    )
     update = make_step(
         graphdef, like, loss, tx, compression.transform, accumulate=options.accumulate,
         spike_factor=options.spike_factor, layout=jax.tree.map(lambda leaf: leaf.sharding, state),

@@ -150,7 +150,7 @@ def make_step(
     (0: no limit), leaves the parameters and the optimizer as they were and reports ``bad``.
 
     Metrics, all scalars on the device: ``loss`` (objective per token), ``nll`` (plain negative log-likelihood per
-    token, nats), ``weight`` (tokens), ``grad_norm`` (before clipping), ``bad`` (bool).
+    token, nats), ``weight`` (tokens), ``grad_norm`` (before clipping), ``bad`` (bool), and what else the loss sums.
     """
 
     def objective(trainable, frozen, batch, key, now):
@@ -214,8 +214,8 @@ def make_step(
         norm_mean = jnp.where(
             jnp.isfinite(norm), state.norm_mean + pace * (jnp.minimum(norm, limit) - state.norm_mean), state.norm_mean
         )
-        metrics = {"loss": sums["loss"] / weight, "nll": sums["nll"] / weight, "weight": sums["weight"],
-                   "grad_norm": norm, "bad": bad}
+        metrics = jax.tree.map(lambda x: x / weight, sums) | {
+            "weight": sums["weight"], "grad_norm": norm, "bad": bad}
         return TrainState(state.step + 1, {**frozen, **trainable}, opt_state, state.key, norm_mean), metrics
 
     out_shardings = None

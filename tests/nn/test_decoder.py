@@ -118,7 +118,7 @@ def test_no_gradient_flows_from_the_future(name):
         # Token i reads row i of the table, so that the gradient tells the inputs apart.
         inputs = map_params(lambda path, leaf: rows_TxD if path == "embed/table" else leaf, params)
         model = nnx.merge(graphdef, inputs)
-        x_TxD = model.decoder(embed(model.embed, jnp.arange(8)[None], model.config))[0]
+        x_TxD = model.decoder(embed(model.embed, jnp.arange(8)[None], model.config))[0][0]
         return x_TxD[t].sum()
 
     gradient_at = jax.jit(jax.grad(output_sum))

@@ -54,7 +54,7 @@ def train(config, mesh=None):
     init, tx = nn.initializer(config)[1], optax.sgd(0.3)  # Adam would blow up the rounding of gradients near zero
     layout = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh))
     state = init_state(lambda: init(jax.random.key(0)), tx, 0, layout)
-    step, history = make_step(graphdef, like, make_loss(config), tx, layout=layout), []
+    step, history = make_step(graphdef, like, make_loss(config, router=(0.1, 0.1)), tx, layout=layout), []
     data = packed(config, 2)
     data = data if mesh is None else jax.device_put(data, batch_sharding(mesh))
     compiled = step.lower(state, data[0]).compile()
@@ -113,6 +113,21 @@ def test_dropout_differs_by_layer_and_microbatch_not_by_stage():
     assert len({row.tobytes() for row in by_two}) == 8  # all rows are the same text
 
 
+@pytest.mark.parametrize("segments", [(), (2, 2)])
+def test_remat_in_a_pipeline_keeps_what_its_name_says(segments):
+    """Products with parameters differ from stage to stage there, and are kept all the same."""
+    tokens = np.zeros((4, 6), np.int32)
+
+    def products(remat):
+        config = dataclasses.replace(TWICE, segments=segments, microbatches=2, remat=remat, scan_layers=True)
+        graphdef, like = nn.abstract(config)
+        with jax.set_mesh(make_mesh(stage=2, data=4)):
+            gradient = jax.grad(lambda params: nnx.merge(graphdef, params)(tokens).sum())
+            return str(jax.make_jaxpr(gradient)(like)).count("dot_general")
+
+    assert products("none") < products("dots") < products("full")
+
+
 def test_rows_that_do_not_divide_go_layer_by_layer():
     config = dataclasses.replace(TWICE, scan_layers=True)
     np.testing.assert_allclose(outputs(config, 2, rows=3), outputs(config, 1, rows=3), atol=1e-5)
@@ -152,15 +167,16 @@ def test_preparing_a_pipelined_training(tmp_path):
     """The report names the bubble, batches divide, and what cannot be pipelined is told before the first step."""
     text = tmp_path / "text.txt"
     text.write_text("abc bca " * 200)
-    data = DataConfig(train=f"text:{text}", tokenizer_kind="char", seq_len=8, batch_size=20)
 
-    def setup(model, **sizes):
+    def setup(model, rows=32, **sizes):
+        data = DataConfig(train=f"text:{text}", tokenizer_kind="char", seq_len=8, batch_size=rows)
         return prepare(Experiment(model=model, data=data, mesh=MeshConfig(**sizes)), tmp_path / "run")
 
     model = nn.DecoderConfig(width=16, heads=2, layers=8, segments=(4, 4), microbatches=8)
     ready = setup(model, stage=4)
     assert "pipeline of the decoder: 8 microbatches x 2, bubble 15.8%" in ready.report
-    assert {rows % 16 for rows, _ in ready.loader.shapes} == {0}
+    with pytest.raises(UserError, match="batch_size 20 cannot be shared evenly by 16"):  # 2 rows x 8 microbatches
+        setup(model, rows=20, stage=4)
     mixed = dataclasses.replace(model, experts=4, dense_layers=(0, 1, 2, 3))
     with pytest.raises(UserError, match="all alike"):
         setup(mixed, stage=4)

@@ -60,9 +60,16 @@ MIXES = [
     dict(stage=4, fsdp=2, remat="full"),
     dict(stage=2, sequence=2, tensor=2),
     dict(stage=2, fsdp=2, sequence=2, ring_from=1, remat="full"),
+    dict(stage=2, data=2, tensor=2, microbatches=4, remat="dots"),
+    dict(expert=8),
+    dict(data=2, expert=4),
+    dict(expert=4, tensor=2),
+    dict(fsdp=2, expert=2, tensor=2, remat="full"),
+    dict(expert=2, sequence=2, data=2, accumulate=2),
+    dict(stage=2, expert=2, fsdp=2),
 ]
 _AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
-_MODEL = ("remat", "ring_from", "scan_layers")
+_MODEL = ("remat", "ring_from", "scan_layers", "microbatches")
 
 
 def name(mix: dict) -> str:
