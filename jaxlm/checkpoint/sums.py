@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxlm.core.sharding import HOST_MEMORY
+
 __all__ = ["checksums", "wrong"]
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
@@ -18,7 +20,7 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
 
     On several processes all must call, with the same arrays.
     """
-    sums = {path: _sum(array) for path, array in arrays.items() if isinstance(array, jax.Array)}
+    sums = {path: _sum(_on_device(array)) for path, array in arrays.items() if isinstance(array, jax.Array)}
     return {path: [str(arrays[path].dtype), int(total)] for path, total in sums.items()}
 
 
@@ -26,6 +28,12 @@ def wrong(arrays: Mapping[str, jax.Array], expected: Mapping[str, list[Any]]) ->
     """The path of an array whose sum is not the expected one, among those that have one and kept their type."""
     known = {path: array for path, array in arrays.items() if expected.get(path, [None])[0] == str(array.dtype)}
     return next((path for path, found in checksums(known).items() if found != expected[path]), None)
+
+
+def _on_device(array: jax.Array) -> jax.Array:
+    """The array itself, or a copy of one that is offloaded to the host."""
+    lies = array.sharding
+    return jax.device_put(array, lies.with_memory_kind(None)) if lies.memory_kind == HOST_MEMORY else array
 
 
 @jax.jit

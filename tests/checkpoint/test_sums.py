@@ -48,5 +48,6 @@ def test_sharding_and_a_change_of_type_do_not(rng):
     expected = checksums({"x": array})
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     for spec in (PartitionSpec("fsdp", "tensor"), PartitionSpec(None, ("data", "fsdp")), PartitionSpec()):
-        assert wrong({"x": jax.device_put(array, NamedSharding(mesh, spec))}, expected) is None
+        for memory in ("device", "pinned_host"):
+            assert wrong({"x": jax.device_put(array, NamedSharding(mesh, spec, memory_kind=memory))}, expected) is None
     assert wrong({"x": array.astype(jnp.float32) + 1, "y": array}, expected) is None  # no longer the same bits

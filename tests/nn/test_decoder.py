@@ -162,7 +162,8 @@ def loss_and_gradient(config, params, batch, key=None):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(scan_layers=False), dict(remat="full"), dict(remat="dots"), dict(scan_layers=False, remat="full")]
+    "changes", [dict(scan_layers=False), dict(remat="full"), dict(remat="dots"), dict(scan_layers=False, remat="full"),
+                dict(remat="offload"), dict(remat="offload_dots")]
 )
 def test_scan_and_remat_change_nothing_but_the_schedule(changes):
     config, _, params = make(dropout=0.2, attention_dropout=0.1, ffn_dropout=0.1, windows=(3, 0))
