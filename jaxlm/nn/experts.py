@@ -6,7 +6,8 @@ expert decides whether it gets one: all first choices come before all second one
 
 - ``capacity`` routing (Switch, arXiv:2101.03961, section 2.2): the groups are rows, and what finds no slot is dropped.
 - ``dropless`` routing: the group is what a device holds, and whoever found no slot is sent in the next round. As many
-  rounds run as the most popular expert needs; routers that are balanced need one or two.
+  rounds run as the most popular expert needs; routers that are balanced need one or two. (In a pipeline stages differ
+  in that, so that all rounds run that any could need: E / (factor * K) at most.)
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+from jaxlm.core.errors import UserError
 
 __all__ = ["Routing", "capacity", "in_rounds", "joined", "limited", "sorted_by_expert"]
 
@@ -44,6 +47,8 @@ def joined(routings: Sequence[Routing | None]) -> Routing | None:
 
 def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
     """Slots that an expert has for a group of so many tokens: ``factor`` times its even share."""
+    if factor <= 0:
+        raise UserError(f"model.capacity_factor is {factor}; it must be positive")
     return min(tokens, math.ceil(factor * tokens * choices / experts))
 
 

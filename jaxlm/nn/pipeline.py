@@ -66,6 +66,8 @@ def stages_in_use() -> int:
 def make_schedule(segments: Sequence[Sequence[int]], stages: int, microbatches: int) -> Schedule:
     """The schedule of a stack with these layers in its segments, which are its repeats; ``microbatches`` 0: as many as
     there are stages. UserError where layers or microbatches do not divide."""
+    if microbatches < 0:
+        raise UserError(f"model.microbatches is {microbatches}; it must not be negative")
     microbatches = microbatches or stages
     sizes = [len(run) for run in segments]
     if len(set(sizes)) > 1 or sizes[0] % stages:

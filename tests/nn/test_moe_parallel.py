@@ -113,9 +113,12 @@ def test_experts_on_several_devices_equal_one(config, sizes):
         assert all(np.prod([int(size) for size in shape.split(",")]) <= D * E for shape in gathered)  # the router
 
 
-def test_experts_that_do_not_divide():
+def test_experts_that_do_not_divide_and_have_no_capacity():
     graphdef, params, x = moe(CONFIG)
     with jax.set_mesh(make_mesh(data=1, expert=8)), pytest.raises(UserError, match="4 experts do not divide among 8"):
+        nnx.merge(graphdef, params)(x, None)
+    graphdef, params, x = moe(dataclasses.replace(CAPACITY, capacity_factor=0.0))
+    with pytest.raises(UserError, match="capacity_factor is 0.0; it must be positive"):
         nnx.merge(graphdef, params)(x, None)
 
 

@@ -155,6 +155,7 @@ def test_decoding_on_a_mesh_with_stages():
     [
         ((6,), 0, "segments of 6 layers do not divide among 4 stages; .* such as one of 8"),
         ((4, 8), 0, "segments of 4 and 8 layers do not divide"),
+        ((4,), -1, "model.microbatches is -1; it must not be negative"),
         ((4, 4), 6, "6 microbatches do not go 2 times around 4 stages; make model.microbatches a multiple of 4"),
     ],
 )
