@@ -7,10 +7,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jaxlm.core import ops
 from jaxlm.core.leaves import is_leaf
-from jaxlm.core.sharding import constrain
+from jaxlm.core.sharding import constrain, ways
 from jaxlm.nn.config import StackConfig
 
 
@@ -64,14 +65,32 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
         table = self.table.get_value()
-        if not is_leaf(table):
-            # Whole rows, before and (the gradient) after: a lookup of parts of rows would move the activations of all
-            # devices around instead. Rows split over "tensor" stay so; each device looks up its own.
-            table = constrain(table, (self.table.get_metadata("axes")[0], "features"))
+        if is_leaf(table):
+            return ops.take(table, ids).astype(dtype)
+        # Whole rows, before and (the gradient) after: a lookup of parts of rows would move the activations of all
+        # devices around instead. Rows split over "tensor" stay so; each device looks up its own.
+        table = constrain(table, (self.table.get_metadata("axes")[0], "features"))
+        if self.table.get_metadata("axes")[0] == "vocab" and ways("vocab") > 1 and len(table) % ways("vocab") == 0:
+            return _split_lookup(table, ids).astype(dtype)
         return ops.take(table, ids).astype(dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         return ops.dot_t(x, self.table.get_value())
+
+
+def _split_lookup(table_VxD: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table whose rows are split over "tensor". GSPMD would do the same, save that it fails where other axes
+    are manual."""
+    def of_part(table_VxD, ids, first):
+        own = ids - first[0]
+        mine = (own >= 0) & (own < len(table_VxD))
+        rows = jnp.take(table_VxD, jnp.where(mine, own, 0), axis=0)
+        return jax.lax.psum(jnp.where(mine[..., None], rows, 0), "tensor")
+
+    firsts = jnp.arange(0, len(table_VxD), len(table_VxD) // ways("vocab"))
+    return jax.shard_map(
+        of_part, in_specs=(P("tensor"), P(), P("tensor")), out_specs=P(), axis_names={"tensor"}
+    )(table_VxD, ids, firsts)
 
 
 def gelu(x: jax.Array) -> jax.Array:
