@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -31,6 +30,7 @@ from jaxlm.checkpoint.sizes import check_sizes
 from jaxlm.checkpoint.tensors import TensorFiles, write_tensors
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
+from jaxlm.core.host import on_host
 from jaxlm.core.leaves import is_leaf, merge_adapters
 from jaxlm.core.tree import Params, flatten, unflatten
 from jaxlm.data.tokenizer import Tokenizer
@@ -128,7 +128,7 @@ def _write(
     directory = Path(directory).expanduser()
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not _holds_model(directory)):
         raise UserError(f"{directory} exists and is not a model directory; choose another")
-    params = jax.tree.map(_on_host, params)
+    params = jax.tree.map(on_host, params)
     if jax.process_index() == 0:
         with replaced_directory(directory) as new:
             write_weights(new, params)
@@ -282,9 +282,3 @@ def _write_json(path: Path, data: Any) -> None:
 
 def _holds_model(directory: Path) -> bool:
     return (directory / "config.json").is_file()
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)

@@ -47,7 +47,7 @@ class Store:
         self.directory = Path(directory).absolute()
         self.keep_latest, self.keep_best, self.metric_mode = keep_latest, keep_best, metric_mode
         with room_for(str(self.directory)):
-            self._manager = ocp.CheckpointManager(self.directory, options=ocp.CheckpointManagerOptions(
+            self._manager = _Manager(self.directory, options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Keep(self._kept), read_only=read_only, cleanup_tmp_directories=not read_only
             ))
         self._scores = {step: score for step in self.steps() if (score := self._score_of(step)) is not None}
@@ -189,6 +189,15 @@ class Store:
         if steps and jax.process_count() > 1:
             multihost_utils.sync_global_devices("jaxlm.checkpoint.store")
         self._manager.reload()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax would ask JAX, while it saves and from its own thread, whether the step that it saves is the one to stop at
+    for SIGTERM. JAX takes each such number for where the process is, so that processes would agree on a step long past
+    and never stop; only who trains may ask."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,16 @@
 
 Where the directory holds a checkpoint, training goes on from there. Any field of the experiment can be set by its
 dotted path, as in `jaxlm train configs/phrasebook.py --out runs/a --optim.lr 3e-4 --train.steps 500`.
+
+Several processes train together where the environment says that there are several: under the scripts of launch/, in a
+SLURM step, on the workers of a TPU slice. SIGTERM saves a checkpoint; the exit status is then that which
+JAXLM_STOPPED_STATUS names (0), by which a scheduler can tell a training to go on with from one that is done.
 """
 
 from __future__ import annotations
+
+import os
+import sys
 
 from jaxlm.cli.arguments import parse_overrides
 from jaxlm.core.errors import UserError
@@ -25,6 +32,11 @@ def run(args) -> None:
     if not isinstance(config, Experiment):
         raise UserError(f"{args.config}: config is a {type(config).__name__}; it must be a jaxlm Experiment")
     config = override(config, parse_overrides(args.overrides))
+    from jaxlm.training.distributed import joined
     from jaxlm.training.loop import train
 
-    train(config, args.out)
+    try:
+        with joined():
+            train(config, args.out)
+    except SystemExit as stopped:  # by SIGTERM: saved, not finished
+        sys.exit(int(os.environ.get("JAXLM_STOPPED_STATUS") or stopped.code))

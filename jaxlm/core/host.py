@@ -1,4 +1,4 @@
-"""The process that runs on the host: where its memory comes from."""
+"""The process that runs on the host: where its memory comes from, and arrays in it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, since Linux 5.14
 _LARGE = 1 << 20  # bytes, for which threads are worth it
@@ -55,3 +56,10 @@ def fresh_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
             size = min(part, array.nbytes - start)
             pool.submit(madvise, ctypes.c_void_p(array.ctypes.data + start), ctypes.c_size_t(size), _POPULATE_WRITE)
     return array
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """An array in host memory, whole, wherever its parts are; where several processes hold them, all must call."""
+    if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)

@@ -28,6 +28,7 @@ from jaxlm.training.flops import FLOP_CONVENTION, peak_flops, step_flops
 from jaxlm.training.loss import Batch
 from jaxlm.training.metrics import Meter, MetricsWriter, peak_memory_bytes
 from jaxlm.training.optim import make_schedule
+from jaxlm.training.preflight import preflight
 from jaxlm.training.program import make_program
 from jaxlm.training.progress import Reporter
 from jaxlm.training.setup import Setup, prepare
@@ -102,6 +103,7 @@ class _Training:
         self._rates = np.asarray(make_schedule(config.optim, options.steps)(np.arange(options.steps)))
         self._validator = Validator(setup, self._put, self._check) if setup.valid_loader else None
         self._step = self._batch = 0  # updates done, batches taken
+        self._looks = 0  # for a signal to stop, in this process; the same in all of them
         self._saved: int | None = None  # step of the newest checkpoint
         self._history = _History()
         self._pending: deque[tuple[int, float | None, dict[str, jax.Array]]] = deque()  # step, FLOPs, metrics
@@ -114,6 +116,7 @@ class _Training:
         first = jax.process_index() == 0
         if first:
             self._setup.write(self._directory)
+        checked = preflight(self._setup, self._directory)
         with ExitStack() as stack:
             self._store = self._open_store()
             stack.callback(self._store.close)
@@ -125,7 +128,7 @@ class _Training:
                 stack.callback(self._writer.close)
             self._reporter = Reporter(self._options.steps, self._step, enabled=first)
             stack.callback(self._reporter.close)
-            self._announce()
+            self._announce(checked)
             batches = self._setup.loader.iterate(self._batch)
             stack.callback(batches.close)
             self._meter = Meter(self._peak)
@@ -158,9 +161,11 @@ class _Training:
             self._store.score(step, score)
         return state
 
-    def _announce(self) -> None:
+    def _announce(self, checked: str | None) -> None:
         setup = self._setup
         self._reporter.line(setup.report)
+        if checked:
+            self._reporter.line(checked)
         for loader in (setup.loader, setup.valid_loader):
             for note in loader.notes() if loader else ():
                 self._reporter.line(f"note: {note}")
@@ -174,7 +179,7 @@ class _Training:
     def _loop(self, batches: Iterator[Batch]) -> None:
         options, history = self._options, self._history
         while True:
-            self._check_between_steps()
+            self._check()
             last = self._step >= options.steps
             if self._due(options.eval_every, last) and self._validator and history.evaluated != self._step:
                 self._evaluate()
@@ -191,22 +196,26 @@ class _Training:
         return every > 0 and self._step > 0 and (last or self._step % every == 0)
 
     def _check(self) -> None:
-        """Raises if this process, on its own, was told to stop."""
+        """Raises if this process was told to stop, or one of several was. All of those look equally often: they stop
+        at the look that JAX finds them to agree on."""
+        if jax.process_count() > 1:
+            self._looks += 1
+            if multihost_utils.reached_preemption_sync_point(self._looks):
+                raise _Terminated
         if self._terminated.is_set():
-            raise _Terminated
-
-    def _check_between_steps(self) -> None:
-        self._check()
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(self._step):
             raise _Terminated
 
     def _put(self, batch: Batch) -> Batch:
         """This process's rows, as part of an array over all devices."""
         if self._setup.mesh.size == 1:
             return batch
-        mesh = self._setup.mesh
-        return {name: jax.make_array_from_process_local_data(batch_sharding(mesh, x.shape[1]), x)
-                for name, x in batch.items()}
+        mesh, parts = self._setup.mesh, self._setup.parts
+        return {
+            name: jax.make_array_from_process_local_data(
+                batch_sharding(mesh, x.shape[1]), x, (x.shape[0] * parts, *x.shape[1:])
+            )
+            for name, x in batch.items()
+        }
 
     def _advance(self, batch: Batch) -> None:
         """Dispatches a step, and books one that has finished."""

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxlm import nn
 from jaxlm.checkpoint.disk import room_for
-from jaxlm.core.config import to_dict
+from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import batch_ways, describe, make_mesh, mesh_sizes, relocate, require_host_memory
 from jaxlm.core.tree import Params, Transform, count_params, flatten
@@ -27,6 +27,7 @@ from jaxlm.model import load
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.pipeline import Schedule
 from jaxlm.training.config import Experiment
+from jaxlm.training.distributed import row_share
 
 __all__ = ["Setup", "prepare"]
 
@@ -49,6 +50,7 @@ class Setup:
     valid_source: Source | None
     valid_loader: Loader | None
     mesh: Mesh
+    parts: int  # that the processes cut a batch into
     graphdef: nnx.GraphDef
     like: Params  # abstract
     initial: Params | Callable[[], Params]
@@ -100,7 +102,8 @@ def prepare(config: Experiment, run: Path) -> Setup:
     graphdef, like = nn.abstract(config.model)
     microbatches = [each.microbatches for each in _schedules(graphdef, like, mesh).values()]
     ways = batch_ways(mesh) * math.lcm(*microbatches)
-    place = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    part, parts = row_share(mesh, jax.process_index())
+    place = dict(process_index=part, process_count=parts)
     rows = ways * config.train.accumulate
     loader = make_loader(config.data, source, tokenizer, train=True, row_multiple=rows, **place)
     _check_lengths(config, loader)
@@ -111,7 +114,7 @@ def prepare(config: Experiment, run: Path) -> Setup:
     relocated = relocate(config.mesh.rules)
     like, initial = relocated(like), _initial(config, like, relocated)
     return Setup(
-        config, tokenizer, source, loader, valid_source, valid_loader, mesh, graphdef, like, initial, resuming
+        config, tokenizer, source, loader, valid_source, valid_loader, mesh, parts, graphdef, like, initial, resuming
     )
 
 
@@ -143,8 +146,12 @@ def _fill(model: ModelConfig, tokenizer: Tokenizer, translates: bool) -> ModelCo
 
 
 def _check_unchanged(config: Experiment, run: Path) -> None:
-    before = _leaves(json.loads((run / "experiment.json").read_text()))
-    now = _leaves(json.loads(json.dumps(to_dict(config))))
+    stored = json.loads((run / "experiment.json").read_text())
+    try:
+        stored = json.loads(json.dumps(to_dict(from_dict(Experiment, stored))))  # fields newer than it: their defaults
+    except UserError:
+        pass  # fields that are no more: the comparison names them
+    before, now = _leaves(stored), _leaves(json.loads(json.dumps(to_dict(config))))
     for key in sorted({**before, **now}):
         if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
             raise UserError(

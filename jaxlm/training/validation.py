@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.host import on_host
+from jaxlm.core.sharding import make_mesh
 from jaxlm.core.tree import unflatten
 from jaxlm.data.sources import Bitext
+from jaxlm.inference.translate import translate
 from jaxlm.model import LM
+from jaxlm.training.distributed import gathered
 from jaxlm.training.loss import Batch, make_loss
 from jaxlm.training.setup import Setup
 from jaxlm.training.step import make_eval
@@ -29,8 +34,6 @@ class Validator:
         if setup.config.eval.metric == "bleu":
             if not isinstance(setup.valid_source, Bitext):
                 raise UserError('eval.metric "bleu" needs parallel validation text; set data.valid, or use "loss"')
-            if jax.process_count() > 1:
-                raise UserError('eval.metric "bleu" translates on one host only; use "loss" on several')
         self._setup, self._put, self._check = setup, put, check
         self._sums = make_eval(setup.graphdef, setup.like, make_loss(setup.config.model))
 
@@ -54,15 +57,27 @@ class Validator:
         return scores
 
     def _bleu(self, params: dict[str, Any]) -> float:
-        from jaxlm.evaluation.bleu import bleu, translate_corpus  # sacrebleu, only where it is needed
+        """Each process translates its share of the sentences, on a device of its own."""
+        from jaxlm.evaluation.bleu import bleu  # sacrebleu, only where it is needed
 
         setup, options = self._setup, self._setup.config.eval
+        part, parts = jax.process_index(), jax.process_count()
+        mesh, progress = nullcontext(), lambda _: self._check()
+        if parts > 1:
+            params = jax.tree.map(on_host, params)
+            mesh = jax.set_mesh(make_mesh(devices=jax.local_devices()[:1]))
+            progress = None  # they go through unequal batches, and would disagree on where to stop
         lm = LM(setup.config.model, setup.graphdef, unflatten(setup.like, params), setup.tokenizer)
-        translations, references = translate_corpus(
-            lm, setup.valid_source, sentences=options.bleu_sentences, beam=options.beam,
-            length_penalty=options.length_penalty, max_length=options.max_length, progress=lambda _: self._check(),
-        )
-        return bleu(translations, references)["bleu"]
+        count = options.bleu_sentences or len(setup.valid_source.src)
+        with mesh:
+            mine = translate(
+                lm, setup.valid_source.src[part:count:parts], beam=options.beam, length_penalty=options.length_penalty,
+                max_length=options.max_length, progress=progress,
+            )
+        translations = [""] * len(setup.valid_source.src[:count])
+        for other, theirs in enumerate(gathered(mine)):
+            translations[other::parts] = theirs
+        return bleu(translations, setup.valid_source.tgt[:count])["bleu"]
 
 
 def _add(totals: dict[str, float], sums: dict[str, jax.Array] | None) -> None:

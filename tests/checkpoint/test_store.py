@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.checkpoint.store import Store
@@ -233,3 +234,12 @@ def test_looking_disturbs_nobody_who_writes(tmp_path):
     looking.close()
     assert underway.is_dir()
     store.close()
+
+
+def test_a_store_leaves_the_signal_to_stop_to_others(store, monkeypatch):
+    """JAX takes the number that it is asked with for the caller's place in the training."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: bool(asked.append(step)))
+    store.save(7, {"x": jnp.ones(3)}, {})
+    store.wait()
+    assert store.steps() == [7] and not asked

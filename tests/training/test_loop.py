@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -300,6 +301,18 @@ def test_a_changed_experiment_does_not_resume(folder, finished):
         with pytest.raises(UserError, match=f"{name} = .*resume with the same experiment or choose another --out"):
             train(changed(experiment(folder), section, **fields), finished)
     assert json.loads((finished / "experiment.json").read_text()) == before
+
+
+def test_fields_newer_than_a_run_count_as_their_defaults(folder, finished, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(finished / name, tmp_path)
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    older = json.loads((finished / "experiment.json").read_text())
+    del older["prune"], older["optim"]["decay_fraction"]
+    (tmp_path / "experiment.json").write_text(json.dumps(older))
+    assert prepare(experiment(folder), tmp_path).resuming
+    with pytest.raises(UserError, match="was trained with optim.decay_fraction = 0.2, not 0.5"):
+        prepare(changed(experiment(folder), "optim", decay_fraction=0.5), tmp_path)
 
 
 if __name__ == "__main__":
