@@ -109,6 +109,7 @@ def _prepare() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA and JAX's runtime: errors
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("jaxlm: %(message)s"))
     logger = logging.getLogger("jaxlm")

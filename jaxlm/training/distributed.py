@@ -72,7 +72,7 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
         if not 0 <= place.index < place.count:
             raise UserError(f"JAXLM_PROCESS_ID={place.index} is none of {place.count} processes; count from 0")
     elif "SLURM_STEP_NODELIST" in environ and "SLURM_PROCID" in environ:
-        if devices == () and environ["SLURM_STEP_NUM_TASKS"] != environ["SLURM_STEP_NUM_NODES"]:
+        if devices == () and environ.get("SLURM_STEP_NUM_TASKS") != environ.get("SLURM_STEP_NUM_NODES"):
             visible = environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")  # one: SLURM has chosen it for this task
             devices = (_number(environ, "SLURM_LOCALID"),) if len(visible) > 1 else ()
         place = Place(_number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_PROCID"), address, hosts,

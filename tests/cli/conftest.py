@@ -19,6 +19,7 @@ def jaxlm_command(capsys, monkeypatch, tmp_path_factory):
     for name, value in (
         ("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("xla"))),
         ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0"),
+        ("TF_CPP_MIN_LOG_LEVEL", "2"),
     ):
         monkeypatch.setenv(name, os.environ.get(name, value))
 
