@@ -11,5 +11,5 @@ config = Experiment(
     data=DataConfig(train="text:train.txt.xz", tokenizer="mixtral-8x7b", seq_len=4096, batch_size=1024),
     optim=OptimConfig(lr=3e-4, warmup_steps=2000, min_lr_ratio=0.1),
     train=TrainConfig(steps=500_000, accumulate=4, eval_every=5000, checkpoint_every=1000),
-    mesh=MeshConfig(data=1, fsdp=-1, expert=8),
+    mesh=MeshConfig(preset="moe"),
 )

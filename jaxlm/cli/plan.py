@@ -1,6 +1,6 @@
 """Forecasts a training or a server on devices that are not there: compiles it ahead of time and reads the program.
 
-    jaxlm plan CONFIG.py --topology v5e:16x16 [--mesh.fsdp 256 ...]
+    jaxlm plan CONFIG.py --topology v5e:16x16 [--mesh.preset fsdp ...]
     jaxlm plan CONFIG.py --topology v5e:2x4 --serve --recipe w8a8-dynamic --batch 8 --context 4096 --mesh.tensor 8
     jaxlm plan CONFIG.py --topology v5e:8x8 --search
 
@@ -126,7 +126,7 @@ def _figures(forecast, counts, time) -> dict:
 
 
 def _candidate(row) -> dict:
-    mesh = {axis: ways for axis, ways in row["mesh"].items() if axis in ("data", "fsdp", "tensor")}
+    mesh = {axis: ways for axis, ways in row["mesh"].items() if axis in ("data", "fsdp", "expert", "tensor")}
     return {
         **mesh, "remat": row["remat"], "peak": size(round(row["peak"])),
         "step": "does not fit" if row["seconds"] is None else _seconds(row["seconds"]),

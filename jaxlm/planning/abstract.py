@@ -22,7 +22,7 @@ from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
 from jaxlm.compression.steps import Float8, Quantize, Step, WeightStep
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LowRank, is_leaf
-from jaxlm.core.sharding import batch_sharding, batch_ways, spec
+from jaxlm.core.sharding import HOST_MEMORY, batch_sharding, batch_ways, spec
 from jaxlm.core.tree import Leaf, Params, map_params
 from jaxlm.data.bitext import bucket_rows
 from jaxlm.data.config import DataConfig
@@ -83,8 +83,11 @@ def cache_layout(cache: Any, mesh: Mesh) -> Any:
 
 
 def bytes_per_device(tree: Any) -> float:
-    """What one device holds of abstract arrays with shardings; int4 counts half a byte."""
+    """What one device holds of abstract arrays with shardings, those in the host's memory left out; int4 counts half a
+    byte."""
     def of(x) -> float:
+        if x.sharding is not None and x.sharding.memory_kind == HOST_MEMORY:
+            return 0.0
         shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
         dtype = jnp.dtype(x.dtype)
         integer = jnp.issubdtype(dtype, jnp.integer)

@@ -14,6 +14,8 @@ from jaxlm.training.config import Experiment, MeshConfig
 
 __all__ = ["advise"]
 
+_SPLIT = ("fsdp", "tensor", "stage", "expert")  # axes along which weights differ
+
 
 def advise(
     result: Forecast, config: Experiment, topology: Topology, serving: Serving | None
@@ -25,11 +27,13 @@ def advise(
     if serving is not None:
         return _for_serving(result, topology, serving)
     changes: list[tuple[float, str]] = []
-    mesh = MeshConfig(data=1, fsdp=topology.size)
-    if config.mesh.fsdp * config.mesh.tensor < topology.size:
+    if math.prod(result.mesh[axis] for axis in _SPLIT) < topology.size:
         now = sum(result.memory.held.get(name, 0.0) for name in ("parameters", "optimizer", "gradients"))
-        saved = now - state_bytes(dataclasses.replace(config, mesh=mesh), topology.size)
-        changes.append((saved, f"--mesh.data 1 --mesh.fsdp {topology.size} shards the whole state: {_gib(saved)} less"))
+        saved = now - state_bytes(dataclasses.replace(config, mesh=MeshConfig(preset="fsdp")), topology.size)
+        changes.append((saved, f"--mesh.preset fsdp shards the whole state over all chips: {_gib(saved)} less"))
+    if not config.mesh.offload_optimizer:
+        saved = result.memory.held["optimizer"]
+        changes.append((saved, f"--mesh.offload_optimizer true keeps it in the host's memory: {_gib(saved)} less"))
     changes += _of_activations(config, topology)
     changes = [(saved, text) for saved, text in changes if saved > 0]
     changes.sort(reverse=True)
@@ -71,7 +75,7 @@ def _for_serving(result: Forecast, topology: Topology, serving: Serving) -> list
         for recipe, share in (("w8a8-dynamic", 0.5), ("w4a16-gptq", 0.28)):
             saved = held["parameters"] * (1 - share)
             changes.append((saved, f"--recipe {recipe}: about {_gib(saved)} less"))
-    whole = math.prod(result.mesh[axis] for axis in ("fsdp", "tensor"))
+    whole = math.prod(result.mesh[axis] for axis in _SPLIT)
     if whole < topology.size:
         saved = held["parameters"] * (1 - whole / topology.size)
         changes.append((saved, f"--mesh.tensor {topology.size} splits the weights over all chips: {_gib(saved)} less"))

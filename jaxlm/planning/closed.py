@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxlm import nn
-from jaxlm.core.sharding import AXES, batch_ways, mesh_sizes
+from jaxlm.core.sharding import AXES, batch_ways, mesh_sizes, relocate
 from jaxlm.core.tree import flatten
 from jaxlm.nn.config import ModelConfig
 from jaxlm.planning.abstract import bytes_per_device, complete_model, train_batch
@@ -54,9 +54,15 @@ def abstract_mesh(sizes: MeshConfig, devices: int) -> AbstractMesh:
 
 def state_bytes(config: Experiment, devices: int) -> float:
     """Parameters, optimizer and gradients of one device, as the rules lay them out."""
+    parameters, optimizer = _state(config, abstract_mesh(config.mesh, devices))
+    return 2 * parameters + optimizer
+
+
+def _state(config: Experiment, mesh: AbstractMesh) -> tuple[float, float]:
+    """Bytes of parameters and of the optimizer."""
     graphdef, like = _abstract(config.model)
-    state = make_program(config, graphdef, like, abstract_mesh(config.mesh, devices)).state
-    return 2 * bytes_per_device(state.params) + bytes_per_device(state.opt_state)
+    state = make_program(config, graphdef, relocate(config.mesh.rules)(like), mesh).state
+    return bytes_per_device(state.params), bytes_per_device(state.opt_state)
 
 
 @functools.lru_cache(maxsize=4)
@@ -77,18 +83,19 @@ def estimate(config: Experiment, topology: Topology) -> Estimate:
 
     tokens = math.prod(shapes["inputs"]) / (batch_ways(mesh) * mesh.shape["sequence"])
     item = 2 if model.dtype == "bfloat16" else 4
-    weights = sum(math.prod(leaf.shape) for leaf in flat.values()) / mesh.shape["stage"]
-    tensor, data = mesh.shape["tensor"], mesh.shape["data"]
+    parameters, optimizer = _state(config, mesh)
+    ways = mesh.shape
     sent = {
-        "fsdp": config.train.accumulate * least_fsdp(weights / tensor, mesh.shape["fsdp"], item),
-        "tensor": again * least_tensor(model, tokens, tensor, item),
-        "data": 2 * (data - 1) / data * 4 * weights / (tensor * mesh.shape["fsdp"]),
+        "fsdp": config.train.accumulate * least_fsdp(parameters / 4 * ways["fsdp"], ways["fsdp"], item),
+        "tensor": again * least_tensor(model, tokens, ways["tensor"], item),
+        "expert": again * _least_expert(model, tokens, ways["expert"], item),
+        "data": 2 * (ways["data"] - 1) / ways["data"] * parameters,
     }
     network = sum(size / _bandwidth(topology, mesh.shape[axis]) for axis, size in sent.items() if size)
     tokens /= config.train.accumulate
     rows = max(shapes["inputs"][0] / (batch_ways(mesh) * config.train.accumulate), 1)
-    activations = _activations(model, remat, tokens, rows, shapes["inputs"][1], tensor, item) / mesh.shape["stage"]
-    return Estimate(state_bytes(config, topology.size), activations, compute, network)
+    activations = _activations(model, remat, tokens, rows, shapes["inputs"][1], ways["tensor"], item) / ways["stage"]
+    return Estimate(2 * parameters + optimizer, activations, compute, network)
 
 
 def least_fsdp(weights: float, ways: int, item: int) -> float:
@@ -104,7 +111,14 @@ def least_tensor(model: ModelConfig, tokens: float, ways: int, item: int) -> flo
     return (4 * _layers(model) + 2) * 2 * (ways - 1) / ways * tokens * model.width * item
 
 
-def _layers(model: ModelConfig) -> int:
+def _least_expert(model: ModelConfig, tokens: float, ways: int, item: int) -> float:
+    """Of expert parallelism: each token there and back for each of its experts, forward and backward."""
+    if not getattr(model, "experts", 0):
+        return 0.0
+    return 4 * _layers(model) * (ways - 1) / ways * tokens * model.experts_per_token * model.width * item
+
+
+def _layers(model: ModelConfig) -> float:
     """A decoder's layer with cross-attention counts one and a half."""
     return model.encoder_layers + 1.5 * model.decoder_layers if model.kind == "seq2seq" else model.layers
 
@@ -128,12 +142,13 @@ def _bandwidth(topology: Topology, ways: int) -> float:
     return chip.link * share * (2 if topology.closes(0) else 1)
 
 
-def mesh_shapes(devices: int) -> list[MeshConfig]:
-    """Every data x fsdp x tensor mesh of so many devices."""
-    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+def mesh_shapes(devices: int, experts: int = 1) -> list[MeshConfig]:
+    """Every data x fsdp x expert x tensor mesh of so many devices; "expert" divides the number of experts."""
+    def divisors(count: int) -> list[int]:
+        return [size for size in range(1, count + 1) if count % size == 0]
+
     return [
-        MeshConfig(data=devices // (fsdp * tensor), fsdp=fsdp, tensor=tensor)
-        for tensor in sizes for fsdp in sizes if devices % (fsdp * tensor) == 0
+        MeshConfig(data=devices // (fsdp * expert * tensor), fsdp=fsdp, tensor=tensor, expert=expert)
+        for tensor in divisors(devices) for expert in divisors(math.gcd(devices // tensor, experts))
+        for fsdp in divisors(devices // (tensor * expert))
     ]
-
-

@@ -100,6 +100,7 @@ class _Walk:
     def __init__(self, module: Module, mesh: Mapping[str, int]):
         self._module, self._mesh = module, mesh
         self._devices = math.prod(mesh.values())
+        self._channels: set[int] = set()  # of messages in fusions
         self.flops: Counter[str] = Counter()
         self.traffic = 0.0
         self.messages: list[tuple[str, tuple[str, ...], tuple[int, ...], float, int]] = []
@@ -125,7 +126,12 @@ class _Walk:
             return
         kind = opcode.removesuffix("-start")
         if kind in _SENT:
-            self._message(inside, each, kind, times)
+            # XLA on TPU spreads a message over fusions: one that starts it, others that go on with it while they
+            # compute, one that ends it. All of them show it, by the same channel.
+            channel = each.number("channel_id", 0) if fused else 0
+            if channel not in self._channels:
+                self._message(inside, each, kind, times)
+            self._channels |= {channel} - {0}
         elif opcode == "fusion":
             for name in each.called("calls"):
                 self.computation(self._module.computations[name], times, fused=True)

@@ -53,7 +53,6 @@ class Forecast:
         devices: how many.
         mesh: sizes of the axes.
         parameters: of the dense model.
-        memory: None where the program does not fit and the compiler does not say what it needs.
         counts, time: None where it does not fit, for then there is no program; time also on CPU.
         tokens: that one run takes, of all devices.
         flops: that the model needs for them, of all devices (``training.flops.FLOP_CONVENTION``).

@@ -92,9 +92,11 @@ def _train_step(config: Experiment, mesh: Mesh) -> Program:
     }
     shapes = {name: x.shape for name, x in batch.items()}
     rows, length = shapes["inputs"]
-    notes = ()
+    notes: tuple[str, ...] = ()
     if config.model.kind == "seq2seq" and len(config.data.buckets) > 1:
         notes = (f"batches are those of the longest bucket, {rows} pairs of {length} tokens, all of them counted",)
+    if config.mesh.offload_optimizer or getattr(config.model, "remat", "").startswith("offload"):
+        notes += ("what goes to the host's memory and back is not in the times",)
 
     def lower() -> jax.stages.Lowered:
         with jax.set_mesh(mesh):

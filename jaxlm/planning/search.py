@@ -45,7 +45,7 @@ class Candidate:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "mesh": dataclasses.asdict(self.config.mesh), "remat": self.config.model.remat, "peak": self.peak,
+            "mesh": self.config.mesh.sizes, "remat": self.config.model.remat, "peak": self.peak,
             "seconds": self.seconds if self.seconds < float("inf") else None,
             "compiled": self.forecast is not None,
         }
@@ -84,9 +84,13 @@ def search(
 
 def _variants(config: Experiment, topology: Topology) -> Iterator[Experiment]:
     model = config.model
-    for mesh in mesh_shapes(topology.size):
-        divided = (model.heads, model.n_kv_heads, model.d_ffn)
-        if any(size % mesh.tensor for size in divided):
+    policies = typing.get_args(typing.get_type_hints(DecoderConfig)["remat"])
+    for sizes in mesh_shapes(topology.size, max(model.experts, 1)):
+        if any(size % sizes.tensor for size in (model.heads, model.n_kv_heads, model.d_ffn)):
             continue
-        for remat in typing.get_args(typing.get_type_hints(DecoderConfig)["remat"]):
-            yield dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(model, remat=remat))
+        mesh = dataclasses.replace(config.mesh, preset="ddp", sequence=1, stage=1, **{
+            axis: size for axis, size in sizes.sizes.items() if size
+        })
+        for remat in policies:
+            if not remat.startswith("offload"):  # their way to the host and back is not in the times
+                yield dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(model, remat=remat))

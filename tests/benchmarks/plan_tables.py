@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SERVE = "--topology v5e:2x4 --serve --batch 16 --context 4096 --mesh.fsdp 1 --mesh.tensor 8"
+SERVE = "--topology v5e:2x4 --serve --batch 16 --context 4096 --mesh.preset ddp --mesh.tensor 8"
 TRAINING = {
     "7b": "llama_7b.py --topology v5e:16x16",
     "70b": "llama_70b.py --topology v5p:4x8x8",

@@ -166,6 +166,19 @@ HloModule jit_step, is_scheduled=true
   ROOT %part = f32[4,128]{1,0} dynamic-slice(%sum, %p3, %z), dynamic_slice_sizes={4,128}
 }
 
+%begun (p8: bf16[8,128]) -> (bf16[8,128], bf16[16,128]) {
+  %p8 = bf16[8,128]{1,0} parameter(0)
+  %ag1 = bf16[16,128]{1,0} all-gather(%p8), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  ROOT %cc1 = (bf16[8,128]{1,0:S(1)}, bf16[16,128]{1,0:S(1)}) custom-call(%ag1), custom_call_target="AsyncCollectiveStart"
+}
+
+%ended (p9: bf16[8,128], p10: bf16[16,128]) -> bf16[16,128] {
+  %p9 = bf16[8,128]{1,0:S(1)} parameter(0)
+  %p10 = bf16[16,128]{1,0:S(1)} parameter(1)
+  %ag2 = bf16[16,128]{1,0} all-gather(%p9), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  ROOT %cc2 = bf16[16,128]{1,0:S(1)} custom-call(%p9, %p10, %ag2), custom_call_target="AsyncCollectiveDone"
+}
+
 %conv (p4: bf16[8,128], p5: bf16[128,256]) -> f32[8,256] {
   %p4 = bf16[8,128]{1,0} parameter(0)
   %p5 = bf16[128,256]{1,0} parameter(1)
@@ -204,6 +217,10 @@ ENTRY %main.1 (a: bf16[4,8,128], b: s32[], g: f32[16,128], w: bf16[128,256], q: 
   %ws = (bf16[128,256]{1,0:S(1)}, bf16[128,256]{1,0}, u32[]{:S(2)}) copy-start(%w)
   %wd = bf16[128,256]{1,0:S(1)} copy-done(%ws)
   %s = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %b), kind=kLoop, calls=%sliced
+  %ags = (bf16[8,128]{1,0:S(1)}, bf16[16,128]{1,0:S(1)}) fusion(%s), kind=kCustom, calls=%begun
+  %ag0 = bf16[8,128]{1,0:S(1)} get-tuple-element(%ags), index=0
+  %ag3 = bf16[16,128]{1,0:S(1)} get-tuple-element(%ags), index=1
+  %agd = bf16[16,128]{1,0:S(1)} fusion(%ag0, %ag3), kind=kCustom, calls=%ended
   %rs = f32[4,128]{1,0} fusion(%g, %b), kind=kCustom, calls=%scattered
   %scores = f32[3,8,16]{2,1,0} fusion(%q, %k), kind=kOutput, calls=%batched
   ROOT %out = f32[8,256]{1,0:T(8,128)S(1)} fusion(%s, %wd), kind=kOutput, calls=%conv
@@ -212,13 +229,14 @@ ENTRY %main.1 (a: bf16[4,8,128], b: s32[], g: f32[16,128], w: bf16[128,256], q: 
 
 
 def test_what_only_programs_for_tpus_have():
-    """Products as convolutions, batches of them as windows, memory near the core, a sum fused with its slice, and a
-    loop whose rounds only its condition tells."""
+    """Products as convolutions, batches of them as windows, memory near the core, a sum fused with its slice, a
+    message in the fusions that start and end it, and a loop whose rounds only its condition tells."""
     module = parse(TPU)
     counts = count(module, {"data": 2, "fsdp": 4})
     assert counts.total_flops == 2 * 8 * 128 * 256 + 2 * 3 * 8 * 64 * 16
-    (message,) = counts.collectives
-    assert (message.kind, message.axes, message.sent) == ("reduce-scatter", ("fsdp",), 3 / 4 * 4 * 16 * 128)
+    assert counts.sent("reduce-scatter") == {("fsdp",): 3 / 4 * 4 * 16 * 128}
+    assert counts.sent("all-gather") == {("data",): 2 * 8 * 128}
+    assert len(counts.collectives) == 2
     read_slice, copied = 2 * 8 * 128, 2 * 128 * 256
     scattered = 4 * 16 * 128 + 4 * 4 * 128
     scores = 2 * (3 * 8 * 64 + 3 * 64 * 16) + 4 * 3 * 8 * 16

@@ -120,8 +120,9 @@ def test_advice_is_for_what_does_not_fit(trained):
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(8), data=DataConfig(batch_size=64, seq_len=32))
     held = {name: 8 * size for name, size in trained[1].memory.held.items()}
     memory = dataclasses.replace(trained[1].memory, held=held, peak=2e6, capacity=1e6)
-    lines = "\n".join(advise(dataclasses.replace(trained[1], memory=memory), config, topology, None))
-    for change in ("mesh.data 1 --mesh.fsdp 8", "model.remat full", "model.dtype bfloat16", "train.accumulate 2"):
+    result = dataclasses.replace(trained[1], memory=memory, mesh=dict.fromkeys(trained[1].mesh, 1) | {"data": 8})
+    lines = "\n".join(advise(result, config, topology, None))
+    for change in ("mesh.preset fsdp", "model.remat full", "model.dtype bfloat16", "train.accumulate 2"):
         assert f"--{change}" in lines
     assert advise(trained[1], config, topology, None) == []
 
@@ -130,6 +131,7 @@ def test_meshes_of_a_search():
     shapes = mesh_shapes(8)
     assert len(shapes) == len(set(shapes)) == 10
     assert all(math.prod((mesh.data, mesh.fsdp, mesh.tensor)) == 8 for mesh in shapes)
+    assert {mesh.expert for mesh in mesh_shapes(8, experts=4)} == {1, 2, 4}
     topology, config = parse_topology("v5e:2x4"), dataclasses.replace(CONFIG, mesh=MeshConfig(8))
     whole, split = (estimate(dataclasses.replace(config, mesh=mesh), topology) for mesh in
                     (MeshConfig(8), MeshConfig(1, 8)))
