@@ -272,6 +272,8 @@ def changed(config: Experiment, section: str, **fields) -> Experiment:
         ("data", dict(batch_size=12), "batch_size 12 cannot be shared evenly by 8"),
         ("train", dict(accumulate=3), "batch_size 8 cannot be shared evenly by 24"),
         ("mesh", dict(data=3), "mesh .* does not fit 8 devices"),
+        ("mesh", dict(preset="fsdp", compress_gradients="bf16"), "set mesh.data, or leave it none"),
+        ("mesh", dict(rules=("embed/tabel=- -",)), "matches no parameter"),
         ("model", dict(positions="learned", max_positions=4), "8 tokens do not fit 4 learned positions"),
         ("model", dict(vocab_size=3), "vocab_size=3 is smaller than the tokenizer's"),
         ("optim", dict(warmup_steps=30), "warmup_steps=30 leaves nothing"),
