@@ -43,12 +43,13 @@ def main() -> None:
     parser.add_argument("--data", required=True, metavar="SPEC")
     parser.add_argument("--calibrate", required=True, metavar="SPEC")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--only", default="", metavar="NAME", help="recipes whose name contains this")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     dense = jaxlm.load(args.run)
     rows: list[Comparison] = []
     print(f"{'recipe':<36}{'KiB':>8}{'smaller':>9}{'BLEU':>8}{'perplexity':>12}")
-    for recipe in (None, *RECIPES):
+    for recipe in (None, *(each for each in RECIPES if args.only in each.name)):
         lm = dense if recipe is None else jaxlm.compress(dense, recipe, calibrate=args.calibrate)
         with tempfile.TemporaryDirectory() as directory:
             size = weight_bytes(lm.save(Path(directory) / "model"))
