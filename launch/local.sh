@@ -61,7 +61,7 @@ while [ "$left" -gt 0 ]; do
     sleep 0.2 || true
     for ((i = 0; i < count; i++)); do
         [ "${ended[$i]:-}" ] || kill -0 "${pids[$i]}" 2>/dev/null && continue
-        code=0; wait "${pids[$i]}" 2>/dev/null || code=$?  # bash has its own words for KILL
+        code=0; wait "${pids[$i]}" || code=$?
         ended[$i]=1 left=$((left - 1))
         if [ $code -ne 0 ] && [ $status -eq 0 ]; then
             status=$code deadline=$((SECONDS + ${GRACE:-10}))
