@@ -20,8 +20,11 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
 
     On several processes all must call, with the same arrays.
     """
-    sums = {path: _sum(_on_device(array)) for path, array in arrays.items() if isinstance(array, jax.Array)}
-    return {path: [str(arrays[path].dtype), int(total)] for path, total in sums.items()}
+    # Fetched one at a time: many programs with collectives in flight at once can lock up XLA on CPU.
+    return {
+        path: [str(array.dtype), int(_sum(_on_device(array)))]
+        for path, array in arrays.items() if isinstance(array, jax.Array)
+    }
 
 
 def wrong(arrays: Mapping[str, jax.Array], expected: Mapping[str, list[Any]]) -> str | None:

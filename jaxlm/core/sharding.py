@@ -126,10 +126,10 @@ def spec(shape: Sequence[int], axes: Sequence[LogicalAxis], mesh: Mesh, rules: M
 
 def _splitting(mesh_axes: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
     """Those of the mesh axes that split anything, so that equal layouts have equal specs; in ``shard_map`` the manual
-    ones have done so already."""
+    ones have done so already. A mesh of somebody else's may lack some."""
     names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return tuple(name for name in names if mesh.shape[name] > 1 and types[name] != AxisType.Manual)
+    return tuple(name for name in names if mesh.shape.get(name, 1) > 1 and types[name] != AxisType.Manual)
 
 
 def _entry(names: tuple[str, ...]) -> MeshAxes:

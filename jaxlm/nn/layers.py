@@ -79,12 +79,12 @@ class Embedding(nnx.Module):
 
 
 def _split_lookup(table_VxD: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of a table whose rows are split over "tensor". GSPMD would do the same, save that it fails where other axes
-    are manual."""
+    """Rows, in float32, of a table whose rows are split over "tensor". GSPMD would do the same, save that it fails
+    where other axes are manual; and XLA on CPU aborts at a sum of bfloat16 in ``shard_map``."""
     def of_part(table_VxD, ids, first):
         own = ids - first[0]
         mine = (own >= 0) & (own < len(table_VxD))
-        rows = jnp.take(table_VxD, jnp.where(mine, own, 0), axis=0)
+        rows = jnp.take(table_VxD, jnp.where(mine, own, 0), axis=0).astype(jnp.float32)
         return jax.lax.psum(jnp.where(mine[..., None], rows, 0), "tensor")
 
     firsts = jnp.arange(0, len(table_VxD), len(table_VxD) // ways("vocab"))
