@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the tests; arguments go to pytest (./launch/test.sh tests/nn -x).
+# JAXLM_SLOW_TESTS=1 adds those that take half a minute or more each.
 set -euo pipefail
 EXTRAS="[dev]"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
