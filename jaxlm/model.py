@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +37,7 @@ from jaxlm.compression.placement import place
 from jaxlm.compression.recipe import Recipe, load_recipe
 from jaxlm.compression.report import Row
 from jaxlm.compression.report import report as make_report
-from jaxlm.compression.steps import BLOCKS
+from jaxlm.compression.steps import BLOCKS, matching
 from jaxlm.compression.survey import OPTIONS, SPARSITIES, survey
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
@@ -288,7 +287,7 @@ def _kernel_bytes(storage: str, config: ModelConfig, params: Params) -> int:
 def _kernels(params: Params) -> dict[str, Leaf]:
     """The kernels of the blocks that are compressed."""
     flat = flatten(params)
-    return {path: flat[path] for path in flat if re.fullmatch(BLOCKS, path) and not path.endswith("/router/kernel")}
+    return {path: flat[path] for path in matching(BLOCKS, params)}
 
 
 def _nonzero(leaf: Leaf) -> int:

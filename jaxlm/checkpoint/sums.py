@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.sharding import HOST_MEMORY
+from jaxlm.core.sharding import on_device
 
 __all__ = ["checksums", "wrong"]
 
@@ -22,7 +22,7 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
     """
     # Fetched one at a time: many programs with collectives in flight at once can lock up XLA on CPU.
     return {
-        path: [str(array.dtype), int(_sum(_on_device(array)))]
+        path: [str(array.dtype), int(_sum(on_device(array, array.sharding)))]
         for path, array in arrays.items() if isinstance(array, jax.Array)
     }
 
@@ -31,12 +31,6 @@ def wrong(arrays: Mapping[str, jax.Array], expected: Mapping[str, list[Any]]) ->
     """The path of an array whose sum is not the expected one, among those that have one and kept their type."""
     known = {path: array for path, array in arrays.items() if expected.get(path, [None])[0] == str(array.dtype)}
     return next((path for path, found in checksums(known).items() if found != expected[path]), None)
-
-
-def _on_device(array: jax.Array) -> jax.Array:
-    """The array itself, or a copy of one that is offloaded to the host."""
-    lies = array.sharding
-    return jax.device_put(array, lies.with_memory_kind(None)) if lies.memory_kind == HOST_MEMORY else array
 
 
 @jax.jit

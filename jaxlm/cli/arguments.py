@@ -80,3 +80,14 @@ def parse_overrides(words: list[str]) -> dict[str, str]:
             raise UserError(f"{word} has no value; write {word} VALUE")
         changes[key] = value
     return changes
+
+
+def load_experiment(path: str, overrides: list[str]) -> Any:
+    """The Experiment that a Python file defines, with fields set by ``--a.b VALUE``. UserError where it is none."""
+    from jaxlm.core.config import load_config, override
+    from jaxlm.training.config import Experiment
+
+    config = load_config(path)
+    if not isinstance(config, Experiment):
+        raise UserError(f"{path}: config is a {type(config).__name__}; it must be a jaxlm Experiment")
+    return override(config, parse_overrides(overrides))

@@ -11,7 +11,7 @@ TPUs need libtpu: pip install jaxlm[plan].
 
 from __future__ import annotations
 
-from jaxlm.cli.arguments import parse_overrides
+from jaxlm.cli.arguments import load_experiment
 from jaxlm.cli.output import Progress, add_json, check_json, print_fields, print_table, size, write_json
 from jaxlm.core.errors import UserError
 
@@ -36,16 +36,11 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     check_json(args.json)
-    from jaxlm.core.config import load_config, override
     from jaxlm.planning.child import run_forecast
     from jaxlm.planning.topology import parse_topology
-    from jaxlm.training.config import Experiment
 
     topology = parse_topology(args.topology)
-    config = load_config(args.config)
-    if not isinstance(config, Experiment):
-        raise UserError(f"{args.config}: config is a {type(config).__name__}; it must be a jaxlm Experiment")
-    config = override(config, parse_overrides(args.overrides))
+    config = load_experiment(args.config, args.overrides)
     if args.search and args.serve:
         raise UserError("--search is for training; leave out --serve")
     if not args.serve and (args.recipe or args.context):
@@ -69,8 +64,10 @@ def run(args) -> None:
 
 
 def _print(forecast) -> None:
+    from jaxlm.core.sharding import describe
+
     memory, counts, time = forecast["memory"], forecast["counts"], forecast["time"]
-    mesh = " x ".join(f"{axis} {ways}" for axis, ways in forecast["mesh"].items() if ways > 1) or "one device"
+    mesh = describe(forecast["mesh"])
     print_fields({
         "program": forecast["program"], "devices": f"{forecast['devices']:,} ({forecast['topology']}): {mesh}",
         "parameters": forecast["parameters"], **({"shapes": "; ".join(forecast["notes"])} if forecast["notes"] else {}),

@@ -13,8 +13,7 @@ from __future__ import annotations
 import os
 import sys
 
-from jaxlm.cli.arguments import parse_overrides
-from jaxlm.core.errors import UserError
+from jaxlm.cli.arguments import load_experiment
 
 
 def add_arguments(parser) -> None:
@@ -25,13 +24,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    from jaxlm.core.config import load_config, override
-    from jaxlm.training.config import Experiment
-
-    config = load_config(args.config)
-    if not isinstance(config, Experiment):
-        raise UserError(f"{args.config}: config is a {type(config).__name__}; it must be a jaxlm Experiment")
-    config = override(config, parse_overrides(args.overrides))
+    config = load_experiment(args.config, args.overrides)
     from jaxlm.training.distributed import joined
     from jaxlm.training.loop import train
 

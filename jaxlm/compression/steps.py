@@ -37,10 +37,15 @@ __all__ = [
 BLOCKS = r"(.*/)?layers/\d+/((attn|cross|mlp|mlp/experts)/[a-z]+|input|recurrent)/kernel"
 
 
+def matching(target: str, params: Params) -> list[str]:
+    """The paths of parameters that a regular expression means; routers of experts are never compressed."""
+    matches = re.compile(target).fullmatch
+    return [path for path in flatten(params) if matches(path) and not path.endswith("/router/kernel")]
+
+
 def targets(step: WeightStep | BlockStep, params: Params) -> list[str]:
     """The paths that a step is to compress. UserError where there are none, or one that is no dense kernel or table."""
-    matches = re.compile(step.target).fullmatch
-    found = [path for path in flatten(params) if matches(path) and not path.endswith("/router/kernel")]
+    found = matching(step.target, params)
     if not found:
         raise UserError(f"the target {step.target!r} of a {step.kind} step matches no parameter; see `jaxlm inspect`")
     flat = flatten(params)

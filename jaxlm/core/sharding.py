@@ -258,6 +258,11 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
 
 
+def on_device(x: jax.Array, lies: NamedSharding) -> jax.Array:
+    """An array that lies so, or a copy on its devices of one that is offloaded to the host; in or out of ``jit``."""
+    return jax.device_put(x, lies.with_memory_kind(None)) if lies.memory_kind == HOST_MEMORY else x
+
+
 def ways(axis: str) -> int:
     """Into how many parts GSPMD splits what lies along a logical axis, where a mesh is in use; 1 elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()

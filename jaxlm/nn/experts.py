@@ -109,8 +109,9 @@ def _places(experts_GxTxK: jax.Array, experts: int, parts: str | None) -> tuple[
     def at_choice(before_GxKTxE):
         return jnp.sum(before_GxKTxE * among_GxKTxE, -1).reshape(G, K, T).swapaxes(1, 2)
 
+    place_GxTxK = at_choice(before_GxKTxE)
     if parts is None:
-        return at_choice(before_GxKTxE), at_choice(before_GxKTxE)
+        return place_GxTxK, place_GxTxK
     here_GxKxE = jnp.sum(chosen_GxKxTxE, 2)
     all_PxGxKxE = jax.lax.all_gather(here_GxKxE, parts)
     total_GxKxE = jnp.sum(all_PxGxKxE, 0)
@@ -118,7 +119,7 @@ def _places(experts_GxTxK: jax.Array, experts: int, parts: str | None) -> tuple[
     elsewhere_GxKxE = jnp.cumsum(total_GxKxE - here_GxKxE, 1) - (total_GxKxE - here_GxKxE)
     elsewhere_GxKxE += jnp.tensordot(earlier_P.astype(jnp.int32), all_PxGxKxE, 1)
     elsewhere_GxKTxE = jnp.repeat(elsewhere_GxKxE, T, 1)
-    return at_choice(before_GxKTxE), at_choice(before_GxKTxE + elsewhere_GxKTxE)
+    return place_GxTxK, at_choice(before_GxKTxE + elsewhere_GxKTxE)
 
 
 def _round_trip(apply: Apply, x_GxTxD, experts_GxTxK, place_GxTxK, experts: int, slots: int, spread: str | None):

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.core.sharding import HOST_MEMORY, require_host_memory, shardings, spread
+from jaxlm.core.sharding import HOST_MEMORY, on_device, require_host_memory, shardings, spread
 from jaxlm.core.tree import Params, Transform, flatten, unflatten
 from jaxlm.training.loss import Batch, Loss, Sums
 from jaxlm.training.reduce import each_replica, sum_replicas
@@ -90,10 +90,7 @@ def _on_device(opt_state: optax.OptState, layout: TrainState | None) -> optax.Op
     """The optimizer's state, fetched from where it is offloaded to."""
     if layout is None:
         return opt_state
-    return jax.tree.map(
-        lambda x, lies: jax.device_put(x, lies.with_memory_kind(None)) if lies.memory_kind == HOST_MEMORY else x,
-        opt_state, layout.opt_state,
-    )
+    return jax.tree.map(on_device, opt_state, layout.opt_state)
 
 
 def abstract_state(

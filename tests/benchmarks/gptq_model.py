@@ -22,15 +22,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from load_checkpoint import memory
 
 SHARED = Path(os.environ.get("JAXLM_SHARED") or Path(__file__).parents[3] / "shared")
 MODEL, BOOKS = SHARED / "models/books-llama", SHARED / "data/books"
-
-
-def memory(field: str) -> int:
-    """A figure of this process, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def ours() -> None:
