@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, since Linux 5.14
-_LARGE = 1 << 20  # bytes, for which threads are worth it
+_LARGE = 1 << 22  # bytes, for which threads are worth it
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
@@ -49,11 +49,9 @@ def fresh_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     if array.nbytes < _LARGE or madvise is None:
         return array
-    workers = min(4, os.cpu_count() or 1)
-    part = -(-array.nbytes // (workers * mmap.PAGESIZE)) * mmap.PAGESIZE
-    with ThreadPoolExecutor(workers) as pool:  # what an older kernel refuses, it gives later
-        for start in range(0, array.nbytes, part):
-            size = min(part, array.nbytes - start)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # what an older kernel refuses, it gives later
+        for start in range(0, array.nbytes, _LARGE):  # in parts, for no thread can start while one asks
+            size = min(_LARGE, array.nbytes - start)
             pool.submit(madvise, ctypes.c_void_p(array.ctypes.data + start), ctypes.c_size_t(size), _POPULATE_WRITE)
     return array
 
