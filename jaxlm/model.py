@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,9 @@ from jaxlm.data.calibration import calibration_batches, hold_out
 from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.nn.config import KVCache, ModelConfig
 from jaxlm.nn.walk import Walk
+
+if TYPE_CHECKING:
+    from jaxlm.inference.engine import Engine
 
 __all__ = ["LM", "compress", "load"]
 
@@ -125,6 +128,12 @@ class LM:
         from jaxlm.inference.generate import generate
 
         return generate(self, prompts, **options)
+
+    def engine(self, **options: Any) -> Engine:
+        """What serves many requests at once; see ``jaxlm.inference.engine.Engine``."""
+        from jaxlm.inference.engine import Engine
+
+        return Engine(self, **options)
 
     def translate(self, sentences: str | Sequence[str], **options: Any) -> list[str]:
         """Translations of sentences; see ``jaxlm.inference.translate.translate``."""
