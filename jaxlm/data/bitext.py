@@ -7,37 +7,18 @@ A pair goes to the smallest bucket that holds both of its sides with their eos; 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.packing import Batch, random_state
+from jaxlm.data.buckets import Plan, bucket_rows, plan_epoch
+from jaxlm.data.packing import Batch
 from jaxlm.data.sources import Bitext
 from jaxlm.data.tokenizer import Tokenizer
 
 _AT_A_TIME = 1 << 14  # sentences encoded
-
-
-def bucket_rows(length: int, batch_tokens: int, multiple: int) -> int:
-    """Rows of a bucket: ``batch_tokens // length``, rounded down to a multiple of both 8 and ``multiple``, or of
-    ``multiple`` alone where that leaves nothing, and at least ``multiple``."""
-    for unit in (math.lcm(8, multiple), multiple):
-        if rows := batch_tokens // length // unit * unit:
-            return rows
-    return multiple
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An epoch: batch k holds the pairs ``order[starts[k]:starts[k + 1]]``, in bucket ``bucket[k]``."""
-
-    order: np.ndarray  # [pairs]
-    starts: np.ndarray  # [batches + 1]
-    bucket: np.ndarray  # [batches]
 
 
 class Pairs:
@@ -95,26 +76,7 @@ class Pairs:
         return [(self._rows[b], self._buckets[b]) for b in used]
 
     def plan(self, seed: int | None, epoch: int) -> Plan:
-        """The batches of an epoch: shuffled pairs in shuffled batches, or all in order, bucket by bucket, without
-        ``seed``. The last batch of a bucket may be partial. The number of batches is the same in every epoch."""
-        order = self._kept
-        random = None if seed is None else random_state(seed, epoch)
-        if random:
-            order = random.permutation(order)
-        bucket_of = self._bucket_of[order]
-        order = order[np.argsort(bucket_of, kind="stable")]
-        starts, buckets, begin = [], [], 0
-        for bucket, count in enumerate(np.bincount(bucket_of, minlength=len(self._buckets))):
-            starts.append(np.arange(begin, begin + count, self._rows[bucket]))
-            buckets.append(np.full(len(starts[-1]), bucket))
-            begin += count
-        start, bucket = np.concatenate(starts), np.concatenate(buckets)
-        if random:
-            shuffle = random.permutation(len(start))
-            size = np.diff(start, append=begin)[shuffle]
-            order = order[np.repeat(start[shuffle] - (np.cumsum(size) - size), size) + np.arange(begin)]
-            start, bucket = np.cumsum(size) - size, bucket[shuffle]
-        return Plan(order, np.append(start, begin), bucket)
+        return plan_epoch(self._bucket_of, self._kept, self._rows, seed, epoch)
 
     def take(self, plan: Plan, k: int, part: int = 0, parts: int = 1) -> Batch:
         """Rows ``part`` of ``parts`` of batch k: ``src``, ``inputs`` (start + target), ``targets`` (target + eos) int32

@@ -6,7 +6,8 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.bitext import Pairs
-from jaxlm.data.packing import random_state, token_stream
+from jaxlm.data.packing import token_stream
+from jaxlm.data.shuffle import random_state
 from jaxlm.data.sources import Bitext, Tokens, open_source
 from jaxlm.data.tokenizer import Tokenizer
 

@@ -18,16 +18,20 @@ from jaxlm.core.errors import UserError
 _LONGEST = 1 << 24  # characters of a prompt, or of anything that a template adds up or multiplies
 _STEPS = 1_000_000  # while one prompt is written: a turn of a loop is one
 _CALL = 10  # steps
+_MARKS = "\ufdd0", "\ufdd1"  # which are no characters: around what the model says
 _steps: ContextVar[int] = ContextVar("steps")  # taken so far
 
 
-def render(template: str, variables: Mapping[str, Any]) -> str:
-    """What a template writes. UserError, of one line, if it fails, refuses, or does what it may not."""
+def render(template: str, variables: Mapping[str, Any], marked: bool = False) -> str:
+    """What a template writes; where ``marked``, with marks around what the model says, for ``marked_spans``.
+
+    UserError, of one line, if it fails, refuses, or does what it may not.
+    """
     import jinja2
 
     _steps.set(0)
     try:
-        compiled = _compiled(template)
+        compiled = _compiled(template, marked)
         parts, size = [], 0
         for part in compiled.generate(**{name: _plain(value) for name, value in variables.items()}):
             parts.append(part)
@@ -49,6 +53,22 @@ def render(template: str, variables: Mapping[str, Any]) -> str:
         raise UserError(
             f"the chat template fails on this conversation ({type(error).__name__}: {_line(error)}); check both"
         ) from None
+
+
+def marked_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """A text without its marks, and from which character to which each pair of them went. UserError where they are not
+    in pairs."""
+    head, *parts = text.split(_MARKS[0])
+    plain, spans = head, []
+    for part in parts:
+        inside, found, after = part.partition(_MARKS[1])
+        if not found or _MARKS[1] in after:
+            raise UserError("the chat template's {% generation %} blocks are not apart; correct it")
+        spans.append((len(plain), len(plain) + len(inside)))
+        plain += inside + after
+    if _MARKS[1] in head:
+        raise UserError("a message has a character that stands for none, U+FDD1; take it out")
+    return plain, spans
 
 
 def choose(templates: Any, tools: bool) -> str:
@@ -110,24 +130,27 @@ def _plain(value: Any) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
-    return _environment().from_string(template)
+def _compiled(template: str, marked: bool) -> Any:
+    return _environment(marked).from_string(template)
 
 
-@lru_cache(maxsize=1)
-def _environment() -> Any:
+@lru_cache(maxsize=2)
+def _environment(marked: bool) -> Any:
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks what the model said, for training; here it is only text."""
+        """{% generation %} marks what the model said, for training; without ``marked`` it is only text."""
 
         tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if marked:
+                begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in _MARKS)
+                body = [begin, *body, end]
             return jinja2.nodes.Scope(body, lineno=line)
 
     class Namespace(jinja2.utils.Namespace):

@@ -27,4 +27,5 @@ class DataConfig:
     batch_tokens: int = 4096
     buckets: tuple[int, ...] = (12, 16, 24, 32, 64, 128)  # padded lengths; training leaves longer pairs out and says so
     prefetch: int = 2  # batches prepared ahead by a thread; 0: none
+    bad_rows: Literal["fail", "report"] = "fail"  # rows of files that are no good: a mistake, or left out and counted
     seed: int = 0

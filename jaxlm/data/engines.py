@@ -37,8 +37,9 @@ class Engine(Protocol):
     def encode_framed(self, texts: Sequence[str]) -> Iterable[Sequence[int]] | None:
         """Ids of each text with what the file itself puts around it; None where the file does not say."""
 
-    def encode_spelled(self, text: str) -> Sequence[int]:
-        """Ids of a text in which the tokens that are not text are recognised where it spells them."""
+    def encode_spelled(self, text: str) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+        """Ids of a text in which the tokens that are not text are recognised where it spells them; and from which
+        character to which each goes."""
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         """The text of some ids."""
@@ -75,8 +76,9 @@ class FastEngine:
             return None
         return (encoding.ids for encoding in self.raw.encode_batch_fast(list(texts)))
 
-    def encode_spelled(self, text: str) -> Sequence[int]:
-        return self._recognising.encode(text, add_special_tokens=False).ids
+    def encode_spelled(self, text: str) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+        encoding = self._recognising.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         return self.raw.decode(list(ids), skip_special_tokens=skip_special)
@@ -149,7 +151,7 @@ class PieceEngine:
     def encode_framed(self, texts: Sequence[str]) -> None:
         return None
 
-    def encode_spelled(self, text: str) -> Sequence[int]:
+    def encode_spelled(self, text: str) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
         raise UserError("the tokenizer of a translation model finds no special tokens in text; give it plain text")
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:

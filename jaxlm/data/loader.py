@@ -17,10 +17,14 @@ import grain
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.bitext import Pairs, Plan
+from jaxlm.data.bitext import Pairs
+from jaxlm.data.buckets import Plan
 from jaxlm.data.config import DataConfig
-from jaxlm.data.packing import Batch, PackedDocuments, Windows, random_state, token_stream
-from jaxlm.data.sources import Bitext, Source
+from jaxlm.data.encoding import encode
+from jaxlm.data.packing import Batch, PackedDocuments, Windows
+from jaxlm.data.preferences import PreferencePairs
+from jaxlm.data.shuffle import Order
+from jaxlm.data.sources import Bitext, Dialogues, Preferences, Source
 from jaxlm.data.tokenizer import Tokenizer
 
 
@@ -28,7 +32,8 @@ def make_loader(
     config: DataConfig, source: Source, tokenizer: Tokenizer, *, train: bool,
     process_index: int = 0, process_count: int = 1, row_multiple: int = 1,
 ) -> Loader:
-    """The loader of a source: pairs for translation, rows of tokens for language modelling.
+    """The loader of a source: pairs for translation, rows of tokens for language modelling, where dialogues are packed
+    as documents are, and pairs of replies.
 
     Args:
         config: batch shape, packing, prefetch and seed.
@@ -58,10 +63,14 @@ def make_loader(
             f"data.batch_size {config.batch_size} cannot be shared evenly by {multiple} devices, micro-batches or "
             "processes; make it a multiple"
         )
-    if config.packing == "documents":
-        rows = PackedDocuments.of(source, tokenizer, config.seq_len)
+    encoded, pad = encode(source, tokenizer), tokenizer.pad_id or 0
+    if isinstance(source, Preferences):
+        preferences = PreferencePairs(encoded, config.seq_len, config.batch_size, pad)
+        return PairLoader(preferences, seed, config.prefetch, *place)
+    if config.packing == "documents" or isinstance(source, Dialogues):
+        rows = PackedDocuments(encoded, config.seq_len, pad)
     else:
-        rows = Windows(token_stream(source, tokenizer), config.seq_len, seed)
+        rows = Windows(encoded.ids, config.seq_len, seed, encoded.notes)
     return RowLoader(rows, config.batch_size, config.seq_len, seed, config.prefetch, *place)
 
 
@@ -146,10 +155,7 @@ class RowLoader(Loader):
         self.shapes = [(batch_size, length)]
         self.examples_per_epoch = len(rows)
         self.batches_per_epoch = -(-len(rows) // batch_size)
-        self._order = functools.lru_cache(maxsize=2)(self._order)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return random_state(self._seed, epoch).permutation(len(self._rows))
+        self._order = Order(len(rows), seed) if self.train else None
 
     def batch(self, index: int) -> Batch:
         per = self._size // self._parts
@@ -159,7 +165,7 @@ class RowLoader(Loader):
             return self._rows.take(0, np.where(example_B < len(self._rows), example_B, -1))
         epoch_B, place_B = np.divmod(example_B, len(self._rows))
         parts = [
-            self._rows.take(epoch, self._order(epoch)[place_B[epoch_B == epoch]])
+            self._rows.take(epoch, self._order(epoch, place_B[epoch_B == epoch]))
             for epoch in range(epoch_B[0], epoch_B[-1] + 1)
         ]
         return parts[0] if len(parts) == 1 else {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -178,10 +184,11 @@ class RowLoader(Loader):
 
 
 class PairLoader(Loader):
-    """Bucketed batches of pairs; see ``jaxlm.data.bitext``."""
+    """Bucketed batches of pairs; see ``jaxlm.data.bitext`` and ``jaxlm.data.preferences``."""
 
     def __init__(
-        self, pairs: Pairs, seed: int | None, prefetch: int, process_index: int = 0, process_count: int = 1,
+        self, pairs: Pairs | PreferencePairs, seed: int | None, prefetch: int, process_index: int = 0,
+        process_count: int = 1,
     ):
         super().__init__(seed, prefetch, process_index, process_count)
         self._pairs = pairs

@@ -12,48 +12,22 @@ from __future__ import annotations
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.sources import Bitext, Source, Tokens
+from jaxlm.data.encoding import Encoded, encode
+from jaxlm.data.shuffle import random_state
+from jaxlm.data.sources import Dialogues, Preferences, Source
 from jaxlm.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
 
 
-def random_state(seed: int, epoch: int) -> np.random.RandomState:
-    """The randomness of an epoch. RandomState, because NumPy promises never to change what it draws (NEP 19), so a run
-    resumed under another NumPy sees the same data."""
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
-
-
 def token_stream(source: Source, tokenizer: Tokenizer) -> np.ndarray:
     """All of a source as one run of ids [N]: documents in order, each followed by eos; a text file has no end.
 
-    UserError for sentence pairs, for ids outside the vocabulary, and for documents if the tokenizer has no eos.
+    UserError for dialogues, which are no stream, and what ``encode`` refuses.
     """
-    ids, _ = _documents(source, tokenizer)
-    return ids
-
-
-def _documents(source: Source, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """ids [N] and lengths [D] of documents, each with the eos that ends it; given ids are cut after each eos."""
-    if isinstance(source, Bitext):
-        raise UserError(f"{source.spec!r} is sentence pairs; a language model reads text:, jsonl: or tokens:")
-    if isinstance(source, Tokens):
-        ids = source.ids
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= tokenizer.vocab_size:
-            raise UserError(
-                f"{source.spec!r} holds the id {low if low < 0 else high}, and the tokenizer has "
-                f"{tokenizer.vocab_size:,} tokens; name the tokenizer that made the ids"
-            )
-        ends = np.flatnonzero(ids == tokenizer.eos_id) + 1 if tokenizer.eos_id is not None else []
-        bounds = np.unique([0, *ends, len(ids)])
-        return ids, np.diff(bounds)
-    ids, lengths = tokenizer.encode_flat(source.texts)
-    if not source.ends:
-        return ids, lengths
-    if tokenizer.eos_id is None:
-        raise UserError(f"the tokenizer has no eos token to end the documents of {source.spec!r} with; use another")
-    return np.insert(ids, np.cumsum(lengths), tokenizer.eos_id), lengths + 1
+    if isinstance(source, Dialogues | Preferences):
+        raise UserError(f"{source.spec!r} is dialogues; a stream of text is text:, jsonl: or tokens:")
+    return encode(source, tokenizer).ids
 
 
 class Windows:
@@ -64,11 +38,11 @@ class Windows:
     elsewhere each time; the number of windows is the same in every epoch.
     """
 
-    def __init__(self, stream: np.ndarray, length: int, seed: int | None = None):
+    def __init__(self, stream: np.ndarray, length: int, seed: int | None = None, notes: tuple[str, ...] = ()):
         """``stream``: ids [N], N >= 2. ``length``: tokens in a window."""
         if len(stream) < 2:
             raise UserError("the text is a single token; a language model needs at least two")
-        self._stream, self._length, self._seed = stream, length, seed
+        self._stream, self._length, self._seed, self._notes = stream, length, seed, notes
         self._targets = len(stream) - 1
         whole, rest = divmod(self._targets, length)
         if 2 * rest < length:  # head and tail share length + rest targets
@@ -104,7 +78,7 @@ class Windows:
         return {"tokens": self._targets + 1, "windows": self._count}
 
     def notes(self) -> list[str]:
-        return []
+        return list(self._notes)
 
 
 class PackedDocuments:
@@ -112,36 +86,44 @@ class PackedDocuments:
     padding), ``positions`` counts from 0 in each.
 
     A document of n ids has n - 1 targets; one with more than ``length`` goes in pieces of ``length`` (counted as
-    split), one with no target (an empty text) is left out and counted. Packed once, best fit of the longest first
-    (Krell et al., arXiv:2107.02027).
+    split), one with no target (an empty text) is left out and counted. Dialogues, of which only some tokens are
+    learned, end after ``length`` instead (counted as cut), for a piece of one would begin without what it answers, and
+    are left out where that leaves nothing to learn. Packed once, best fit of the longest first (Krell et al.,
+    arXiv:2107.02027).
     """
 
-    def __init__(self, ids: np.ndarray, lengths: np.ndarray, length: int, pad_id: int):
-        """``ids`` [N] in documents of ``lengths`` [D]; ``length``: tokens in a row."""
-        starts, targets = np.cumsum(lengths) - lengths, np.asarray(lengths) - 1
+    def __init__(self, encoded: Encoded, length: int, pad_id: int):
+        """``length``: tokens in a row."""
+        lengths = np.asarray(encoded.lengths)
+        starts, targets = np.cumsum(lengths) - lengths, lengths - 1
+        cut = np.zeros(len(lengths), bool)
+        if encoded.learned is not None:
+            cut, targets = targets > length, np.minimum(targets, length)
+            targets[~learns(encoded.learned, starts + 1, targets)] = 0
         n_pieces = -(-targets // length)
         piece = np.arange(n_pieces.sum()) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
         starts = np.repeat(starts, n_pieces) + piece * length
         sizes = np.minimum(np.repeat(targets, n_pieces) - piece * length, length)
         if not len(sizes):
-            raise UserError("no document has two tokens; a language model needs at least two")
+            raise UserError(
+                "no document has two tokens; a language model needs at least two" if encoded.learned is None else
+                f"no dialogue has a reply within {length} tokens; raise data.seq_len"
+            )
         row_of, self._count = _best_fit(sizes, length)
         order = np.argsort(row_of, kind="stable")
-        self._ids, self._length, self._pad_id = ids, length, pad_id
+        self._ids, self._learned, self._notes = encoded.ids, encoded.learned, encoded.notes
+        self._length, self._pad_id = length, pad_id
         self._starts, self._sizes, row_of = starts[order], sizes[order], row_of[order]
         self._first = np.searchsorted(row_of, np.arange(self._count + 1))  # of the pieces of a row
         before = np.cumsum(self._sizes) - self._sizes
         self._offsets = before - before[self._first[row_of]]  # of a piece in its row
+        kind = {} if encoded.learned is None else {"cut": int((cut & (targets > 0)).sum()), "learned": int(
+            encoded.learned.sum())}
         self._report = {
             "documents": len(lengths), "empty": int((targets < 1).sum()), "split": int((n_pieces > 1).sum()),
-            "tokens": int(np.sum(lengths)), "rows": self._count,
+            "tokens": int(np.sum(lengths)), **kind, "rows": self._count,
             "efficiency": float(sizes.sum() / (self._count * length)),
         }
-
-    @classmethod
-    def of(cls, source: Source, tokenizer: Tokenizer, length: int) -> PackedDocuments:
-        ids, lengths = _documents(source, tokenizer)
-        return cls(ids, lengths, length, tokenizer.pad_id or 0)
 
     def __len__(self) -> int:
         return self._count
@@ -165,7 +147,7 @@ class PackedDocuments:
 
         return {
             "inputs": spread(self._ids[at_N], self._pad_id), "targets": spread(self._ids[at_N + 1], self._pad_id),
-            "weights": spread(1, 0, np.float32),
+            "weights": spread(1 if self._learned is None else self._learned[at_N + 1], 0, np.float32),
             "segments": spread(np.repeat(number_P + 1, size_P)), "positions": spread(position_N),
         }
 
@@ -173,15 +155,27 @@ class PackedDocuments:
         return dict(self._report)
 
     def notes(self) -> list[str]:
-        notes = []
+        notes = list(self._notes)
         if empty := self._report["empty"]:
-            notes.append(f"{empty:,} of {self._report['documents']:,} documents are empty and are left out")
+            why = "empty" if self._learned is None else f"without a reply within {self._length} tokens"
+            notes.append(f"{empty:,} of {self._report['documents']:,} documents are {why} and are left out")
+        if cut := self._report.get("cut"):
+            notes.append(
+                f"{cut:,} of {self._report['documents']:,} dialogues are longer than {self._length} tokens and are cut "
+                "there; raise data.seq_len to keep them whole"
+            )
         if split := self._report["split"]:
             notes.append(
                 f"{split:,} of {self._report['documents']:,} documents are longer than {self._length} tokens and go in "
                 "pieces; raise data.seq_len to keep them whole"
             )
         return notes
+
+
+def learns(learned_N: np.ndarray, starts_D: np.ndarray, sizes_D: np.ndarray) -> np.ndarray:
+    """Whether there is a token to learn among ``sizes_D`` of them from ``starts_D`` on, bool [D]."""
+    at_L = np.flatnonzero(learned_N)
+    return np.searchsorted(at_L, starts_D) < np.searchsorted(at_L, starts_D + sizes_D)
 
 
 def _within(counts: np.ndarray) -> np.ndarray:

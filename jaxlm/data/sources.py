@@ -2,37 +2,42 @@
 
     text:PATH            one stream of text, kept to the character
     jsonl:PATH           one document a line, in its field "text"
+    chat:PATH            one conversation a line (``data.dialogues`` says in which forms); replies are learned
+    instruct:PATH        one prompt with its completion a line; completions are learned
+    preference:PATH      one prompt with two replies a line, of which one is preferred
     tokens:PATH.npy      token ids made elsewhere: a one-dimensional integer array, memory-mapped
     bitext:SRC,TGT       line i of SRC translates to line i of TGT; lines end in "\\n" only
     builtin:phrasebook   synthetic English-German pairs made here; ``:train``, ``:valid`` or ``:test`` picks the part
 
 Text files are UTF-8, plain or compressed (.gz, .xz). Any SPEC may end in a slice ``[a:b]`` with Python's meaning; the
-bounds are integers or percentages (``text:x.txt[:90%]``, rounded down) of characters (text), lines (jsonl, bitext),
-ids (tokens) or pairs (builtin).
+bounds are integers or percentages (``text:x.txt[:90%]``, rounded down) of characters (text), lines (of files of rows,
+bitext), ids (tokens) or pairs (builtin).
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.dialogues import Dialogue, chat_row, instruct_row, preference_row
+from jaxlm.data.files import read_lines, read_text
+from jaxlm.data.jsonl import BadRows, RowError, Rows
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 _FORMS = {
     "text": "text:PATH",
     "jsonl": "jsonl:PATH",
+    "chat": "chat:PATH",
+    "instruct": "instruct:PATH",
+    "preference": "preference:PATH",
     "tokens": "tokens:PATH.npy",
     "bitext": "bitext:SRC,TGT",
     "builtin": "builtin:phrasebook",
@@ -46,9 +51,27 @@ class Documents:
     a text file is not: it is a stretch of one stream."""
 
     spec: str
-    texts: Sequence[str]
+    texts: Iterable[str]
     ends: bool
     synthetic: str = ""  # says so, where the text was made up
+
+
+@dataclass(frozen=True)
+class Dialogues:
+    """Texts and conversations of which a language model is to learn the replies."""
+
+    spec: str
+    rows: Rows[Dialogue]
+    synthetic: str = ""
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Dialogues in twos: the same prompt, with a reply that is preferred to another, and the other."""
+
+    spec: str
+    rows: Rows[tuple[Dialogue, Dialogue]]
+    synthetic: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,15 +98,16 @@ class Bitext:
         return [*self.src, *self.tgt]
 
 
-Source = Documents | Tokens | Bitext
+Source = Documents | Dialogues | Preferences | Tokens | Bitext
 
 
-def open_source(spec: str, split: Split = "train") -> Source:
-    """Reads a SPEC (see the module) into memory.
+def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -> Source:
+    """Opens a SPEC (see the module). Rows are read when asked for, all else into memory.
 
     Args:
         spec: what to read.
         split: the part of a builtin corpus meant when the SPEC names none.
+        bad_rows: what rows that are no good are: a mistake, or left out and counted (``Rows``).
 
     Raises:
         UserError: the SPEC, a file or a line in it is not what it should be; the message names it.
@@ -99,7 +123,11 @@ def open_source(spec: str, split: Split = "train") -> Source:
         raise UserError(f"{spec!r} names no file; write {_FORMS[scheme]}")
     if scheme == "builtin":
         return _builtin(spec, body, split, cut)
-    return {"text": _text, "jsonl": _jsonl, "tokens": _tokens, "bitext": _bitext}[scheme](spec, body, cut)
+    if scheme in _ROWS:
+        kind, read = _ROWS[scheme]
+        rows = Rows(body, read, cut, bad_rows)
+        return Documents(spec, rows, ends=True) if kind is Documents else kind(spec, rows)
+    return {"text": _text, "tokens": _tokens, "bitext": _bitext}[scheme](spec, body, cut)
 
 
 def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
@@ -120,7 +148,7 @@ def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
         start = end
 
 
-def text_size(texts: Sequence[str]) -> tuple[int, int]:
+def text_size(texts: Iterable[str]) -> tuple[int, int]:
     """(words, bytes) of some texts, for perplexity a word or byte: runs of non-white-space, and UTF-8 length."""
     words = n_bytes = 0
     for text in texts:
@@ -160,73 +188,24 @@ def _parse_slice(spec: str, rest: str) -> tuple[str, Cut]:
     return body, resolve
 
 
-# --- files
-
-
-def _read_bytes(name: str) -> bytes:
-    path = Path(name).expanduser()
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    try:
-        with opener(path, "rb") as file:
-            data = file.read()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a directory; name a file in it") from None
-    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
-        raise UserError(f"{path} is damaged or not a {path.suffix} file ({error}); fetch it again") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if not data:
-        raise UserError(f"{path} is empty; name a file with text in it")
-    return data
-
-
-def _read_text(name: str) -> str:
-    data = _read_bytes(name)
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{name}:{line}: invalid UTF-8 (byte 0x{data[error.start]:02x}); convert the file to UTF-8"
-        ) from None
-
-
-def _read_lines(name: str) -> list[str]:
-    """Lines end in "\\n" and nothing else: other separators that Unicode knows occur inside sentences. A "\\r" before
-    it belongs to the line end of files from Windows."""
-    lines = _read_text(name).split("\n")
-    if not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
-
-
 # --- schemes
 
 
 def _text(spec: str, path: str, cut: Cut) -> Documents:
-    text = _read_text(path)
+    text = read_text(path)
     return Documents(spec, (text[cut(len(text))],), ends=False)
 
 
-def _jsonl(spec: str, path: str, cut: Cut) -> Documents:
-    lines = _read_lines(path)
-    chosen = cut(len(lines))
-    texts = []
-    for number, line in enumerate(lines[chosen], chosen.start + 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error.msg}); write one object a line") from None
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise UserError(f'{path}:{number}: no string under "text"; write {{"text": "..."}} on each line')
-        texts.append(record["text"])
-    if not any(texts):
-        raise UserError(f"{spec!r} holds no text; name a file with documents in it")
-    return Documents(spec, texts, ends=True)
+def text_row(row: Mapping[str, Any]) -> str:
+    if not isinstance(row.get("text"), str):
+        raise RowError('no string under "text"', 'write {"text": "..."} on each line')
+    return row["text"]
+
+
+_ROWS = {
+    "jsonl": (Documents, text_row), "chat": (Dialogues, chat_row), "instruct": (Dialogues, instruct_row),
+    "preference": (Preferences, preference_row),
+}
 
 
 def _tokens(spec: str, path: str, cut: Cut) -> Tokens:
@@ -248,7 +227,7 @@ def _bitext(spec: str, paths: str, cut: Cut) -> Bitext:
     names = paths.split(",")
     if len(names) != 2 or not all(names):
         raise UserError(f"{spec!r} names {sum(map(bool, names))} files; write bitext:SRC,TGT")
-    src, tgt = map(_read_lines, names)
+    src, tgt = map(read_lines, names)
     if len(src) != len(tgt):
         raise UserError(
             f"{names[0]} has {len(src):,} lines and {names[1]} has {len(tgt):,}; line i of one must translate line i "

@@ -19,11 +19,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.chat import choose, render
+from jaxlm.data.chat import choose, marked_spans, render
 from jaxlm.data.config import DataConfig
 from jaxlm.data.engines import Engine, FastEngine
 from jaxlm.data.languages import languages_of
-from jaxlm.data.sources import Source, Tokens, pieces
+from jaxlm.data.sources import Dialogues, Preferences, Source, Tokens, pieces
 from jaxlm.data.tokenizer_files import read_tokenizer
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -59,6 +59,11 @@ class Tokenizer:
         name = self._config.get(f"{role}_token")
         name = name.get("content") if isinstance(name, dict) else name
         return name if name in self._engine.vocabulary else None
+
+    @property
+    def dtype(self) -> type[np.integer]:
+        """The smallest integer type that ids of many texts are kept in: uint16 where it suffices, else int32."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.int32
 
     def check_rows(self, rows: int, target_rows: int) -> None:
         """UserError where a token has an id that embeddings of so many rows have not, of the source or the target.
@@ -96,9 +101,9 @@ class Tokenizer:
         """The ids of many texts end to end, on all cores and in little memory.
 
         Returns:
-            ids [N], uint16 where the vocabulary allows and int32 elsewhere; lengths [len(texts)] int64, summing to N.
+            ids [N] of the type ``dtype``; lengths [len(texts)] int64, summing to N.
         """
-        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.int32
+        dtype = self.dtype
         chunks, lengths = [np.zeros(0, dtype)], np.zeros(len(texts), np.int64)
         for batch, owners in self._batches(texts):
             try:
@@ -146,9 +151,19 @@ class Tokenizer:
         They are recognised, and nothing is added.
         """
         if specials:
-            return list(self._engine.encode_spelled(text))
+            return list(self._engine.encode_spelled(text)[0])
         framed = self._engine.encode_framed([text])
         return self.encode(text) if framed is None else list(next(iter(framed)))
+
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """``encode_prompt(text, specials=True)`` as int32 [N], and which of its ids lie in some spans of characters,
+        bool [N]; one that reaches into a span lies in it."""
+        ids, offsets_Nx2 = self._engine.encode_spelled(text)
+        start_N, end_N = np.array(offsets_Nx2, np.int64).reshape(-1, 2).T
+        inside_N = np.zeros(len(ids), bool)
+        for start, end in spans:
+            inside_N |= ((start <= start_N) & (start_N < end)) | ((start_N < start) & (start < end_N))
+        return np.array(ids, np.int32), inside_N
 
     def encode_source(self, texts: Sequence[str], language: str | None = None) -> list[list[int]]:
         """What an encoder reads of each text: its ids with the end token, and with a language code where such models
@@ -213,6 +228,15 @@ class Tokenizer:
         return text
 
     @property
+    def specials(self) -> list[str]:
+        """The tokens that are not text."""
+        return list(self._engine.specials)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._config.get("chat_template"))
+
+    @property
     def chat_template(self) -> str:
         """The program that ``chat`` runs. UserError if there is none."""
         return choose(self._config.get("chat_template"), False)
@@ -234,15 +258,28 @@ class Tokenizer:
         Raises:
             UserError: there is no template, or it fails, refuses the conversation, or does what it may not.
         """
+        return self._render(messages, tools, {**variables, "add_generation_prompt": add_generation_prompt})
+
+    def chat_spans(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """A whole conversation as ``chat`` writes it, and the spans of characters that the template marks as written by
+        the model, in {% generation %} blocks."""
+        return marked_spans(self._render(messages, tools, {"add_generation_prompt": False}, marked=True))
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any], marked: bool = False,
+    ) -> str:
         template = choose(self._config.get("chat_template"), tools is not None)
         if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
             raise UserError('a chat is a list of messages such as {"role": "user", "content": "Hello"}')
         tokens = {key: value for key, value in self._config.items() if key.endswith("_token")}
         tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
-        return render(template, {
-            **{key: value for key, value in tokens.items() if isinstance(value, str)}, "documents": None, **variables,
-            "messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt,
-        })
+        tokens = {key: value for key, value in tokens.items() if isinstance(value, str)}
+        return render(
+            template, {**tokens, "documents": None, **variables, "messages": messages, "tools": tools}, marked=marked
+        )
 
     def save(self, directory: str | Path) -> None:
         """Writes the tokenizer's files into a directory, made if need be: tokenizer.json (the SentencePiece models and
@@ -301,6 +338,8 @@ def tokenizer_for(config: DataConfig, source: Source) -> Tokenizer:
         return Tokenizer.load(config.tokenizer)
     if isinstance(source, Tokens):
         raise UserError(f"{source.spec!r} holds ids, not text to train a tokenizer on; name theirs in data.tokenizer")
+    if isinstance(source, Dialogues | Preferences):
+        raise UserError(f"{source.spec!r} is no data to train a tokenizer on; name the model's in data.tokenizer")
     return Tokenizer.train(source.texts, config.tokenizer_kind, config.vocab_size)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.sources import Bitext, open_source
-from jaxlm.evaluation.perplexity import bitext_perplexity, perplexity
+from jaxlm.data.sources import Bitext, Dialogues, open_source
+from jaxlm.evaluation.perplexity import bitext_perplexity, dialogue_perplexity, perplexity
 from jaxlm.evaluation.speed import tokens_per_second
 from jaxlm.inference.translate import search_settings
 
@@ -64,6 +64,8 @@ def evaluate(
         out |= {"synthetic": True, "note": source.synthetic}
     if pairs:
         out |= bitext_perplexity(lm, source, batch_size=batch_size, progress=report("scoring"), **languages)
+    elif isinstance(source, Dialogues):
+        out |= dialogue_perplexity(lm, source, context=context, batch_size=batch_size, progress=report("scoring"))
     else:
         out |= perplexity(
             lm, source, context=context, stride=stride, batch_size=batch_size, progress=report("scoring")

@@ -18,8 +18,9 @@ from jax import Array
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.bitext import Pairs
-from jaxlm.data.packing import Batch, token_stream
-from jaxlm.data.sources import Bitext, Documents, Tokens, text_size
+from jaxlm.data.encoding import encode
+from jaxlm.data.packing import Batch, PackedDocuments, token_stream
+from jaxlm.data.sources import Bitext, Dialogues, Documents, Tokens, text_size
 from jaxlm.inference.translate import into_language, start_token
 from jaxlm.inference.translate import target_language as language_into
 
@@ -34,11 +35,13 @@ Progress = Callable[[int, int], None]  # (done, of how many)
 def row_nll(graphdef, params, batch: Batch) -> Array:
     """Summed negative log-likelihood of each row's weighted targets, ``[B]`` float32 in nats.
 
-    ``batch`` holds ``inputs``, ``targets`` and ``weights`` ``[B, T]``, and for a translation model ``src`` ``[B, S]``.
+    ``batch`` holds ``inputs``, ``targets`` and ``weights`` ``[B, T]``, ``segments`` and ``positions`` where documents
+    are packed, and for a translation model ``src`` ``[B, S]``.
     """
     model = nnx.merge(graphdef, params)
     arguments = (batch["src"], batch["inputs"]) if "src" in batch else (batch["inputs"],)
-    logits_BxTxV = model(*arguments).astype(jnp.float32)
+    packing = {f"{name}_BxT": batch[name] for name in ("segments", "positions") if name in batch}
+    logits_BxTxV = model(*arguments, **packing).astype(jnp.float32)
     target_BxT = jnp.take_along_axis(logits_BxTxV, batch["targets"][..., None], axis=-1)[..., 0]
     nll_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_BxT
     return jnp.where(batch["weights"] > 0, nll_BxT * batch["weights"], 0.0).sum(-1)
@@ -155,6 +158,26 @@ def perplexity(
     if texts is None and lm.tokenizer is not None:
         texts = [lm.tokenizer.decode(ids_N)]
     return {**figures(nll, tokens, len(ids_N), texts), "context": context, "stride": stride}
+
+
+def dialogue_perplexity(
+    lm, source: Dialogues, *, context: int = 0, batch_size: int = 0, progress: Progress | None = None
+) -> dict[str, float]:
+    """Scores the replies of dialogues, each token given all before it; what is beyond ``context`` tokens (0: of the
+    model, at most 2,048) is left out.
+
+    Returns ``perplexity``'s figures, over the replies.
+    """
+    if lm.tokenizer is None:
+        raise UserError("the model has no tokenizer: put a tokenizer.json beside its config.json")
+    context = context or min(getattr(lm.config, "max_positions", _LONGEST_CONTEXT), _LONGEST_CONTEXT)
+    packed = PackedDocuments(encode(source, lm.tokenizer), context, lm.tokenizer.pad_id or 0)
+    rows = min(batch_size or _rows(lm, context), len(packed))
+    row_N = np.arange(-(-len(packed) // rows) * rows)
+    batches = [packed.take(0, row_B) for row_B in np.where(row_N < len(packed), row_N, -1).reshape(-1, rows)]
+    nll, tokens = _sum(lm, batches, len(batches), progress)
+    replies = [lm.tokenizer.decode(batch["targets"][batch["weights"] > 0]) for batch in batches]
+    return {**figures(nll, tokens, tokens, replies), "context": context}
 
 
 def bitext_perplexity(

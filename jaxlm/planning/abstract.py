@@ -24,7 +24,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LowRank, is_leaf
 from jaxlm.core.sharding import HOST_MEMORY, batch_sharding, batch_ways, spec
 from jaxlm.core.tree import Leaf, Params, map_params
-from jaxlm.data.bitext import bucket_rows
+from jaxlm.data.buckets import bucket_rows
 from jaxlm.data.config import DataConfig
 from jaxlm.nn.config import ModelConfig
 from jaxlm.training.config import Experiment
@@ -58,7 +58,8 @@ def train_batch(config: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
                 "make it a multiple"
             )
         shape, names = (data.batch_size, data.seq_len), ("inputs", "targets")
-        names += ("segments", "positions") if data.packing == "documents" else ()
+        packed = data.packing == "documents" or data.train.startswith(("chat:", "instruct:"))
+        names += ("segments", "positions") if packed else ()
     types = dict.fromkeys(names, jnp.int32) | {"weights": jnp.float32}
     layout = batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in types.items()}

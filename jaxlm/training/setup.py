@@ -21,7 +21,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import batch_ways, describe, make_mesh, mesh_sizes, relocate, require_host_memory
 from jaxlm.core.tree import Params, Transform, count_params, flatten
 from jaxlm.data.loader import Loader, make_loader
-from jaxlm.data.sources import Bitext, Source, open_source
+from jaxlm.data.sources import Bitext, Preferences, Source, open_source
 from jaxlm.data.tokenizer import Tokenizer, tokenizer_for
 from jaxlm.model import load
 from jaxlm.nn.config import ModelConfig
@@ -89,7 +89,9 @@ def prepare(config: Experiment, run: Path) -> Setup:
     ``run`` is resumed if it holds a checkpoint: with its own tokenizer, and the same experiment.
     """
     resuming = any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
-    source = open_source(config.data.train, "train")
+    source = open_source(config.data.train, "train", config.data.bad_rows)
+    if isinstance(source, Preferences):
+        raise UserError(f"{config.data.train!r} is preferences, and nothing here learns from them; give chat:PATH")
     tokenizer = Tokenizer.load(run) if resuming else tokenizer_for(config.data, source)
     config = dataclasses.replace(config, model=_fill(config.model, tokenizer, translates=isinstance(source, Bitext)))
     if resuming:
@@ -109,7 +111,7 @@ def prepare(config: Experiment, run: Path) -> Setup:
     _check_lengths(config, loader)
     valid_source = valid_loader = None
     if config.data.valid:
-        valid_source = open_source(config.data.valid, "valid")
+        valid_source = open_source(config.data.valid, "valid", config.data.bad_rows)
         valid_loader = make_loader(config.data, valid_source, tokenizer, train=False, row_multiple=ways, **place)
     relocated = relocate(config.mesh.rules)
     like, initial = relocated(like), _initial(config, like, relocated)

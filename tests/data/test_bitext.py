@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.bitext import Pairs, bucket_rows
+from jaxlm.data.bitext import Pairs
+from jaxlm.data.buckets import bucket_rows
 from jaxlm.data.sources import Bitext
 from jaxlm.data.tokenizer import Tokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import pytest
 import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.data.sources import Bitext, Documents, Tokens, open_source
-from jaxlm.evaluation.perplexity import bitext_perplexity, perplexity, windows
+from jaxlm.evaluation.perplexity import bitext_perplexity, dialogue_perplexity, perplexity, windows
 from tests.inference.models import decoder, full_logits, lstm, seq2seq
 
 TEXT = "the cat sat on the mat. it was a fat cat and that was that. a dog came by and the cat left the mat at once."
@@ -26,6 +27,22 @@ def test_windows_score_each_token_once(n, context, stride):
     unscored = range(0, n, stride) if stride == context else [0]
     assert set(np.flatnonzero(scored == 0)) == set(unscored)
     assert scored.max() == 1
+
+
+def test_replies_are_scored_as_if_each_dialogue_were_alone(tmp_path):
+    lm = decoder()
+    rows = [("the cat", " sat on the mat"), ("it was a", " cat"), ("a dog", " came by"), ("that", " was that")]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
+    found = dialogue_perplexity(lm, open_source(f"instruct:{tmp_path / 'x.jsonl'}"), context=32, batch_size=2)
+    nll, tokens = 0.0, 0
+    for prompt, reply in rows:
+        ids = [*lm.tokenizer.encode(prompt + reply), lm.tokenizer.eos_id]
+        logits = full_logits(lm, ids).astype(np.float64)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        start = len(lm.tokenizer.encode(prompt))
+        nll -= sum(logp[t - 1, ids[t]] for t in range(start, len(ids)))
+        tokens += len(ids) - start
+    assert found["tokens"] == tokens and found["loss"] == pytest.approx(nll / tokens, rel=1e-5)
 
 
 def test_a_single_token_has_no_window():
