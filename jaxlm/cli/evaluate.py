@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from jaxlm.cli.arguments import add_generation, add_kv_cache, add_languages, add_model, add_search, with_generation
-from jaxlm.cli.output import Progress, add_json, check_json, print_fields, write_json
+from jaxlm.cli.output import Progress, add_json, check_file, print_fields, write_json
 from jaxlm.core.errors import UserError
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    check_json(args.json)
+    check_file(args.json)
     spec = args.data or _test_data(Path(args.model))
     import jaxlm
 

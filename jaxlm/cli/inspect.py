@@ -1,18 +1,45 @@
-"""Shows what is in a model: its configuration, its sizes, and every tensor with its representation."""
+"""Shows what is in a model: its configuration, its sizes, and every tensor with its representation.
+
+    jaxlm inspect MODEL
+    jaxlm inspect MODEL --html page.html --beside DENSE --data text:some.txt
+
+--html draws it too, on one page that needs no other file: the course of its training, bits, zeros and errors of each
+layer's kernels, and where weights lie on a mesh. --beside and --data set it beside other models, by size and quality.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from jaxlm.cli.arguments import add_model
-from jaxlm.cli.output import add_json, check_json, print_fields, print_table, shape_str, size, write_json
+from jaxlm.cli.output import (
+    Progress,
+    add_json,
+    check_file,
+    print_fields,
+    print_table,
+    shape_str,
+    size,
+    write_json,
+    write_text,
+)
+from jaxlm.core.errors import UserError
 
 
 def add_arguments(parser) -> None:
     add_model(parser)
     add_json(parser)
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also draw it, on one page of its own")
+    parser.add_argument("--beside", metavar="MODEL", action="append", default=[],
+                        help="of the page: another model, the first of them the dense one; can be given again")
+    parser.add_argument("--data", metavar="SPEC", help="of the page: what to measure this model and those beside it on")
+    parser.add_argument("--preset", default="fsdp+tp", help="of the page: the mesh that is drawn (%(default)s)")
+    parser.add_argument("--devices", type=int, default=8, metavar="N", help="of the page: its devices (%(default)s)")
 
 
 def run(args) -> None:
-    check_json(args.json)
+    check_file(args.json)
+    _check_page(args)
     import jax
 
     import jaxlm
@@ -45,6 +72,42 @@ def run(args) -> None:
     print()
     print_table([_shown(row) for row in tensors])
     write_json(args.json, {**summary, "config": config, "tensors": tensors})
+    if args.html:
+        _write_page(args, lm, {name: value for name, value in shown.items() if value},
+                    {name: _differences(value, usual[name]) for name, value in config.items()},
+                    [_shown(row) | {"bytes": row["bytes"]} for row in tensors])
+        print(f"\npage: {args.html}")
+
+
+def _check_page(args) -> None:
+    """UserError now rather than after the work."""
+    from jaxlm.core.sharding import PRESETS
+
+    if args.html is None and (args.beside or args.data):
+        raise UserError("--beside and --data are of the page; add --html FILE")
+    if args.data and not args.beside:
+        raise UserError("--data compares models; name another with --beside")
+    check_file(args.html, "--html")
+    if args.preset not in PRESETS:
+        raise UserError(f"--preset {args.preset}: there is none of that name; choose from {', '.join(PRESETS)}")
+    if args.devices < 1:
+        raise UserError(f"--devices {args.devices}: give a positive number")
+
+
+def _write_page(args, lm, summary, config, tensors) -> None:
+    import jaxlm
+    from jaxlm.evaluation.compare import compare
+    from jaxlm.pictures.album import album
+    from jaxlm.pictures.page import page
+
+    name = Path(args.model).resolve().name if not args.model.startswith("hf://") else args.model
+    dense = jaxlm.load(args.beside[0], expand=False) if args.beside else None
+    compared = ()
+    if args.data:
+        compared = compare({model: jaxlm.load(model) for model in [*args.beside, args.model]}, args.data,
+                           progress=Progress())
+    pictures = album(lm, Path(args.model), dense=dense, compared=compared, preset=args.preset, devices=args.devices)
+    write_text(args.html, page(name, summary, pictures, config, tensors))
 
 
 def _row(path, leaf, size) -> dict:

@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "perplexity of a model on some data; BLEU and chrF where it translates",
     "compress": "make a model smaller by a recipe",
     "recipes": "list what compress can do, by name",
+    "presets": "list the shapes of models and meshes that have names",
     "generate": "continue a text",
     "translate": "translate lines",
     "export": "write a model for transformers",

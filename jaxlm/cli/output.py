@@ -13,8 +13,8 @@ from typing import Any
 from jaxlm.core.errors import UserError
 
 __all__ = [
-    "Progress", "add_json", "check_json", "print_fields", "print_notes", "print_table", "shape_str", "size",
-    "write_json",
+    "Progress", "add_json", "check_file", "print_fields", "print_notes", "print_table", "shape_str", "size",
+    "write_json", "write_text",
 ]
 
 _EVERY = 5.0  # seconds between plain lines of progress
@@ -24,18 +24,23 @@ def add_json(parser) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to FILE")
 
 
-def check_json(path: Path | None) -> None:
+def check_file(path: Path | None, option: str = "--json") -> None:
     """UserError now rather than after the work, if the file cannot be written."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"--json {path}: {'that is a directory' if path.is_dir() else 'its directory does not exist'}")
+        reason = "that is a directory" if path.is_dir() else "its directory does not exist"
+        raise UserError(f"{option} {path}: {reason}")
 
 
 def write_json(path: Path | None, data: Any) -> None:
     """All or nothing; nothing where there is no path."""
-    if path is None:
-        return
+    if path is not None:
+        write_text(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """All or nothing."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 

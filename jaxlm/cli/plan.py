@@ -12,7 +12,7 @@ TPUs need libtpu: pip install jaxlm[plan].
 from __future__ import annotations
 
 from jaxlm.cli.arguments import load_experiment
-from jaxlm.cli.output import Progress, add_json, check_json, print_fields, print_table, size, write_json
+from jaxlm.cli.output import Progress, add_json, check_file, print_fields, print_table, size, write_json
 from jaxlm.core.errors import UserError
 
 _COMPILED = 4  # meshes of a search
@@ -35,7 +35,7 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    check_json(args.json)
+    check_file(args.json)
     from jaxlm.planning.child import run_forecast
     from jaxlm.planning.topology import parse_topology
 

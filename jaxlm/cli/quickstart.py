@@ -82,11 +82,11 @@ def _notes(rows) -> list[tuple[str, str]]:
 
 
 def _write_report(out: Path, rows, synthetic: str, sources, references, translations) -> None:
-    from jaxlm.evaluation.plots import plot_loss, plot_size_against_bleu
+    from jaxlm.pictures.curves import size_quality, training_curves
     from jaxlm.training.metrics import read_metrics
 
-    plot_loss(read_metrics(out / "run" / "metrics.jsonl"), out / "loss.png")
-    plot_size_against_bleu(rows, out / "size.png")
+    training_curves(read_metrics(out / "run" / "metrics.jsonl")).savefig(out / "loss.png")
+    size_quality(rows).savefig(out / "size.png")
     table = [_shown(row, rows[0]) for row in rows]
     lines = ["# Quickstart", "", synthetic, "", f"BLEU: `{rows[0].signature}`", "", _markdown(table), ""]
     lines += [f"- {name}: {note}" for name, note in _notes(rows)]

@@ -99,6 +99,14 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def abstract_mesh(preset: str, explicit: Mapping[str, int], devices: int) -> AbstractMesh:
+    """A mesh without devices, of the sizes that ``mesh_sizes`` gives; one may be -1."""
+    sizes = mesh_sizes(preset, explicit, devices)
+    known = math.prod(size for size in sizes.values() if size != -1)
+    shape = tuple(devices // known if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def describe(sizes: Mapping[str, int]) -> str:
     """The axes that split something: "data 4 x tensor 2"."""
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"

@@ -11,10 +11,10 @@ import functools
 import math
 from dataclasses import dataclass
 
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from jaxlm import nn
-from jaxlm.core.sharding import AXES, batch_ways, mesh_sizes, relocate
+from jaxlm.core.sharding import abstract_mesh, batch_ways, relocate
 from jaxlm.core.tree import flatten
 from jaxlm.nn.config import ModelConfig
 from jaxlm.planning.abstract import bytes_per_device, complete_model, train_batch
@@ -23,7 +23,7 @@ from jaxlm.training.config import Experiment, MeshConfig
 from jaxlm.training.flops import step_flops
 from jaxlm.training.program import make_program
 
-__all__ = ["Estimate", "abstract_mesh", "estimate", "least_fsdp", "least_tensor", "state_bytes"]
+__all__ = ["Estimate", "estimate", "least_fsdp", "least_tensor", "state_bytes"]
 
 
 @dataclass(frozen=True)
@@ -44,17 +44,9 @@ class Estimate:
         return max(self.compute, self.network)
 
 
-def abstract_mesh(sizes: MeshConfig, devices: int) -> AbstractMesh:
-    """A mesh without devices; one size may be -1."""
-    given = mesh_sizes(sizes.preset, sizes.sizes, devices)
-    known = math.prod(size for size in given.values() if size != -1)
-    shape = tuple(devices // known if given[axis] == -1 else given[axis] for axis in AXES)
-    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
 def state_bytes(config: Experiment, devices: int) -> float:
     """Parameters, optimizer and gradients of one device, as the rules lay them out."""
-    parameters, optimizer = _state(config, abstract_mesh(config.mesh, devices))
+    parameters, optimizer = _state(config, abstract_mesh(config.mesh.preset, config.mesh.sizes, devices))
     return 2 * parameters + optimizer
 
 
@@ -74,7 +66,8 @@ def estimate(config: Experiment, topology: Topology) -> Estimate:
     """For a topology with figures. The messages are those of ``least_fsdp`` and ``least_tensor`` and of an all-reduce
     of the gradients along "data"; activations are what a remat policy keeps, the work of one layer, and the logits."""
     config = dataclasses.replace(config, model=complete_model(config))
-    model, mesh, chip = config.model, abstract_mesh(config.mesh, topology.size), topology.chip
+    mesh = abstract_mesh(config.mesh.preset, config.mesh.sizes, topology.size)
+    model, chip = config.model, topology.chip
     shapes = {name: x.shape for name, x in train_batch(config, mesh).items()}
     flat = flatten(_abstract(model)[1])
     remat = getattr(model, "remat", "none")

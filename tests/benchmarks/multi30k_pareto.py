@@ -21,7 +21,7 @@ from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.solvers import Gptq, SparseGpt
 from jaxlm.compression.steps import Half, Quantize
 from jaxlm.evaluation.compare import Comparison
-from jaxlm.evaluation.plots import plot_size_against_bleu
+from jaxlm.pictures.curves import size_quality
 
 TABLE = "embed/table"  # which is the output head too
 RECIPES: tuple[Recipe, ...] = (
@@ -61,7 +61,7 @@ def main() -> None:
               f"{scores['perplexity']:>12.3f}", flush=True)
     print(rows[0].signature)
     (args.out / "pareto.json").write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
-    plot_size_against_bleu(rows, args.out / "pareto.png")
+    size_quality(rows).savefig(args.out / "pareto.png")
 
 
 if __name__ == "__main__":

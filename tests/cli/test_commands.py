@@ -16,9 +16,11 @@ import pytest
 
 from jaxlm import nn
 from jaxlm.checkpoint.directory import write_model
+from jaxlm.cli import presets
+from jaxlm.core import sharding
 from jaxlm.core.tree import map_params
 from jaxlm.data.tokenizer import Tokenizer
-from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig
+from jaxlm.nn.config import PRESETS, DecoderConfig, Seq2SeqConfig
 
 EXPERIMENT = """
 from jaxlm.training.config import *
@@ -84,6 +86,30 @@ def test_a_second_start_compiles_nothing_and_a_run_can_be_evaluated(jaxlm_comman
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert {"loss", "perplexity", "bits_per_byte", "tokens"} <= scores.keys()
     assert f"{scores['loss']:.4f}" in out
+
+
+def test_presets_tells_all_of_them(jaxlm_command):
+    assert set(presets.MODELS) == set(PRESETS) and set(presets.MESHES) == set(sharding.PRESETS)
+    status, out, err = jaxlm_command("presets")
+    assert status == 0, err
+    assert "124m" in out and "85.1 M" in out and "stage 4" in out
+
+
+def test_a_page_of_a_model_beside_its_dense_one(jaxlm_command, decoder, tmp_path):
+    small, file = tmp_path / "small", tmp_path / "page.html"
+    assert jaxlm_command("compress", decoder, "--recipe", "w4a16-rtn-g8", "--out", small)[0] == 0
+    (tmp_path / "some.txt").write_text("abcdef abc fed " * 40)
+    data = ("--data", f"text:{tmp_path / 'some.txt'}")
+    status, out, err = jaxlm_command("inspect", small, "--html", file, "--beside", decoder, *data)
+    assert status == 0 and str(file) in out, err
+    text = file.read_text()
+    for heading in ("Size and quality", "Layers", "Sharding", "Tensors"):
+        assert f">{heading}</h2>" in text
+    assert "error of weights" in text and "int4 g8" in text
+    for wrong in (("--beside", decoder), ("--html", tmp_path / "no" / "page.html"), ("--html", file, *data),
+                  ("--html", file, "--preset", "fast")):
+        status, _, err = jaxlm_command("inspect", small, *wrong)
+        assert status == 2 and err.count("\n") == 1, err
 
 
 def test_compress_inspect_generate(jaxlm_command, decoder, tmp_path):
