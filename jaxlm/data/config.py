@@ -27,5 +27,6 @@ class DataConfig:
     batch_tokens: int = 4096
     buckets: tuple[int, ...] = (12, 16, 24, 32, 64, 128)  # padded lengths; training leaves longer pairs out and says so
     prefetch: int = 2  # batches prepared ahead by a thread; 0: none
+    cache: str = ""  # a directory that keeps tokenized text from training to training; "": it is kept in memory
     bad_rows: Literal["fail", "report"] = "fail"  # rows of files that are no good: a mistake, or left out and counted
     seed: int = 0

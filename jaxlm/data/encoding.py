@@ -11,7 +11,7 @@ import numpy as np
 from jaxlm.core.errors import UserError
 from jaxlm.data.jsonl import RowError, Rows
 from jaxlm.data.replies import ReplyEncoder
-from jaxlm.data.sources import Bitext, Dialogues, Documents, Preferences, Source, Tokens
+from jaxlm.data.sources import Bitext, Dialogues, Documents, Mixture, Preferences, Source, Tokens
 from jaxlm.data.tokenizer import Tokenizer
 
 _CHARACTERS = 1 << 22  # of texts encoded at a time
@@ -53,14 +53,21 @@ def encode(source: Source, tokenizer: Tokenizer) -> Encoded:
         raise UserError(
             f"{source.spec!r} is sentence pairs; a language model reads text:, jsonl:, tokens:, chat: or instruct:"
         )
+    if isinstance(source, Mixture):
+        raise UserError(f"{source.spec!r} is a mixture; give one of its sources")
     if isinstance(source, Tokens):
         return _given(source, tokenizer)
     parts = list(encode_parts(source, tokenizer))
+    check_any(source, parts)
+    rows = source.texts if isinstance(source, Documents) else source.rows
+    return Encoded.joined(parts, rows.notes() if isinstance(rows, Rows) else ())
+
+
+def check_any(source: Documents | Dialogues | Preferences, parts: Iterable[Encoded]) -> None:
+    """UserError where nothing is left of a source."""
     ends = isinstance(source, Documents) and source.ends
     if not any(len(part.ids) > ends * len(part.lengths) for part in parts):
         raise UserError(f"{source.spec!r} holds no text; name a file with documents in it")
-    rows = source.texts if isinstance(source, Documents) else source.rows
-    return Encoded.joined(parts, rows.notes() if isinstance(rows, Rows) else ())
 
 
 def encode_parts(source: Documents | Dialogues | Preferences, tokenizer: Tokenizer) -> Iterator[Encoded]:

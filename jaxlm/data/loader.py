@@ -20,11 +20,12 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.bitext import Pairs
 from jaxlm.data.buckets import Plan
 from jaxlm.data.config import DataConfig
-from jaxlm.data.encoding import encode
+from jaxlm.data.mixture import MixedRows
 from jaxlm.data.packing import Batch, PackedDocuments, Windows
 from jaxlm.data.preferences import PreferencePairs
 from jaxlm.data.shuffle import Order
-from jaxlm.data.sources import Bitext, Dialogues, Preferences, Source
+from jaxlm.data.sources import Bitext, Dialogues, Mixture, Preferences, Source
+from jaxlm.data.token_cache import cached
 from jaxlm.data.tokenizer import Tokenizer
 
 
@@ -63,14 +64,16 @@ def make_loader(
             f"data.batch_size {config.batch_size} cannot be shared evenly by {multiple} devices, micro-batches or "
             "processes; make it a multiple"
         )
-    encoded, pad = encode(source, tokenizer), tokenizer.pad_id or 0
+    sources = source.sources if isinstance(source, Mixture) else (source,)
+    encoded, pad = [cached(each, tokenizer, config.cache) for each in sources], tokenizer.pad_id or 0
     if isinstance(source, Preferences):
-        preferences = PreferencePairs(encoded, config.seq_len, config.batch_size, pad)
+        preferences = PreferencePairs(encoded[0], config.seq_len, config.batch_size, pad)
         return PairLoader(preferences, seed, config.prefetch, *place)
-    if config.packing == "documents" or isinstance(source, Dialogues):
-        rows = PackedDocuments(encoded, config.seq_len, pad)
+    if config.packing == "documents" or any(isinstance(each, Dialogues) for each in sources):
+        parts = [PackedDocuments(each, config.seq_len, pad) for each in encoded]
     else:
-        rows = Windows(encoded.ids, config.seq_len, seed, encoded.notes)
+        parts = [Windows(each.ids, config.seq_len, seed, each.notes) for each in encoded]
+    rows = MixedRows(parts, source, seed) if isinstance(source, Mixture) else parts[0]
     return RowLoader(rows, config.batch_size, config.seq_len, seed, config.prefetch, *place)
 
 
@@ -147,8 +150,8 @@ class RowLoader(Loader):
     with rows of weight 0."""
 
     def __init__(
-        self, rows: Windows | PackedDocuments, batch_size: int, length: int, seed: int | None, prefetch: int,
-        process_index: int = 0, process_count: int = 1,
+        self, rows: Windows | PackedDocuments | MixedRows, batch_size: int, length: int, seed: int | None,
+        prefetch: int, process_index: int = 0, process_count: int = 1,
     ):
         super().__init__(seed, prefetch, process_index, process_count)
         self._rows, self._size = rows, batch_size

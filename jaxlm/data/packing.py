@@ -18,6 +18,7 @@ from jaxlm.data.sources import Dialogues, Preferences, Source
 from jaxlm.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
+_AT_A_TIME = 1 << 16  # documents
 
 
 def token_stream(source: Source, tokenizer: Tokenizer) -> np.ndarray:
@@ -99,7 +100,8 @@ class PackedDocuments:
         cut = np.zeros(len(lengths), bool)
         if encoded.learned is not None:
             cut, targets = targets > length, np.minimum(targets, length)
-            targets[~learns(encoded.learned, starts + 1, targets)] = 0
+            learned = count_learned(encoded.learned, starts + 1, targets)
+            targets[learned == 0] = 0
         n_pieces = -(-targets // length)
         piece = np.arange(n_pieces.sum()) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
         starts = np.repeat(starts, n_pieces) + piece * length
@@ -117,8 +119,9 @@ class PackedDocuments:
         self._first = np.searchsorted(row_of, np.arange(self._count + 1))  # of the pieces of a row
         before = np.cumsum(self._sizes) - self._sizes
         self._offsets = before - before[self._first[row_of]]  # of a piece in its row
-        kind = {} if encoded.learned is None else {"cut": int((cut & (targets > 0)).sum()), "learned": int(
-            encoded.learned.sum())}
+        kind = {}
+        if encoded.learned is not None:
+            kind = {"cut": int((cut & (targets > 0)).sum()), "learned": int(learned.sum())}
         self._report = {
             "documents": len(lengths), "empty": int((targets < 1).sum()), "split": int((n_pieces > 1).sum()),
             "tokens": int(np.sum(lengths)), **kind, "rows": self._count,
@@ -172,10 +175,15 @@ class PackedDocuments:
         return notes
 
 
-def learns(learned_N: np.ndarray, starts_D: np.ndarray, sizes_D: np.ndarray) -> np.ndarray:
-    """Whether there is a token to learn among ``sizes_D`` of them from ``starts_D`` on, bool [D]."""
-    at_L = np.flatnonzero(learned_N)
-    return np.searchsorted(at_L, starts_D) < np.searchsorted(at_L, starts_D + sizes_D)
+def count_learned(learned_N: np.ndarray, starts_D: np.ndarray, sizes_D: np.ndarray) -> np.ndarray:
+    """How many tokens are learned among ``sizes_D`` of them from ``starts_D`` on, [D]. Starts ascend; what is on disk
+    is read a little at a time."""
+    found_D = np.zeros(len(starts_D), np.int64)
+    for at in range(0, len(starts_D), _AT_A_TIME):
+        start, size = starts_D[at : at + _AT_A_TIME], sizes_D[at : at + _AT_A_TIME]
+        at_L = np.flatnonzero(learned_N[start[0] : start[-1] + max(size[-1], 0)]) + start[0]
+        found_D[at : at + _AT_A_TIME] = np.searchsorted(at_L, start + size) - np.searchsorted(at_L, start)
+    return found_D
 
 
 def _within(counts: np.ndarray) -> np.ndarray:

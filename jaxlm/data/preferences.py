@@ -7,7 +7,7 @@ import numpy as np
 from jaxlm.core.errors import UserError
 from jaxlm.data.buckets import Plan, plan_epoch
 from jaxlm.data.encoding import Encoded
-from jaxlm.data.packing import Batch, learns
+from jaxlm.data.packing import Batch, count_learned
 
 _SIDES = ("chosen", "rejected")
 
@@ -24,10 +24,10 @@ class PreferencePairs:
         lengths_Px2 = encoded.lengths.reshape(-1, 2)
         self._starts_Px2 = (np.cumsum(encoded.lengths) - encoded.lengths).reshape(-1, 2)
         self._sizes_Px2 = np.minimum(lengths_Px2 - 1, length)  # targets
-        learned_P = learns(
+        learned_Px2 = count_learned(
             encoded.learned, self._starts_Px2.reshape(-1) + 1, self._sizes_Px2.reshape(-1)
-        ).reshape(-1, 2).all(1)
-        self._kept = np.flatnonzero(learned_P)
+        ).reshape(-1, 2)
+        self._kept = np.flatnonzero(learned_Px2.all(1))
         if not len(self._kept):
             raise UserError(f"no pair has two replies within {length} tokens; raise data.seq_len")
         self._lengths = sorted({-(-length // shrink) for shrink in (8, 4, 2, 1)})

@@ -8,6 +8,8 @@
     tokens:PATH.npy      token ids made elsewhere: a one-dimensional integer array, memory-mapped
     bitext:SRC,TGT       line i of SRC translates to line i of TGT; lines end in "\\n" only
     builtin:phrasebook   synthetic English-German pairs made here; ``:train``, ``:valid`` or ``:test`` picks the part
+    mix:2x SPEC + 1x SPEC, or mix:70% SPEC + 30% SPEC
+                         several of them: so many times each in an epoch, or so much of the rows from each
 
 Text files are UTF-8, plain or compressed (.gz, .xz). Any SPEC may end in a slice ``[a:b]`` with Python's meaning; the
 bounds are integers or percentages (``text:x.txt[:90%]``, rounded down) of characters (text), lines (of files of rows,
@@ -16,6 +18,7 @@ bitext), ids (tokens) or pairs (builtin).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +44,7 @@ _FORMS = {
     "tokens": "tokens:PATH.npy",
     "bitext": "bitext:SRC,TGT",
     "builtin": "builtin:phrasebook",
+    "mix": "mix:70% SPEC + 30% SPEC",
 }
 _PIECE = 1 << 16  # characters
 
@@ -98,7 +102,29 @@ class Bitext:
         return [*self.src, *self.tgt]
 
 
-Source = Documents | Dialogues | Preferences | Tokens | Bitext
+Plain = Documents | Dialogues | Preferences | Tokens | Bitext
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources that language models read, with their ``weights``: shares that add up to 1, or epochs."""
+
+    spec: str
+    sources: tuple[Documents | Dialogues | Tokens, ...]
+    weights: tuple[float, ...]
+    shares: bool
+
+    @property
+    def texts(self) -> Iterator[str]:
+        """Of those that have plain text."""
+        return itertools.chain.from_iterable(getattr(source, "texts", ()) for source in self.sources)
+
+    @property
+    def synthetic(self) -> str:
+        return "; ".join(dict.fromkeys(source.synthetic for source in self.sources if source.synthetic))
+
+
+Source = Plain | Mixture
 
 
 def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -> Source:
@@ -118,6 +144,8 @@ def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -
     if not colon or scheme not in _FORMS:
         hint = f"; did you mean text:{spec}?" if Path(spec).expanduser().is_file() else ""
         raise UserError(f"unknown data source {spec!r}: write {', '.join(_FORMS.values())}{hint}")
+    if scheme == "mix":
+        return _mixture(spec, rest, split, bad_rows)
     body, cut = _parse_slice(spec, rest)
     if not body:
         raise UserError(f"{spec!r} names no file; write {_FORMS[scheme]}")
@@ -248,3 +276,26 @@ def _builtin(spec: str, body: str, split: Split, cut: Cut) -> Bitext:
     pairs = generate()[part or split]
     src, tgt = zip(*pairs[cut(len(pairs))], strict=True)
     return Bitext(spec, src, tgt, synthetic="synthetic sentences from jaxlm's phrasebook generator, not natural text")
+
+
+def _mixture(spec: str, rest: str, split: Split, bad_rows: BadRows) -> Mixture | Bitext:
+    parts = [re.fullmatch(r"\s*(\d+(?:\.\d+)?)(x|%)\s+(\S.*?)\s*", part) for part in rest.split(" + ")]
+    units = {part[2] for part in parts if part}
+    if not all(parts) or len(units) > 1:
+        raise UserError(f"{spec!r} is no mixture; write mix:70% SPEC + 30% SPEC, or mix:2x SPEC + 1x SPEC")
+    weights, shares = [float(part[1]) for part in parts], units == {"%"}
+    if not all(weights):
+        raise UserError(f"{spec!r} gives a source no weight; leave it out")
+    sources = [open_source(part[3], split, bad_rows) for part in parts]
+    if all(isinstance(source, Bitext) for source in sources):
+        if shares or not all(weight.is_integer() for weight in weights):
+            raise UserError(f"{spec!r} mixes sentence pairs, which come in whole epochs; write 2x SPEC + 1x SPEC")
+        repeated = [source for source, times in zip(sources, weights, strict=True) for _ in range(int(times))]
+        src, tgt = ([text for source in repeated for text in getattr(source, side)] for side in ("src", "tgt"))
+        return Bitext(spec, src, tgt, "; ".join({source.synthetic for source in sources} - {""}))
+    if not all(isinstance(source, Documents | Dialogues | Tokens) for source in sources):
+        raise UserError(f"{spec!r} mixes what no model reads together; mix text with dialogues, or pairs with pairs")
+    if shares and abs(sum(weights) - 100) > 0.01:
+        raise UserError(f"the shares in {spec!r} add up to {sum(weights):g}%; make that 100%")
+    total = sum(weights) if shares else 1
+    return Mixture(spec, tuple(sources), tuple(weight / total for weight in weights), shares)

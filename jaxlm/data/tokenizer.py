@@ -9,7 +9,9 @@ text and decodes it exactly, or one token a character.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,7 @@ from jaxlm.data.chat import choose, marked_spans, render
 from jaxlm.data.config import DataConfig
 from jaxlm.data.engines import Engine, FastEngine
 from jaxlm.data.languages import languages_of
-from jaxlm.data.sources import Dialogues, Preferences, Source, Tokens, pieces
+from jaxlm.data.sources import Dialogues, Documents, Mixture, Preferences, Source, Tokens, pieces
 from jaxlm.data.tokenizer_files import read_tokenizer
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -59,6 +61,15 @@ class Tokenizer:
         name = self._config.get(f"{role}_token")
         name = name.get("content") if isinstance(name, dict) else name
         return name if name in self._engine.vocabulary else None
+
+    def fingerprint(self) -> str:
+        """A digest of the files that it is saved as: equal where it makes the same ids."""
+        found = hashlib.blake2b(digest_size=16)
+        with tempfile.TemporaryDirectory() as directory:
+            self.save(directory)
+            for file in sorted(Path(directory).iterdir()):
+                found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        return found.hexdigest()
 
     @property
     def dtype(self) -> type[np.integer]:
@@ -338,6 +349,8 @@ def tokenizer_for(config: DataConfig, source: Source) -> Tokenizer:
         return Tokenizer.load(config.tokenizer)
     if isinstance(source, Tokens):
         raise UserError(f"{source.spec!r} holds ids, not text to train a tokenizer on; name theirs in data.tokenizer")
+    if isinstance(source, Mixture) and not all(isinstance(each, Documents) for each in source.sources):
+        raise UserError(f"{source.spec!r} is not all text to train a tokenizer on; name one in data.tokenizer")
     if isinstance(source, Dialogues | Preferences):
         raise UserError(f"{source.spec!r} is no data to train a tokenizer on; name the model's in data.tokenizer")
     return Tokenizer.train(source.texts, config.tokenizer_kind, config.vocab_size)

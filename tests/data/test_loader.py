@@ -14,9 +14,18 @@ import pytest
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.config import DataConfig
+from jaxlm.data.dialogues import Completion
 from jaxlm.data.loader import make_loader
-from jaxlm.data.sources import Bitext, Documents
+from jaxlm.data.sources import Bitext, Dialogues, Documents, Mixture, Preferences
 from jaxlm.data.tokenizer import Tokenizer
+
+
+class Lines(list):
+    """Rows that are here already."""
+
+    def numbered(self):
+        return enumerate(self, 1)
+
 
 WORDS = [f"w{i}" + "x" * (i % 23) for i in range(150)]
 TOKENIZER = Tokenizer.train(WORDS, "char")
@@ -26,7 +35,20 @@ CASES = {
     "documents": (dataclasses.replace(CONFIG, packing="documents"), Documents("jsonl:x", WORDS, ends=True)),
     "pairs": (CONFIG, Bitext("bitext:a,b", WORDS, WORDS[::-1])),
 }
-KINDS = pytest.mark.parametrize("kind", CASES)
+MIXED = [Documents("text:x", ["x".join(WORDS[:60])], ends=False), Documents("jsonl:x", WORDS[60:], ends=True)]
+CASES |= {
+    "mixture": (CONFIG, Mixture("mix:x", tuple(MIXED), (2.0, 1.0), shares=False)),
+    "shares": (
+        dataclasses.replace(CONFIG, packing="documents"), Mixture("mix:x", tuple(MIXED), (0.3, 0.7), shares=True)
+    ),
+    "dialogues": (CONFIG, Dialogues("instruct:x", Lines([Completion(word[:3], word[3:] or "x") for word in WORDS]))),
+    "preferences": (
+        CONFIG, Preferences("preference:x", Lines([(Completion("w", a), Completion("w", a + "x")) for a in WORDS]))
+    ),
+}
+ALL = pytest.mark.parametrize("kind", CASES)
+KINDS = pytest.mark.parametrize("kind", [kind for kind in CASES if kind != "preferences"])  # one row an example
+FIXED = ("documents", "pairs", "dialogues", "preferences")  # the same examples every epoch
 
 
 def loader(kind: str, train: bool = True, **options):
@@ -49,11 +71,12 @@ def examples(batches) -> list[tuple]:
     """Every example with weight in some batches, as something that can be compared and sorted."""
     return sorted(
         tuple(tuple(np.trim_zeros(values[row].tolist(), "b")) for values in batch.values())
-        for batch in batches for row in range(len(batch["weights"])) if batch["weights"][row].any()
+        for batch in batches for row, weights in enumerate(batch.get("weights", batch.get("chosen_weights")))
+        if weights.any()
     )
 
 
-@KINDS
+@ALL
 def test_the_same_seed_and_index_give_the_same_batch(kind):
     one, two = loader(kind), loader(kind)
     order = np.random.default_rng(0).permutation(3 * one.batches_per_epoch)
@@ -62,19 +85,19 @@ def test_the_same_seed_and_index_give_the_same_batch(kind):
     assert not all(same(loader(kind, seed=8).batch(i), batches[i]) for i in range(len(order)))
 
 
-@KINDS
+@ALL
 def test_epochs_hold_the_same_examples_in_another_order(kind):
     """Windows of a stream move; that each target comes once an epoch is proven with them."""
     one = loader(kind, batch_size=1)
     n = one.batches_per_epoch
     first, second = ([one.batch(i) for i in range(epoch * n, epoch * n + n)] for epoch in (0, 1))
     assert not all(map(same, first, second))
-    if kind != "stream":
+    if kind in FIXED:
         assert examples(first) == examples(second)
     assert len(examples(first)) == one.examples_per_epoch
 
 
-@pytest.mark.parametrize("kind", ["stream", "documents"])
+@pytest.mark.parametrize("kind", ["stream", "documents", "mixture", "dialogues"])
 def test_training_batches_run_on_across_epochs(kind):
     one, single = loader(kind), loader(kind, batch_size=1)
     size, n = CONFIG.batch_size, one.examples_per_epoch
@@ -97,9 +120,11 @@ def test_evaluation_is_one_ordered_pass_over_everything(kind):
     report = whole.report()
     if kind == "stream":
         assert counted == report["tokens"] - 1
+    elif kind == "dialogues":
+        assert counted == report["learned"]
     elif kind == "documents":
         assert counted == report["tokens"] - report["documents"]
-    else:
+    elif kind == "pairs":
         assert counted == report["target_tokens"] and report["pairs"] == len(WORDS) and report["too_long"] == 0
     assert all(map(same, batches, whole.iterate()))
 
@@ -117,7 +142,7 @@ def test_one_process_is_the_concatenation_of_several(kind, train, count):
     assert all(part.shapes == whole.shapes for part in parts)
 
 
-@KINDS
+@ALL
 @pytest.mark.parametrize("before, after", [(1, 1), (1, 4), (4, 2)])
 def test_resuming_equals_going_on_whatever_the_number_of_processes(kind, before, after):
     def batches(count: int, start: int, n: int) -> list[dict[str, np.ndarray]]:
@@ -137,6 +162,23 @@ def test_resuming_equals_going_on_whatever_the_number_of_processes(kind, before,
         assert all(map(same, batches(after, start, 2), uninterrupted[stop:]))
 
 
+@pytest.mark.parametrize("kind", FIXED)
+def test_the_rest_of_an_epoch_is_what_is_left_of_it(kind):
+    """Stopped in the middle with four processes and resumed with two: none twice, none lost."""
+    def taken(count: int, start: int, stop: int) -> list[tuple]:
+        parts = [loader(kind, process_index=i, process_count=count, row_multiple=4, batch_size=4) for i in range(count)]
+        return [one for index in range(start, stop) for part in parts for one in examples([part.batch(index)])]
+
+    whole = loader(kind, row_multiple=4, batch_size=4)
+    n, rest = divmod(whole.examples_per_epoch, 4)
+    stop = whole.batches_per_epoch if kind in ("pairs", "preferences") or not rest else n
+    expected = examples([whole.batch(index) for index in range(stop)])
+    assert len(expected) == (whole.examples_per_epoch if stop != n else n * 4)
+    half = loader(kind, process_count=4, row_multiple=4, batch_size=4).state(stop // 2)
+    start = loader(kind, process_count=2, row_multiple=4, batch_size=4).batch_at_examples(**half)
+    assert sorted(taken(4, 0, stop // 2) + taken(2, start, stop)) == expected
+
+
 @KINDS
 def test_the_state_counts_examples(kind):
     one = loader(kind)
@@ -148,8 +190,8 @@ def test_the_state_counts_examples(kind):
         one.batch_at_examples(1)
 
 
-@KINDS
-@pytest.mark.parametrize("prefetch", [0, 1, 5])
+@ALL
+@pytest.mark.parametrize("prefetch", [0, 5])
 def test_iterating_is_indexing(kind, prefetch):
     one = loader(kind, prefetch=prefetch)
     for start in (0, one.batches_per_epoch - 1):
