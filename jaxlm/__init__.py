@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxlm.inference.generate import generate
     from jaxlm.inference.translate import translate
     from jaxlm.model import LM, compress, load
+    from jaxlm.serving.server import serve
     from jaxlm.training.loop import train
 
 # Imported at first use, so that the command line answers before JAX is there.
@@ -29,9 +30,11 @@ _HOMES = {
     "GenerationConfig": "jaxlm.checkpoint.generation_config", "LM": "jaxlm.model", "UserError": "jaxlm.core.errors",
     "compress": "jaxlm.model",
     "evaluate": "jaxlm.evaluation.evaluate", "generate": "jaxlm.inference.generate", "load": "jaxlm.model",
-    "train": "jaxlm.training.loop", "translate": "jaxlm.inference.translate",
+    "serve": "jaxlm.serving.server", "train": "jaxlm.training.loop", "translate": "jaxlm.inference.translate",
 }
-__all__ = ["GenerationConfig", "LM", "UserError", "compress", "evaluate", "generate", "load", "train", "translate"]
+__all__ = [
+    "GenerationConfig", "LM", "UserError", "compress", "evaluate", "generate", "load", "serve", "train", "translate",
+]
 
 
 def __getattr__(name: str) -> Any:

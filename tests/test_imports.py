@@ -30,7 +30,7 @@ TREES = {path.relative_to(ROOT.parent): ast.parse(path.read_text()) for path in 
 
 FLOORS = {
     "core": 0, "kernels": 0, "nn": 1, "data": 1, "compression": 1, "checkpoint": 1, "model": 2, "training": 2,
-    "evaluation": 2, "inference": 2, "planning": 2, "pictures": 2, "cli": 3, "__init__": 3, "__main__": 4,
+    "evaluation": 2, "inference": 2, "planning": 2, "pictures": 2, "serving": 3, "cli": 4, "__init__": 4, "__main__": 5,
 }
 STRANGERS = [("compression", "nn"), ("nn", "compression"), ("nn", "checkpoint"), ("data", "nn"), ("nn", "data")]
 FOUNDATIONS = {"jax", "flax", "numpy"}

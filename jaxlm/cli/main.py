@@ -28,6 +28,7 @@ COMMANDS = {
     "generate": "continue a text",
     "translate": "translate lines",
     "export": "write a model for transformers",
+    "serve": "models by HTTP, with OpenAI's interface and a page to use them",
     "inspect": "what is in a model: configuration, sizes, tensors",
     "plan": "forecast a training or a server on devices that are not there",
 }

@@ -8,10 +8,11 @@ others go on. When a sentence is closed is a ``Stopping``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,13 @@ from jaxlm.inference.sampling import top_k
 Decode = Callable[[Array, Any], tuple[Array, Any]]
 
 
+class Hypothesis(NamedTuple):
+    """A finished text, and its score."""
+
+    tokens: list[int]
+    score: float
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Hypotheses:
@@ -35,11 +43,23 @@ class Hypotheses:
     length: Array  # [B, K] int32
     score: Array  # [B, K] float32
 
+    def ranked(self, rules: Rules) -> list[list[Hypothesis]]:
+        """Those of each sentence, best first, without the end token; where none was finished, an empty one that scores
+        -inf."""
+        eos, *parts = (np.asarray(x) for x in (rules.eos_E, self.tokens, self.length, self.score))
+
+        def read(tokens_N: np.ndarray, length: np.ndarray, score: np.ndarray) -> Hypothesis:
+            tokens = tokens_N[:length].tolist()
+            return Hypothesis(tokens[:-1] if tokens[-1] in eos else tokens, float(score))
+
+        return [
+            [read(*each) for each in zip(*sentence, strict=True) if each[1]] or [Hypothesis([], -math.inf)]
+            for sentence in zip(*parts, strict=True)
+        ]
+
     def best(self, rules: Rules) -> list[list[int]]:
-        """The best of each sentence, without the end token."""
-        tokens_BxN, lengths, eos = (np.asarray(x) for x in (self.tokens[:, 0], self.length[:, 0], rules.eos_E))
-        rows = [row[:length].tolist() for row, length in zip(tokens_BxN, lengths, strict=True)]
-        return [row[:-1] if row and row[-1] in eos else row for row in rows]
+        """The tokens of the best of each sentence."""
+        return [found[0].tokens for found in self.ranked(rules)]
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ import numpy as np
 from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
-from jaxlm.inference.beam import Hypotheses, Stopping, search_seq2seq
+from jaxlm.inference.beam import Hypotheses, Hypothesis, Stopping, search_seq2seq
 from jaxlm.inference.rules import Rules, make_rules
 
 _BEAM, _LENGTH = 5, 128  # where nothing says how many
@@ -27,7 +27,27 @@ def translate_tokens(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[list[int]], np.ndarray]:
-    """Best translations of token rows that end with the end token; returned without it, with their scores.
+    """The best translation of each row, and its score: the first that ``search_tokens`` finds."""
+    found = search_tokens(
+        lm, sources, generation, beam=beam, length_penalty=length_penalty, max_length=max_length, batch_size=batch_size,
+        progress=progress,
+    )
+    return [best.tokens for best, *_ in found], np.array([best.score for best, *_ in found], np.float32)
+
+
+def search_tokens(
+    lm,
+    sources: Sequence[Sequence[int]],
+    generation: GenerationConfig = PLAIN,
+    *,
+    beam: int | None = None,
+    length_penalty: float | None = None,
+    max_length: int | None = None,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[Hypothesis]]:
+    """Translations of token rows that end with the end token: those that a beam finds of each, best first, at most as
+    many as the beam is wide. They do not have the end token.
 
     The options take the place of what ``generation`` says. A translation has at most ``max_length`` tokens, the end
     token included; where that is not given, as many as ``generation`` allows (128, if it does not say) and at most
@@ -43,14 +63,13 @@ def translate_tokens(
     def limit(length: int) -> int:
         return allowed if max_length else min(allowed, max(2 * length + 10, least))
 
-    out: list[list[int]] = [[] for _ in sources]
-    scores = np.zeros(len(sources), np.float32)
+    out: list[list[Hypothesis]] = [[] for _ in sources]
     done = 0
 
     def finish(rows: list[int], found: Hypotheses, rules: Rules) -> None:
         nonlocal done
-        for i, tokens, score in zip(rows, found.best(rules), np.asarray(found.score[:, 0]), strict=False):
-            out[i], scores[i] = tokens, score
+        for i, hypotheses in zip(rows, found.ranked(rules), strict=False):
+            out[i] = hypotheses
         done += len(rows)
         if progress is not None:
             progress(done)
@@ -74,7 +93,7 @@ def translate_tokens(
             finish(*running.popleft())
     for batch in running:
         finish(*batch)
-    return out, scores
+    return out
 
 
 def start_token(config, generation: GenerationConfig) -> int:

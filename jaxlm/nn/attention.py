@@ -30,10 +30,12 @@ def attend(
     cap: float = 0.0,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
+    seen: list[jax.Array] | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads (arXiv:2305.13245); softmax in float32.
 
     Head ``h`` reads key/value head ``h // (H // G)``. Mask and bias broadcast over B; the result is ``[B, T, H, K]``.
+    The weights ``[B, H, T, S]`` are added to ``seen``, where there is one.
     """
     B, T, H, K = q_BxTxHxK.shape
     G, S = k_BxGxSxK.shape[1:3]
@@ -43,7 +45,10 @@ def attend(
         logits_BxHxTxS += bias_BxHxTxS
     if mask_BxTxS is not None:
         logits_BxHxTxS = jnp.where(mask_BxTxS[:, None], logits_BxHxTxS, NEGATIVE)
-    weights = dropout(jax.nn.softmax(logits_BxHxTxS, -1), dropout_rate, key)
+    weights = jax.nn.softmax(logits_BxHxTxS, -1)
+    if seen is not None:
+        seen.append(weights)
+    weights = dropout(weights, dropout_rate, key)
     out = mix(weights.reshape(B, G, -1, S), v_BxGxSxK, q_BxTxHxK.dtype)
     return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
 
@@ -96,9 +101,10 @@ class Attention(nnx.Module):
         return x_BxTxN.reshape(*x_BxTxN.shape[:2], -1, self.config.d_head)
 
     def __call__(
-        self, q, k, v, mask, bias=None, *, key: jax.Array | None, sight: Sight | None = None
+        self, q, k, v, mask, bias=None, *, key: jax.Array | None, sight: Sight | None = None,
+        seen: list[jax.Array] | None = None,
     ) -> jax.Array:
-        """From ``query`` and ``key_value`` to the block's output ``[B, T, D]``.
+        """From ``query`` and ``key_value`` to the block's output ``[B, T, D]``; for ``seen`` see ``attend``.
 
         Where there is a ``sight`` and the mesh in use splits sequences, long ones go around a ring (``nn.context``), by
         ``sight`` instead of the mask.
@@ -113,6 +119,6 @@ class Attention(nnx.Module):
         else:
             q = q.reshape(k.shape[0], -1, H, K)
             out = attend(
-                q, k, v, mask, bias, scale=scale, cap=cap, dropout_rate=config.attention_dropout, key=key
+                q, k, v, mask, bias, scale=scale, cap=cap, dropout_rate=config.attention_dropout, key=key, seen=seen
             )
         return self.o(out.reshape(B, T, -1))

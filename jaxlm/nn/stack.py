@@ -76,10 +76,11 @@ class Block(nnx.Module):
         self.mlp_out_norm = Norm(config.width, config) if sandwich else None
 
     def __call__(
-        self, x_BxTxD, view: View, *, mask_BxTxS, sight, angles, number, past: LayerCache | None, memory, key
+        self, x_BxTxD, view: View, *, mask_BxTxS, sight, angles, number, past: LayerCache | None, memory, key,
+        seen: list[jax.Array] | None = None,
     ):
         """Returns the layer's output, its cache with the new slots written (None without one), and what its router did
-        (None without experts).
+        (None without experts). The weights of attention, then of cross-attention, are added to ``seen``.
 
         ``number`` divides the logits of self-attention, None being 1.
         """
@@ -94,11 +95,11 @@ class Block(nnx.Module):
             else:
                 past = past.write(*keep(k, v, kv_cache))
                 k, v = past.read()
-            return self.attn(q, k, v, mask_BxTxS, view.bias_BxHxTxS, key=next(keys), sight=sight)
+            return self.attn(q, k, v, mask_BxTxS, view.bias_BxHxTxS, key=next(keys), sight=sight, seen=seen)
 
         def cross_attention(h):
             q = self.cross.query(h, None)
-            return self.cross(q, *memory, view.memory_mask, key=next(keys), sight=view.memory_sight)
+            return self.cross(q, *memory, view.memory_mask, key=next(keys), sight=view.memory_sight, seen=seen)
 
         def mlp(h):
             nonlocal routing
@@ -307,7 +308,7 @@ class Stack(nnx.Module):
 
     def layer(
         self, block: Block, x_BxTxD, view: View, traits: Traits = (None, None), *, past=None, memory=None,
-        memory_kv=None, key=None,
+        memory_kv=None, key=None, seen=None,
     ):
         """One layer: what its block returns. A memory is given whole (``memory``) or projected (``memory_kv``)."""
         x_BxTxD = checkpoint_name(x_BxTxD, LAYER_INPUT)
@@ -323,7 +324,7 @@ class Stack(nnx.Module):
             memory_kv = round_trip(*block.cross.key_value(memory, None), self.config.kv_cache)
         return block(
             x_BxTxD, view, mask_BxTxS=mask, sight=sight if past is None else None, angles=angles, number=number,
-            past=past, memory=memory_kv, key=key,
+            past=past, memory=memory_kv, key=key, seen=seen,
         )
 
     def _run(self, i: int, x_BxTxD, view: View, *, past=None, memory=None, memory_kv=None, key=None):

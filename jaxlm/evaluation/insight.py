@@ -1,0 +1,247 @@
+"""Why a model said so: where its attention goes, which tokens of the text its choice rests on, what else it considered.
+
+Attributions are of the log-probability of one next token to the embeddings before it: gradient times input (Shrikumar
+et al., arXiv:1605.01713), or integrated gradients (Sundararajan et al., arXiv:1703.01365), which add up to the change
+of that log-probability from a baseline: here a text in which every token is the average one, made as long as vectors of
+tokens are, for norms make much of small vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from jaxlm.core.leaves import dequantize_tree
+from jaxlm.core.tree import Params
+from jaxlm.inference.batching import bucket
+from jaxlm.inference.requests import MOST_LOGPROBS
+from jaxlm.inference.sampling import top_k
+from jaxlm.nn.decoder import embed, head_logits
+from jaxlm.nn.stack import Stack
+
+__all__ = ["Insight", "Scored", "attention", "attributions", "inspect_tokens", "next_tokens", "score_tokens"]
+
+_AVERAGED = 4096  # embeddings that the average token is the mean of
+_CHUNK = 64  # tokens whose logits are there at a time
+
+Method = Literal["integrated_gradients", "gradient_x_input"]
+Tokens = tuple[Array, ...]  # of one text: (tokens [T],), or (source [S], decoder inputs [T])
+Lengths = tuple[Array | int, ...]  # how many of each are real; the others are at the right
+
+
+@dataclass(frozen=True)
+class Insight:
+    """What ``inspect_tokens`` found.
+
+    ``attention`` has weights ``[L, H, T, S]`` by name: "self", and of a translation model also "encoder" and "cross".
+    ``scores`` has an attribution ``[T]`` for each of the inputs; ``total`` is the explained token's log-probability
+    less that at the baseline. ``next`` are the likeliest next tokens and their probabilities.
+    """
+
+    next: list[tuple[int, float]]
+    token: int
+    probability: float
+    scores: tuple[np.ndarray, ...]
+    total: float
+    attention: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Log-probabilities of the tokens of a text but the first, and the likeliest tokens in the place of each."""
+
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
+
+
+def inspect_tokens(
+    lm, inputs: Sequence[Sequence[int]], *, token: int | None = None, method: Method = "integrated_gradients",
+    steps: int = 32, top: int = 10,
+) -> Insight:
+    """Explains why ``token`` (the likeliest, where none is given) comes next.
+
+    Args:
+        lm: has ``config``, ``graphdef`` and ``params``, of a Transformer.
+        inputs: the tokens that are read; of a translation model those of the source, and of the decoder.
+        steps: points on the path of integrated gradients.
+        top: next tokens to list.
+    """
+    lengths = tuple(np.int32(len(row)) for row in inputs)
+    padded = tuple(jnp.array(_padded(lm.config, row)) for row in inputs)
+    logp_V = np.asarray(next_tokens(lm.graphdef, lm.params, padded, lengths))
+    best = np.argsort(-logp_V, kind="stable")[:top]
+    token = int(best[0]) if token is None else token
+    scores, total = attributions(
+        lm.graphdef, lm.params, padded, lengths, np.int32(token), method=method, steps=steps
+    )
+    weights = attention(lm.graphdef, lm.params, padded, lengths)
+    source, target = int(lengths[0]), int(lengths[-1])
+    real = {"self": (target, target), "encoder": (source, source), "cross": (target, source)}
+    return Insight(
+        next=[(int(i), float(np.exp(logp_V[i]))) for i in best], token=token, probability=float(np.exp(logp_V[token])),
+        scores=tuple(np.asarray(each)[:n] for each, n in zip(scores, lengths, strict=True)), total=float(total),
+        attention={name: np.asarray(x)[:, :, : real[name][0], : real[name][1]] for name, x in weights.items()},
+    )
+
+
+def _padded(config, row: Sequence[int]) -> np.ndarray:
+    """A row in one of a few lengths, so that few programs are compiled."""
+    size = bucket(len(row))
+    size = min(size, config.max_positions) if config.positions == "learned" else size
+    return np.pad(np.asarray(row, np.int32), (0, max(size, len(row)) - len(row)), constant_values=config.pad_id)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def attention(graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: Lengths) -> dict[str, Array]:
+    """Attention weights ``[L, H, T, S]`` of every layer and head, rows summing to 1, before any dropout.
+
+    "self" are the decoder's; a translation model also has "encoder", and "cross" from the decoder to the source.
+    """
+    model = nnx.merge(graphdef, params)
+    inputs = _embeddings(model, tokens)
+    if len(tokens) == 1:
+        return {"self": _walk(model.decoder, inputs[0], {})[1][0]}
+    real_1xS = _real(tokens[0], lengths[0])
+    memory, (encoder,) = _walk(model.encoder, inputs[0], {"real_BxT": real_1xS})
+    own, cross = _walk(model.decoder, inputs[1], {"memory_mask_BxM": real_1xS}, memory)[1]
+    return {"self": own, "encoder": encoder, "cross": cross}
+
+
+def _walk(stack: Stack, x_TxD: Array, masks: dict[str, Array], memory: Array | None = None):
+    """Through all layers: the output ``[1, T, D]``, and the weights of their attention, then of cross-attention."""
+    x_1xTxD, view, _ = stack.enter(x_TxD[None], **masks)
+    found = []
+    for i, block in enumerate(stack.layers):
+        graphdef, params = nnx.split(block)
+
+        def body(x, xs, graphdef=graphdef):
+            layer, traits = xs
+            seen: list[Array] = []
+            x, *_ = stack.layer(nnx.merge(graphdef, layer), x, view, traits, memory=memory, seen=seen)
+            return x, tuple(weights[0] for weights in seen)
+
+        x_1xTxD, seen = jax.lax.scan(body, x_1xTxD, (params, stack.traits(i)))
+        found.append(seen)
+    return stack.leave(x_1xTxD), tuple(jnp.concatenate(each) for each in zip(*found, strict=True))
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def next_tokens(graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: Lengths) -> Array:
+    """Log-probabilities ``[V]`` of the token after the last one."""
+    model = nnx.merge(graphdef, params)
+    return _last_logp(model, _embeddings(model, tokens), tokens, lengths)
+
+
+@partial(jax.jit, static_argnames=("graphdef", "method", "steps"))
+def attributions(
+    graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: Lengths, token: Array, *, method: Method,
+    steps: int = 32,
+) -> tuple[tuple[Array, ...], Array]:
+    """How much each token adds to the log-probability of ``token`` as the next one, float32 ``[T]`` for each input, and
+    that log-probability less what it is at the baseline.
+
+    Integrated gradients are taken at the points of Gauss-Legendre quadrature on the way from the baseline. Gradients
+    are those of the dense weights that compressed ones stand for.
+    """
+    model = nnx.merge(graphdef, dequantize_tree(params))
+    inputs = _embeddings(model, tokens)
+    average = _average(model, len(tokens))
+    baseline = tuple(jnp.broadcast_to(row_D, x.shape) for row_D, x in zip(average, inputs, strict=True))
+
+    def logp(inputs: tuple[Array, ...]) -> Array:
+        return _last_logp(model, inputs, tokens, lengths)[token]
+
+    total = logp(inputs) - logp(baseline)
+    if method == "gradient_x_input":
+        return jax.tree.map(_dot, jax.grad(logp)(inputs), inputs), total
+    at, weight = np.polynomial.legendre.leggauss(steps)
+    difference = jax.tree.map(jnp.subtract, inputs, baseline)
+
+    def add(sums, point):
+        where, share = point
+        here = jax.tree.map(lambda b, d: b + where.astype(b.dtype) * d, baseline, difference)
+        return jax.tree.map(lambda s, g: s + share * g.astype(jnp.float32), sums, jax.grad(logp)(here)), None
+
+    points = (np.float32((at + 1) / 2), np.float32(weight / 2))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), inputs)
+    return jax.tree.map(_dot, jax.lax.scan(add, start, points)[0], difference), total
+
+
+def _dot(a_TxD: Array, b_TxD: Array) -> Array:
+    return (a_TxD.astype(jnp.float32) * b_TxD.astype(jnp.float32)).sum(-1)
+
+
+def _embeddings(model, tokens: Tokens) -> tuple[Array, ...]:
+    """``[T, D]`` for each input."""
+    target = embed(model.embed, tokens[-1][None], model.config)[0]
+    return (target,) if len(tokens) == 1 else (model.embed_source(tokens[0][None])[0], target)
+
+
+def _average(model, inputs: int) -> tuple[Array, ...]:
+    """The average token ``[D]`` for each input, over evenly spaced ones of the vocabulary and as long as they are."""
+
+    def ids(size: int) -> Array:
+        return jnp.arange(0, size, max(1, size // _AVERAGED))
+
+    config = model.config
+    own = ids(config.vocab_size)
+    tokens = (own,) if inputs == 1 else (ids(config.src_vocab_size or config.vocab_size), own)
+    return tuple(_mean(x) for x in _embeddings(model, tokens))
+
+
+def _mean(x_VxD: Array) -> Array:
+    length, mean_D = jnp.linalg.norm(x_VxD, axis=-1).mean(), x_VxD.mean(0)
+    return mean_D * (length / jnp.linalg.norm(mean_D))
+
+
+def _real(tokens_T: Array, length: Array | int) -> Array:
+    """``[1, T]``: which tokens are no padding."""
+    return (jnp.arange(tokens_T.shape[0]) < length)[None]
+
+
+def _last_logp(model, inputs: tuple[Array, ...], tokens: Tokens, lengths: Lengths) -> Array:
+    masks = {}
+    if len(inputs) == 2:
+        real_1xS = _real(tokens[0], lengths[0])
+        memory = model.encoder(inputs[0][None], real_BxT=real_1xS)[0]
+        masks = {"memory_BxMxD": memory, "memory_mask_BxM": real_1xS}
+    x_1xTxD, _ = model.decoder(inputs[-1][None], **masks)
+    last_1x1xD = jax.lax.dynamic_slice_in_dim(x_1xTxD, lengths[-1] - 1, 1, axis=1)
+    return jax.nn.log_softmax(head_logits(model, last_1x1xD)[0, 0])
+
+
+def score_tokens(lm, tokens: Sequence[int], *, top: int = 0) -> Scored:
+    """Log-probabilities of the tokens of a text given those before, with up to 20 alternatives each."""
+    if len(tokens) < 2:
+        return Scored([], [])
+    n, padded = len(tokens) - 1, _padded(lm.config, tokens[:-1])
+    targets = np.pad(np.asarray(tokens[1:], np.int32), (0, len(padded) - n))
+    logp_T, best_Txk, ids_Txk = (np.asarray(x)[:n] for x in _scores(lm.graphdef, lm.params, padded, targets))
+    best = [list(zip(ids[:top].tolist(), row[:top].tolist(), strict=True)) for ids, row in
+            zip(ids_Txk, best_Txk, strict=True)]
+    return Scored(logp_T.tolist(), best)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _scores(graphdef, params, tokens_T: Array, targets_T: Array) -> tuple[Array, Array, Array]:
+    """Of the target at each place the log-probability ``[T]``, and the likeliest tokens there ``[T, k]``: their
+    log-probabilities and ids. Logits are there for a few places at a time."""
+    model = nnx.merge(graphdef, params)
+    x_TxD = model.decoder(_embeddings(model, (tokens_T,))[0][None])[0][0]
+    most = min(MOST_LOGPROBS, model.config.vocab_size)
+
+    def place(xs):
+        x_D, target = xs
+        logp_V = jax.nn.log_softmax(head_logits(model, x_D[None, None])[0, 0])
+        values, ids = top_k(logp_V[None], most)
+        return logp_V[target], values[0], ids[0]
+
+    return jax.lax.map(place, (x_TxD, targets_T), batch_size=_CHUNK)

@@ -1,0 +1,72 @@
+// Small things that every tab needs.
+
+export function make(tag, properties = {}, ...children) {
+  const { dataset, aria, ...others } = properties;
+  const element = Object.assign(document.createElement(tag), others);
+  Object.assign(element.dataset, dataset);
+  for (const [name, value] of Object.entries(aria ?? {})) element.setAttribute(`aria-${name}`, value);
+  element.append(...children);
+  return element;
+}
+
+const notice = document.getElementById("notice");
+
+export function complain(error) {
+  if (error?.name === "AbortError") return;
+  notice.textContent = error.message;
+  notice.hidden = false;
+}
+
+export function clearNotice() {
+  notice.hidden = true;
+}
+
+// Runs one thing at a time: a new one, or `stop`, ends the one before.
+export class Turn {
+  #controller = null;
+
+  get busy() {
+    return this.#controller !== null;
+  }
+
+  stop() {
+    this.#controller?.abort();
+    this.#controller = null;
+  }
+
+  async run(work) {
+    this.stop();
+    clearNotice();
+    const mine = this.#controller = new AbortController();
+    try {
+      await work(mine.signal);
+    } catch (error) {
+      if (!mine.signal.aborted) complain(error);
+    } finally {
+      if (this.#controller === mine) this.#controller = null;
+    }
+  }
+}
+
+export function plural(count, one, many = `${one}s`) {
+  return `${count.toLocaleString()} ${count === 1 ? one : many}`;
+}
+
+export function bytes(count) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let at = 0;
+  while (count >= 1024 && at < units.length - 1) [count, at] = [count / 1024, at + 1];
+  return `${at ? count.toFixed(1) : count} ${units[at]}`;
+}
+
+export async function copy(text, button) {
+  await navigator.clipboard.writeText(text);
+  const said = button.textContent;
+  button.textContent = "Copied";
+  setTimeout(() => { button.textContent = said; }, 1500);
+}
+
+// A token as people can see it: spaces and ends of lines are marked.
+export function visible(token) {
+  return token.replaceAll(" ", "·").replaceAll("\n", "↵") || "∅";
+}

@@ -1,0 +1,219 @@
+"""What the server does for all requests: keys, limits, queues, clients that leave, failures, the end."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import httpx
+import pytest
+
+from jaxlm.core.errors import UserError
+from jaxlm.serving.access import Keys, host_of, is_loopback
+from jaxlm.serving.app import Limits, make_app
+from jaxlm.serving.body import depth
+from jaxlm.serving.models import Source, serve_model
+from tests.serving.conftest import running
+
+BODY = {"model": "tiny", "prompt": "the cat", "max_tokens": 4, "temperature": 0}
+LONG = BODY | {"max_tokens": 80, "stream": True}
+
+
+def post(server, body, path="/v1/completions", **options):
+    return httpx.post(f"{server.url}{path}", json=body, timeout=120, **options)
+
+
+def other(lms, gate_options=None, **options):
+    """Another server, of one model."""
+    settings = {"slots": 1, "queue": 1, "warm": False} | options
+    return running(make_app([serve_model("tiny", lms["tiny"], **settings)], **gate_options or {}))
+
+
+def slow_down(worker, seconds):
+    step = worker.engine.step
+    worker.engine.step = lambda: time.sleep(seconds) or step()
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("data", "status"), [
+    (b"{", 400), (b"[]", 400), (b'{"model": "tiny", "prompt": "a", "temperature": NaN}', 400), (b"\xff", 400),
+    (b"[" * 100 + b"]" * 100, 400), (b'{"model": "tiny", "prompt": "\\ud800"}', 400), (b"", 400),
+    (b'{"model": "tiny", "prompt": "' + b"a" * (1 << 20) + b'"}', 413), (b"1" * 5000, 400),
+])
+def test_what_is_no_request_is_told_so(server, data, status):
+    answer = httpx.post(f"{server.url}/v1/completions", content=data, headers={"content-type": "application/json"})
+    assert answer.status_code == status
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_forms_of_other_pages_are_refused(server):
+    headers = {"content-type": "text/plain"}
+    answer = httpx.post(f"{server.url}/v1/completions", content=json.dumps(BODY), headers=headers)
+    assert answer.status_code == 415
+
+
+def test_brackets_in_strings_are_not_depth():
+    assert depth(b'{"a": ["[[[\\"[[", {}]}') == 3
+    assert depth(b'"\\\\"[[') == 2
+    assert depth(b'"never ends [[[') == 0
+
+
+def test_paths_and_methods_that_are_not_there(server):
+    assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["message"] == "there is nothing at /v1/nothing"
+    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+    assert httpx.get(f"{server.url}/../../etc/passwd").status_code == 404
+
+
+def test_headers_keep_browsers_careful(server):
+    headers = httpx.get(f"{server.url}/").headers
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in httpx.get(
+        f"{server.url}/health", headers={"origin": "https://example.org"}
+    ).headers
+
+
+def test_metrics_count(server):
+    post(server, BODY)
+    text = httpx.get(f"{server.url}/metrics").text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(lines['jaxlm_requests_total{path="/v1/completions",status="200"}']) >= 1
+    assert float(lines["jaxlm_open_requests"]) == 0
+    assert 'jaxlm_engine_tokens_written_total{model="tiny"}' in lines
+
+
+def test_keys_are_asked_for(lms, tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("# ours\nfirst-key\n")
+    monkeypatch.setenv("JAXLM_API_KEYS", "second-key,third-key")
+    keys = Keys.read(tmp_path / "keys")
+    assert [keys.know(f"Bearer {key}") for key in ("first-key", "second-key", "third-key", "fourth-key", "")] == [
+        True, True, True, False, False
+    ]
+    assert not keys.know("Basic first-key")
+    with other(lms, {"keys": keys}) as server:
+        assert post(server, BODY).json()["error"]["code"] == "invalid_api_key"
+        assert post(server, BODY, headers={"Authorization": "Bearer wrong-key"}).status_code == 401
+        assert post(server, BODY, headers={"Authorization": "Bearer first-key"}).status_code == 200
+        assert httpx.get(f"{server.url}/metrics").status_code == 401
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    (tmp_path / "none").write_text("# nothing\n")
+    with pytest.raises(UserError, match="no API keys"):
+        Keys.read(tmp_path / "none")
+    with pytest.raises(UserError, match="at least 8"):
+        Keys(["short"])
+
+
+def test_origins_that_are_allowed_may_ask_and_names_that_are_not_ours_may_not(lms):
+    with other(lms, {"origins": ["https://example.org"], "local": True}) as server:
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        for origin, allowed in (("https://example.org", "https://example.org"), ("https://evil.example", None)):
+            answer = httpx.options(f"{server.url}/v1/completions", headers={"Origin": origin} | asked)
+            assert answer.headers.get("access-control-allow-origin") == allowed
+        assert httpx.get(f"{server.url}/health", headers={"Host": "evil.example"}).status_code == 403
+        assert httpx.get(f"{server.url}/health", headers={"Host": "localhost:99"}).status_code == 200
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "10.0.0.1", "evil.example")] == [
+        True, True, True, False, False
+    ]
+    assert [host_of(header) for header in ("a:80", "[::1]:80", "a", "[", "")] == ["a", "::1", "a", "", ""]
+
+
+def test_a_full_queue_says_when_to_come_again_and_who_leaves_makes_room(lms):
+    with other(lms) as server:
+        worker = server.gate.models[0].worker
+        slow_down(worker, 0.1)
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=120) as first:
+            lines = first.iter_lines()
+            next(lines)
+            with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=120):
+                refused = post(server, BODY)
+                assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+                assert 1 <= int(refused.headers["retry-after"]) <= 60
+                assert worker.taken == 2
+        wait_for(lambda: worker.taken == 0)
+        wait_for(lambda: not worker.engine.busy)
+        assert post(server, BODY).status_code == 200
+        assert post(server, BODY | {"n": 3}).status_code == 400
+
+
+def test_a_client_that_leaves_before_its_answer_is_forgotten(lms):
+    with other(lms) as server:
+        worker = server.gate.models[0].worker
+        slow_down(worker, 0.1)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": False}, timeout=1.0)
+        wait_for(lambda: worker.taken == 0 and not worker.engine.busy)
+
+
+def test_what_takes_too_long_is_given_up(lms):
+    with other(lms, {"limits": Limits(seconds=0.5)}) as server:
+        worker = server.gate.models[0].worker
+        slow_down(worker, 0.2)
+        assert post(server, LONG | {"stream": False}).status_code == 504
+        lines = post(server, LONG).text.split("\n\n")
+        assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "timeout"
+        assert lines[-2] == "data: [DONE]"
+        wait_for(lambda: worker.taken == 0)
+
+
+def test_an_engine_that_fails_is_made_anew(lms):
+    with other(lms) as server:
+        worker = server.gate.models[0].worker
+        broken = worker.engine
+
+        def fail():
+            raise RuntimeError("out of memory")
+
+        broken.step = fail
+        answer = post(server, BODY)
+        assert answer.status_code == 500 and "out of memory" not in answer.text
+        assert worker.engine is not broken
+        assert post(server, BODY).status_code == 200
+
+
+def test_a_server_that_drains_ends_what_runs_and_refuses_the_rest(lms):
+    with other(lms, queue=4) as server:
+        slow_down(server.gate.models[0].worker, 0.02)
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=120) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.gate.draining = True
+            refused = post(server, BODY)
+            assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+            assert httpx.get(f"{server.url}/health").status_code == 503
+            assert list(lines)[-2] == "data: [DONE]"
+
+
+def test_requests_at_once_get_what_they_get_alone(server):
+    bodies = [BODY | {"prompt": prompt, "max_tokens": 6} for prompt in ("a", "the cat", "on and on", "what is it")]
+    alone = [post(server, body).json()["choices"][0]["text"] for body in bodies]
+    found = [""] * len(bodies)
+
+    def ask(i):
+        found[i] = post(server, bodies[i]).json()["choices"][0]["text"]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(bodies))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == alone
+
+
+def test_sources_are_named(tmp_path):
+    directory = tmp_path / "some.d+model"
+    directory.mkdir()
+    assert Source.parse(f"a={directory}") == Source("a", str(directory))
+    assert Source.parse("a=runs/b") == Source("a", "runs/b")
+    assert Source.parse("runs/b+runs/poems") == Source("poems", "runs/b", "runs/poems")
+    assert Source.parse("hf://org/name") == Source("name", "hf://org/name")
+    with pytest.raises(UserError, match="no name for a model"):
+        Source.parse("a b=runs/c")
+    with pytest.raises(UserError, match="no name for a model"):
+        Source.parse(str(directory))
