@@ -7,6 +7,9 @@
     preference:PATH      one prompt with two replies a line, of which one is preferred
     tokens:PATH.npy      token ids made elsewhere: a one-dimensional integer array, memory-mapped
     bitext:SRC,TGT       line i of SRC translates to line i of TGT; lines end in "\\n" only
+    wmt14:FOLDER/en-de   the archives of WMT14 in a folder; ``:train``, ``:valid`` or ``:test`` (``data.wmt14``)
+    tfds:NAME/CONFIG:SPLIT
+                         text or translations of tensorflow-datasets (``data.tfds``)
     builtin:phrasebook   synthetic English-German pairs made here; ``:train``, ``:valid`` or ``:test`` picks the part
     mix:2x SPEC + 1x SPEC, or mix:70% SPEC + 30% SPEC
                          several of them: so many times each in an epoch, or so much of the rows from each
@@ -43,6 +46,8 @@ _FORMS = {
     "preference": "preference:PATH",
     "tokens": "tokens:PATH.npy",
     "bitext": "bitext:SRC,TGT",
+    "wmt14": "wmt14:FOLDER/en-de:train",
+    "tfds": "tfds:NAME/CONFIG:SPLIT",
     "builtin": "builtin:phrasebook",
     "mix": "mix:70% SPEC + 30% SPEC",
 }
@@ -149,8 +154,8 @@ def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -
     body, cut = _parse_slice(spec, rest)
     if not body:
         raise UserError(f"{spec!r} names no file; write {_FORMS[scheme]}")
-    if scheme == "builtin":
-        return _builtin(spec, body, split, cut)
+    if scheme in _PARTED:
+        return _PARTED[scheme](spec, body, split, cut)
     if scheme in _ROWS:
         kind, read = _ROWS[scheme]
         rows = Rows(body, read, cut, bad_rows)
@@ -276,6 +281,28 @@ def _builtin(spec: str, body: str, split: Split, cut: Cut) -> Bitext:
     pairs = generate()[part or split]
     src, tgt = zip(*pairs[cut(len(pairs))], strict=True)
     return Bitext(spec, src, tgt, synthetic="synthetic sentences from jaxlm's phrasebook generator, not natural text")
+
+
+def _wmt14(spec: str, body: str, split: Split, cut: Cut) -> Bitext:
+    from jaxlm.data.wmt14 import read
+
+    src, tgt = read(body, split)
+    chosen = cut(len(src))
+    return Bitext(spec, src[chosen], tgt[chosen])
+
+
+def _tfds(spec: str, body: str, split: Split, cut: Cut) -> Bitext | Documents:
+    from jaxlm.data.tfds import read
+
+    features = read(body, split)
+    chosen = cut(len(features[0]))
+    whole = chosen == slice(0, len(features[0]))
+    if len(features) == 1:
+        return Documents(spec, features[0] if whole else features[0][chosen], ends=True)
+    return Bitext(spec, *(feature[chosen] for feature in features))
+
+
+_PARTED = {"builtin": _builtin, "wmt14": _wmt14, "tfds": _tfds}
 
 
 def _mixture(spec: str, rest: str, split: Split, bad_rows: BadRows) -> Mixture | Bitext:

@@ -22,10 +22,10 @@ TRAINING = {
     "8x7b": "mixtral_8x7b.py --topology v5p:4x8x8",
 }
 WMT = {
-    "wmt-1": "wmt14_big.py --topology v5e:1x1 --train.accumulate 8",
-    "wmt-4": "wmt14_big.py --topology v5e:2x2 --train.accumulate 2",
-    "wmt-8": "wmt14_big.py --topology v5e:2x4",
-    "wmt-32": "wmt14_big.py --topology v5e:4x8",
+    "wmt-1": "wmt14_en_de_big.py --topology v5e:1x1 --train.accumulate 8",
+    "wmt-4": "wmt14_en_de_big.py --topology v5e:2x2 --train.accumulate 2",
+    "wmt-8": "wmt14_en_de_big.py --topology v5e:2x4",
+    "wmt-32": "wmt14_en_de_big.py --topology v5e:4x8",
 }
 SERVING = {
     "serve-bf16": f"llama_70b.py {SERVE}",

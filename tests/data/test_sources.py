@@ -153,7 +153,7 @@ def bad(spec: str) -> str:
 def test_unknown_schemes_name_the_known():
     known = (
         "text:PATH, jsonl:PATH, chat:PATH, instruct:PATH, preference:PATH, tokens:PATH.npy, bitext:SRC,TGT, "
-        "builtin:phrasebook"
+        "wmt14:FOLDER/en-de:train, tfds:NAME/CONFIG:SPLIT, builtin:phrasebook, mix:70% SPEC + 30% SPEC"
     )
     assert bad("") == f"no data given; name a source: {known}"
     assert bad("txt:x") == f"unknown data source 'txt:x': write {known}"
