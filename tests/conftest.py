@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.slow import is_slow
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile hundreds of small programs and run each once or twice, so the compiler's effort is their time: without
 # optimisation they take a fifth of it. The last flag has another name since jax 0.11.
@@ -21,6 +23,13 @@ os.environ["XLA_FLAGS"] = " ".join(
         f"--xla_cpu_{_HURRY}",
     ]
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not os.environ.get("JAXLM_SLOW_TESTS"):
+        for item in items:
+            if is_slow(item.nodeid):
+                item.add_marker(pytest.mark.skip(reason="one of many alike: JAXLM_SLOW_TESTS=1 runs them all"))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,10 +11,9 @@ from jaxlm.core.leaves import QArray
 from jaxlm.core.sharding import make_mesh, shardings
 from jaxlm.core.tree import flatten
 from tests.compression.calibrated import logits, make, run
-from tests.slow import slow
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-gptq-g16", pytest.param("sparse50-sparsegpt", marks=slow)])
+@pytest.mark.parametrize("recipe", ["w4a16-gptq-g16", "sparse50-sparsegpt"])
 def test_solvers_on_a_mesh(recipe):
     config, graphdef, params, calibration = make("decoder")
     mesh = make_mesh(data=2, fsdp=2, tensor=2)

@@ -18,7 +18,6 @@ import pytest
 from jaxlm.core.config import load_config
 from jaxlm.training.loop import train
 from tests.launch.processes import CONFIG, ROOT, environment, losses, until
-from tests.slow import slow
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,6 @@ def here(run: Path, steps: int) -> None:
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)), run)
 
 
-@slow
 def test_checkpoints_move_between_devices_and_processes(tmp_path, cache):
     """Eight devices, then two processes of one, which SIGTERM stops, then four devices: as if nothing had happened."""
     run = tmp_path / "moved"

@@ -18,7 +18,6 @@ from jaxlm.core.tree import flatten
 from jaxlm.nn.moe import Moe
 from jaxlm.training.loss import router_loss
 from tests.nn.test_pipeline import train
-from tests.slow import slow
 from tests.training.test_step import DECODER, assert_same
 
 B, T, D, F, E, K = 8, 6, 8, 12, 4, 2
@@ -123,7 +122,7 @@ def test_experts_that_do_not_divide_and_have_no_capacity():
         nnx.merge(graphdef, params)(x, None)
 
 
-@pytest.mark.parametrize("routing", ["dropless", pytest.param("capacity", marks=slow)])
+@pytest.mark.parametrize("routing", ["dropless", "capacity"])
 def test_training_in_a_pipeline_with_experts(routing):
     """The whole: experts, stages, microbatches and the losses of routers, against one device."""
     config = dataclasses.replace(

@@ -21,7 +21,6 @@ from jaxlm.training.config import DataConfig, Experiment, MeshConfig
 from jaxlm.training.loss import make_loss
 from jaxlm.training.setup import prepare
 from jaxlm.training.step import abstract_state, init_state, make_step
-from tests.slow import slow
 from tests.training.test_step import DECODER, SEQ2SEQ, VOCABULARY, assert_same, batches
 
 ONCE = dataclasses.replace(DECODER, layers=4, microbatches=4, windows=(3, 0), positions="relative")
@@ -65,7 +64,7 @@ def train(config, mesh=None):
     return state, history, compiled.as_text()
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=slow) if name == "translation" else name for name in CASES])
+@pytest.mark.parametrize("name", CASES)
 def test_training_equals_one_device(name):
     config, sizes = CASES[name]
     mesh = make_mesh(**sizes, devices=jax.devices()[:4])

@@ -22,14 +22,13 @@ from jaxlm.core.sharding import batch_sharding, make_mesh, relocate, shardings
 from jaxlm.core.tree import flatten, map_params
 from jaxlm.training.loss import make_loss
 from jaxlm.training.step import abstract_state, init_state, make_step
-from tests.slow import slow
 from tests.training.hlo import collectives
 from tests.training.mixes import MIXES, differences, name
 
 CHECKED = [
     ("decoder", "data2-fsdp2-tensor2-accumulate2-rematfull-offload_optimizerTrue"),
     ("decoder", "fsdp2-sequence2-tensor2-ring_from1-accumulate2"),
-    pytest.param("seq2seq", "fsdp4-tensor2", marks=slow),
+    ("seq2seq", "fsdp4-tensor2"),
     ("moe", "data2-fsdp2-tensor2"),
 ]
 
