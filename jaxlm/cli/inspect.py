@@ -4,7 +4,8 @@
     jaxlm inspect MODEL --html page.html --beside DENSE --data text:some.txt
 
 --html draws it too, on one page that needs no other file: the course of its training, bits, zeros and errors of each
-layer's kernels, and where weights lie on a mesh. --beside and --data set it beside other models, by size and quality.
+layer's kernels, where weights lie on a mesh, and with --text what a model looks at in a text. --beside and --data set
+it beside other models, by size and quality.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--beside", metavar="MODEL", action="append", default=[],
                         help="of the page: another model, the first of them the dense one; can be given again")
     parser.add_argument("--data", metavar="SPEC", help="of the page: what to measure this model and those beside it on")
+    parser.add_argument("--text", default="", help="of the page: what to show attention and attributions of")
     parser.add_argument("--preset", default="fsdp+tp", help="of the page: the mesh that is drawn (%(default)s)")
     parser.add_argument("--devices", type=int, default=8, metavar="N", help="of the page: its devices (%(default)s)")
 
@@ -83,8 +85,8 @@ def _check_page(args) -> None:
     """UserError now rather than after the work."""
     from jaxlm.core.sharding import PRESETS
 
-    if args.html is None and (args.beside or args.data):
-        raise UserError("--beside and --data are of the page; add --html FILE")
+    if args.html is None and (args.beside or args.data or args.text):
+        raise UserError("--beside, --data and --text are of the page; add --html FILE")
     if args.data and not args.beside:
         raise UserError("--data compares models; name another with --beside")
     check_file(args.html, "--html")
@@ -106,7 +108,8 @@ def _write_page(args, lm, summary, config, tensors) -> None:
     if args.data:
         compared = compare({model: jaxlm.load(model) for model in [*args.beside, args.model]}, args.data,
                            progress=Progress())
-    pictures = album(lm, Path(args.model), dense=dense, compared=compared, preset=args.preset, devices=args.devices)
+    pictures = album(lm, Path(args.model), dense=dense, compared=compared, preset=args.preset, devices=args.devices,
+                     text=args.text)
     write_text(args.html, page(name, summary, pictures, config, tensors))
 
 

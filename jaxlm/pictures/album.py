@@ -8,11 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import is_leaf
 from jaxlm.core.sharding import abstract_mesh, describe, shardings
 from jaxlm.core.tree import Params, flatten
 from jaxlm.evaluation.compare import Comparison
+from jaxlm.evaluation.insight import inspect_tokens
+from jaxlm.inference.translate import encode_sources, start_token, translate_tokens
 from jaxlm.pictures import layers, mesh
+from jaxlm.pictures.attention import attention_maps, attributions
 from jaxlm.pictures.curves import size_quality, training_curves
 from jaxlm.pictures.page import Picture
 from jaxlm.training.metrics import read_metrics
@@ -24,7 +30,7 @@ _OTHER_SEGMENT = re.compile(r"layers/[1-9]\d*/")
 
 def album(
     lm: Any, source: Path, *, dense: Any = None, compared: Sequence[Comparison] = (), preset: str = "fsdp+tp",
-    devices: int = 8,
+    devices: int = 8, text: str = "",
 ) -> list[Picture]:
     """What there is to see of a model.
 
@@ -34,6 +40,7 @@ def album(
         dense: the model it was compressed from, if it is at hand.
         compared: it and others, measured (``evaluation.compare``).
         preset, devices: of the mesh for which the sharding is drawn.
+        text: to look into the model with; one to translate, where it does.
     """
     found = []
     rows = read_metrics(source / "metrics.jsonl") if (source / "metrics.jsonl").is_file() else []
@@ -45,7 +52,7 @@ def album(
     if lm.config.kind != "lstm":
         found += _layers(lm.params, source, dense)
     found.append(_mesh(lm.params, preset, devices))
-    return found
+    return found + (_insight(lm, text) if text else [])
 
 
 def _layers(params: Params, source: Path, dense: Any) -> list[Picture]:
@@ -91,3 +98,27 @@ def _mesh(params: Params, preset: str, devices: int) -> Picture:
     note = (f"Which slice of which weight lies on which of {devices} devices under the preset {preset} "
             f"({describe(there.shape)}). Compressed weights are drawn as their codes: layers, outputs, inputs.")
     return Picture("Sharding", note, [mesh.sharded(drawn)])
+
+
+def _insight(lm: Any, text: str) -> list[Picture]:
+    """Attention of every layer, and why the next token comes next; of a translation, after its first half."""
+    if lm.config.kind == "lstm" or lm.tokenizer is None:
+        raise UserError("there is no attention to draw in this model: leave --text out")
+    rows = [lm.tokenizer.encode_prompt(text)]
+    if lm.config.kind == "seq2seq":
+        rows = encode_sources(lm, [text], None)
+        best = translate_tokens(lm, rows, lm.generation)[0][0]
+        rows.append([start_token(lm.config, lm.generation), *best[: max(1, len(best) // 2)]])
+    if not rows[0]:
+        raise UserError("--text is empty")
+    insight = inspect_tokens(lm, rows)
+    names = [[lm.tokenizer.decode([token], skip_special=False) for token in row] for row in rows]
+    sides = {"self": (names[-1], names[-1]), "encoder": (names[0], names[0]), "cross": (names[-1], names[0])}
+    maps = [attention_maps(weights.mean(1), *sides[name], each=f"{name} attention, layer")
+            for name, weights in insight.attention.items()]
+    chosen = lm.tokenizer.decode([insight.token], skip_special=False)
+    why = attributions(np.concatenate(insight.scores), sum(names, []), chosen)
+    seen = "Each layer's mean over its heads: what each token (rows) looks at (columns)."
+    said = (f"{chosen!r} comes next with probability {insight.probability:.2f}. Integrated gradients of its "
+            "log-probability to the tokens before it.")
+    return [Picture("Attention", seen, maps), Picture("Attribution", said, [why])]

@@ -100,10 +100,10 @@ def test_a_page_of_a_model_beside_its_dense_one(jaxlm_command, decoder, tmp_path
     assert jaxlm_command("compress", decoder, "--recipe", "w4a16-rtn-g8", "--out", small)[0] == 0
     (tmp_path / "some.txt").write_text("abcdef abc fed " * 40)
     data = ("--data", f"text:{tmp_path / 'some.txt'}")
-    status, out, err = jaxlm_command("inspect", small, "--html", file, "--beside", decoder, *data)
+    status, out, err = jaxlm_command("inspect", small, "--html", file, "--beside", decoder, *data, "--text", "abc")
     assert status == 0 and str(file) in out, err
     text = file.read_text()
-    for heading in ("Size and quality", "Layers", "Sharding", "Tensors"):
+    for heading in ("Size and quality", "Layers", "Sharding", "Attention", "Attribution", "Tensors"):
         assert f">{heading}</h2>" in text
     assert "error of weights" in text and "int4 g8" in text
     for wrong in (("--beside", decoder), ("--html", tmp_path / "no" / "page.html"), ("--html", file, *data),
