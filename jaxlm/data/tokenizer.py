@@ -26,6 +26,7 @@ from jaxlm.data.config import DataConfig
 from jaxlm.data.engines import Engine, FastEngine
 from jaxlm.data.languages import languages_of
 from jaxlm.data.sources import Dialogues, Documents, Mixture, Preferences, Source, Tokens, pieces
+from jaxlm.data.token_bytes import token_bytes
 from jaxlm.data.tokenizer_files import read_tokenizer
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -237,6 +238,13 @@ class Tokenizer:
             for spaced in _SPACED:
                 text = text.replace(spaced, spaced.strip(" "))
         return text
+
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes that each token stands for, by id; None for those that are no text. UserError where tokens are
+        pieces of SentencePiece, of which that cannot be said."""
+        if not isinstance(self._engine, FastEngine):
+            raise UserError("what the tokens of this tokenizer stand for depends on their neighbours; use another")
+        return token_bytes(self._engine.raw)
 
     @property
     def specials(self) -> list[str]:

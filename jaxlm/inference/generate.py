@@ -6,7 +6,6 @@ settings and the parameters are arguments.
 
 from __future__ import annotations
 
-import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
 from jaxlm.inference.beam import Stopping, search_decoder
 from jaxlm.inference.rules import Rules, make_rules
-from jaxlm.inference.sampling import Sampling, sample
+from jaxlm.inference.sampling import Sampling, digest, row_key, sample
 
 _NEW_TOKENS = 64  # where nothing says how many
 _CHECK_EVERY = 32  # tokens between looks at the text for stop strings
@@ -53,12 +52,7 @@ class _Draw:
 
     def keys(self, step: Array) -> Array:
         """A key for each row's token number ``drawn + step``."""
-
-        def key(mark_2: Array) -> Array:
-            row = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), mark_2[0]), mark_2[1])
-            return jax.random.fold_in(row, self.drawn + step)
-
-        return jax.vmap(key)(self.marks_Bx2)
+        return jax.vmap(row_key, (None, 0, None))(self.seed, self.marks_Bx2, self.drawn + step)
 
 
 @partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("state",))
@@ -109,9 +103,9 @@ def _marks(prompts: Sequence[Sequence[int]]) -> np.ndarray:
     seen: Counter[int] = Counter()
     marks = np.zeros((len(prompts), 2), np.uint32)
     for row, prompt in enumerate(prompts):
-        digest = zlib.crc32(np.asarray(prompt, np.int32).tobytes())
-        marks[row] = digest, seen[digest]
-        seen[digest] += 1
+        mark = digest(prompt)
+        marks[row] = mark, seen[mark]
+        seen[mark] += 1
     return marks
 
 

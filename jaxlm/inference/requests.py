@@ -37,7 +37,8 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to go on from it. Options that are not given leave things as the model has them.
+    """A prompt and how to go on from it. Where an option is None it is as generation_config.json of the model has it;
+    where that says nothing, greedy, and 64 tokens.
 
     ``n`` continuations are drawn, each by its own key; of ``best_of`` of them the ``n`` likeliest a token are answered,
     once all are there. The text ends before the first of the ``stop`` strings, at an end token of the model (unless
@@ -46,18 +47,18 @@ class Request:
     """
 
     prompt: tuple[int, ...]
-    max_new_tokens: int = 64
-    temperature: float = 0.0  # 0: greedy; this and the next three as in ``sampling.Sampling``
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0  # of tokens in prompt and text: logits are divided or multiplied (``rules.Rules``)
+    max_new_tokens: int | None = None
+    temperature: float | None = None  # 0: greedy; this and the next three as in ``sampling.Sampling``
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None  # of tokens in prompt and text: see ``rules.Rules``
     presence_penalty: float = 0.0  # subtracted from the logits of tokens in the text
     frequency_penalty: float = 0.0  # subtracted as many times as the text has the token
     logit_bias: Mapping[int, float] = field(default_factory=lambda: MappingProxyType({}))  # added, a token
-    min_new_tokens: int = 0  # before an end token may come
+    min_new_tokens: int | None = None  # before an end token may come
     seed: int | None = None  # None: another one each time
-    stop: tuple[str, ...] = ()
+    stop: tuple[str, ...] | None = None
     stop_tokens: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -70,8 +71,13 @@ class Request:
         """Continuations that are drawn."""
         return max(self.n, self.best_of or 0)
 
+    @property
+    def scored(self) -> bool:
+        """Whether the log-probabilities of tokens are of interest."""
+        return self.logprobs is not None or self.samples > self.n
+
     def check(self, vocabulary: int) -> None:
-        """UserError where an option means nothing."""
+        """UserError where an option means nothing, of which none is None that stands for the model's own."""
         if not self.prompt:
             raise UserError("the prompt is empty: give at least one token")
         for name in ("prompt", "stop_tokens", "logit_bias"):
@@ -97,8 +103,8 @@ class Request:
             raise UserError("an empty stop string stops everything: leave it out")
         if len(self.logit_bias) > MOST_BIASES:
             raise UserError(f"logit_bias names {len(self.logit_bias)} tokens: give at most {MOST_BIASES}")
-        if any(math.isnan(bias) for bias in self.logit_bias.values()):
-            raise UserError("logit_bias has what is no number")
+        if not all(map(math.isfinite, self.logit_bias.values())):
+            raise UserError("logit_bias has a value that is no finite number: give others, such as -100 for never")
         if self.constraint is not None:
             self.constraint.check()
 

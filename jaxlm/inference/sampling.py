@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -62,6 +64,17 @@ class Sampling:
                 raise UserError(f"{name} is {value}: give a value {wanted}")
         real = [np.full(batch, value, np.float32) for value in (temperature, top_p, min_p)]
         return cls(real[0], np.full(batch, top_k, np.int32), real[1], real[2])
+
+
+def row_key(seed: Array, mark_2: Array, number: Array) -> Array:
+    """The key of a row's token number ``number``: it depends on nothing but these. ``mark`` tells rows apart."""
+    row = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), mark_2[0]), mark_2[1])
+    return jax.random.fold_in(row, number)
+
+
+def digest(prompt: Sequence[int]) -> int:
+    """The first mark of a row: what its prompt is. The second is how many rows before it have the same prompt."""
+    return zlib.crc32(np.asarray(prompt, np.int32).tobytes())
 
 
 def _largest_threshold(bits_BxV: Array, enough) -> Array:

@@ -14,6 +14,7 @@ from jaxlm.nn.cache import Kept, mix, scores
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.context import NEGATIVE, Sight, goes_around, ring_attend
 from jaxlm.nn.layers import Linear, Norm, dropout, softcap
+from jaxlm.nn.pages import LayerPages, attend_pages
 from jaxlm.nn.positions import rotate
 
 _MANY_ROWS = 256  # from which joining kernels costs little beside the product
@@ -122,3 +123,12 @@ class Attention(nnx.Module):
                 q, k, v, mask, bias, scale=scale, cap=cap, dropout_rate=config.attention_dropout, key=key, seen=seen
             )
         return self.o(out.reshape(B, T, -1))
+
+    def over_pages(self, q_BxTxHxK: jax.Array, past: LayerPages, sight: Sight, bias_BxHxTxS: jax.Array | None):
+        """From ``query`` and what a pool of pages remembers to the block's output ``[B, T, D]``."""
+        config = self.config
+        out = attend_pages(
+            q_BxTxHxK, past, sight, bias_BxHxTxS, scale=config.attention_scale or config.d_head**-0.5,
+            cap=config.attention_softcap,
+        )
+        return self.o(out.reshape(*q_BxTxHxK.shape[:2], -1))

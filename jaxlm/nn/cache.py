@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.nn.config import DecoderConfig, KVCache, ModelConfig, Seq2SeqConfig
+from jaxlm.nn.context import Sight, causal_mask
 
 _INT8_MAX, _INT4_MAX, _FP8_MAX = 127.0, 15.0, 448.0
 
@@ -192,11 +193,12 @@ def bytes_a_token(config: ModelConfig) -> int:
     layers, stack = (
         (config.layers, config) if isinstance(config, DecoderConfig) else (config.decoder_layers, config.decoder)
     )
-    one = _empty((stack.n_kv_heads, 1, stack.d_head), stack.kv_cache, stack.dtype)
+    one = empty((stack.n_kv_heads, 1, stack.d_head), stack.kv_cache, stack.dtype)
     return layers * sum(x.nbytes for x in jax.tree.leaves(one))
 
 
-def _empty(shape: tuple[int, ...], kind: KVCache, dtype: str) -> KeyValue:
+def empty(shape: tuple[int, ...], kind: KVCache, dtype: str) -> KeyValue:
+    """Zeros ``[..., S, K]``, kept as this kind does."""
     dense = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     like = jax.eval_shape(partial(keep, kind=kind), dense, dense)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
@@ -228,12 +230,38 @@ class Cache:
     ) -> Cache:
         """A cache of ``batch`` rows for segments of so many layers with ``heads`` key/value heads of ``size``."""
 
-        segments = [_empty((count, batch, heads, 1, slots, size), kind, dtype) for count in layers]
+        segments = [empty((count, batch, heads, 1, slots, size), kind, dtype) for count in layers]
         keys, values = zip(*segments, strict=True)
         return cls(keys, values, jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
     def replace(self, **changes: Any) -> Cache:
         return replace(self, **changes)
+
+    def extend(self, count: int) -> tuple[Cache, Sight, jax.Array, jax.Array]:
+        """With room for ``count`` more slots: who may look at whom, as a mask too, and the positions of the new ones,
+        ``[B * beams, count]``."""
+        beams, slots = self.keys[0].shape[3:5]
+        new_T = self.index + jnp.arange(count)
+        slots_q, slots_k = jnp.tile(new_T, beams)[None], jnp.tile(jnp.arange(slots), beams)[None]
+        mask = causal_mask(slots_q, slots_k) & (slots_k >= self.start[:, None])[:, None, :]
+        cache = self
+        if self.writer is not None:
+            own = jnp.arange(beams)[:, None]
+            written = jnp.broadcast_to(own, (*self.writer.shape[:2], count))
+            cache = replace(self, writer=jax.lax.dynamic_update_slice(self.writer, written, (0, 0, self.index)))
+            remembered_BxKxKxS = cache.writer[:, :, None] == own
+            mask &= jnp.repeat(remembered_BxKxKxS.reshape(-1, beams, beams * slots), count, axis=1)
+        positions = jnp.maximum(new_T - jnp.repeat(self.start, beams)[:, None], 0)
+        return cache, Sight(slots_q, slots_k), mask, positions
+
+    def segment(self, i: int) -> LayerCache:
+        """That of the first layer of a segment."""
+        return LayerCache(self.keys[i], self.values[i], jnp.int32(0), self.index)
+
+    def written(self, segments: list[LayerCache], count: int) -> Cache:
+        """With what the layers wrote: ``count`` slots."""
+        keys, values = (tuple(getattr(each, name) for each in segments) for name in ("keys", "values"))
+        return replace(self, keys=keys, values=values, index=self.index + count)
 
     def fork(self, beams: int) -> Cache:
         """Every row as ``beams`` equal rows."""

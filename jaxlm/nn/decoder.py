@@ -11,7 +11,8 @@ from jaxlm.nn.cache import Cache
 from jaxlm.nn.config import DecoderConfig, StackConfig
 from jaxlm.nn.experts import Routing
 from jaxlm.nn.layers import Embedding, Linear, softcap
-from jaxlm.nn.stack import Stack, layers_of
+from jaxlm.nn.pages import PagePool
+from jaxlm.nn.stack import C, Stack, layers_of
 
 
 class DecoderLM(nnx.Module):
@@ -56,7 +57,11 @@ class DecoderLM(nnx.Module):
         """An empty cache for ``batch`` rows of at most ``length`` tokens."""
         return self.decoder.init_cache(batch, length)
 
-    def decode(self, tokens_BxT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def init_pages(self, pages: int, size: int) -> PagePool:
+        """An empty pool of ``pages`` pages of ``size`` tokens each, for sequences of any row (``nn.pages``)."""
+        return self.decoder.init_pages(pages, size)
+
+    def decode(self, tokens_BxT: jax.Array, cache: C) -> tuple[jax.Array, C]:
         """Appends T tokens to every row: their logits ``[B, T, V]`` and the longer cache."""
         x_BxTxD, cache = self.decoder.decode(embed(self.embed, tokens_BxT, self.config), cache)
         return head_logits(self, x_BxTxD), cache

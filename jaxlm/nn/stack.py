@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +22,17 @@ from jaxlm.core.sharding import constrain
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache, KeyValue, LayerCache, keep, round_trip
 from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig, StackConfig
-from jaxlm.nn.context import Sight, causal_mask, goes_around, window_mask
+from jaxlm.nn.context import Sight, goes_around, window_mask
 from jaxlm.nn.experts import Routing, joined
 from jaxlm.nn.layers import Embedding, Mlp, Norm, dropout, split_key
 from jaxlm.nn.moe import Moe
+from jaxlm.nn.pages import LayerPages, PagedCache, PagePool
 from jaxlm.nn.pipeline import Schedule, flow, make_schedule, stages_in_use
 from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
 from jaxlm.nn.remat import LAYER_INPUT, rematerialised
 
 ACTIVATION_AXES = ("batch", "length", "features")
+C = TypeVar("C", Cache, PagedCache)
 Traits = tuple[jax.Array | None, jax.Array | None]  # a layer's window, and its number from 1 where that matters
 
 
@@ -76,8 +78,8 @@ class Block(nnx.Module):
         self.mlp_out_norm = Norm(config.width, config) if sandwich else None
 
     def __call__(
-        self, x_BxTxD, view: View, *, mask_BxTxS, sight, angles, number, past: LayerCache | None, memory, key,
-        seen: list[jax.Array] | None = None,
+        self, x_BxTxD, view: View, *, mask_BxTxS, sight, angles, number, past: LayerCache | LayerPages | None, memory,
+        key, seen: list[jax.Array] | None = None,
     ):
         """Returns the layer's output, its cache with the new slots written (None without one), and what its router did
         (None without experts). The weights of attention, then of cross-attention, are added to ``seen``.
@@ -94,8 +96,11 @@ class Block(nnx.Module):
                 k, v = round_trip(k, v, kv_cache)
             else:
                 past = past.write(*keep(k, v, kv_cache))
+                if isinstance(past, LayerPages):
+                    return self.attn.over_pages(q, past, sight, view.bias_BxHxTxS)
                 k, v = past.read()
-            return self.attn(q, k, v, mask_BxTxS, view.bias_BxHxTxS, key=next(keys), sight=sight, seen=seen)
+            whole = sight if past is None else None
+            return self.attn(q, k, v, mask_BxTxS, view.bias_BxHxTxS, key=next(keys), sight=whole, seen=seen)
 
         def cross_attention(h):
             q = self.cross.query(h, None)
@@ -233,36 +238,28 @@ class Stack(nnx.Module):
         """From the last layer's output to that of the stack."""
         return x_BxTxD if self.final_norm is None else self.final_norm(x_BxTxD)
 
-    def decode(self, x_BxTxD: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def decode(self, x_BxTxD: jax.Array, cache: C) -> tuple[jax.Array, C]:
         """The next T slots of every row, written to the cache and looking back at it."""
-        T, (beams, slots) = x_BxTxD.shape[1], cache.keys[0].shape[3:5]
-        new_T = cache.index + jnp.arange(T)
-        slots_q, slots_k = jnp.tile(new_T, beams)[None], jnp.tile(jnp.arange(slots), beams)[None]
-        mask = causal_mask(slots_q, slots_k) & (slots_k >= cache.start[:, None])[:, None, :]
-        if cache.writer is not None:
-            own = jnp.arange(beams)[:, None]
-            written = jnp.broadcast_to(own, (*cache.writer.shape[:2], T))
-            cache = cache.replace(writer=jax.lax.dynamic_update_slice(cache.writer, written, (0, 0, cache.index)))
-            remembered_BxKxKxS = cache.writer[:, :, None] == own
-            mask &= jnp.repeat(remembered_BxKxKxS.reshape(-1, beams, beams * slots), T, axis=1)
-        positions = jnp.maximum(new_T - jnp.repeat(cache.start, beams)[:, None], 0)
-        view = self._view(Sight(slots_q, slots_k), positions, mask, cache.memory_mask)
+        T = x_BxTxD.shape[1]
+        cache, sight, mask, positions = cache.extend(T)
+        view = self._view(sight, positions, mask, cache.memory_mask)
         x_BxTxD = self._enter(x_BxTxD, positions, None)
-        keys, values = [], []
+        segments = []
         for i in range(len(self.segments)):
-            past = (cache.keys[i], cache.values[i], cache.index)
             memory = cache.memory[i] if cache.memory else None
-            x_BxTxD, (k, v), _ = self._run(i, x_BxTxD, view, past=past, memory_kv=memory)
-            keys.append(k)
-            values.append(v)
-        x_BxTxD = self.leave(x_BxTxD)
-        index = cache.index + x_BxTxD.shape[1]
-        return x_BxTxD, cache.replace(keys=tuple(keys), values=tuple(values), index=index)
+            x_BxTxD, past, _ = self._run(i, x_BxTxD, view, past=cache.segment(i), memory_kv=memory)
+            segments.append(past)
+        return self.leave(x_BxTxD), cache.written(segments, T)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``length`` slots."""
         config, layers = self.config, tuple(map(len, self.segments))
         return Cache.empty(layers, batch, config.n_kv_heads, length, config.d_head, config.kv_cache, config.dtype)
+
+    def init_pages(self, pages: int, size: int) -> PagePool:
+        """An empty pool of ``pages`` pages with ``size`` slots each."""
+        config, layers = self.config, tuple(map(len, self.segments))
+        return PagePool.empty(layers, pages, config.n_kv_heads, size, config.d_head, config.kv_cache, config.dtype)
 
     def memory_key_values(self, memory_BxMxD: jax.Array) -> tuple[KeyValue, ...]:
         """Cross-attention keys and values of every layer, ``[L, B, G, M, K]`` a segment."""
@@ -323,13 +320,13 @@ class Stack(nnx.Module):
         if memory is not None:
             memory_kv = round_trip(*block.cross.key_value(memory, None), self.config.kv_cache)
         return block(
-            x_BxTxD, view, mask_BxTxS=mask, sight=sight if past is None else None, angles=angles, number=number,
-            past=past, memory=memory_kv, key=key, seen=seen,
+            x_BxTxD, view, mask_BxTxS=mask, sight=sight, angles=angles, number=number, past=past, memory=memory_kv,
+            key=key, seen=seen,
         )
 
     def _run(self, i: int, x_BxTxD, view: View, *, past=None, memory=None, memory_kv=None, key=None):
-        """Walks segment i. ``past`` is (keys, values, index) of its cache; a memory is given whole (``memory``,
-        projected in each layer) or already projected (``memory_kv``)."""
+        """Walks segment i, whose cache is ``past``; a memory is given whole (``memory``, projected in each layer) or
+        already projected (``memory_kv``)."""
         graphdef, params = nnx.split(self.layers[i])
         count, traits = len(self.segments[i]), self.traits(i)
         keys = None if key is None else jax.random.split(key, count)
@@ -337,17 +334,17 @@ class Stack(nnx.Module):
         def body(carry, xs):
             x, kv = carry
             layer, layer_params, layer_traits, layer_key, layer_memory = xs
-            layer_past = None if kv is None else LayerCache(*kv, layer, past[2])
+            layer_past = None if kv is None else replace(past, keys=kv[0], values=kv[1], layer=layer)
             x, layer_past, routing = self.layer(
                 nnx.merge(graphdef, layer_params), x, view, layer_traits, past=layer_past, memory=memory,
                 memory_kv=layer_memory, key=layer_key,
             )
             return (x, None if kv is None else (layer_past.keys, layer_past.values)), routing
 
-        carry = (x_BxTxD, None if past is None else past[:2])
+        carry = (x_BxTxD, None if past is None else (past.keys, past.values))
         xs = (params, traits, keys, memory_kv)
         (x_BxTxD, kv), routing = self._walk(rematerialised(body, self.config.remat), carry, xs, count)
-        return x_BxTxD, kv, routing
+        return x_BxTxD, None if kv is None else replace(past, keys=kv[0], values=kv[1]), routing
 
     def _walk(self, body, carry, xs, count: int):
         """``lax.scan`` of ``body(carry, (number, *xs of one))`` over ``count`` layers, unrolled where so configured."""
