@@ -6,8 +6,8 @@ import io
 import re
 
 import matplotlib
+from matplotlib import figure
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 __all__ = ["COLOURS", "MAP", "Figure", "label_cells", "new", "svg"]
 
@@ -17,19 +17,28 @@ MAP = "cividis"  # of numbers: the same to all kinds of sight, and even in grey
 _INK = "#101112"  # of what has no meaning by its colour: a page replaces it by that of its text
 
 
+class Figure(figure.Figure):
+    """A matplotlib figure that notebooks show by themselves, without pyplot and its global state."""
+
+    def _repr_png_(self) -> bytes:
+        out = io.BytesIO()
+        self.savefig(out, format="png")
+        return out.getvalue()
+
+
 def new(
     width: float = 7.0, height: float = 4.0, rows: int = 1, columns: int = 1, **options
 ) -> tuple[Figure, list[Axes]]:
-    """A figure (inches) and its axes, row by row. It belongs to nobody else: no pyplot, no global state."""
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
+    """A figure (inches) and its axes, row by row."""
+    drawing = Figure(figsize=(width, height), layout="constrained", dpi=120)
     with matplotlib.rc_context({
         "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "text.color": _INK, "axes.labelcolor": _INK,
         "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.facecolor": "none",
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 10,
         "axes.titlelocation": "left", "axes.grid": False, "grid.alpha": 0.3,
     }):
-        axes = figure.subplots(rows, columns, squeeze=False, **options)
-    return figure, list(axes.flat)
+        axes = drawing.subplots(rows, columns, squeeze=False, **options)
+    return drawing, list(axes.flat)
 
 
 def label_cells(axes: Axes, values, texts, map_, norm, size: float = 8) -> None:

@@ -1,6 +1,7 @@
 """Every method beside its authors' code, on a small Llama trained on books.
 
     python tests/benchmarks/compression_reference.py [--only GPTQ] [--json FILE]
+    python tests/benchmarks/compression_reference.py --show FILE        # what --json wrote, as the table of README
 
 Reads JAXLM_SHARED: the model, calibration and evaluation tokens, and reference/compression.json with the authors'
 perplexities and seconds under the same protocol. Prints a row for each of theirs: perplexity of both, how much ours is
@@ -92,12 +93,32 @@ def recipe_of(row: dict) -> Recipe | None:
     raise SystemExit(f"no recipe for {row['method']} {row['setting']}")
 
 
+def markdown(rows: list[dict]) -> str:
+    """A row for each of theirs; "s" are seconds of the solver."""
+
+    def cells(row: dict) -> str:
+        theirs = f"{row['seconds_theirs']:.0f}" if row["seconds_theirs"] else ""
+        seconds = f"{theirs} / {row['seconds']:.0f}" if theirs else f"{row['seconds']:.0f}"
+        return (f"| {row['method']} | {row['setting']} | `{row['recipe']}` | {row['theirs']:.3f} | {row['ours']:.3f} | "
+                f"{row['above']:+.2%} | {seconds} |")
+
+    head = ("| method | setting | recipe | authors | jaxlm | above | s, theirs / ours |\n"
+            "|---|---|---|---:|---:|---:|---:|")
+    own = [row["above"] for row in rows if not row["setting"].startswith("beside ")]
+    mean = f"Mean of {len(own)} rows {np.mean(own):+.2%}, largest {max(own):+.2%}."
+    return "\n".join([head, *map(cells, rows), "", mean])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="METHOD", help="rows whose method or setting contains this")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--show", type=Path, metavar="FILE")
     parser.add_argument("--once", action="store_true", help="compress once: no seconds")
     args = parser.parse_args()
+    if args.show:
+        print(markdown(json.loads(args.show.read_text())))
+        return
     shared = Path(os.environ.get("JAXLM_SHARED") or Path(__file__).parents[3] / "shared")
     reference = json.loads((shared / "reference/compression.json").read_text())
     lm = jaxlm.load(shared / "models/books-llama")

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/multi30k_pareto.py RUN --data bitext:test.en.gz,test.de.gz \\
         --calibrate bitext:train.en.gz,train.de.gz --out DIR
+    python tests/benchmarks/multi30k_pareto.py --show FILE       # multi30k_pareto.json, as the table of README
 
-RUN is a training by configs/multi30k.py. Prints a row a recipe, writes DIR/pareto.json and DIR/pareto.png.
+RUN is a training by configs/multi30k.py. Prints a row a recipe, writes DIR/multi30k_pareto.json and its picture.
 """
 
 from __future__ import annotations
@@ -37,14 +38,29 @@ RECIPES: tuple[Recipe, ...] = (
 )
 
 
+def markdown(rows: list[dict]) -> str:
+    head = "| recipe | KiB | smaller | BLEU | perplexity |\n|---|---:|---:|---:|---:|"
+    dense = rows[0]["bytes_on_disk"]
+    return "\n".join([head, *(
+        f"| {row['name']} | {row['bytes_on_disk'] / 1024:,.0f} | {dense / row['bytes_on_disk']:.1f}x | "
+        f"{row['bleu']:.2f} | {row['perplexity']:.3f} |" for row in rows
+    )])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--data", required=True, metavar="SPEC")
-    parser.add_argument("--calibrate", required=True, metavar="SPEC")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--data", metavar="SPEC")
+    parser.add_argument("--calibrate", metavar="SPEC")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--show", type=Path, metavar="FILE")
     parser.add_argument("--only", default="", metavar="NAME", help="recipes whose name contains this")
     args = parser.parse_args()
+    if args.show:
+        print(markdown(json.loads(args.show.read_text())))
+        return
+    if not (args.run and args.data and args.calibrate and args.out):
+        parser.error("give RUN, --data, --calibrate and --out, or --show")
     args.out.mkdir(parents=True, exist_ok=True)
     dense = jaxlm.load(args.run)
     rows: list[Comparison] = []
@@ -60,8 +76,8 @@ def main() -> None:
         print(f"{name:<36}{size / 1024:>8.0f}{rows[0].bytes_on_disk / size:>8.1f}x{scores['bleu']:>8.2f}"
               f"{scores['perplexity']:>12.3f}", flush=True)
     print(rows[0].signature)
-    (args.out / "pareto.json").write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
-    size_quality(rows).savefig(args.out / "pareto.png")
+    (args.out / "multi30k_pareto.json").write_text(json.dumps([row.to_json() for row in rows], indent=1) + "\n")
+    size_quality(rows).savefig(args.out / "multi30k_pareto.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The tables of forecasts in README: runs ``jaxlm plan`` for every row that OUT does not hold yet, and prints them.
 
     python tests/benchmarks/plan_tables.py OUT [--only ROW ...]
+    python tests/benchmarks/plan_tables.py OUT --show       # nothing is run
 
 Each row is a file ``OUT/ROW.json`` of ``jaxlm plan --json``. Needs libtpu (``pip install jaxlm[plan]``); a row takes a
 compilation, half a minute to some minutes of one core.
@@ -99,11 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="+", metavar="ROW", default=[], help="these rows")
+    parser.add_argument("--show", action="store_true", help="only what OUT holds")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for row, command in (TRAINING | WMT | SERVING).items():
         file = args.out / f"{row}.json"
-        if file.exists() or (args.only and row not in args.only):
+        if args.show or file.exists() or (args.only and row not in args.only):
             continue
         config, *options = command.split()
         words = [sys.executable, "-m", "jaxlm", "plan", str(CONFIGS / config), *options]

@@ -1,6 +1,7 @@
 """Weak scaling on paper: what ``jaxlm plan`` counts in the compiled step, against the closed-form minimum.
 
-    python tests/benchmarks/weak_scaling.py [--chips 8 32 256] [--only fsdp tensor]
+    python tests/benchmarks/weak_scaling.py [--chips 8 32 256] [--only fsdp tensor] [--json FILE]
+    python tests/benchmarks/weak_scaling.py --show FILE       # what --json wrote, as the table of README
 
 Fully sharded data parallelism ("fsdp") has two rows a chip; tensor parallelism ("tensor") has eight rows in all. State
 is parameters and optimizer, of which the minimum is 12 bytes a parameter over all chips. Messages are those along the
@@ -11,6 +12,9 @@ TPU v5e, half a minute to some minutes of one core. Needs libtpu.
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+from pathlib import Path
 
 from jaxlm import nn
 from jaxlm.core.tree import count_params
@@ -34,7 +38,8 @@ def experiment(kind: str, chips: int) -> Experiment:
     return Experiment(model=MODELS[kind], data=DataConfig(seq_len=LENGTH, batch_size=rows), mesh=mesh)
 
 
-def row(kind: str, chips: int) -> str:
+def row(kind: str, chips: int) -> dict[str, float | str]:
+    """Bytes of one chip."""
     config = experiment(kind, chips)
     (found,) = run_forecast(config, parse_topology(f"v5e:{SHAPES[chips]}"), None, 0, lambda *_: None)["forecasts"]
     weights = count_params(nn.abstract(config.model)[1])
@@ -45,20 +50,35 @@ def row(kind: str, chips: int) -> str:
         least = least_fsdp(weights, chips, 2)
     else:
         least = least_tensor(config.model, 8 * LENGTH, chips, 2)
-    mib = [state / 2**20, state / least_state, found["memory"]["peak"] / 2**20, sent / 2**20, sent / least]
-    return "| {} | {} | {:,.0f} | {:.2f} | {:,.0f} | {:,.0f} | {:.2f} |".format(kind, chips, *mib)
+    return {"split": kind, "chips": chips, "state": state, "least_state": least_state,
+            "peak": found["memory"]["peak"], "sent": sent, "least_sent": least}
+
+
+def markdown(rows: list[dict]) -> str:
+    head = ("| split | chips | state, MiB a chip | over the least | peak, MiB | sent, MiB a chip | over the least |\n"
+            "|---|---:|---:|---:|---:|---:|---:|")
+    return "\n".join([head, *(
+        f"| {it['split']} | {it['chips']} | {it['state'] / 2**20:,.0f} | {it['state'] / it['least_state']:.2f} | "
+        f"{it['peak'] / 2**20:,.0f} | {it['sent'] / 2**20:,.0f} | {it['sent'] / it['least_sent']:.2f} |" for it in rows
+    )])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", type=int, nargs="+", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--only", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows it holds are not made again")
+    parser.add_argument("--show", type=Path, metavar="FILE")
     args = parser.parse_args()
-    print("| split | chips | state, MiB a chip | over the least | peak, MiB | sent, MiB a chip | over the least |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for kind in args.only:
-        for chips in args.chips:
-            print(row(kind, chips), flush=True)
+    file = args.show or args.json
+    rows = json.loads(file.read_text()) if file and file.exists() else []
+    made = {(it["split"], it["chips"]) for it in rows}
+    for kind, chips in () if args.show else itertools.product(args.only, args.chips):
+        if (kind, chips) not in made:
+            rows.append(row(kind, chips))
+            if args.json:
+                args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(markdown(sorted(rows, key=lambda it: (it["split"], it["chips"]))))
 
 
 if __name__ == "__main__":
