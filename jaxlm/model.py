@@ -23,6 +23,7 @@ from jaxlm.checkpoint.directory import (
     read_generation,
     read_json,
     read_model,
+    read_model_config,
     read_tokenizer,
     weight_bytes,
     write_model,
@@ -30,6 +31,7 @@ from jaxlm.checkpoint.directory import (
 from jaxlm.checkpoint.formats import leaf_bytes, pack_params, stored
 from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.checkpoint.gguf_export import GGUF, export_gguf
+from jaxlm.checkpoint.hub import local
 from jaxlm.compression.budget import Budget, Fit, Fitted, LossTarget
 from jaxlm.compression.budget import Row as ChoiceRow
 from jaxlm.compression.calibrate import Calibration
@@ -47,16 +49,15 @@ from jaxlm.core.sharding import shardings
 from jaxlm.core.tree import Leaf, Params, flatten
 from jaxlm.data.calibration import calibration_batches, hold_out
 from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizer_files import find_tokenizer
 from jaxlm.nn.config import KVCache, ModelConfig
 from jaxlm.nn.walk import Walk
 
 if TYPE_CHECKING:
     from jaxlm.inference.engine import Engine
 
-__all__ = ["LM", "compress", "load"]
+__all__ = ["LM", "base_fields", "compress", "load", "model_config", "model_tokenizer"]
 
-# What is downloaded of a repository: weights, settings, and all that tokenizers are kept in.
-_FILES = ("*.json", "*.safetensors", "*.model", "*.spm", "merges.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -178,12 +179,9 @@ def load(
     UserError where there is no such model, or something in it is damaged.
     """
     keep_freed_memory()
-    path, adapters = _local(path), []
-    if (path / CONFIG).is_file() and not (path / "config.json").is_file():
-        adapters.append(read_adapter(path))
-        path = _local(adapters[0].base_model)
+    path, adapters = _base(path)
     if adapter is not None:
-        adapters.append(read_adapter(_local(adapter)))
+        adapters.append(read_adapter(local(adapter)))
     config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype)
     generation = read_generation(Path(info["source"]))
     notes = [*info.get("notes", ()), *generation.notes()]
@@ -202,6 +200,38 @@ def load(
         notes.append(f"trained to be compressed by {trained_for}, and validated so: these are the weights before")
     lm = LM(config, nn.initializer(config)[0], params, tokenizer, generation, info | {"notes": notes}, recipe)
     return lm if kv_cache is None else lm.configure(kv_cache=kv_cache)
+
+
+def _base(path: str | Path) -> tuple[Path, list[Adapter]]:
+    """Where the weights of a MODEL are, and the adapter that it is on them, if it is one: a directory of PEFT, or a run
+    that has trained adapters and not merged them."""
+    path = local(path)
+    if (path / "adapter" / CONFIG).is_file() and not (path / "model").exists():
+        path = path / "adapter"
+    if not (path / CONFIG).is_file() or (path / "config.json").is_file():
+        return path, []
+    adapter = read_adapter(path)
+    return local(adapter.base_model), [adapter]
+
+
+def model_config(path: str | Path) -> ModelConfig:
+    """The configuration of the model that ``load`` would give, read without its weights."""
+    return read_model_config(_base(path)[0])
+
+
+def model_tokenizer(path: str | Path) -> Tokenizer | None:
+    """The tokenizer of the model that ``load`` would give, if it has any."""
+    base, adapters = _base(path)
+    homes = [*(adapter.file.parent for adapter in adapters), base, base / "model"]
+    home = next((home for home in homes if find_tokenizer(home)), None)
+    return None if home is None else Tokenizer.load(home)
+
+
+def base_fields(path: str | Path) -> Mapping[str, Any] | None:
+    """The config.json that the weights of a MODEL have beside them; None for a run that has exported nothing."""
+    base, _ = _base(path)
+    file = next((file for file in (base / "config.json", base / "model/config.json") if file.is_file()), None)
+    return None if file is None else read_json(file)
 
 
 def compress(
@@ -348,34 +378,3 @@ def _adapted(
         config, params = apply_adapter(adapter, config, params, fields)
         tokenizer = read_tokenizer(adapter.file.parent, config) or tokenizer
     return config, params, tokenizer
-
-
-def _local(path: str | Path) -> Path:
-    """Where a model or adapter is, downloaded if need be."""
-    if str(path).startswith("hf://"):
-        return _download(str(path).removeprefix("hf://"))
-    return Path(path).expanduser()
-
-
-def _download(name: str) -> Path:
-    """A repository of the Hugging Face hub, ``org/name`` or ``org/name@revision``, in the local cache.
-
-    The cache, the token and the offline switch are those of huggingface_hub: HF_HOME, HF_TOKEN (or ``hf auth login``),
-    HF_HUB_OFFLINE.
-    """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name, _, revision = name.partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES)))
-    except LocalEntryNotFoundError:
-        if constants.HF_HUB_OFFLINE:
-            raise UserError(f"hf://{name} is not in the cache, and HF_HUB_OFFLINE is set: unset it once") from None
-        raise UserError(f"hf://{name} is not in the cache, and the hub cannot be reached: check the network") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"hf://{name} cannot be downloaded ({reason}); check the name and the network, and HF_TOKEN where it is "
-            "not public"
-        ) from None

@@ -16,10 +16,14 @@ from jaxlm.cli.main import COMMANDS
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, Seq2SeqConfig
 from jaxlm.training.config import (
     DataConfig,
+    DistillConfig,
+    DpoConfig,
     EvalConfig,
     Experiment,
+    LoraConfig,
     MeshConfig,
     OptimConfig,
+    PrivacyConfig,
     PruneConfig,
     QatConfig,
     TrainConfig,
@@ -74,7 +78,7 @@ def test_every_field_of_a_configuration_is_read():
     """An option that nobody reads would be a lie."""
     models = (DecoderConfig, LSTMConfig, Seq2SeqConfig)
     configs = (*models, DataConfig, EvalConfig, Experiment, MeshConfig, OptimConfig, PruneConfig, QatConfig,
-               TrainConfig)
+               TrainConfig, DistillConfig, DpoConfig, LoraConfig, PrivacyConfig)
     read = set()
     for tree in TREES.values():
         for node in ast.walk(tree):

@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,18 @@ from safetensors.numpy import save_file
 from jaxlm.checkpoint.disk import replaced_directory
 from jaxlm.checkpoint.tensors import TensorFiles
 from jaxlm.core.errors import UserError
+from jaxlm.data.tokenizer import Tokenizer
 
 __all__ = ["CONFIG", "Adapter", "Delta", "read_adapter", "write_adapter"]
 
 CONFIG = "adapter_config.json"
 _FILE = "adapter_model.safetensors"
+_MAGNITUDE = ".lora_magnitude_vector"
 _PREFIX = "base_model.model."  # of every name in the file
 
 _READ = {
     "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
-    "revision", "use_rslora",
+    "revision", "use_dora", "use_rslora",
 }
 # What training did, or the file's tensors and their shapes tell: which modules, which layers, which orientation.
 _NEUTRAL = {
@@ -43,12 +45,14 @@ _PAIRS = {
 
 @dataclass(frozen=True)
 class Delta:
-    """What is added to one module: ``scale * a_IxR @ b_RxO`` in our orientation, a table being ``[rows, width]``."""
+    """What is added to one module: ``scale * a_IxR @ b_RxO`` in our orientation, a table being ``[rows, width]``; and
+    the norms ``[O]`` that its columns then get, in DoRA."""
 
     a: np.ndarray
     b: np.ndarray
     scale: float
     linear: bool = True  # else an embedding
+    magnitude: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     """The LoRA adapter of a PEFT directory.
 
     UserError where there is none, a file is damaged, or the adapter is of another kind than LoRA or uses something
-    that changes results and is not supported (DoRA, for one).
+    that changes results and is not supported.
     """
     directory = Path(directory).expanduser()
     path = directory / CONFIG
@@ -127,6 +131,8 @@ def _read_tensors(directory: Path, config: Mapping[str, Any]) -> Adapter:
     deltas: dict[str, Delta] = {}
     replaced: dict[str, np.ndarray] = {}
     own: dict[str, np.ndarray] = {}
+    adapted_modules = {name.removeprefix(_PREFIX).removesuffix(first) for name in tensors for first in _PAIRS
+                       if name.endswith(first)}
     for name in tensors:
         module = name.removeprefix(_PREFIX)
         if module == name:
@@ -135,11 +141,15 @@ def _read_tensors(directory: Path, config: Mapping[str, Any]) -> Adapter:
         second = next((each for each in seconds if module.endswith(each)), None)
         if first is not None:
             adapted, (partner, linear) = module.removesuffix(first), _PAIRS[first]
-            deltas[adapted] = _delta(tensors, name, f"{_PREFIX}{adapted}{partner}", linear, adapted, config)
+            delta = _delta(tensors, name, f"{_PREFIX}{adapted}{partner}", linear, adapted, config)
+            deltas[adapted] = replace(delta, magnitude=_magnitude(tensors, adapted, delta, config))
         elif second is not None:
             if name.removesuffix(second) + seconds[second] not in tensors:
                 partner = seconds[second].lstrip(".")
                 raise UserError(f"{file}: tensor {name!r} has no partner {partner}; save the adapter again")
+        elif module.endswith(_MAGNITUDE):
+            if module.removesuffix(_MAGNITUDE) not in adapted_modules:
+                raise UserError(f"{file}: tensor {name!r} has no partner lora_A; save the adapter again")
         elif "lora_" in module:
             raise UserError(f"{file}: tensor {name!r} is not of a plain LoRA adapter; only those are supported")
         elif ".base_layer." in module:
@@ -163,6 +173,19 @@ def _delta(tensors: TensorFiles, first: str, second: str, linear: bool, module: 
     return Delta(a.T.astype(np.float32), b.T.astype(np.float32), scale, linear)
 
 
+def _magnitude(tensors: TensorFiles, module: str, delta: Delta, config: Mapping[str, Any]) -> np.ndarray | None:
+    name = f"{_PREFIX}{module}{_MAGNITUDE}"
+    if (name in tensors) != bool(config.get("use_dora")):
+        raise UserError(f"use_dora is {bool(config.get('use_dora'))}, and {name!r} does not go with it; save it again")
+    if name not in tensors:
+        return None
+    magnitude = tensors.read(name).astype(np.float32).reshape(-1)
+    if len(magnitude) != delta.b.shape[1]:
+        outputs = delta.b.shape[1]
+        raise UserError(f"{tensors.file(name)}: tensor {name!r} has {len(magnitude)} numbers for {outputs} outputs")
+    return magnitude
+
+
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that fits the end of a module's name, as PEFT finds it."""
     for pattern, value in patterns.items():
@@ -174,18 +197,23 @@ def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def write_adapter(directory: Path, settings: Mapping[str, Any], deltas: Mapping[str, Delta]) -> None:
+def write_adapter(
+    directory: Path, settings: Mapping[str, Any], deltas: Mapping[str, Delta], tokenizer: Tokenizer | None = None
+) -> None:
     """Writes the files of an adapter, all or nothing; ``settings`` are those beside ranks and scales."""
     tensors = {}
     for module, delta in deltas.items():
         first, second = next((first, second) for first, (second, linear) in _PAIRS.items() if linear == delta.linear)
         tensors[f"{_PREFIX}{module}{first}"] = np.ascontiguousarray(delta.a.T)
         tensors[f"{_PREFIX}{module}{second}"] = np.ascontiguousarray(delta.b.T)
+        if delta.magnitude is not None:
+            tensors[f"{_PREFIX}{module}{_MAGNITUDE}"] = np.ascontiguousarray(delta.magnitude)
     ranks = {module: delta.a.shape[1] for module, delta in deltas.items()}
     alphas = {module: delta.scale * ranks[module] for module, delta in deltas.items()}
     rank, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
     config = {
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", **settings,
+        "use_dora": any(delta.magnitude is not None for delta in deltas.values()),
         "inference_mode": True, "target_modules": sorted(deltas),
         "rank_pattern": {module: each for module, each in ranks.items() if each != rank},
         "alpha_pattern": {module: each for module, each in alphas.items() if each != alpha},
@@ -193,3 +221,5 @@ def write_adapter(directory: Path, settings: Mapping[str, Any], deltas: Mapping[
     with replaced_directory(directory) as new:
         (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, new / _FILE, metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(new)

@@ -22,8 +22,9 @@ from jaxlm.checkpoint.hf_export import express, hf_config
 from jaxlm.checkpoint.hf_fields import Cut, Family
 from jaxlm.checkpoint.hf_maps import FAMILIES
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import LoRA, QArray, dequantize, is_leaf
+from jaxlm.core.leaves import LoRA, QArray, column_norms, dequantize, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten, unflatten
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.nn.config import ModelConfig
 
 __all__ = ["CONFIG", "Adapter", "Delta", "apply_adapter", "read_adapter", "save_adapter"]
@@ -142,8 +143,10 @@ def _part(
             f"{adapter.file}: the LoRA tensors of {module!r} are for {found[0]} inputs and {found[1]} outputs, the "
             f"model's are {due[0]} and {due[1]}; the adapter is of another model"
         )
+    scale, magnitude = base.scale(piece), delta.magnitude
     b = _cut(piece.tensor.cut, base.config, delta.b.T).T
-    return dataclasses.replace(delta, b=b, scale=delta.scale * base.scale(piece))
+    magnitude = None if magnitude is None else scale * _cut(piece.tensor.cut, base.config, magnitude)
+    return dataclasses.replace(delta, b=b, scale=scale * delta.scale, magnitude=magnitude)
 
 
 def _stack(leaf: Leaf, parts: list[tuple[Piece, Delta]]) -> LoRA:
@@ -151,11 +154,15 @@ def _stack(leaf: Leaf, parts: list[tuple[Piece, Delta]]) -> LoRA:
     *lead, n_in, n_out = leaf.shape
     rank = max(delta.a.shape[1] for _, delta in parts)
     a, b = np.zeros((*lead, n_in, rank), np.float32), np.zeros((*lead, rank, n_out), np.float32)
-    scale = np.zeros((*lead, 1, 1), np.float32)
+    scale, magnitude = np.zeros((*lead, 1, 1), np.float32), None
+    if any(delta.magnitude is not None for _, delta in parts):  # of layers without an adapter too
+        magnitude = np.array(column_norms(dequantize(leaf, jnp.float32)))
     for piece, delta in parts:
         r = delta.a.shape[1]
         a[piece.at][:, :r], b[piece.at][:r], scale[piece.at] = delta.a, delta.b, delta.scale
-    return LoRA(leaf, jnp.asarray(a), jnp.asarray(b), jnp.asarray(scale))
+        if magnitude is not None:
+            magnitude[piece.at] = delta.magnitude
+    return LoRA(leaf, *map(jnp.asarray, (a, b, scale)), None if magnitude is None else jnp.asarray(magnitude))
 
 
 def _replaced(adapter: Adapter, base: _Base, name: str, array: np.ndarray, leaf: Leaf, piece: Piece) -> Leaf:
@@ -193,6 +200,7 @@ def save_adapter(
     fields: Mapping[str, Any] | None = None,
     *,
     base: str = "",
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
     """Writes the ``LoRA`` leaves of a model as a PEFT directory, which PEFT puts on the base model of that family.
 
@@ -201,6 +209,7 @@ def save_adapter(
         config, params: the model. Leaves that are not ``LoRA`` are not written.
         fields: those of the base model's config.json; by default of the first family it can be (see ``hf_export``).
         base: where the base model is, for ``base_model_name_or_path``.
+        tokenizer: is written beside it.
 
     Parameters that are one tensor of the family, such as GPT-2's queries, keys and values, share one A; where theirs
     differ, the tensor gets the sum of their ranks. UserError where nothing is adapted, or no family fits.
@@ -231,7 +240,7 @@ def save_adapter(
             delta.linear and not piece.tensor.transposed for parts in modules.values() for piece, delta in parts
         ),
     }
-    write_adapter(directory, settings, {module: _joined(config, parts) for module, parts in modules.items()})
+    write_adapter(directory, settings, {module: _joined(config, parts) for module, parts in modules.items()}, tokenizer)
     return directory
 
 
@@ -242,7 +251,8 @@ def _used(leaf: LoRA, piece: Piece, scale: float, *, linear: bool) -> Delta | No
     if not len(used):
         return None
     rank = used[-1] + 1
-    return Delta(a[:, :rank], b[:rank], float(ours[0, 0]) / scale, linear)
+    magnitude = None if leaf.magnitude is None else np.asarray(leaf.magnitude[piece.at], np.float32)[0] / scale
+    return Delta(a[:, :rank], b[:rank], float(ours[0, 0]) / scale, linear, magnitude)
 
 
 def _joined(config: ModelConfig, parts: list[tuple[Piece, Delta]]) -> Delta:
@@ -253,10 +263,15 @@ def _joined(config: ModelConfig, parts: list[tuple[Piece, Delta]]) -> Delta:
     one = all(np.array_equal(each.a, delta.a) and each.scale == delta.scale for _, each in parts)
     a = delta.a if one else np.concatenate([each.a for _, each in parts], 1)
     b = np.zeros((sum(first.tensor.cut.sizes(config)), a.shape[1]), np.float32)
+    magnitude = None if delta.magnitude is None else np.full(len(b), np.nan, np.float32)
     start = 0
     for piece, each in parts:
         rank = each.a.shape[1]
         rows = _cut(piece.tensor.cut, config, np.arange(len(b)))
+        if magnitude is not None:
+            magnitude[rows] = each.magnitude
         b[rows, start : start + rank] = each.b.T if one else each.b.T * each.scale
         start += 0 if one else rank
-    return Delta(a, b.T, delta.scale if one else 1.0, delta.linear)
+    if magnitude is not None and np.isnan(magnitude).any():
+        raise UserError(f"{first.name} is fused in this family, and DoRA adapts a part of it; let its target match all")
+    return Delta(a, b.T, delta.scale if one else 1.0, delta.linear, magnitude)

@@ -37,7 +37,8 @@ from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.data.tokenizer_files import find_tokenizer
 from jaxlm.nn.config import ModelConfig
 
-__all__ = ["export_model", "read_generation", "read_model", "read_tokenizer", "weight_bytes", "write_model"]
+__all__ = ["export_model", "read_generation", "read_model", "read_model_config", "read_tokenizer", "weight_bytes",
+           "write_model"]
 
 COMPRESSED_TENSORS = "compressed-tensors"
 _PREFIX = "jaxlm-"  # of our model types
@@ -191,6 +192,19 @@ def read_model(
     }
 
 
+def read_model_config(path: Path) -> ModelConfig:
+    """The configuration of what ``read_model`` would read. UserError where there is none."""
+    file = next((file for file in (path / "config.json", path / "model/config.json") if file.is_file()), None)
+    if file is not None:
+        try:
+            return _config(read_json(file))
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from None
+    if not (path / "experiment.json").is_file():
+        raise UserError(f"{path} has no config.json; name a model directory or a training run")
+    return from_dict(ModelConfig, read_json(path / "experiment.json").get("model"))
+
+
 def _is_ours(fields: Mapping[str, Any]) -> bool:
     return str(fields.get("model_type")).startswith(_PREFIX)
 
@@ -244,6 +258,8 @@ def _read_run(
     from jaxlm.checkpoint.store import Store  # Orbax, which only this needs
 
     experiment = read_json(run / "experiment.json")
+    if experiment.get("lora", {}).get("rank"):
+        raise UserError(f"{run} trains adapters and has not written them yet; let it finish")
     config = from_dict(ModelConfig, experiment.get("model"))
     mode = "min" if experiment.get("eval", {}).get("metric", "loss") == "loss" else "max"
     if not (run / "checkpoints").is_dir():
@@ -254,7 +270,8 @@ def _read_run(
         if not steps:
             raise UserError(f"{run} holds no checkpoint yet; let it train until it has one")
         like = nn.abstract(config)[1]
-        params = unflatten(like, store.restore_params(steps[0], flatten(like)))
+        which = "average" if experiment.get("train", {}).get("ema") else "params"
+        params = unflatten(like, store.restore_part(steps[0], which, flatten(like)))
     finally:
         store.close()
     return config, params, read_tokenizer(run, config), {"source": str(run), "step": steps[0]}

@@ -82,11 +82,10 @@ class Store:
         except Exception as error:
             raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {_brief(error)}") from error
 
-    def restore_params(self, step: int, abstract_params: dict[str, Any]) -> dict[str, Any]:
-        """Only what lies under ``state.params``, which was saved as a dict by path. UserError as in ``restore``."""
+    def restore_part(self, step: int, name: str, abstract: dict[str, Any]) -> dict[str, Any]:
+        """Only what lies under ``state.NAME``, which was saved as a dict by path. UserError as in ``restore``."""
         try:
-            params = self._arrays(step, {"params": abstract_params}, self._data(step), partial=True)
-            return params["params"]
+            return self._arrays(step, {name: abstract}, self._data(step), partial=True)[name]
         except Exception as error:
             raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {_brief(error)}") from error
 

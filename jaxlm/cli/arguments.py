@@ -90,4 +90,11 @@ def load_experiment(path: str, overrides: list[str]) -> Any:
     config = load_config(path)
     if not isinstance(config, Experiment):
         raise UserError(f"{path}: config is a {type(config).__name__}; it must be a jaxlm Experiment")
-    return override(config, parse_overrides(overrides))
+    changes = parse_overrides(overrides)
+    of_model = {key: changes.pop(key) for key in list(changes) if key.startswith("model.")}
+    config = override(config, changes)
+    if of_model:  # the model that they change may be that of init_from
+        from jaxlm.training.setup import with_model
+
+        config = override(with_model(config), of_model)
+    return config

@@ -66,7 +66,7 @@ _VNNI = jax.__version_info__ >= (0, 12)  # whether XLA's int8 kernels use it
 def place(params: Params, platform: str) -> tuple[Params, list[str]]:
     """The parameters as ``platform`` ("cpu", "gpu", "tpu") runs them best, and a line for each kind it cannot.
 
-    On CPU what is slower than dense is expanded to dense; elsewhere codes of up to 4 bits are narrowed to int4.
+    On CPU what is slower than dense is expanded to dense; elsewhere codes of up to 4 bits are narrowed.
     """
     expanded: Counter[str] = Counter()
 
@@ -103,10 +103,10 @@ def fast_on_cpu(leaf: Leaf) -> bool:
 
 
 def narrow(leaf: Leaf) -> Leaf:
-    """Codes of up to 4 bits as int4, two a byte in device memory."""
-    if not isinstance(leaf, QArray) or leaf.bits > 4:
+    """Codes of up to 4 bits as int4 or uint4, two a byte in device memory."""
+    if not isinstance(leaf, QArray | Codebook) or leaf.bits > 4:
         return leaf
-    return dataclasses.replace(leaf, codes=leaf.codes.astype(jnp.int4))
+    return dataclasses.replace(leaf, codes=leaf.codes.astype(jnp.int4 if isinstance(leaf, QArray) else jnp.uint4))
 
 
 def describe(leaf: Leaf) -> str:

@@ -75,7 +75,7 @@ class QArray(_Coded):
 class Codebook(_Coded):
     """A weight ``table[codes] * scale``: values shared through a table, its contraction axis last.
 
-    - ``codes`` is uint8 ``[..., out, in]``, below ``2**bits``.
+    - ``codes`` is uint8 ``[..., out, in]``, below ``2**bits``; uint4 where ``compression.placement`` narrowed it.
     - ``table`` is float32 ``[..., 2**bits]``, one a matrix.
     - ``scale`` is float32 ``[..., out, groups]`` as in ``QArray``, or None: 1.
     - ``kind`` says where the table is from: "nf4" (QLoRA, arXiv:2305.14314), "mxfp4" (OCP Microscaling Formats v1.0:
@@ -132,15 +132,23 @@ class LoRA(_Product):
     """A weight ``base + scale * a @ b``, a low-rank adapter kept apart from what it adapts (arXiv:2106.09685).
 
     - ``base`` is an array or another leaf of dense shape ``[..., in, out]``; an embedding table is ``[rows, width]``.
+      It is frozen: no gradient reaches it.
     - ``a`` is ``[..., in, r]`` and ``b`` is ``[..., r, out]``; leading dimensions are stacked layers (and experts).
       Layers of lower rank are filled up with zeros; a layer without an adapter is zeros only.
     - ``scale`` is float32 ``[..., 1, 1]``, so that all parts have the rank of the dense array.
+    - ``magnitude`` is float32 ``[..., 1, out]``, to which the norms of the columns of that sum are brought (DoRA,
+      arXiv:2402.09353); None leaves them.
+    - ``key`` is uint32 ``[..., 2]``: with it, what the adapter reads is dropped out at the rate ``dropout``. Training
+      puts it there for one step; None is no dropout.
     """
 
     base: jax.Array | QArray | Codebook | LowRank | LoRA
     a: jax.Array
     b: jax.Array
     scale: jax.Array
+    magnitude: jax.Array | None = None
+    key: jax.Array | None = None
+    dropout: float = _static(0.0)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -253,7 +261,14 @@ def centred(leaf: QArray, dtype: jnp.dtype) -> jax.Array:
 
 
 def look_up(leaf: Codebook) -> jax.Array:
-    """``table[codes]``, float32 ``[..., out, in]``."""
+    """``table[codes]``, float32 ``[..., out, in]``; by choices, bit by bit, from a short table, for TPUs gather single
+    numbers."""
+    if leaf.bits <= 4:
+        values = [leaf.table[..., i, None, None] for i in range(2**leaf.bits)]
+        for bit in range(leaf.bits):
+            one = leaf.codes.astype(jnp.uint8) & 2**bit != 0
+            values = [jnp.where(one, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+        return values[0]
     *lead, n_out, n_in = leaf.codes.shape
     tables = leaf.table.reshape(-1, leaf.table.shape[-1])
     codes = leaf.codes.reshape(len(tables), -1).astype(jnp.int32)
@@ -279,9 +294,22 @@ def dequantize(leaf: Any, dtype: jnp.dtype | None = None) -> jax.Array:
     if isinstance(leaf, LowRank):
         return _product(leaf).astype(dtype)
     if isinstance(leaf, LoRA):
-        return (dequantize(leaf.base, jnp.float32) + leaf.scale * _product(leaf)).astype(dtype)
+        dense = dequantize(leaf.base, jnp.float32) + leaf.scale * _product(leaf)
+        return (dense if leaf.magnitude is None else dense * leaf.magnitude / column_norms(dense)).astype(dtype)
     dense = coded_values(leaf).astype(dtype)
     return dense.swapaxes(-1, -2) if leaf.axis == -2 else dense
+
+
+def column_norms(dense: jax.Array) -> jax.Array:
+    """Of a matrix ``[..., in, out]``: ``[..., 1, out]``, never 0."""
+    square = jnp.sum(jnp.square(dense), -2, keepdims=True)
+    return jnp.sqrt(jnp.where(square > 0, square, 1))
+
+
+def dora_gain(leaf: LoRA) -> jax.Array:
+    """What DoRA multiplies each column with, ``[..., 1, out]``. Norms count as constants (arXiv:2402.09353, 4.3)."""
+    parts = jax.tree.map(jax.lax.stop_gradient, dataclasses.replace(leaf, magnitude=None, key=None))
+    return leaf.magnitude / column_norms(dequantize(parts, jnp.float32))
 
 
 def _product(leaf: _Product) -> jax.Array:

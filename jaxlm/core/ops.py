@@ -18,6 +18,7 @@ from jaxlm.core.leaves import (
     centred,
     coded_values,
     dequantize,
+    dora_gain,
     is_leaf,
     look_up,
     straight_through,
@@ -43,8 +44,8 @@ def dot(x: jax.Array, w: Weight) -> jax.Array:
 
 def _dot(x_MxI: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, LoRA):  # narrow products: the adapter never becomes a matrix of the base's size
-        x_MxR = (x_MxI @ w.a.astype(x_MxI.dtype)) * w.scale[0, 0].astype(x_MxI.dtype)
-        return _dot(x_MxI, w.base) + x_MxR @ w.b.astype(x_MxI.dtype)
+        x_MxR = (_dropped(x_MxI, w) @ w.a.astype(x_MxI.dtype)) * w.scale[0, 0].astype(x_MxI.dtype)
+        return _scaled(_frozen(_dot, x_MxI, w.base, ()) + x_MxR @ w.b.astype(x_MxI.dtype), w)
     if isinstance(w, LowRank):
         return _dot(_dot(x_MxI, w.a), w.b)
     if isinstance(w, Tap):
@@ -56,6 +57,53 @@ def _dot(x_MxI: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, QArray) and w.act_bits:
         return _rounded_dot(x_MxI, w)
     return _weight_only_dot(x_MxI, w)
+
+
+def _scaled(y: jax.Array, w: LoRA) -> jax.Array:
+    """A product with ``base + scale * a @ b``, its columns brought to their magnitudes where the adapter has any."""
+    return y if w.magnitude is None else (y * dora_gain(w)[0]).astype(y.dtype)
+
+
+def _dropped(x_MxI: jax.Array, w: LoRA) -> jax.Array:
+    """What the adapter reads."""
+    if w.key is None:
+        return x_MxI
+    return dropout(x_MxI, w.dropout, jax.random.wrap_key_data(w.key.reshape(-1, 2)[0], impl="threefry2x32"))
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes elements with probability ``rate`` and scales up the rest; the identity without a key.
+
+    Draws 16 bits an element, so the rate is met to 1 / 65536: half the random bits of a float draw.
+    """
+    if key is None or rate == 0.0:
+        return x
+    threshold = round(rate * 2**16)
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= threshold
+    return jnp.where(keep, x * (1.0 / (1.0 - threshold / 2**16)), 0.0).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _frozen(product, x_MxI: jax.Array, w: Weight, rest: tuple) -> jax.Array:
+    """``product(x, w, *rest)`` without a gradient for ``w``. It is opened again for the gradient of ``x``: to keep the
+    dense matrix of a compressed one until then would undo what compressing it saves (QLoRA, arXiv:2305.14314)."""
+    return product(x_MxI, w, *rest)
+
+
+def _frozen_forward(product, x_MxI, w, rest):
+    return product(x_MxI, w, *rest), (w, rest)
+
+
+def _frozen_backward(product, kept, gradient_MxO):
+    w, rest = kept
+    if isinstance(w, QArray) and w.act_bits:  # straight through the rounding of activations
+        w = dataclasses.replace(w, act_bits=0, act_scale=None)
+    n_in = w.shape[-1 if product is dot_t else -2]
+    zeros_MxI = jnp.zeros((*gradient_MxO.shape[:-1], n_in), gradient_MxO.dtype)  # products are linear
+    return *jax.vjp(lambda x_MxI: product(x_MxI, w, *rest), zeros_MxI)[1](gradient_MxO), None, None
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)
 
 
 def _tapped(product, x_MxI: jax.Array, w: Tap, sizes_E: jax.Array | None = None) -> jax.Array:
@@ -87,8 +135,9 @@ _measured.defvjp(_measured_forward, _measured_backward)
 def dot_t(x: jax.Array, table: Weight) -> jax.Array:
     """``x_..xD @ table_VxD.T``, in the dtype of ``x``: the head of a model with tied embeddings."""
     if isinstance(table, LoRA):
+        x = _scaled(x, table)
         x_xR = dot_t(x, table.b) * table.scale[0, 0].astype(x.dtype)
-        return dot_t(x, table.base) + dot_t(x_xR, table.a)
+        return _frozen(dot_t, x, table.base, ()) + dot_t(x_xR, table.a)
     if isinstance(table, LowRank):
         return dot_t(dot_t(x, table.b), table.a)
     if isinstance(table, Tap):
@@ -107,8 +156,8 @@ def dot_t(x: jax.Array, table: Weight) -> jax.Array:
 def take(table: Weight, ids: jax.Array) -> jax.Array:
     """Rows of ``table_VxD``: ``[..., D]``, in the dtype of the table."""
     if isinstance(table, LoRA):
-        rows = take(table.base, ids)
-        return rows + (table.scale[0, 0] * jnp.take(table.a, ids, axis=0) @ table.b).astype(rows.dtype)
+        rows = take(jax.tree.map(jax.lax.stop_gradient, table.base), ids)
+        return _scaled(rows + (table.scale[0, 0] * jnp.take(table.a, ids, axis=0) @ table.b).astype(rows.dtype), table)
     if isinstance(table, Tap):
         return take(table.base, ids)
     if isinstance(table, FakeQuant):
@@ -130,8 +179,13 @@ def ragged_dot(x_MxI: jax.Array, w_ExIxO: Weight, sizes_E: jax.Array) -> jax.Arr
     has no ragged integer product.
     """
     if isinstance(w_ExIxO, LoRA):
-        x_MxR = ragged_dot(x_MxI, w_ExIxO.a, sizes_E)
-        return ragged_dot(x_MxI, w_ExIxO.base, sizes_E) + ragged_dot(x_MxR, w_ExIxO.scale * w_ExIxO.b, sizes_E)
+        x_MxR = ragged_dot(_dropped(x_MxI, w_ExIxO), w_ExIxO.a, sizes_E)
+        y_MxO = _frozen(ragged_dot, x_MxI, w_ExIxO.base, (sizes_E,))
+        y_MxO += ragged_dot(x_MxR, w_ExIxO.scale * w_ExIxO.b, sizes_E)
+        if w_ExIxO.magnitude is None:
+            return y_MxO
+        gain_MxO = jnp.repeat(dora_gain(w_ExIxO)[:, 0], sizes_E, axis=0, total_repeat_length=len(y_MxO))
+        return (y_MxO * gain_MxO).astype(y_MxO.dtype)
     if isinstance(w_ExIxO, LowRank):
         return ragged_dot(ragged_dot(x_MxI, w_ExIxO.a, sizes_E), w_ExIxO.b, sizes_E)
     if isinstance(w_ExIxO, Tap):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -191,6 +192,16 @@ def _parse(override: str) -> tuple[str, Callable, tuple[tuple[str, ...], ...]]:
     return override, matches, axes
 
 
+def fitting(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array of another shape along the same dimensions: those that do not divide are replicated."""
+    mesh = sharding.mesh
+    entries = []
+    for size, entry in zip(shape, [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))], strict=True):
+        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        entries.append(entry if size % math.prod(mesh.shape[name] for name in names) == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
 def spread(sharding: NamedSharding, shape: Sequence[int], axis: str = "data") -> NamedSharding:
     """The sharding of an array split over one more mesh axis, in the dimension that divides and of which a device has
     most. The same where none divides, or the axis is in use."""
@@ -230,6 +241,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> A
             parts = {name: of_value(getattr(value, name), parts[name]) for name in parts if hasattr(value, name)}
             if isinstance(value, LoRA):
                 parts["scale"] = of_array(value.scale, (*layers, None, None))
+                if value.magnitude is not None:
+                    parts["magnitude"] = of_array(value.magnitude, (*layers, None, n_out))
             return dataclasses.replace(value, **parts)
         # The other parts of a coded leaf are [..., out, in or groups of in]; what is one a matrix is replicated.
         coded = (*layers, n_out, n_in) if value.axis == -2 else axes
@@ -264,6 +277,21 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
+
+
+def bytes_per_device(tree: Any) -> float:
+    """What one device holds of abstract arrays with shardings, those in the host's memory left out; int4 counts half a
+    byte."""
+    def of(x) -> float:
+        if x.sharding is not None and x.sharding.memory_kind == HOST_MEMORY:
+            return 0.0
+        shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
+        dtype = jnp.dtype(x.dtype)
+        integer = jnp.issubdtype(dtype, jnp.integer)
+        bits = jnp.iinfo(dtype).bits if integer else 8 * dtype.itemsize
+        return math.prod(shape) * bits / 8
+
+    return float(sum(of(x) for x in jax.tree.leaves(tree)))
 
 
 def on_device(x: jax.Array, lies: NamedSharding) -> jax.Array:

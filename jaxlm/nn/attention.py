@@ -13,7 +13,7 @@ from jaxlm.core.leaves import is_leaf
 from jaxlm.nn.cache import Kept, mix, scores
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.context import NEGATIVE, Sight, goes_around, ring_attend
-from jaxlm.nn.layers import Linear, Norm, dropout, softcap
+from jaxlm.nn.layers import Linear, Norm, softcap
 from jaxlm.nn.pages import LayerPages, attend_pages
 from jaxlm.nn.positions import rotate
 
@@ -49,7 +49,7 @@ def attend(
     weights = jax.nn.softmax(logits_BxHxTxS, -1)
     if seen is not None:
         seen.append(weights)
-    weights = dropout(weights, dropout_rate, key)
+    weights = ops.dropout(weights, dropout_rate, key)
     out = mix(weights.reshape(B, G, -1, S), v_BxGxSxK, q_BxTxHxK.dtype)
     return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
 

@@ -50,8 +50,23 @@ class DecoderLM(nnx.Module):
         restarts in each. Dropout needs a ``key``.
         """
         x_BxTxD = embed(self.embed, tokens_BxT, self.config)
-        x_BxTxD, routing = self.decoder(x_BxTxD, segments_BxT=segments_BxT, positions_BxT=positions_BxT, key=key)
+        x_BxTxD, routing, _ = self.decoder(x_BxTxD, segments_BxT=segments_BxT, positions_BxT=positions_BxT, key=key)
         return head_logits(self, x_BxTxD), routing
+
+    def with_states(
+        self,
+        tokens_BxT: jax.Array,
+        *,
+        segments_BxT: jax.Array | None = None,
+        positions_BxT: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits as of a call, and what each layer gave, ``[L, B, T, D]``."""
+        x_BxTxD, _, states_LxBxTxD = self.decoder(
+            embed(self.embed, tokens_BxT, self.config), segments_BxT=segments_BxT, positions_BxT=positions_BxT, key=key,
+            states=True,
+        )
+        return head_logits(self, x_BxTxD), states_LxBxTxD
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``length`` tokens."""

@@ -1,4 +1,4 @@
-"""The small parts every model is made of: linear maps, norms, embeddings, feed-forward blocks, dropout."""
+"""The small parts every model is made of: linear maps, norms, embeddings, feed-forward blocks."""
 
 from __future__ import annotations
 
@@ -124,19 +124,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         h = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
-        return self.down(dropout(h, self.ffn_dropout, key))
-
-
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes elements with probability ``rate`` and scales up the rest; the identity without a key.
-
-    Draws 16 bits an element, so the rate is met to 1 / 65536: half the random bits of a float draw.
-    """
-    if key is None or rate == 0.0:
-        return x
-    threshold = round(rate * 2**16)
-    keep = jax.random.bits(key, x.shape, jnp.uint16) >= threshold
-    return jnp.where(keep, x * (1.0 / (1.0 - threshold / 2**16)), 0.0).astype(x.dtype)
+        return self.down(ops.dropout(h, self.ffn_dropout, key))
 
 
 def split_key(key: jax.Array | None, n: int) -> list[jax.Array | None]:

@@ -17,7 +17,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import RULES
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.experts import Routing, capacity, in_rounds, limited, sorted_by_expert
-from jaxlm.nn.layers import ACTIVATIONS, Linear, dropout, normal
+from jaxlm.nn.layers import ACTIVATIONS, Linear, normal
 
 
 class ExpertLinear(nnx.Module):
@@ -46,7 +46,7 @@ class Experts(nnx.Module):
     def __call__(self, x: jax.Array, sizes_E: jax.Array | None, key: jax.Array | None) -> jax.Array:
         h = self.up(x, sizes_E)
         h = self.act(h) if self.gate is None else self.act(self.gate(x, sizes_E)) * h
-        return self.down(dropout(h, self.ffn_dropout, key), sizes_E)
+        return self.down(ops.dropout(h, self.ffn_dropout, key), sizes_E)
 
 
 class Moe(nnx.Module):

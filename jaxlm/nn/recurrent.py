@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.core.ops import dropout
 from jaxlm.nn.config import LSTMConfig
-from jaxlm.nn.layers import Embedding, Linear, dropout, split_key
+from jaxlm.nn.layers import Embedding, Linear, split_key
 
 
 @jax.tree_util.register_dataclass

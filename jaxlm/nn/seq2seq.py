@@ -50,16 +50,28 @@ class Seq2Seq(nnx.Module):
         ``tgt`` is the decoder's input, beginning with ``bos_id``.
         The mask says which source tokens are real (default: those that are not ``pad_id``). Dropout needs a ``key``.
         """
+        x_BxTxD, routing, _ = self._translate(src_BxS, tgt_BxT, src_mask_BxS, key)
+        return head_logits(self, x_BxTxD), routing
+
+    def with_states(
+        self, src_BxS: jax.Array, tgt_BxT: jax.Array, *, key: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits as of a call, and what each layer of the decoder gave, ``[L, B, T, D]``."""
+        x_BxTxD, _, states_LxBxTxD = self._translate(src_BxS, tgt_BxT, None, key, states=True)
+        return head_logits(self, x_BxTxD), states_LxBxTxD
+
+    def _translate(self, src_BxS, tgt_BxT, src_mask_BxS, key, *, states: bool = False):
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         src_mask_BxS = self.source_mask(src_BxS, src_mask_BxS)
-        memory_BxSxD, of_encoder = self._encode(src_BxS, src_mask_BxS, encoder_key)
-        x_BxTxD, of_decoder = self.decoder(
+        memory_BxSxD, of_encoder, _ = self._encode(src_BxS, src_mask_BxS, encoder_key)
+        x_BxTxD, of_decoder, states_LxBxTxD = self.decoder(
             embed(self.embed, tgt_BxT, self.config),
             memory_BxMxD=memory_BxSxD,
             memory_mask_BxM=src_mask_BxS,
             key=decoder_key,
+            states=states,
         )
-        return head_logits(self, x_BxTxD), joined([of_encoder, of_decoder])
+        return x_BxTxD, joined([of_encoder, of_decoder]), states_LxBxTxD
 
     def encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array | None = None) -> jax.Array:
         """The encoder's output ``[B, S, D]``."""

@@ -18,13 +18,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.ops import dropout
 from jaxlm.core.sharding import constrain
 from jaxlm.nn.attention import Attention
 from jaxlm.nn.cache import Cache, KeyValue, LayerCache, keep, round_trip
 from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig, StackConfig
 from jaxlm.nn.context import Sight, goes_around, window_mask
 from jaxlm.nn.experts import Routing, joined
-from jaxlm.nn.layers import Embedding, Mlp, Norm, dropout, split_key
+from jaxlm.nn.layers import Embedding, Mlp, Norm, split_key
 from jaxlm.nn.moe import Moe
 from jaxlm.nn.pages import LayerPages, PagedCache, PagePool
 from jaxlm.nn.pipeline import Schedule, flow, make_schedule, stages_in_use
@@ -190,8 +191,10 @@ class Stack(nnx.Module):
         memory_BxMxD: jax.Array | None = None,
         memory_mask_BxM: jax.Array | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Routing | None]:
-        """The whole sequence at once, and what the routers of the layers with experts did, ``[layers, ...]``.
+        states: bool = False,
+    ) -> tuple[jax.Array, Routing | None, jax.Array | None]:
+        """The whole sequence at once, what the routers of the layers with experts did, ``[layers, ...]``, and with
+        ``states`` what each layer gave, ``[layers, B, T, D]``.
 
         Tokens see those of their own segment that are real, besides causality.
         """
@@ -201,13 +204,18 @@ class Stack(nnx.Module):
         )
         schedule = self.schedule(stages_in_use())
         if schedule is not None and x_BxTxD.shape[0] % schedule.microbatches == 0:
+            if states:
+                raise UserError("a pipeline does not keep what its layers give; set mesh.stage=1")
             x_BxTxD, routing = self._pipeline(x_BxTxD, view, schedule, memory_BxMxD, keys[0])
-            return self.leave(x_BxTxD), routing
-        routings = []
+            return self.leave(x_BxTxD), routing, None
+        routings, kept = [], []
         for i, layer_keys in enumerate(keys):
-            x_BxTxD, _, routing = self._run(i, x_BxTxD, view, memory=memory_BxMxD, key=layer_keys)
+            x_BxTxD, _, (routing, given) = self._run(
+                i, x_BxTxD, view, memory=memory_BxMxD, key=layer_keys, states=states
+            )
             routings.append(routing)
-        return self.leave(x_BxTxD), joined(routings)
+            kept.append(given)
+        return self.leave(x_BxTxD), joined(routings), jnp.concatenate(kept) if states else None
 
     def schedule(self, stages: int) -> Schedule | None:
         """How the layers are walked on a mesh of so many stages, by batches whose rows divide into the microbatches;
@@ -324,9 +332,10 @@ class Stack(nnx.Module):
             key=key, seen=seen,
         )
 
-    def _run(self, i: int, x_BxTxD, view: View, *, past=None, memory=None, memory_kv=None, key=None):
-        """Walks segment i, whose cache is ``past``; a memory is given whole (``memory``, projected in each layer) or
-        already projected (``memory_kv``)."""
+    def _run(self, i: int, x_BxTxD, view: View, *, past=None, memory=None, memory_kv=None, key=None, states=False):
+        """Walks segment i, whose cache is ``past``: its output, its cache, and of each layer (routing, output where
+        ``states``). A memory is given whole (``memory``, projected in each layer) or already projected
+        (``memory_kv``)."""
         graphdef, params = nnx.split(self.layers[i])
         count, traits = len(self.segments[i]), self.traits(i)
         keys = None if key is None else jax.random.split(key, count)
@@ -339,12 +348,12 @@ class Stack(nnx.Module):
                 nnx.merge(graphdef, layer_params), x, view, layer_traits, past=layer_past, memory=memory,
                 memory_kv=layer_memory, key=layer_key,
             )
-            return (x, None if kv is None else (layer_past.keys, layer_past.values)), routing
+            return (x, None if kv is None else (layer_past.keys, layer_past.values)), (routing, x if states else None)
 
         carry = (x_BxTxD, None if past is None else (past.keys, past.values))
         xs = (params, traits, keys, memory_kv)
-        (x_BxTxD, kv), routing = self._walk(rematerialised(body, self.config.remat), carry, xs, count)
-        return x_BxTxD, None if kv is None else replace(past, keys=kv[0], values=kv[1]), routing
+        (x_BxTxD, kv), given = self._walk(rematerialised(body, self.config.remat), carry, xs, count)
+        return x_BxTxD, None if kv is None else replace(past, keys=kv[0], values=kv[1]), given
 
     def _walk(self, body, carry, xs, count: int):
         """``lax.scan`` of ``body(carry, (number, *xs of one))`` over ``count`` layers, unrolled where so configured."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from jaxlm import nn
 from jaxlm.compression.activations import Smooth, Static
 from jaxlm.compression.autoround import AutoRound
 from jaxlm.compression.awq import Awq
@@ -22,20 +23,23 @@ from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
 from jaxlm.compression.steps import Float8, Quantize, Step, WeightStep
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LowRank, is_leaf
-from jaxlm.core.sharding import HOST_MEMORY, batch_sharding, batch_ways, spec
+from jaxlm.core.sharding import batch_sharding, batch_ways, relocate, spec
 from jaxlm.core.tree import Leaf, Params, map_params
 from jaxlm.data.buckets import bucket_rows
 from jaxlm.data.config import DataConfig
 from jaxlm.nn.config import ModelConfig
 from jaxlm.training.config import Experiment
+from jaxlm.training.lora import adapt, freeze
+from jaxlm.training.setup import with_model
 
-__all__ = ["bytes_per_device", "cache_layout", "complete_model", "compressed", "train_batch", "with_layout"]
+__all__ = ["cache_layout", "complete_model", "compressed", "train_batch", "trained_model", "with_layout"]
 
 _CACHE_AXES = ("layers", "batch", "kv_heads", None, None, None)  # [L, B, G, beams, slots, K]
 
 
 def complete_model(config: Experiment) -> ModelConfig:
     """The model with its vocabulary, which training takes from the tokenizer. UserError where only that knows it."""
+    config = with_model(config)
     model, data = config.model, config.data
     if model.vocab_size:
         return model
@@ -62,7 +66,21 @@ def train_batch(config: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
         names += ("segments", "positions") if packed else ()
     types = dict.fromkeys(names, jnp.int32) | {"weights": jnp.float32}
     layout = batch_sharding(mesh)
+    if config.dpo.beta:
+        types = {f"{side}_{name}": dtype for side in ("chosen", "rejected") for name, dtype in types.items()}
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in types.items()}
+
+
+def trained_model(config: Experiment, platform: str) -> tuple[nnx.GraphDef, Params]:
+    """The model of an experiment as its training holds it, abstract: relocated, with adapters on a compressed base."""
+    graphdef, like = nn.abstract(config.model)
+
+    def make(params: Params) -> Params:
+        if config.lora.rank:
+            params = adapt(config.lora, freeze(config.lora.base, params, platform), jax.random.key(0))
+        return relocate(config.mesh.rules)(params)
+
+    return graphdef, jax.eval_shape(make, like)
 
 
 def with_layout(tree: Any, layout: Any) -> Any:
@@ -81,21 +99,6 @@ def cache_layout(cache: Any, mesh: Mesh) -> Any:
 
     layout = jax.tree.map(of_rows, cache)
     return layout.replace(keys=jax.tree.map(of_kept, cache.keys), values=jax.tree.map(of_kept, cache.values))
-
-
-def bytes_per_device(tree: Any) -> float:
-    """What one device holds of abstract arrays with shardings, those in the host's memory left out; int4 counts half a
-    byte."""
-    def of(x) -> float:
-        if x.sharding is not None and x.sharding.memory_kind == HOST_MEMORY:
-            return 0.0
-        shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
-        dtype = jnp.dtype(x.dtype)
-        integer = jnp.issubdtype(dtype, jnp.integer)
-        bits = jnp.iinfo(dtype).bits if integer else 8 * dtype.itemsize
-        return math.prod(shape) * bits / 8
-
-    return float(sum(of(x) for x in jax.tree.leaves(tree)))
 
 
 def compressed(recipe: Recipe | None, config: ModelConfig, like: Params, dtype: str, platform: str):

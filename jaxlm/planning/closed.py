@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh
 
-from jaxlm import nn
-from jaxlm.core.sharding import abstract_mesh, batch_ways, relocate
+from jaxlm.core.sharding import abstract_mesh, batch_ways, bytes_per_device
 from jaxlm.core.tree import flatten
 from jaxlm.nn.config import ModelConfig
-from jaxlm.planning.abstract import bytes_per_device, complete_model, train_batch
+from jaxlm.planning.abstract import complete_model, train_batch, trained_model
 from jaxlm.planning.topology import Topology
-from jaxlm.training.config import Experiment, MeshConfig
-from jaxlm.training.flops import step_flops
+from jaxlm.training.companion import companion_of
+from jaxlm.training.config import Experiment, LoraConfig, MeshConfig
+from jaxlm.training.flops import rows_of, step_flops
 from jaxlm.training.program import make_program
 
 __all__ = ["Estimate", "estimate", "least_fsdp", "least_tensor", "state_bytes"]
@@ -46,20 +46,21 @@ class Estimate:
 
 def state_bytes(config: Experiment, devices: int) -> float:
     """Parameters, optimizer and gradients of one device, as the rules lay them out."""
-    parameters, optimizer = _state(config, abstract_mesh(config.mesh.preset, config.mesh.sizes, devices))
-    return 2 * parameters + optimizer
+    trained, rest = _state(config, abstract_mesh(config.mesh.preset, config.mesh.sizes, devices))
+    return 2 * trained + rest
 
 
 def _state(config: Experiment, mesh: AbstractMesh) -> tuple[float, float]:
-    """Bytes of parameters and of the optimizer."""
-    graphdef, like = _abstract(config.model)
-    state = make_program(config, graphdef, relocate(config.mesh.rules)(like), mesh).state
-    return bytes_per_device(state.params), bytes_per_device(state.opt_state)
+    """Bytes of what is trained, and of everything else: what is frozen, the optimizer, a second model."""
+    graphdef, like = _abstract(config.model, config.lora, config.mesh.rules)
+    state = make_program(config, graphdef, like, mesh, companion_of(config, graphdef, like, None)).state
+    trained = bytes_per_device(state.params)
+    return trained, bytes_per_device(state) - trained
 
 
 @functools.lru_cache(maxsize=4)
-def _abstract(model: ModelConfig):
-    return nn.abstract(model)
+def _abstract(model: ModelConfig, lora: LoraConfig, rules: tuple[str, ...]):
+    return trained_model(Experiment(model=model, lora=lora, mesh=MeshConfig(rules=rules)), "tpu")
 
 
 def estimate(config: Experiment, topology: Topology) -> Estimate:
@@ -69,14 +70,14 @@ def estimate(config: Experiment, topology: Topology) -> Estimate:
     mesh = abstract_mesh(config.mesh.preset, config.mesh.sizes, topology.size)
     model, chip = config.model, topology.chip
     shapes = {name: x.shape for name, x in train_batch(config, mesh).items()}
-    flat = flatten(_abstract(model)[1])
+    flat = flatten(_abstract(model, config.lora, config.mesh.rules)[1])
     remat = getattr(model, "remat", "none")
     again = {"none": 3, "dots": 3.1}.get(remat, 4) / 3
     compute = again * step_flops(model, flat, shapes) / (topology.size * chip.flops)
 
-    tokens = math.prod(shapes["inputs"]) / (batch_ways(mesh) * mesh.shape["sequence"])
+    tokens = math.prod(rows_of(shapes)) / (batch_ways(mesh) * mesh.shape["sequence"])
     item = 2 if model.dtype == "bfloat16" else 4
-    parameters, optimizer = _state(config, mesh)
+    parameters, rest = _state(config, mesh)
     ways = mesh.shape
     sent = {
         "fsdp": config.train.accumulate * least_fsdp(parameters / 4 * ways["fsdp"], ways["fsdp"], item),
@@ -86,9 +87,9 @@ def estimate(config: Experiment, topology: Topology) -> Estimate:
     }
     network = sum(size / _bandwidth(topology, mesh.shape[axis]) for axis, size in sent.items() if size)
     tokens /= config.train.accumulate
-    rows = max(shapes["inputs"][0] / (batch_ways(mesh) * config.train.accumulate), 1)
-    activations = _activations(model, remat, tokens, rows, shapes["inputs"][1], ways["tensor"], item) / ways["stage"]
-    return Estimate(2 * parameters + optimizer, activations, compute, network)
+    rows = max(rows_of(shapes)[0] / (batch_ways(mesh) * config.train.accumulate), 1)
+    activations = _activations(model, remat, tokens, rows, rows_of(shapes)[1], ways["tensor"], item) / ways["stage"]
+    return Estimate(2 * parameters + rest, activations, compute, network)
 
 
 def least_fsdp(weights: float, ways: int, item: int) -> float:

@@ -16,19 +16,20 @@ from jax.sharding import Mesh
 from jaxlm import nn
 from jaxlm.compression.recipe import load_recipe
 from jaxlm.core.errors import UserError
-from jaxlm.core.sharding import batch_sharding, batch_ways, make_mesh, mesh_sizes, relocate, shardings
+from jaxlm.core.sharding import batch_sharding, batch_ways, bytes_per_device, make_mesh, mesh_sizes, shardings
 from jaxlm.core.tree import count_params, flatten
 from jaxlm.planning.abstract import (
-    bytes_per_device,
     cache_layout,
     complete_model,
     compressed,
     train_batch,
+    trained_model,
     with_layout,
 )
 from jaxlm.planning.topology import Topology, devices_of
+from jaxlm.training.companion import companion_of
 from jaxlm.training.config import Experiment
-from jaxlm.training.flops import step_flops
+from jaxlm.training.flops import rows_of, step_flops
 from jaxlm.training.program import make_program
 
 __all__ = ["Program", "Serving", "programs_of"]
@@ -75,23 +76,25 @@ def programs_of(config: Experiment, topology: Topology, serving: Serving | None 
     """UserError on what cannot be: a mesh that does not fit, a batch that cannot be shared."""
     config = dataclasses.replace(config, model=complete_model(config))
     mesh = make_mesh(**mesh_sizes(config.mesh.preset, config.mesh.sizes, topology.size), devices=devices_of(topology))
-    return [_train_step(config, mesh)] if serving is None else _serving(config, mesh, topology, serving)
+    return [_train_step(config, mesh, topology)] if serving is None else _serving(config, mesh, topology, serving)
 
 
-def _train_step(config: Experiment, mesh: Mesh) -> Program:
-    graphdef, like = nn.abstract(config.model)
-    like = relocate(config.mesh.rules)(like)
+def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> Program:
+    graphdef, like = trained_model(config, platform_of(topology))
     batch = train_batch(config, mesh)
+    companion = companion_of(config, graphdef, like, None)
     with jax.set_mesh(mesh):
-        program = make_program(config, graphdef, like, mesh)
+        program = make_program(config, graphdef, like, mesh, companion)
+    fixed = {"frozen": program.state.frozen, "average": program.state.average, "second model": program.state.companion}
     held = {
         "parameters": bytes_per_device(program.state.params),
+        **{name: size for name, tree in fixed.items() if (size := bytes_per_device(tree))},
         "optimizer": bytes_per_device(program.state.opt_state),
         "gradients": bytes_per_device(program.state.params),
         "batch": bytes_per_device(batch),
     }
     shapes = {name: x.shape for name, x in batch.items()}
-    rows, length = shapes["inputs"]
+    rows, length = rows_of(shapes)
     notes: tuple[str, ...] = ()
     if config.model.kind == "seq2seq" and len(config.data.buckets) > 1:
         notes = (f"batches are those of the longest bucket, {rows} pairs of {length} tokens, all of them counted",)
@@ -107,6 +110,11 @@ def _train_step(config: Experiment, mesh: Mesh) -> Program:
     return Program("train step", lower, arguments, mesh, held, rows * length, flops, count, notes)
 
 
+def platform_of(topology: Topology) -> str:
+    """What ``compression.placement`` calls its devices."""
+    return "cpu" if topology.chip is None else "tpu"
+
+
 def _serving(config: Experiment, mesh: Mesh, topology: Topology, serving: Serving) -> list[Program]:
     if config.model.kind != "decoder":
         raise UserError(f"--serve forecasts language models, and this is a {config.model.kind}")
@@ -114,8 +122,7 @@ def _serving(config: Experiment, mesh: Mesh, topology: Topology, serving: Servin
         raise UserError(f"--batch {serving.batch} cannot be shared by {batch_ways(mesh)} devices; make it a multiple")
     like = nn.abstract(config.model)[1]
     recipe = load_recipe(serving.recipe) if serving.recipe else None
-    platform = "cpu" if topology.chip is None else "tpu"
-    model, params = compressed(recipe, config.model, like, "bfloat16", platform)
+    model, params = compressed(recipe, config.model, like, "bfloat16", platform_of(topology))
     graphdef = nn.initializer(model)[0]
     batch, context = serving.batch, serving.context or model.max_positions
     rows = batch_sharding(mesh)

@@ -49,7 +49,9 @@ class InTraining:
 
     def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
         """``tx`` with the zeros kept and what is to become zero pulled there."""
-        qat, prune = self._config.qat, self._config.prune
+        qat, prune, name = self._config.qat, self._config.prune, self._config.optim.name
+        if prune.sparsity and name not in ("adamw", "lion"):
+            raise UserError(f"prune.sparsity keeps zeros in the moments of adamw and lion; use one of them, not {name}")
         if qat.decay and self._pruning.steps:
             tx = optax.chain(pull_to_zero(self.pruned, qat.decay, qat.begin), tx)
         return sparse(tx, prune, self._end) if prune.sparsity else tx

@@ -8,15 +8,18 @@ from typing import Literal
 from jaxlm.compression.steps import BLOCKS
 from jaxlm.data.config import DataConfig
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, Seq2SeqConfig
+from jaxlm.training.tuning import DistillConfig, DpoConfig, LoraConfig, PrivacyConfig
 
-__all__ = ["DataConfig", "DecoderConfig", "EvalConfig", "Experiment", "LSTMConfig", "MeshConfig", "OptimConfig",
-           "PruneConfig", "QatConfig", "Seq2SeqConfig", "TrainConfig"]
+__all__ = ["DataConfig", "DecoderConfig", "DistillConfig", "DpoConfig", "EvalConfig", "Experiment", "LSTMConfig",
+           "LoraConfig", "MeshConfig", "OptimConfig", "PrivacyConfig", "PruneConfig", "QatConfig", "Seq2SeqConfig",
+           "TrainConfig"]
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (arXiv:1711.05101) and the shape of its learning rate."""
+    """An optimizer and the shape of its learning rate."""
 
+    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"  # see ``training.optim``
     lr: float = 1e-3  # the peak
     schedule: Literal["cosine", "inverse_sqrt", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
@@ -25,7 +28,8 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1  # matrices only; norms and biases are never decayed
+    weight_decay: float = 0.1
+    decayed: str = r"(.*/)?(kernel|table)(/[ab])?"  # a regular expression: which are; by default no norms and biases
     clip_norm: float = 1.0  # 0: off
 
 
@@ -43,6 +47,7 @@ class TrainConfig:
     keep_latest: int = 1
     keep_best: int = 1
     patience: int = 0  # evaluations without improvement before stopping; 0: never stop
+    ema: float = 0.0  # decay of a moving average of the weights, which is then validated and exported; 0: off
     average: int = 0  # export the mean of this many best checkpoints (arXiv:1706.03762, 6.1); 0 or 1: the best one
     on_nan: Literal["abort", "skip"] = "abort"
     spike_factor: float = 0.0  # a gradient norm this many times its running mean counts as a NaN; 0: off
@@ -108,7 +113,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    model: ModelConfig
+    model: ModelConfig | None = None  # None: that of init_from
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -116,4 +121,8 @@ class Experiment:
     qat: QatConfig = field(default_factory=QatConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    init_from: str = ""  # a MODEL whose parameters training starts from
+    init_from: str = ""  # a MODEL whose parameters training starts from, and whose tokenizer it uses
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)

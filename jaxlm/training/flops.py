@@ -9,15 +9,17 @@ import jax
 import numpy as np
 
 from jaxlm.core.chips import chip_of
+from jaxlm.core.leaves import LoRA
 from jaxlm.nn.config import LSTMConfig, ModelConfig, Seq2SeqConfig, StackConfig
 
-__all__ = ["FLOP_CONVENTION", "peak_flops", "step_flops"]
+__all__ = ["FLOP_CONVENTION", "peak_flops", "rows_of", "step_flops"]
 
 FLOP_CONVENTION = (
     "6 x matrix parameters x positions (embedding look-ups excluded, an output head included, tied or not, of experts "
     "those that a token goes to) + "
     "12 x layers x heads x head_dim x keys a query may see, causal masks not discounted, padding counted, "
-    "recomputation not counted (arXiv:2204.02311, appendix B); peak: dense bfloat16"
+    "recomputation not counted, frozen matrices under adapters 4 in place of 6 (arXiv:2204.02311, appendix B); peak: "
+    "dense bfloat16"
 )
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -30,9 +32,9 @@ def step_flops(config: ModelConfig, params: Mapping[str, jax.Array], shapes: Map
     """FLOPs of one forward and backward pass over a batch of the given shapes, by ``FLOP_CONVENTION``.
 
     ``params`` are the flat parameters (shapes are enough); ``shapes`` maps "inputs", and "src" for translation, to
-    [B, T].
+    [B, T]. Frozen matrices have no gradient: under adapters they count 4 in place of 6.
     """
-    rows, length = shapes["inputs"]
+    rows, length = rows_of(shapes)
     source = shapes["src"][1] if "src" in shapes else 0
 
     def positions(path: str) -> int:
@@ -49,8 +51,18 @@ def step_flops(config: ModelConfig, params: Mapping[str, jax.Array], shapes: Map
         expert = np.ndim(params[path]) == 4 and "/mlp/" in path
         return math.prod(np.shape(params[path])) * (config.experts_per_token / config.experts if expert else 1)
 
-    linear = 6 * sum(used(path) * positions(path) for path in params)
+    adapters = {path: leaf for path, leaf in params.items() if isinstance(leaf, LoRA)}
+    linear = (4 if adapters else 6) * sum(used(path) * positions(path) for path in params)
+    linear += 6 * sum((leaf.a.size + leaf.b.size) * positions(path) for path, leaf in adapters.items())
     return float(rows * (linear + 12 * _attended(config, length, source)))
+
+
+def rows_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """Rows and length of a batch of such shapes; a pair of preferences is two rows."""
+    if "inputs" in shapes:
+        return shapes["inputs"]
+    rows, length = shapes["chosen_inputs"]
+    return 2 * rows, length
 
 
 def _attended(config: ModelConfig, length: int, source: int) -> int:

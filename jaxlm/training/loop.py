@@ -17,22 +17,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxlm.checkpoint.directory import write_model
 from jaxlm.checkpoint.store import Store
 from jaxlm.core.errors import UserError
 from jaxlm.core.host import keep_freed_memory
-from jaxlm.core.sharding import batch_sharding
-from jaxlm.core.tree import count_params, unflatten
+from jaxlm.core.sharding import batch_sharding, on_device
+from jaxlm.core.tree import count_params, flatten
 from jaxlm.training.config import Experiment
+from jaxlm.training.export import Exporter
 from jaxlm.training.flops import FLOP_CONVENTION, peak_flops, step_flops
 from jaxlm.training.loss import Batch
-from jaxlm.training.metrics import Meter, MetricsWriter, peak_memory_bytes
+from jaxlm.training.metrics import Meter, MetricsWriter, peak_memory_bytes, state_report
 from jaxlm.training.optim import make_schedule
+from jaxlm.training.partition import Partition
 from jaxlm.training.preflight import preflight
+from jaxlm.training.privacy import accountant_of
 from jaxlm.training.program import make_program
 from jaxlm.training.progress import Reporter
 from jaxlm.training.setup import Setup, prepare
-from jaxlm.training.step import TrainState, init_state
+from jaxlm.training.step import TrainState, complete_state, init_state
 from jaxlm.training.validation import Validator
 
 __all__ = ["train"]
@@ -97,9 +99,13 @@ class _Training:
     def __init__(self, setup: Setup, run: Path, terminated: threading.Event):
         config, options = setup.config, setup.config.train
         self._setup, self._options, self._directory, self._terminated = setup, options, run, terminated
-        program = make_program(config, setup.graphdef, setup.like, setup.mesh)
+        program = make_program(config, setup.graphdef, setup.like, setup.mesh, setup.companion)
         self._compression, self._tx = program.compression, program.tx
         self._abstract, self._update = program.state, program.update
+        self._layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+        self._partition = Partition(flatten(setup.like))
+        self._accountant = accountant_of(config, setup.loader)
+        self._exporter = Exporter(setup, program.compression, run)
         self._rates = np.asarray(make_schedule(config.optim, options.steps)(np.arange(options.steps)))
         self._validator = Validator(setup, self._put, self._check) if setup.valid_loader else None
         self._step = self._batch = 0  # updates done, batches taken
@@ -120,9 +126,7 @@ class _Training:
         with ExitStack() as stack:
             self._store = self._open_store()
             stack.callback(self._store.close)
-            self._state = self._restore() or init_state(
-                self._setup.initial, self._tx, self._options.seed, jax.tree.map(lambda x: x.sharding, self._abstract)
-            )
+            self._state = self._restore() or self._start()
             self._writer = MetricsWriter(self._directory, self._step) if first else None
             if self._writer:
                 stack.callback(self._writer.close)
@@ -141,6 +145,14 @@ class _Training:
                 self._reporter.line(f"terminated: step {self._step} is saved in {self._directory}; run again to go on")
                 raise SystemExit(0) from None
 
+    def _start(self) -> TrainState:
+        setup, options = self._setup, self._options
+        return init_state(
+            setup.initial, self._tx, options.seed, self._layout,
+            companion=setup.companion and setup.companion.params,
+            beside=setup.companion.beside if setup.companion else {}, average=options.ema > 0,
+        )
+
     def _open_store(self) -> Store:
         options = self._options
         return Store(
@@ -150,7 +162,7 @@ class _Training:
         )
 
     def _restore(self) -> TrainState | None:
-        restored = self._store.restore_latest(self._abstract)
+        restored = self._store.restore_latest(self._abstract.saved)
         if restored is None:
             return None
         state, remembered, self._step = restored
@@ -159,11 +171,13 @@ class _Training:
         self._history = _History(**remembered["history"])
         for score, step in self._history.best:  # also of one saved in the middle of its validation
             self._store.score(step, score)
-        return state
+        setup = self._setup
+        return complete_state(state, setup.initial, self._layout, setup.companion and setup.companion.params)
 
     def _announce(self, checked: str | None) -> None:
         setup = self._setup
         self._reporter.line(setup.report)
+        self._reporter.line(state_report(setup.like, self._abstract))
         if checked:
             self._reporter.line(checked)
         for loader in (setup.loader, setup.valid_loader):
@@ -226,7 +240,7 @@ class _Training:
             self._state, metrics = self._update(self._state, batch)
         else:  # compiles: its speed would be that of no other step
             self._drain()
-            self._flops[known] = step_flops(self._setup.config.model, self._state.params, shapes)
+            self._flops[known] = step_flops(self._setup.config.model, flatten(self._setup.like), shapes)
             with self._meter.paused():
                 self._state, metrics = jax.block_until_ready(self._update(self._state, batch))
         self._step += 1
@@ -241,25 +255,28 @@ class _Training:
         step, flops, metrics = self._pending.popleft()
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if flops:
-            self._meter.add(metrics["weight"], flops)
+            self._meter.add(metrics["weight"] * metrics.get("tokens", 1.0), flops)
         history = self._history
         if metrics["bad"]:
             self._bad(step, metrics)
         else:
             history.sums["weight"] += metrics["weight"]
-            for name in metrics.keys() & {"nll", "loss", "dropped"}:
+            for name in sorted(metrics.keys() - {"weight", "grad_norm", "bad"}):
                 history.sums[name] = history.sums.get(name, 0.0) + metrics[name] * metrics["weight"]
         if step % self._options.log_every == 0 or step == self._options.steps:
-            tokens = history.sums["weight"]
+            weight = history.sums["weight"]
+            more = {name: total / weight for name, total in history.sums.items() if name not in _History().sums}
+            tokens = weight * more.pop("tokens", 1.0) if weight else 0.0
             row = {
                 "step": step,
-                "loss": history.sums["nll"] / tokens if tokens else None,
-                "objective": history.sums["loss"] / tokens if tokens else None,
+                "loss": history.sums["nll"] / weight if weight else None,
+                "objective": history.sums["loss"] / weight if weight else None,
                 "grad_norm": metrics["grad_norm"] if not metrics["bad"] else None,
                 "lr": float(self._rates[step - 1 - history.skipped + int(metrics["bad"])]),  # by updates, not by steps
                 "tokens": round(tokens),
                 "skipped": history.skipped,
-                **({"dropped": history.sums["dropped"] / tokens} if "dropped" in history.sums else {}),
+                **more,
+                **({"epsilon": self._accountant.epsilon(step)} if self._accountant else {}),
                 **self._meter.read(),
                 "peak_memory_bytes": peak_memory_bytes(),
             }
@@ -281,8 +298,9 @@ class _Training:
     def _evaluate(self) -> None:
         self._drain()
         with self._meter.paused():
-            params = self._state.params
-            scores = self._validator(self._compression.placed(params)) | self._compression.report(params)
+            params = self._flat(self._state)
+            scores = self._validator(self._compression.placed(params), self._state.companion)
+            scores |= self._compression.report(params)
         history = self._history
         history.evaluated = self._step
         metric = self._setup.config.eval.metric
@@ -315,51 +333,42 @@ class _Training:
         self._drain()
         remembered = {**self._setup.loader.state(self._batch), "history": dataclasses.asdict(self._history)}
         with self._meter.paused():
-            self._store.save(self._step, self._state, remembered, score)
+            self._store.save(self._step, self._state.saved, remembered, score)
         self._saved = self._step
 
     def _write(self, row: dict[str, Any]) -> None:
         if self._writer:
             self._writer.write(row)
 
+    def _flat(self, state: TrainState) -> dict[str, Any]:
+        """The model's flat parameters: of the moving average, where there is one."""
+        return self._partition.join(jax.tree.map(on_device, state.average, self._layout.average) or state.params,
+                                    state.frozen)
+
     def _export(self) -> Path:
-        """RUN/model: the best parameters, the mean of the ``average`` best, or the last where none were validated."""
+        """What the training leaves behind: the best parameters, the mean of the ``average`` best, or the last where
+        none were validated."""
         steps = [self._step]
         if self._store.keep_best and self._history.best:
             steps = [step for _, step in self._history.best[:max(self._options.average, 1)]]
-        setup = self._setup
+        if self._accountant:
+            self._reporter.line(self._accountant.report(self._step))
         params, steps = self._mean(steps)
-        compression, recipe = self._compression, self._compression.recipe
-        info = {"training": {"data": setup.config.data.train, "steps": sorted(steps)}}
-        if recipe:
-            info["training"]["recipe"] = recipe.name
-        path = write_model(
-            self._directory / "model", setup.config.model, unflatten(setup.like, compression.pruned(params)),
-            setup.tokenizer, info=info,
-        )
-        what = "the mean of steps" if len(steps) > 1 else "step"
-        self._reporter.line(f"model: {path} ({what} {', '.join(map(str, sorted(steps)))})")
-        if compression.quantizes:
-            compressed = write_model(
-                self._directory / "compressed", setup.config.model,
-                unflatten(setup.like, compression.compressed(params)), setup.tokenizer, storage=recipe.storage,
-                info=info | {"recipe": recipe.to_json()},
-            )
-            self._reporter.line(f"as it was trained and validated, by {recipe.name}: {compressed}")
-        return path
+        return self._exporter.write(params, sorted(steps), self._reporter.line)
 
     def _mean(self, steps: list[int]) -> tuple[dict[str, Any], list[int]]:
         """The mean of the parameters at those of these steps that can be read, and which they are."""
         total, read = None, []
         self._store.wait()
+        which = "average" if self._state.average else "params"
         for step in steps if steps != [self._step] else ():
             try:
-                params = self._store.restore_params(step, self._abstract.params)
+                trained = self._store.restore_part(step, which, getattr(self._abstract, which))
             except UserError as error:
                 self._reporter.line(f"{error}; the model is made without it")
                 continue
-            total = params if total is None else jax.tree.map(jnp.add, total, params)
+            total = trained if total is None else jax.tree.map(jnp.add, total, trained)
             read.append(step)
         if not read:
-            return self._state.params, [self._step]
-        return jax.tree.map(lambda x: x / len(read), total), read
+            return self._flat(self._state), [self._step]
+        return self._partition.join(jax.tree.map(lambda x: x / len(read), total), self._state.frozen), read

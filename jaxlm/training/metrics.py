@@ -2,15 +2,16 @@
 
 A training row has ``step`` (updates done), ``loss`` (nats per token, mean since the row before; None if every update
 was left out), ``objective`` (the same with smoothing and z-loss), ``grad_norm``, ``lr``, ``tokens`` (since the row
-before), ``skipped`` (updates, in all), ``dropped`` (where experts have a capacity, the share of choices that found no
-slot), ``step_ms``, ``tokens_per_second``, ``mfu`` and ``peak_memory_bytes``. Speeds are those of steps that did not
-compile, None where all did; ``mfu`` is None where the peak is unknown, too. A validation row has ``step`` and
-``valid_...``; the first row of each start has ``start``.
+before), ``skipped`` (updates, in all), what else the loss sums (``dropped``: where experts have a capacity, the share
+of choices that found no slot), ``epsilon`` (of a private training), ``step_ms``, ``tokens_per_second``, ``mfu`` and
+``peak_memory_bytes``. Speeds are those of steps that did not compile, None where all did; ``mfu`` is None where the
+peak is unknown, too. A validation row has ``step`` and ``valid_...``; the first row of each start has ``start``.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -24,8 +25,11 @@ import jax
 from tensorboardX import SummaryWriter
 
 from jaxlm.checkpoint.disk import room_for
+from jaxlm.core.sharding import bytes_per_device
+from jaxlm.core.tree import Params, count_params
+from jaxlm.training.step import TrainState
 
-__all__ = ["Meter", "MetricsWriter", "peak_memory_bytes", "read_metrics"]
+__all__ = ["Meter", "MetricsWriter", "peak_memory_bytes", "read_metrics", "state_report"]
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -118,3 +122,15 @@ def peak_memory_bytes() -> int:
         return max(stat["peak_bytes_in_use"] for stat in stats)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def state_report(like: Params, state: TrainState) -> str:
+    """One line: how much of a model is trained, and what a device holds of an abstract state."""
+    trained, whole = sum(math.prod(leaf.shape) for leaf in state.params.values()), count_params(like)
+    held = {
+        "trained": state.params, "frozen": state.frozen, "optimizer": state.opt_state, "average": state.average,
+        "second model": state.companion,
+    }
+    sizes = ((name, bytes_per_device(part)) for name, part in held.items())
+    shown = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes if size)
+    return f"trained: {trained:,} parameters, {trained / whole:.3g} of the model's; a device holds {shown}"

@@ -1,13 +1,17 @@
-"""AdamW and its learning rate."""
+"""Optimizers and their learning rate."""
 
 from __future__ import annotations
+
+import re
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from jaxlm.core.errors import UserError
 from jaxlm.training.config import OptimConfig
+from jaxlm.training.optim8bit import scale_by_adam8bit
 
 __all__ = ["decay_mask", "make_optimizer", "make_schedule"]
 
@@ -49,18 +53,67 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return schedule
 
 
-def decay_mask(params: dict[str, jax.Array]) -> dict[str, bool]:
-    """True for the matrices of a flat parameter dict, embeddings included; norms, biases and other vectors are False.
+def decay_mask(pattern: str, params: dict[str, jax.Array]) -> dict[str, bool]:
+    """True for the parameters of a flat dict that decay: those whose whole path matches the regular expression.
 
-    Goes by name, because stacked layers give a vector two dimensions.
+    UserError where none does: what silently does nothing is a mistake.
     """
-    return {path: path.endswith(("kernel", "table")) for path in params}
+    try:
+        mask = {path: re.fullmatch(pattern, path) is not None for path in params}
+    except re.error as error:
+        raise UserError(f"optim.decayed: {pattern!r} is no regular expression: {error}") from None
+    if params and not any(mask.values()):
+        raise UserError(f"optim.decayed {pattern!r} matches no parameter; see `jaxlm inspect` for their paths")
+    return mask
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (decoupled decay times the learning rate, as in PyTorch) after clipping by global norm, over flat dicts."""
-    adamw = optax.adamw(
-        make_schedule(config, steps),
-        b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask,
-    )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    """The optimizer after clipping by global norm, over flat dicts. Decay is decoupled, times the learning rate
+    (arXiv:1711.05101), whatever the optimizer.
+
+    - ``adamw``: arXiv:1412.6980.
+    - ``adamw8bit``: the same with moments of a byte each (``training.optim8bit``).
+    - ``adafactor``: arXiv:1804.04235, second moments as rows and columns, no first; ``lr`` is relative to the size of
+      a parameter, as there, and the other constants are the paper's.
+    - ``lion``: arXiv:2302.06675; its ``lr`` is a third to a tenth of AdamW's.
+    - ``muon``: momentum ``b1`` made orthogonal (Jordan et al. 2024) for kernels, of each layer by itself, scaled to
+      the size of AdamW's updates (arXiv:2502.16982), and AdamW for everything else.
+    """
+
+    def decayed(params):
+        return decay_mask(config.decayed, params) if config.weight_decay else dict.fromkeys(params, False)
+
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    direction = {
+        "adamw": lambda: adam,
+        "adamw8bit": lambda: scale_by_adam8bit(config.b1, config.b2, config.eps),
+        "adafactor": lambda: optax.chain(
+            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms()
+        ),
+        "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
+        "muon": lambda: optax.partition({"muon": _muon(config), "adam": adam}, _orthogonal),
+    }[config.name]()
+    chain = [
+        direction, optax.add_decayed_weights(config.weight_decay, decayed),
+        optax.scale_by_learning_rate(make_schedule(config, steps)),
+    ]
+    return optax.chain(*([optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []), *chain)
+
+
+def _muon(config: OptimConfig) -> optax.GradientTransformation:
+    """Leading dimensions are layers and experts, each with its own matrix. An update has the root mean square 0.2,
+    about that of Adam's."""
+
+    def dimensions(params):
+        return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
+
+    orthogonal = contrib.scale_by_muon(beta=config.b1, weight_dimension_numbers=dimensions)
+    sizes = optax.stateless(lambda updates, _: jax.tree.map(lambda x: 0.2 * max(x.shape[-2:]) ** 0.5 * x, updates))
+    return optax.chain(orthogonal, sizes)
+
+
+def _orthogonal(params: dict[str, jax.Array]) -> dict[str, str]:
+    """Which parameters are Muon's: matrices that map features to features; no tables, and no head."""
+    inner = {path: bool(re.fullmatch(r".*/(kernel|kernel/[ab])", path)) and not path.startswith("head/")
+             for path in params}
+    return {path: "muon" if muon else "adam" for path, muon in inner.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -11,11 +10,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm.core.tree import Params
+from jaxlm.training.companion import Companion
 from jaxlm.training.compression import InTraining
 from jaxlm.training.config import Experiment
-from jaxlm.training.loss import Batch, make_loss
+from jaxlm.training.objective import objective_of
 from jaxlm.training.optim import make_optimizer
-from jaxlm.training.step import TrainState, abstract_state, make_step
+from jaxlm.training.step import Step, TrainState, abstract_state, make_step
 
 __all__ = ["Program", "make_program"]
 
@@ -27,10 +27,12 @@ class Program:
     compression: InTraining
     tx: optax.GradientTransformation
     state: TrainState
-    update: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    update: Step
 
 
-def make_program(config: Experiment, graphdef: nnx.GraphDef, like: Params, mesh: Mesh) -> Program:
+def make_program(
+    config: Experiment, graphdef: nnx.GraphDef, like: Params, mesh: Mesh, companion: Companion | None = None
+) -> Program:
     """The step of an experiment whose model is complete, on a mesh. Nothing is allocated. UserError on a mistake in
     the experiment."""
     options = config.train
@@ -38,15 +40,14 @@ def make_program(config: Experiment, graphdef: nnx.GraphDef, like: Params, mesh:
     tx = compression.optimizer(make_optimizer(config.optim, options.steps))
     shared = config.mesh
     state = abstract_state(
-        like, tx, mesh, shard_optimizer=shared.shard_optimizer, offload_optimizer=shared.offload_optimizer
-    )
-    loss = make_loss(
-        config.model, label_smoothing=options.label_smoothing, z_loss=options.z_loss,
-        router=(options.router_balance, options.router_z),
+        like, tx, mesh, companion=companion.like if companion else None,
+        beside=companion.beside if companion else {}, average=options.ema > 0,
+        shard_optimizer=shared.shard_optimizer, offload_optimizer=shared.offload_optimizer,
     )
     update = make_step(
-        graphdef, like, loss, tx, compression.transform, accumulate=options.accumulate,
+        graphdef, like, objective_of(config), tx, compression.transform, accumulate=options.accumulate,
         spike_factor=options.spike_factor, layout=jax.tree.map(lambda leaf: leaf.sharding, state),
-        compress=shared.compress_gradients,
+        compress=shared.compress_gradients, companion=companion.model if companion else None, average=options.ema,
+        privacy=config.privacy if config.privacy.noise_multiplier else None,
     )
     return Program(compression, tx, state, update)

@@ -23,13 +23,15 @@ from jaxlm.core.tree import Params, Transform, count_params, flatten
 from jaxlm.data.loader import Loader, make_loader
 from jaxlm.data.sources import Bitext, Preferences, Source, open_source
 from jaxlm.data.tokenizer import Tokenizer, tokenizer_for
-from jaxlm.model import load
+from jaxlm.model import load, model_config, model_tokenizer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.pipeline import Schedule
+from jaxlm.training.companion import Companion, companion_of
 from jaxlm.training.config import Experiment
 from jaxlm.training.distributed import row_share
+from jaxlm.training.lora import adapt, check, freeze
 
-__all__ = ["Setup", "prepare"]
+__all__ = ["Setup", "prepare", "with_model"]
 
 # What may differ between the start of a run and its resumption; anything else would make another training of it.
 _MAY_CHANGE = (
@@ -54,6 +56,7 @@ class Setup:
     graphdef: nnx.GraphDef
     like: Params  # abstract
     initial: Params | Callable[[], Params]
+    companion: Companion | None
     resuming: bool
 
     @property
@@ -88,11 +91,16 @@ def prepare(config: Experiment, run: Path) -> Setup:
 
     ``run`` is resumed if it holds a checkpoint: with its own tokenizer, and the same experiment.
     """
+    check(config)
+    config = with_model(config)
     resuming = any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
     source = open_source(config.data.train, "train", config.data.bad_rows)
-    if isinstance(source, Preferences):
-        raise UserError(f"{config.data.train!r} is preferences, and nothing here learns from them; give chat:PATH")
-    tokenizer = Tokenizer.load(run) if resuming else tokenizer_for(config.data, source)
+    if isinstance(source, Preferences) != bool(config.dpo.beta):
+        raise UserError(
+            f"{config.data.train!r} is {'' if isinstance(source, Preferences) else 'no '}preferences, and dpo.beta is "
+            f"{config.dpo.beta}: preference:PATH and a beta above 0 go together"
+        )
+    tokenizer = Tokenizer.load(run) if resuming else _tokenizer(config, source)
     config = dataclasses.replace(config, model=_fill(config.model, tokenizer, translates=isinstance(source, Bitext)))
     if resuming:
         _check_unchanged(config, run)
@@ -113,11 +121,28 @@ def prepare(config: Experiment, run: Path) -> Setup:
     if config.data.valid:
         valid_source = open_source(config.data.valid, "valid", config.data.bad_rows)
         valid_loader = make_loader(config.data, valid_source, tokenizer, train=False, row_multiple=ways, **place)
-    relocated = relocate(config.mesh.rules)
-    like, initial = relocated(like), _initial(config, like, relocated)
+    initial = _initial(config, like, relocate(config.mesh.rules))
+    like = jax.eval_shape(initial if callable(initial) else lambda: initial)
+    companion = companion_of(config, graphdef, like, initial)
     return Setup(
-        config, tokenizer, source, loader, valid_source, valid_loader, mesh, parts, graphdef, like, initial, resuming
+        config, tokenizer, source, loader, valid_source, valid_loader, mesh, parts, graphdef, like, initial, companion,
+        resuming,
     )
+
+
+def with_model(config: Experiment) -> Experiment:
+    """The experiment with a model: where it gives none, that of ``init_from``. UserError where it gives neither."""
+    if config.model is not None:
+        return config
+    if not config.init_from:
+        raise UserError("the experiment says neither model nor init_from; set one of them")
+    return dataclasses.replace(config, model=model_config(config.init_from))
+
+
+def _tokenizer(config: Experiment, source: Source) -> Tokenizer:
+    """That of ``data.tokenizer``, else of ``init_from``, else one made for the data."""
+    found = model_tokenizer(config.init_from) if config.init_from and not config.data.tokenizer else None
+    return found or tokenizer_for(config.data, source)
 
 
 def _schedules(graphdef: nnx.GraphDef, like: Params, mesh: Mesh) -> dict[str, Schedule]:
@@ -185,9 +210,21 @@ def _check_lengths(config: Experiment, loader: Loader) -> None:
 def _initial(config: Experiment, like: Params, relocated: Transform) -> Params | Callable[[], Params]:
     """Fresh parameters, or those of ``init_from``, which must fit the model."""
     if not config.init_from:
+        if config.lora.rank:
+            raise UserError("adapters are put on a model that is there; name it in init_from")
         init = nn.initializer(config.model)[1]
         return lambda: relocated(init(jax.random.key(config.train.seed)))
-    params = load(config.init_from).params
+    lora = config.lora
+    if not lora.rank:
+        return relocated(_fitting(config, like, load(config.init_from).params))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # before it is compressed it may not fit a device
+        dtype = lora.base if lora.base == "bfloat16" else "float32"
+        params = _fitting(config, like, load(config.init_from, expand=False, dtype=dtype).params)
+        params = freeze(lora.base, params, jax.default_backend())
+        return relocated(adapt(lora, params, jax.random.key(config.train.seed)))
+
+
+def _fitting(config: Experiment, like: Params, params: Params) -> Params:
     ours, theirs = ({path: leaf.shape for path, leaf in flatten(tree).items()} for tree in (like, params))
     for path in sorted({**ours, **theirs}):
         if ours.get(path) != theirs.get(path):
@@ -195,4 +232,4 @@ def _initial(config: Experiment, like: Params, relocated: Transform) -> Params |
                 f"init_from {config.init_from}: {path} is {theirs.get(path, 'absent')}, the model wants "
                 f"{ours.get(path, 'none')}; use the model configuration that it was trained with"
             )
-    return relocated(params)
+    return params

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -13,15 +14,23 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.core.sharding import HOST_MEMORY, on_device, require_host_memory, shardings, spread
+from jaxlm.core.sharding import HOST_MEMORY, fitting, on_device, require_host_memory, shardings, spread
 from jaxlm.core.tree import Params, Transform, flatten, unflatten
+from jaxlm.training.config import PrivacyConfig
 from jaxlm.training.loss import Batch, Loss, Sums
+from jaxlm.training.partition import Partition
+from jaxlm.training.privacy import clipped, noised
 from jaxlm.training.reduce import each_replica, sum_replicas
 
-__all__ = ["TrainState", "abstract_state", "init_state", "make_eval", "make_step", "state_shardings"]
+__all__ = ["Companion", "Step", "TrainState", "abstract_state", "complete_state", "init_state", "make_eval",
+           "make_step", "state_shardings"]
+
+# From the parameters in training, a second model's own leaves, and what is trained beside, to that second model.
+Companion = Callable[[Params, dict[str, Any], dict[str, Array]], Any]
 
 _SPIKE_WARMUP = 20  # steps before a gradient norm can count as a spike
 _SPIKE_HORIZON = 100  # steps that the running mean of the gradient norm remembers
+_ADAPTERS, _NOISE = 2**32 - 1, 2**32 - 2  # folded into a step's key for the dropout of adapters and private noise
 _KEY_IMPL = "threefry2x32"  # the same numbers on every platform and under every sharding
 
 
@@ -30,27 +39,28 @@ _KEY_IMPL = "threefry2x32"  # the same numbers on every platform and under every
 class TrainState:
     """All that a training carries from step to step: what it resumes from, bit by bit.
 
-    Plain dicts by parameter path (``core.tree.flatten``) rather than ``nnx.State``: they dispatch three times faster
-    and make a readable checkpoint. ``core.tree.unflatten`` turns ``params`` back into Params.
+    Plain dicts by parameter path (``training.partition``) rather than ``nnx.State``: they dispatch three times faster
+    and make a readable checkpoint.
     """
 
     step: Array  # int32: batches seen
-    params: dict[str, Any]  # float32 arrays; leaves of any other kind are carried along untrained
+    params: dict[str, Array]  # what is trained, float32
     opt_state: optax.OptState
     key: Array  # uint32 key data: dropout in step t uses fold_in(key, t)
     norm_mean: Array  # float32: running mean of the gradient norm, 0 before the first step
+    average: dict[str, Array]  # exponential moving average of ``params``; empty where there is none
+    frozen: dict[str, Any]  # the model's other leaves, never changed
+    companion: dict[str, Any]  # leaves of a second model that the loss asks, such as a teacher; never changed
 
-
-def _partition(params: dict[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
-    """The leaves that have a gradient, and the others (compressed or integer)."""
-    trainable = {path: leaf for path, leaf in params.items()
-                 if hasattr(leaf, "dtype") and jax.tree_util.all_leaves([leaf])
-                 and jnp.issubdtype(leaf.dtype, jnp.floating)}
-    return trainable, {path: leaf for path, leaf in params.items() if path not in trainable}
+    @property
+    def saved(self) -> TrainState:
+        """What a checkpoint holds: all but what never changes, which is had from where it came from."""
+        return dataclasses.replace(self, frozen={}, companion={})
 
 
 def state_shardings(
-    state: TrainState, like: Params, mesh: Mesh, *, shard_optimizer: bool = True, offload_optimizer: bool = False
+    state: TrainState, like: Params, mesh: Mesh, *, companion: Params | None = None, shard_optimizer: bool = True,
+    offload_optimizer: bool = False,
 ) -> TrainState:
     """A NamedSharding for every array of an (abstract) state.
 
@@ -61,64 +71,100 @@ def state_shardings(
     """
     if offload_optimizer:
         require_host_memory(mesh)
-    of_params = flatten(shardings(like, mesh))
-    shapes = {path: getattr(leaf, "shape", None) for path, leaf in flatten(like).items()}
+    of_params, frozen = Partition(flatten(like)).split(flatten(shardings(like, mesh)))
     replicated = NamedSharding(mesh, PartitionSpec())
+    of_params |= {path: replicated for path in state.params if path not in of_params}
 
     def of_leaf(path, leaf):
-        name = getattr(path[-1], "key", None)
-        if name not in of_params or leaf.shape != shapes[name]:
+        name = next((key.key for key in path[::-1] if getattr(key, "key", None) in of_params), None)
+        if name is None or leaf.ndim != state.params[name].ndim:
             return replicated
-        sharding = spread(of_params[name], leaf.shape) if shard_optimizer else of_params[name]
+        sharding = fitting(of_params[name], leaf.shape)  # scales of blocks are shorter than what they are of
+        sharding = spread(sharding, leaf.shape) if shard_optimizer else sharding
         return sharding.with_memory_kind(HOST_MEMORY) if offload_optimizer else sharding
 
-    opt_state = jax.tree_util.tree_map_with_path(of_leaf, state.opt_state)
-    return TrainState(replicated, of_params, opt_state, replicated, replicated)
+    moments = jax.tree_util.tree_map_with_path(of_leaf, (state.opt_state, state.average))
+    others = flatten(shardings(companion, mesh)) if companion is not None else {}
+    return TrainState(replicated, of_params, moments[0], replicated, replicated, moments[1], frozen, others)
 
 
 def _of_gradients(layout: TrainState) -> dict[str, NamedSharding]:
     """Where gradients lie: like the moments they enter."""
-    found = {path: sharding for path, sharding in layout.params.items() if isinstance(sharding, NamedSharding)}
+    found = dict(layout.params)
     for path, sharding in jax.tree_util.tree_leaves_with_path(layout.opt_state):
-        name = getattr(path[-1], "key", None)
+        part = getattr(path[-1], "name", None)  # of a moment of several arrays, such as codes and their scales
+        name = getattr(path[-2 if part == "codes" else -1], "key", None)
         if name in found and not sharding.is_fully_replicated:
             found[name] = sharding.with_memory_kind(None)
     return found
 
 
-def _on_device(opt_state: optax.OptState, layout: TrainState | None) -> optax.OptState:
-    """The optimizer's state, fetched from where it is offloaded to."""
-    if layout is None:
-        return opt_state
-    return jax.tree.map(on_device, opt_state, layout.opt_state)
+def _on_device(tree: Any, lies: Any) -> Any:
+    """Arrays, fetched from where they are offloaded to; ``lies`` are their shardings, None: on the device."""
+    return tree if lies is None else jax.tree.map(on_device, tree, lies)
 
 
 def abstract_state(
-    like: Params, tx: optax.GradientTransformation, mesh: Mesh, **options: bool
+    like: Params, tx: optax.GradientTransformation, mesh: Mesh, *, companion: Params | None = None,
+    beside: Mapping[str, Any] = MappingProxyType({}), average: bool = False, **options: bool,
 ) -> TrainState:
-    """The state of a training of such parameters: shapes, dtypes and shardings (``state_shardings``, with its options),
-    nothing allocated."""
-    state = jax.eval_shape(lambda flat: _fresh(flat, tx, 0), flatten(like))
+    """The state of a training of such parameters, and of arrays ``beside`` them: shapes, dtypes and shardings
+    (``state_shardings``, with its options), nothing allocated. ``average``: it keeps their moving average."""
+    trained, frozen = Partition(flatten(like)).split(flatten(like))
+    trained |= beside
+    others = flatten(companion) if companion is not None else {}
+    state = jax.eval_shape(lambda trained: _fresh(trained, tx, 0, average), trained)
+    state = dataclasses.replace(state, frozen=frozen, companion=others)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state, state_shardings(state, like, mesh, **options),
+        state, state_shardings(state, like, mesh, companion=companion, **options),
     )
 
 
 def init_state(
     params: Params | Callable[[], Params], tx: optax.GradientTransformation, seed: int,
-    layout: TrainState | None = None,
+    layout: TrainState | None = None, *, companion: Params | None = None,
+    beside: Mapping[str, Any] = MappingProxyType({}), average: bool = False,
 ) -> TrainState:
     """A state at step 0. A function that makes parameters runs inside ``jit``: with a ``layout``
-    (``state_shardings``) each device makes only its shards."""
-    if callable(params):
-        return jax.jit(lambda: _fresh(flatten(params()), tx, seed), out_shardings=layout)()
-    return jax.jit(lambda flat: _fresh(flat, tx, seed), out_shardings=layout)(flatten(params))
+    (``state_shardings``) each device makes only its shards. Frozen leaves are taken over as they are, not copied."""
+    fresh = callable(params)
+    if fresh:
+        partition = Partition(jax.eval_shape(lambda: flatten(params())))
+        lies = None if layout is None else partition.join(layout.params, layout.frozen)
+        flat = jax.jit(lambda: flatten(params()), out_shardings=lies)()
+    else:
+        flat = flatten(params)
+        partition = Partition(flat)
+    trained = partition.split(flat)[0] | beside
+    start = jax.jit(
+        lambda trained: _fresh(trained, tx, seed, average), donate_argnums=0 if fresh else (),
+        out_shardings=None if layout is None else layout.saved,
+    )
+    return _completed(start(trained), partition.split(flat)[1], companion, layout)
 
 
-def _fresh(flat: dict[str, Any], tx: optax.GradientTransformation, seed: int) -> TrainState:
+def complete_state(
+    saved: TrainState, params: Params | Callable[[], Params], layout: TrainState, companion: Params | None = None
+) -> TrainState:
+    """The state that a checkpoint was made of, with what it leaves out, from where it came from at the start."""
+    if not layout.frozen and not layout.companion:
+        return saved
+    flat = flatten(params() if callable(params) else params)
+    return _completed(saved, Partition(flat).split(flat)[1], companion, layout)
+
+
+def _completed(saved: TrainState, frozen: dict[str, Any], companion: Params | None, layout: TrainState | None):
+    others = flatten(companion) if companion is not None else {}
+    if layout is not None:
+        frozen, others = jax.device_put((frozen, others), (layout.frozen, layout.companion))
+    return dataclasses.replace(saved, frozen=frozen, companion=others)
+
+
+def _fresh(trained: dict[str, Array], tx: optax.GradientTransformation, seed: int, average: bool) -> TrainState:
     key = jax.random.key_data(jax.random.key(seed, impl=_KEY_IMPL))
-    return TrainState(jnp.zeros((), jnp.int32), flat, tx.init(_partition(flat)[0]), key, jnp.zeros(()))
+    mean = trained if average else {}
+    return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), key, jnp.zeros(()), mean, {}, {})
 
 
 def make_step(
@@ -132,8 +178,11 @@ def make_step(
     spike_factor: float = 0.0,
     layout: TrainState | None = None,
     compress: Literal["none", "bf16", "int8"] = "none",
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The compiled step. The state passed in is donated: use only the one that comes back.
+    companion: Companion | None = None,
+    average: float = 0.0,
+    privacy: PrivacyConfig | None = None,
+) -> Step:
+    """The compiled step.
 
     ``like`` gives the parameters their structure (shapes are enough: ``nn.abstract``). ``transform`` gives
     the Transform of a step (fake quantization, masks), which runs on the parameters before the forward pass and is
@@ -141,7 +190,9 @@ def make_step(
     ``accumulate`` = n the rows of the batch are visited in n micro-batches; as the loss is a sum and is divided once,
     by the weight of the whole batch, the result is that of the whole batch. ``layout`` pins the sharding of the
     returned state (``state_shardings``). With ``compress``, gradients are summed over the data axis of its mesh in so
-    many bits (``training.reduce``), once a step.
+    many bits (``training.reduce``), once a step. With ``companion`` the loss is given the model that it makes as a
+    fourth argument. ``average`` is the decay of the moving average of what is trained, which is shorter at first. With
+    ``privacy`` the gradient is the mean over the rows of their clipped gradients, with noise (``training.privacy``).
 
     A step whose loss or gradient is not finite, or whose gradient norm exceeds ``spike_factor`` times its running mean
     (0: no limit), leaves the parameters and the optimizer as they were and reports ``bad``.
@@ -150,13 +201,19 @@ def make_step(
     token, nats), ``weight`` (tokens), ``grad_norm`` (before clipping), ``bad`` (bool), and what else the loss sums.
     """
 
+    partition = Partition(flatten(like))
+
     def objective(trainable, frozen, batch, key, now):
-        params = unflatten(like, {**frozen, **trainable})
+        own, others = frozen
+        params = unflatten(like, partition.join(trainable, own, jax.random.fold_in(key, _ADAPTERS)))
         model = nnx.merge(graphdef, transform(now)(params) if transform else params)
-        value, sums = loss(model, batch, key)
+        second = [companion(params, others, partition.beside(trainable))] if companion else []
+        value, sums = loss(model, batch, key, *second)
         return value, {"loss": value, **sums}
 
     gradient = jax.grad(objective, has_aux=True)
+    if privacy is not None:
+        gradient = clipped(gradient, privacy.clip_norm)
     lies = _of_gradients(layout) if layout is not None else {}
 
     def scattered(grads):
@@ -187,24 +244,31 @@ def make_step(
         grads = sum_replicas(grads, layout.params, lies, compress, jax.random.fold_in(args[-1], 1))
         return grads, jax.tree.map(lambda x: jnp.sum(x, 0), sums)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        trainable, frozen = _partition(state.params)
+    def step(state: TrainState, frozen: tuple[dict, dict], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        trainable = state.params
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=_KEY_IMPL), state.step)
         sum_up = gradient_sums if compress == "none" else compressed_sums
         grads, sums = sum_up(trainable, frozen, state.step, batch, key)
         weight = jnp.maximum(sums["weight"], 1)
-        grads = jax.tree.map(lambda g: g / weight, grads)
+        if privacy is None:
+            grads = jax.tree.map(lambda g: g / weight, grads)
+        else:
+            rows = len(batch["weights"])
+            noise = jax.random.fold_in(key, _NOISE)
+            grads = noised(grads, privacy.clip_norm * privacy.noise_multiplier, noise, rows)
         norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(norm) & jnp.isfinite(sums["loss"]))
         limit = jnp.inf
         if spike_factor:
             limit = jnp.where(state.step < _SPIKE_WARMUP, jnp.inf, spike_factor * state.norm_mean)
             bad |= norm > limit
-        before = _on_device(state.opt_state, layout)
+        before, mean = _on_device((state.opt_state, state.average), layout and (layout.opt_state, layout.average))
         updates, opt_state = tx.update(grads, before, trainable)
         updated = optax.apply_updates(trainable, updates)
-        trainable, opt_state = jax.tree.map(
-            lambda old, new: jnp.where(bad, old, new), (trainable, before), (updated, opt_state)
+        decay = jnp.minimum(average, (state.step + 1) / (state.step + 10))
+        averaged = {path: decay * old + (1 - decay) * updated[path] for path, old in mean.items()}
+        trainable, opt_state, averaged = jax.tree.map(
+            lambda old, new: jnp.where(bad, old, new), (trainable, before, mean), (updated, opt_state, averaged)
         )
         # A spike enters the mean at the limit: should the norm stay high, the mean follows and training goes on.
         pace = 1 / jnp.minimum(state.step + 1, _SPIKE_HORIZON)
@@ -213,19 +277,43 @@ def make_step(
         )
         metrics = jax.tree.map(lambda x: x / weight, sums) | {
             "weight": sums["weight"], "grad_norm": norm, "bad": bad}
-        return TrainState(state.step + 1, {**frozen, **trainable}, opt_state, state.key, norm_mean), metrics
+        return dataclasses.replace(
+            state, step=state.step + 1, params=trainable, opt_state=opt_state, norm_mean=norm_mean, average=averaged
+        ), metrics
 
     out_shardings = None
     if layout is not None:
-        out_shardings = (layout, layout.step)  # metrics are replicated, like the step counter
-    return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
+        out_shardings = (layout.saved, layout.step)  # metrics are replicated, like the step counter
+    return Step(jax.jit(step, donate_argnums=0, out_shardings=out_shardings))
 
 
-def make_eval(graphdef: nnx.GraphDef, like: Params, loss: Loss) -> Callable[[dict[str, Any], Batch], Sums]:
-    """A compiled ``(params, batch) -> {"nll", "weight"}``: sums over the batch, without dropout."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """``step(state, batch) -> (state, metrics)``, compiled. What changes of the state passed in is donated: use only
+    the one that comes back."""
+
+    compiled: Any  # of (state without what never changes, that, batch)
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        fixed = state.frozen, state.companion
+        moved, metrics = self.compiled(state.saved, fixed, batch)
+        return dataclasses.replace(moved, frozen=fixed[0], companion=fixed[1]), metrics
+
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """For abstract arguments."""
+        return self.compiled.lower(state.saved, (state.frozen, state.companion), batch)
+
+
+def make_eval(
+    graphdef: nnx.GraphDef, like: Params, loss: Loss, companion: Companion | None = None
+) -> Callable[[dict[str, Any], Batch, dict[str, Any]], Sums]:
+    """A compiled ``(params, batch, companion's) -> {"nll", "weight", ...}`` of flat parameters: sums over the batch,
+    without dropout."""
 
     @jax.jit
-    def evaluate(params: dict[str, Any], batch: Batch) -> Sums:
-        return loss(nnx.merge(graphdef, unflatten(like, params)), batch, None)[1]
+    def evaluate(flat: dict[str, Any], batch: Batch, others: dict[str, Any] | None = None) -> Sums:
+        params = unflatten(like, flat)
+        second = [companion(params, others, {})] if companion else []
+        return loss(nnx.merge(graphdef, params), batch, None, *second)[1]
 
     return evaluate

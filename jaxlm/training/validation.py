@@ -17,7 +17,8 @@ from jaxlm.data.sources import Bitext
 from jaxlm.inference.translate import translate
 from jaxlm.model import LM
 from jaxlm.training.distributed import gathered
-from jaxlm.training.loss import Batch, make_loss
+from jaxlm.training.loss import Batch
+from jaxlm.training.objective import validation_of
 from jaxlm.training.setup import Setup
 from jaxlm.training.step import make_eval
 
@@ -35,23 +36,27 @@ class Validator:
             if not isinstance(setup.valid_source, Bitext):
                 raise UserError('eval.metric "bleu" needs parallel validation text; set data.valid, or use "loss"')
         self._setup, self._put, self._check = setup, put, check
-        self._sums = make_eval(setup.graphdef, setup.like, make_loss(setup.config.model))
+        loss, asks = validation_of(setup.config)
+        self._sums = make_eval(setup.graphdef, setup.like, loss, setup.companion.model if asks else None)
 
-    def __call__(self, params: dict[str, Any]) -> dict[str, float]:
-        """``valid_loss`` (nats a token), ``valid_perplexity``, and ``valid_bleu`` (cased, 13a) if that is the metric.
-        """
+    def __call__(self, params: dict[str, Any], companion: dict[str, Any]) -> dict[str, float]:
+        """``valid_loss`` (nats a token, or a pair of preferences), ``valid_perplexity``, what else the loss sums, and
+        ``valid_bleu`` (cased, 13a) if that is the metric."""
         totals = {"nll": 0.0, "weight": 0.0}
         pending = None
         for index, batch in enumerate(self._setup.valid_loader.iterate()):
             if index == self._setup.config.eval.batches > 0:
                 break
             self._check()
-            dispatched = self._sums(params, self._put(batch))
+            dispatched = self._sums(params, self._put(batch), companion)
             _add(totals, pending)  # of the batch before: never wait for the one just dispatched
             pending = dispatched
         _add(totals, pending)
-        loss = totals["nll"] / totals["weight"]
-        scores = {"valid_loss": loss, "valid_perplexity": math.exp(min(loss, 700))}
+        means = {name: total / totals["weight"] for name, total in totals.items()}
+        scores = {"valid_loss": means["nll"]}
+        if not self._setup.config.dpo.beta:
+            scores["valid_perplexity"] = math.exp(min(means["nll"], 700))
+        scores |= {f"valid_{name}": mean for name, mean in means.items() if name not in ("nll", "weight", "tokens")}
         if self._setup.config.eval.metric == "bleu":
             scores["valid_bleu"] = self._bleu(params)
         return scores
@@ -82,4 +87,4 @@ class Validator:
 
 def _add(totals: dict[str, float], sums: dict[str, jax.Array] | None) -> None:
     for name, value in jax.device_get(sums or {}).items():
-        totals[name] += float(value)
+        totals[name] = totals.get(name, 0.0) + float(value)

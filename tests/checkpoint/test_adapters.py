@@ -321,7 +321,9 @@ LAYER = "model.layers.1.self_attn"
 
 
 @pytest.mark.parametrize("tensors, config, message", [
-    (GOOD, {"use_dora": True}, "adapter_config.json: use_dora = True is not supported"),
+    (GOOD, {"use_dora": True}, "adapter_config.json: use_dora is True, and '.*lora_magnitude_vector' does not go"),
+    (GOOD | {"model.layers.1.self_attn.q_proj.lora_magnitude_vector": np.ones(32, np.float32)}, {},
+     "use_dora is False, and"),
     (GOOD, {"some_new_switch": 3}, "some_new_switch = 3 is not supported, and might change"),
     (GOOD, {"peft_type": "IA3"}, "peft_type 'IA3' is not supported; only LORA is"),
     (GOOD, {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changed the base model as well"),

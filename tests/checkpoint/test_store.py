@@ -116,7 +116,7 @@ def test_parameters_alone(store):
     state = make_state()
     store.save(1, state, {})
     store.wait()
-    params = store.restore_params(1, jax.eval_shape(lambda: state["params"]))
+    params = store.restore_part(1, "params", jax.eval_shape(lambda: state["params"]))
     assert_same(params, state["params"])
 
 
@@ -176,11 +176,12 @@ def test_a_flipped_bit_of_an_array_is_noticed(tmp_path, caplog):
         file.write_bytes(data)
     message = f"checkpoint {tmp_path / '2'} cannot be read: params/w is damaged, its checksum is wrong"
     like = abstract(states[2])
-    for restore in (lambda: store.restore(2, like), lambda: store.restore_params(2, like["params"])):
+    for restore in (lambda: store.restore(2, like), lambda: store.restore_part(2, "params", like["params"])):
         with pytest.raises(UserError) as caught:
             restore()
         assert str(caught.value) == message
-    assert_same(store.restore_params(2, {"b": like["params"]["b"]}), {"b": states[2]["params"]["b"]})  # which is whole
+    whole = {"b": like["params"]["b"]}
+    assert_same(store.restore_part(2, "params", whole), {"b": states[2]["params"]["b"]})
     restored, _, step = store.restore_latest(like)
     assert step == 1 and "checkpoint 2 is damaged (params/w is damaged" in caplog.text
     assert_same(restored, states[1])

@@ -20,7 +20,7 @@ from jaxlm.nn.pipeline import Schedule, make_schedule
 from jaxlm.training.config import DataConfig, Experiment, MeshConfig
 from jaxlm.training.loss import make_loss
 from jaxlm.training.setup import prepare
-from jaxlm.training.step import abstract_state, init_state, make_step
+from jaxlm.training.step import Step, abstract_state, init_state, make_step
 from tests.training.test_step import DECODER, SEQ2SEQ, VOCABULARY, assert_same, batches
 
 ONCE = dataclasses.replace(DECODER, layers=4, microbatches=4, windows=(3, 0), positions="relative")
@@ -59,7 +59,7 @@ def train(config, mesh=None):
     data = data if mesh is None else jax.device_put(data, batch_sharding(mesh))
     compiled = step.lower(state, data[0]).compile()
     for batch in data:
-        state, metrics = compiled(state, batch)
+        state, metrics = Step(compiled)(state, batch)
         history.append(jax.device_get(metrics))
     return state, history, compiled.as_text()
 

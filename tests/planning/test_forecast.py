@@ -13,15 +13,16 @@ import pytest
 from jaxlm import nn
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
-from jaxlm.core.tree import count_params
-from jaxlm.planning.abstract import bytes_per_device, compressed
+from jaxlm.core.sharding import bytes_per_device
+from jaxlm.core.tree import count_params, flatten
+from jaxlm.planning.abstract import compressed
 from jaxlm.planning.advice import advise
 from jaxlm.planning.child import run_forecast
 from jaxlm.planning.closed import estimate, mesh_shapes
 from jaxlm.planning.forecast import _used, forecast
 from jaxlm.planning.programs import Serving, programs_of
 from jaxlm.planning.topology import parse_topology
-from jaxlm.training.config import DataConfig, Experiment, MeshConfig, TrainConfig
+from jaxlm.training.config import DataConfig, Experiment, LoraConfig, MeshConfig, TrainConfig
 
 MODEL = nn.DecoderConfig(
     width=64, heads=4, kv_heads=2, ffn=128, layers=2, vocab_size=96, tie_embeddings=False, max_positions=32
@@ -195,3 +196,21 @@ def test_a_step_for_tpus_that_are_not_there():
     assert 1 <= 8 * sum(result["counts"]["flops"].values()) / result["flops"] < 1.3
     assert {tuple(row["axes"]) for row in result["counts"]["collectives"]} <= {
         ("fsdp",), ("tensor",), ("fsdp", "tensor")}
+
+
+def test_frozen_weights_count_as_they_are_held():
+    """QLoRA: no gradient and no moments of what is frozen, and that in its codes."""
+    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=4, base="w4a16-rtn-g32"), mesh=MeshConfig(1, 4, 2))
+    (program,) = programs_of(config, CPU)
+    (dense,) = programs_of(CONFIG, CPU)
+    held = program.held
+    assert held["parameters"] == held["gradients"] < 0.2 * dense.held["parameters"]
+    assert held["optimizer"] == pytest.approx(2 * held["parameters"], abs=16)
+    kernels = sum(math.prod(leaf.shape) for path, leaf in flatten(nn.abstract(MODEL)[1]).items() if "/layers/" in path
+                  and path.endswith("kernel"))
+    codes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(program.arguments[0].frozen)
+                if leaf.dtype == jax.numpy.int8 and leaf.ndim == 3 and leaf.shape[-1] > 8)
+    assert kernels <= codes <= 1.1 * kernels
+    assert 8 * held["frozen"] < 4 * count_params(nn.abstract(MODEL)[1])
+    result = forecast(program, config, CPU)
+    assert result.memory.peak > bytes_per_device(program.arguments) and result.memory.over == 0

@@ -123,7 +123,7 @@ def train(model: str, mix: dict | None = None, steps: int = STEPS):
             losses.append(float(metrics["loss"]))
             if len(losses) == 1:
                 gradients = jax.device_get(optax.tree.get(state.opt_state, "trace"))
-    assert step._cache_size() == 1
+    assert step.compiled._cache_size() == 1
     return np.array(losses), gradients, state, mesh, like
 
 

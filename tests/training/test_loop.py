@@ -203,7 +203,7 @@ class Scripted:
     def __init__(self, losses):
         self.losses, self.seen = iter(losses), []
 
-    def __call__(self, params):
+    def __call__(self, params, companion):
         self.seen.append(jax.tree.map(np.array, params))
         return {"valid_loss": next(self.losses)}
 
@@ -232,14 +232,14 @@ def test_export_of_the_best(folder, tmp_path, monkeypatch, average, chosen):
 
 def test_a_damaged_checkpoint_is_left_out_of_the_mean(folder, tmp_path, monkeypatch):
     scripted(monkeypatch, [3.0, 2.0, 4.0, 1.0, 5.0, 5.0])
-    original = loop.Store.restore_params
+    original = loop.Store.restore_part
 
-    def restore_params(self, step, abstract):
+    def restore_part(self, step, name, abstract):
         if step == 20:
             raise UserError("checkpoint 20 cannot be read")
-        return original(self, step, abstract)
+        return original(self, step, name, abstract)
 
-    monkeypatch.setattr(loop.Store, "restore_params", restore_params)
+    monkeypatch.setattr(loop.Store, "restore_part", restore_part)
     path = train(experiment(folder, eval_every=5, average=2, checkpoint_every=0), tmp_path)
     assert read_model(path)[3]["training"]["steps"] == [10]
 

@@ -60,7 +60,7 @@ def parameters():
 
 
 def test_only_matrices_decay():
-    mask = decay_mask(parameters())
+    mask = decay_mask(OptimConfig().decayed, parameters())
     assert [path for path, decays in mask.items() if decays] == ["embed/table", "decoder/layers/0/attn/q/kernel"]
 
 
@@ -84,7 +84,7 @@ def test_adamw(clip_norm):
             first[path] = config.b1 * first[path] + (1 - config.b1) * g
             second[path] = config.b2 * second[path] + (1 - config.b2) * g**2
             m, v = first[path] / (1 - config.b1**(t + 1)), second[path] / (1 - config.b2**(t + 1))
-            decay = config.weight_decay * weight if decay_mask(expected)[path] else 0
+            decay = config.weight_decay * weight if decay_mask(config.decayed, expected)[path] else 0
             expected[path] = weight - float(schedule(t)) * (m / (np.sqrt(v) + config.eps) + decay)
     for path, leaf in expected.items():
         np.testing.assert_allclose(params[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)

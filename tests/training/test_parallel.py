@@ -21,7 +21,7 @@ from jaxlm.core.leaves import LoRA
 from jaxlm.core.sharding import batch_sharding, make_mesh, relocate, shardings
 from jaxlm.core.tree import flatten, map_params
 from jaxlm.training.loss import make_loss
-from jaxlm.training.step import abstract_state, init_state, make_step
+from jaxlm.training.step import Step, abstract_state, init_state, make_step
 from tests.training.hlo import collectives
 from tests.training.mixes import MIXES, differences, name
 
@@ -106,7 +106,7 @@ def gradient(config, mesh=None, transform=None, **options):
     with jax.set_mesh(mesh or make_mesh(devices=jax.devices()[:1])):
         state = init_state(lambda: init(jax.random.key(0)), tx, 0, layout)
         program = step.lower(state, batch).compile()
-        state, metrics = program(state, batch)
+        state, metrics = Step(program)(state, batch)
     return jax.device_get(optax.tree.get(state.opt_state, "trace")), metrics, collectives(program.as_text())
 
 

@@ -152,7 +152,7 @@ def run(mesh=None):
         batch["weights"] = np.ones((16, 6), np.float32)
         state, metrics = step(state, batch if mesh is None else jax.device_put(batch, batch_sharding(mesh)))
         losses.append(float(metrics["loss"]))
-    assert step._cache_size() == 1
+    assert step.compiled._cache_size() == 1
     return state, losses
 
 
