@@ -213,7 +213,7 @@ def _last_logp(model, inputs: tuple[Array, ...], tokens: Tokens, lengths: Length
         real_1xS = _real(tokens[0], lengths[0])
         memory = model.encoder(inputs[0][None], real_BxT=real_1xS)[0]
         masks = {"memory_BxMxD": memory, "memory_mask_BxM": real_1xS}
-    x_1xTxD, _ = model.decoder(inputs[-1][None], **masks)
+    x_1xTxD = model.decoder(inputs[-1][None], **masks)[0]
     last_1x1xD = jax.lax.dynamic_slice_in_dim(x_1xTxD, lengths[-1] - 1, 1, axis=1)
     return jax.nn.log_softmax(head_logits(model, last_1x1xD)[0, 0])
 
