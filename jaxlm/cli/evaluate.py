@@ -1,5 +1,7 @@
 """Scores a model on some data: loss and perplexity a token, word and byte; BLEU and chrF where it translates.
 
+    jaxlm evaluate runs/quickstart/run --data builtin:phrasebook:test
+
 SPEC is text:PATH, jsonl:PATH, tokens:PATH.npy, bitext:SRC,TGT or builtin:phrasebook. A training run brings its own: the
 data.test of its experiment.
 """

@@ -1,5 +1,7 @@
 """Writes a model as others load it.
 
+    jaxlm export runs/quickstart/run --out exported
+
 Without --format it is the plainest family of transformers that can be the model: llama, gpt2, m2m_100 or marian, then
 any other; compressed weights are written as what they stand for. --format compressed-tensors keeps them compressed, for
 transformers and vLLM. --format gguf-f16, gguf-q8_0, gguf-q4_0 or gguf-q4_k writes a file for llama.cpp.

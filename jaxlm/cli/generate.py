@@ -1,5 +1,8 @@
 """Continues texts, or answers messages. Greedy, unless a temperature is given or the model's generation_config.json
-samples; a beam searches for the most likely continuation."""
+samples; a beam searches for the most likely continuation.
+
+    jaxlm generate MODEL --prompt "Once upon a time" --max-new-tokens 64 --temperature 0.8
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """Trains a small English-German translator on built-in phrases, compresses it three ways, and shows what each costs.
 
+    jaxlm quickstart --out runs/quickstart
+
 Minutes on a CPU. DIR gets the models, report.md with its pictures, and report.json. The phrases are made by a program:
 their figures say that everything works, and nothing about real text.
 """

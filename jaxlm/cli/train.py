@@ -1,7 +1,9 @@
 """Trains the experiment that a Python file defines as `config`, into a run directory.
 
+    jaxlm train configs/shakespeare.py --out runs/shakespeare --data.train text:input.txt --optim.lr 3e-4
+
 Where the directory holds a checkpoint, training goes on from there. Any field of the experiment can be set by its
-dotted path, as in `jaxlm train configs/phrasebook.py --out runs/a --optim.lr 3e-4 --train.steps 500`.
+dotted path.
 
 Several processes train together where the environment says that there are several: under the scripts of launch/, in a
 SLURM step, on the workers of a TPU slice. SIGTERM saves a checkpoint; the exit status is then that which

@@ -1,4 +1,7 @@
-"""Translates lines: from standard input to standard output unless files are named. A blank line stays blank."""
+"""Translates lines: from standard input to standard output unless files are named. A blank line stays blank.
+
+    echo "Where is the station?" | jaxlm translate runs/quickstart/run
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 
@@ -26,6 +27,7 @@ def test_every_command_has_help(jaxlm_command, name):
     status, out, err = jaxlm_command(name, "--help")
     assert (status, err) == (0, "")
     assert out.startswith(f"usage: jaxlm {name}")
+    assert re.search(rf"\n\n    (echo .* \| )?jaxlm {name}\b", out), "an example comes right after the first sentence"
 
 
 def test_version(jaxlm_command):
