@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jaxlm.checkpoint.store import Store
 from jaxlm.core.errors import UserError
 from jaxlm.core.host import keep_freed_memory
-from jaxlm.core.sharding import batch_sharding, on_device
+from jaxlm.core.sharding import batch_sharding, bytes_per_device, on_device
 from jaxlm.core.tree import count_params, flatten
 from jaxlm.training.config import Experiment
 from jaxlm.training.export import Exporter
@@ -187,7 +187,8 @@ class _Training:
             self._reporter.line(f"resuming at step {self._step}")
         self._write({"step": self._step, "start": {
             "parameters": count_params(setup.like), "device": setup.mesh.devices.flat[0].device_kind,
-            "mesh": dict(setup.mesh.shape), "peak_flops": self._peak, "flop_convention": FLOP_CONVENTION,
+            "mesh": dict(setup.mesh.shape), "optimizer_bytes": bytes_per_device(self._abstract.opt_state),
+            "peak_flops": self._peak, "flop_convention": FLOP_CONVENTION,
         }})
 
     def _loop(self, batches: Iterator[Batch]) -> None:

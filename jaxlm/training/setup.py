@@ -37,7 +37,7 @@ __all__ = ["Setup", "prepare", "with_model"]
 _MAY_CHANGE = (
     "mesh.", "model.microbatches", "eval.", "data.valid", "data.test", "data.prefetch", "train.steps",
     "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_", "train.patience", "train.average",
-    "train.on_nan", "train.spike_factor",
+    "train.on_nan", "train.spike_factor", "lora.merge",
 )
 
 

@@ -22,11 +22,11 @@ from jaxlm.training.partition import Partition
 from jaxlm.training.privacy import clipped, noised
 from jaxlm.training.reduce import each_replica, sum_replicas
 
-__all__ = ["Companion", "Step", "TrainState", "abstract_state", "complete_state", "init_state", "make_eval",
+__all__ = ["SecondModel", "Step", "TrainState", "abstract_state", "complete_state", "init_state", "make_eval",
            "make_step", "state_shardings"]
 
 # From the parameters in training, a second model's own leaves, and what is trained beside, to that second model.
-Companion = Callable[[Params, dict[str, Any], dict[str, Array]], Any]
+SecondModel = Callable[[Params, dict[str, Any], dict[str, Array]], Any]
 
 _SPIKE_WARMUP = 20  # steps before a gradient norm can count as a spike
 _SPIKE_HORIZON = 100  # steps that the running mean of the gradient norm remembers
@@ -178,7 +178,7 @@ def make_step(
     spike_factor: float = 0.0,
     layout: TrainState | None = None,
     compress: Literal["none", "bf16", "int8"] = "none",
-    companion: Companion | None = None,
+    companion: SecondModel | None = None,
     average: float = 0.0,
     privacy: PrivacyConfig | None = None,
 ) -> Step:
@@ -305,7 +305,7 @@ class Step:
 
 
 def make_eval(
-    graphdef: nnx.GraphDef, like: Params, loss: Loss, companion: Companion | None = None
+    graphdef: nnx.GraphDef, like: Params, loss: Loss, companion: SecondModel | None = None
 ) -> Callable[[dict[str, Any], Batch, dict[str, Any]], Sums]:
     """A compiled ``(params, batch, companion's) -> {"nll", "weight", ...}`` of flat parameters: sums over the batch,
     without dropout."""

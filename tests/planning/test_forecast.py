@@ -204,7 +204,7 @@ def test_frozen_weights_count_as_they_are_held():
     (program,) = programs_of(config, CPU)
     (dense,) = programs_of(CONFIG, CPU)
     held = program.held
-    assert held["parameters"] == held["gradients"] < 0.2 * dense.held["parameters"]
+    assert held["parameters"] == held["gradients"] < 0.35 * dense.held["parameters"]
     assert held["optimizer"] == pytest.approx(2 * held["parameters"], abs=16)
     kernels = sum(math.prod(leaf.shape) for path, leaf in flatten(nn.abstract(MODEL)[1]).items() if "/layers/" in path
                   and path.endswith("kernel"))
