@@ -7,15 +7,18 @@ A pair goes to the smallest bucket that holds both of its sides with their eos; 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.buckets import Plan, bucket_rows, plan_epoch
+from jaxlm.data.encoding import Encoded
+from jaxlm.data.leaks import joined_pairs
 from jaxlm.data.packing import Batch
 from jaxlm.data.sources import Bitext
+from jaxlm.data.token_cache import digest, kept, write_parts
 from jaxlm.data.tokenizer import Tokenizer
 
 _AT_A_TIME = 1 << 14  # sentences encoded
@@ -27,7 +30,7 @@ class Pairs:
     def __init__(
         self, source: Bitext, tokenizer: Tokenizer, buckets: tuple[int, ...], batch_tokens: int, *,
         keep_all: bool, multiple: int = 1, source_language: str | None = None, target_language: str | None = None,
-        start_id: int | None = None,
+        start_id: int | None = None, cache: str = "",
     ):
         """
         Args:
@@ -39,6 +42,7 @@ class Pairs:
             multiple: the number of rows is one of this (devices, processes).
             source_language, target_language: see ``Tokenizer.encode_source`` and ``encode_target``.
             start_id: what decoder inputs start with; None: the bos token of the tokenizer.
+            cache: where tokenized text is kept (``data.token_cache``).
 
         Raises:
             UserError: no buckets, a tokenizer without the special tokens, or no pair that fits.
@@ -50,8 +54,15 @@ class Pairs:
         if not buckets or min(buckets) < 2:
             raise UserError(f"data.buckets is {buckets}; give padded lengths of at least 2, such as (16, 32, 64)")
         self._pad, self._start = tokenizer.pad_id, tokenizer.bos_id if start_id is None else start_id
-        self._src = _Side(source.src, partial(tokenizer.encode_source, language=source_language))
-        self._tgt = _Side(source.tgt, partial(tokenizer.encode_target, language=target_language))
+        made_by = tokenizer.fingerprint() if cache else ""
+        self._src = _Side(
+            source.src, partial(tokenizer.encode_source, language=source_language), cache,
+            f"source {source_language} {made_by}",
+        )
+        self._tgt = _Side(
+            source.tgt, partial(tokenizer.encode_target, language=target_language), cache,
+            f"target {target_language} {made_by}",
+        )
         length = np.maximum(self._src.lengths, self._tgt.lengths)[:-1]
         self._buckets = sorted(set(buckets))
         while keep_all and self._buckets[-1] < length.max():
@@ -106,6 +117,13 @@ class Pairs:
             "source_tokens": src, "target_tokens": tgt, "batches": len(plan.bucket), "efficiency": (src + tgt) / padded,
         }
 
+    def documents(self) -> Encoded:
+        """Each pair as one document, those that are left out of batches too."""
+        last = [side.lengths[-1] for side in (self._src, self._tgt)]  # of the empty pair
+        return joined_pairs(
+            (side.ids[:-n], side.lengths[:-1]) for side, n in zip((self._src, self._tgt), last, strict=True)
+        )
+
     def notes(self) -> list[str]:
         total, kept = len(self._bucket_of), len(self._kept)
         if total == kept:
@@ -119,18 +137,25 @@ class Pairs:
 class _Side:
     """One language: sentences with their eos, end to end, and an empty one at the end."""
 
-    def __init__(self, texts: list[str], encode: Callable[[list[str]], list[list[int]]]):
-        texts, ids, lengths = [*texts, ""], [], []
-        for at in range(0, len(texts), _AT_A_TIME):  # Python's numbers take ten times the room
-            rows = encode(texts[at : at + _AT_A_TIME])
-            ids.append(np.fromiter(itertools.chain.from_iterable(rows), np.int32))
-            lengths += map(len, rows)
-        self._ids, self.lengths = np.concatenate(ids), np.array(lengths)
+    def __init__(self, texts: list[str], encode: Callable[[list[str]], list[list[int]]], cache: str, name: str):
+        """``name`` says how ``encode`` encodes, for the ``cache``."""
+        texts = [*texts, ""]
+
+        def parts() -> Iterator[Encoded]:
+            for at in range(0, len(texts), _AT_A_TIME):  # Python's numbers take ten times the room
+                rows = encode(texts[at : at + _AT_A_TIME])
+                yield Encoded(np.fromiter(itertools.chain.from_iterable(rows), np.int32), np.array([*map(len, rows)]))
+
+        encoded = (
+            kept(cache, f"{name} {digest(texts)}", lambda new: write_parts(parts(), new)) if cache
+            else Encoded.joined(parts())
+        )
+        self.ids, self.lengths = encoded.ids, encoded.lengths
         self._starts = np.cumsum(self.lengths) - self.lengths
 
     def take(self, rows_B: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
         """ids [B, length] int32, and where they are not padding, bool."""
         offset_L = np.arange(length)
         mask_BxL = offset_L < self.lengths[rows_B][:, None]
-        at_BxL = np.minimum(self._starts[rows_B][:, None] + offset_L, len(self._ids) - 1)
-        return np.where(mask_BxL, self._ids[at_BxL], pad).astype(np.int32), mask_BxL
+        at_BxL = np.minimum(self._starts[rows_B][:, None] + offset_L, len(self.ids) - 1)
+        return np.where(mask_BxL, self.ids[at_BxL], pad).astype(np.int32), mask_BxL

@@ -11,7 +11,7 @@ import abc
 import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -20,6 +20,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.bitext import Pairs
 from jaxlm.data.buckets import Plan
 from jaxlm.data.config import DataConfig
+from jaxlm.data.encoding import Encoded
 from jaxlm.data.mixture import MixedRows
 from jaxlm.data.packing import Batch, PackedDocuments, Windows
 from jaxlm.data.preferences import PreferencePairs
@@ -55,7 +56,10 @@ def make_loader(
     place = (process_index, process_count)
     multiple = math.lcm(row_multiple, process_count)
     if isinstance(source, Bitext):
-        pairs = Pairs(source, tokenizer, config.buckets, config.batch_tokens, keep_all=not train, multiple=multiple)
+        pairs = Pairs(
+            source, tokenizer, config.buckets, config.batch_tokens, keep_all=not train, multiple=multiple,
+            cache=config.cache,
+        )
         return PairLoader(pairs, seed, config.prefetch, *place)
     if config.seq_len < 1 or config.batch_size < 1:
         raise UserError(f"data.seq_len {config.seq_len} and data.batch_size {config.batch_size} must both be positive")
@@ -74,7 +78,7 @@ def make_loader(
     else:
         parts = [Windows(each.ids, config.seq_len, seed, each.notes) for each in encoded]
     rows = MixedRows(parts, source, seed) if isinstance(source, Mixture) else parts[0]
-    return RowLoader(rows, config.batch_size, config.seq_len, seed, config.prefetch, *place)
+    return RowLoader(rows, encoded, config.batch_size, config.seq_len, seed, config.prefetch, *place)
 
 
 class Loader(abc.ABC):
@@ -111,6 +115,10 @@ class Loader(abc.ABC):
     @abc.abstractmethod
     def notes(self) -> list[str]:
         """Sentences about the data that the user should see: what was left out, what was cut."""
+
+    @abc.abstractmethod
+    def documents(self) -> Sequence[Encoded]:
+        """All that batches are made of, source by source, to look for leaks in."""
 
     @abc.abstractmethod
     def _batch_near(self, examples: int) -> int:
@@ -150,11 +158,11 @@ class RowLoader(Loader):
     with rows of weight 0."""
 
     def __init__(
-        self, rows: Windows | PackedDocuments | MixedRows, batch_size: int, length: int, seed: int | None,
-        prefetch: int, process_index: int = 0, process_count: int = 1,
+        self, rows: Windows | PackedDocuments | MixedRows, encoded: Sequence[Encoded], batch_size: int, length: int,
+        seed: int | None, prefetch: int, process_index: int = 0, process_count: int = 1,
     ):
         super().__init__(seed, prefetch, process_index, process_count)
-        self._rows, self._size = rows, batch_size
+        self._rows, self._encoded, self._size = rows, encoded, batch_size
         self.shapes = [(batch_size, length)]
         self.examples_per_epoch = len(rows)
         self.batches_per_epoch = -(-len(rows) // batch_size)
@@ -184,6 +192,9 @@ class RowLoader(Loader):
 
     def notes(self) -> list[str]:
         return self._rows.notes()
+
+    def documents(self) -> Sequence[Encoded]:
+        return self._encoded
 
 
 class PairLoader(Loader):
@@ -220,3 +231,6 @@ class PairLoader(Loader):
 
     def notes(self) -> list[str]:
         return self._pairs.notes()
+
+    def documents(self) -> Sequence[Encoded]:
+        return [self._pairs.documents()]

@@ -78,6 +78,9 @@ class PreferencePairs:
             "tokens": tokens, "batches": len(plan.bucket), "efficiency": tokens / padded,
         }
 
+    def documents(self) -> Encoded:
+        return self._encoded
+
     def notes(self) -> list[str]:
         notes, (total, longest) = list(self._encoded.notes), (len(self._bucket_of), self._lengths[-1])
         if out := total - len(self._kept):

@@ -178,6 +178,8 @@ class _Training:
         setup = self._setup
         self._reporter.line(setup.report)
         self._reporter.line(state_report(setup.like, self._abstract))
+        for line in setup.leaks:
+            self._reporter.line(line)
         if checked:
             self._reporter.line(checked)
         for loader in (setup.loader, setup.valid_loader):

@@ -20,6 +20,7 @@ from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import batch_ways, describe, make_mesh, mesh_sizes, relocate, require_host_memory
 from jaxlm.core.tree import Params, Transform, count_params, flatten
+from jaxlm.data.leaks import find_leaks
 from jaxlm.data.loader import Loader, make_loader
 from jaxlm.data.sources import Bitext, Preferences, Source, open_source
 from jaxlm.data.tokenizer import Tokenizer, tokenizer_for
@@ -27,7 +28,7 @@ from jaxlm.model import load, model_config, model_tokenizer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.pipeline import Schedule
 from jaxlm.training.companion import Companion, companion_of
-from jaxlm.training.config import Experiment
+from jaxlm.training.config import DataConfig, Experiment
 from jaxlm.training.distributed import row_share
 from jaxlm.training.lora import adapt, check, freeze
 
@@ -35,7 +36,8 @@ __all__ = ["Setup", "prepare", "with_model"]
 
 # What may differ between the start of a run and its resumption; anything else would make another training of it.
 _MAY_CHANGE = (
-    "mesh.", "model.microbatches", "eval.", "data.valid", "data.test", "data.prefetch", "train.steps",
+    "mesh.", "model.microbatches", "eval.", "data.valid", "data.test", "data.prefetch", "data.cache", "data.leaks",
+    "train.steps",
     "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_", "train.patience", "train.average",
     "train.on_nan", "train.spike_factor", "lora.merge",
 )
@@ -58,6 +60,7 @@ class Setup:
     initial: Params | Callable[[], Params]
     companion: Companion | None
     resuming: bool
+    leaks: tuple[str, ...]  # sentences about what validation and test have in common with training
 
     @property
     def report(self) -> str:
@@ -121,12 +124,13 @@ def prepare(config: Experiment, run: Path) -> Setup:
     if config.data.valid:
         valid_source = open_source(config.data.valid, "valid", config.data.bad_rows)
         valid_loader = make_loader(config.data, valid_source, tokenizer, train=False, row_multiple=ways, **place)
+    leaks = () if resuming else _leaks(config.data, tokenizer, loader, valid_loader)
     initial = _initial(config, like, relocate(config.mesh.rules))
     like = jax.eval_shape(initial if callable(initial) else lambda: initial)
     companion = companion_of(config, graphdef, like, initial)
     return Setup(
         config, tokenizer, source, loader, valid_source, valid_loader, mesh, parts, graphdef, like, initial, companion,
-        resuming,
+        resuming, leaks,
     )
 
 
@@ -205,6 +209,23 @@ def _check_lengths(config: Experiment, loader: Loader) -> None:
             f"sequences of {longest} tokens do not fit {rows} learned positions; raise model.max_positions or lower "
             f"data.{'buckets' if config.model.kind == 'seq2seq' else 'seq_len'}"
         )
+
+
+def _leaks(data: DataConfig, tokenizer: Tokenizer, loader: Loader, valid_loader: Loader | None) -> tuple[str, ...]:
+    """What of the held-out data is in the training data. UserError where there is any and ``data.leaks`` is "fail"."""
+    if data.leaks == "off":
+        return ()
+    held = {"valid": valid_loader}
+    if data.test:
+        test = open_source(data.test, "test", data.bad_rows)
+        held["test"] = make_loader(data, test, tokenizer, train=False)
+    found = {
+        name: find_leaks(loader.documents(), other.documents(), tokenizer) for name, other in held.items() if other
+    }
+    for name, leaks in found.items():
+        if data.leaks == "fail" and leaks.exact + leaks.near:
+            raise UserError(f"data.{name}: {leaks}; take them out of one, or set data.leaks=report")
+    return tuple(f"data.{name}: {leaks}" for name, leaks in found.items())
 
 
 def _initial(config: Experiment, like: Params, relocated: Transform) -> Params | Callable[[], Params]:

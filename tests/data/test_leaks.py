@@ -1,0 +1,124 @@
+"""Leaks between splits: planted ones are found, whatever disguise the definition allows, and no others."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxlm.core.errors import UserError
+from jaxlm.data import leaks
+from jaxlm.data.config import DataConfig
+from jaxlm.data.encoding import Encoded, encode
+from jaxlm.data.leaks import find_leaks, joined_pairs
+from jaxlm.data.loader import make_loader
+from jaxlm.data.sources import Bitext, Documents
+from jaxlm.data.tokenizer import Tokenizer
+
+RANDOM = np.random.default_rng(0)
+WORDS = ["".join(RANDOM.choice(list("abcdefghijklmnop"), RANDOM.integers(3, 9))) for _ in range(400)]
+
+
+def sentence(n: int) -> str:
+    return " ".join(RANDOM.choice(WORDS, n))
+
+
+TRAIN = [sentence(int(n)) for n in RANDOM.integers(3, 60, 200)]
+FRESH = [sentence(40) for _ in range(20)]
+TOKENIZER = Tokenizer.train([*TRAIN, *FRESH, " ".join(TRAIN).title()], vocab_size=1200)
+
+
+def found(held: list[str], train: list[str] = TRAIN, tokenizer: Tokenizer = TOKENIZER):
+    sides = [[encode(Documents("jsonl:x", texts, ends=True), tokenizer)] for texts in (train, held)]
+    return find_leaks(*sides, tokenizer)
+
+
+def test_fresh_documents_are_no_leaks():
+    result = found(FRESH)
+    assert (result.documents, result.exact, result.near, result.examples) == (20, 0, 0, ())
+    assert str(result) == "none of 20 documents is in the training data"
+
+
+def test_planted_documents_are_found_and_said():
+    whole = next(text for text in TRAIN if len(text.split()) > 30)
+    short = next(text for text in TRAIN if len(text.split()) == 3)
+    disguised = whole.title().replace(" ", ",  ") + "!"
+    words = whole.split()
+    changed = " ".join([*words[:-8], *sentence(8).split()])
+    result = found([*FRESH, whole, short, disguised, changed])
+    assert (result.documents, result.exact + result.near, result.near >= 1) == (24, 4, True)
+    assert result.exact >= 2
+    assert result.examples[0] == whole[:60]
+    assert f'word for word, and {result.near:,} more in large part, such as "{whole[:20]}' in str(result)
+    few = " ".join([*words[:10], *sentence(30).split()])
+    assert found([*FRESH, few]).exact + found([*FRESH, few]).near == 0, "a quarter is no large part"
+    cut = " ".join(short.split()[:2])
+    assert found([*FRESH, cut]).exact == 0, "a short document is compared as a whole"
+
+
+def test_what_many_share_says_nothing():
+    prompt = sentence(30)
+    held = [f"{prompt} {sentence(12)}" for _ in range(20)]
+    assert found(held, [*TRAIN, *(f"{prompt} {sentence(12)}" for _ in range(5))]).near == 0
+    assert found(held[:2], [*TRAIN, f"{prompt} {sentence(12)}"]).near == 2
+
+
+def test_streams_are_judged_in_pieces(monkeypatch):
+    train, held = " ".join(TRAIN), " ".join(FRESH)
+    inside = held[:3000] + " ".join(TRAIN[50:90]) + held[3000:]
+    sides = [[encode(Documents("text:x", [text], ends=False), TOKENIZER)] for text in (train, inside)]
+    whole = find_leaks(*sides, TOKENIZER)
+    planted = len(TOKENIZER.encode(" ".join(TRAIN[50:90]))) / 512
+    assert whole.documents == -(-len(sides[1][0].ids) // 512)
+    assert planted - 2 <= whole.exact + whole.near <= planted + 2
+    monkeypatch.setattr(leaks, "_AT_A_TIME", 100)  # and training data some at a time
+    assert find_leaks(*sides, TOKENIZER) == whole
+
+
+def test_tokenizers_make_no_difference():
+    characters = Tokenizer.train([*TRAIN, *FRESH], "char")
+    assert found(FRESH, tokenizer=characters).near == 0
+    assert found([*FRESH, TRAIN[0]], tokenizer=characters).exact == 1
+
+
+def test_pairs_are_documents():
+    pairs = [(sentence(9), sentence(9)) for _ in range(30)]
+    config = DataConfig(batch_tokens=512, buckets=(64,))
+
+    def loader(some):
+        return make_loader(config, Bitext("bitext:x", *map(list, zip(*some, strict=True))), TOKENIZER, train=False)
+
+    train, held = loader(pairs), loader([(sentence(9), sentence(9)), pairs[3], (pairs[4][0], sentence(9))])
+    assert len(train.documents()[0].lengths) == 30
+    result = find_leaks(train.documents(), held.documents(), TOKENIZER)
+    assert result.documents == 3 and result.exact == 1
+    joint = joined_pairs([(np.array([1, 2, 3]), np.array([2, 1])), (np.array([7, 8, 9]), np.array([1, 2]))])
+    assert joint.ids.tolist() == [1, 2, 7, 3, 8, 9] and joint.lengths.tolist() == [3, 3]
+
+
+def test_nothing_to_compare():
+    empty = Encoded(np.array([TOKENIZER.eos_id]), np.array([1]))
+    assert find_leaks([empty], [empty], TOKENIZER).exact == 0
+
+
+@pytest.mark.parametrize("policy", ["report", "fail", "off"])
+def test_a_training_tells_before_its_first_step(policy, tmp_path):
+    from jaxlm import nn
+    from jaxlm.training.config import Experiment
+    from jaxlm.training.setup import prepare
+
+    for name, texts in (("train", TRAIN), ("valid", FRESH), ("test", [*FRESH, TRAIN[0]])):
+        (tmp_path / name).write_text("\n".join(texts))
+        (tmp_path / f"{name}.de").write_text("\n".join(texts))
+    data = DataConfig(**{name: f"bitext:{tmp_path / name},{tmp_path / name}.de" for name in ("train", "valid", "test")},
+                      vocab_size=300, buckets=(600,), leaks=policy, cache=str(tmp_path / "cache"))
+    model = nn.preset("tiny", width=8, heads=1, ffn=8, encoder_layers=1, decoder_layers=1)
+    if policy == "fail":
+        with pytest.raises(UserError, match="data.test: 1 of 21 documents are in .* or set data.leaks=report"):
+            prepare(Experiment(model=model, data=data), tmp_path / "run")
+        return
+    told = prepare(Experiment(model=model, data=data), tmp_path / "run").leaks
+    if policy == "off":
+        assert told == ()
+    else:
+        assert told[0] == "data.valid: none of 20 documents is in the training data"
+        assert told[1].startswith("data.test: 1 of 21 documents are in the training data word for word, and 0 more")
