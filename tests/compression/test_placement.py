@@ -6,11 +6,12 @@ from flax import nnx
 
 from jaxlm.compression import placement
 from jaxlm.compression.float8 import quantize_float8
-from jaxlm.compression.placement import describe, place
+from jaxlm.compression.placement import describe, narrow, place
 from jaxlm.compression.report import report, summary
 from jaxlm.compression.rtn import quantize
+from jaxlm.compression.steps import Table
 from jaxlm.core import ops
-from jaxlm.core.leaves import LowRank, dequantize, is_leaf
+from jaxlm.core.leaves import LowRank, dequantize, is_leaf, look_up
 from jaxlm.core.tree import count_bytes, flatten
 
 
@@ -91,6 +92,19 @@ def test_accelerators_keep_everything_and_hold_4_bits_in_4():
     np.testing.assert_array_equal(ops.dot(x, one), ops.dot(x, same))
     eight = compressed(bits=8, act_bits=8)
     jax.tree.map(np.testing.assert_array_equal, place(eight, "tpu")[0], eight)
+
+
+def test_codebooks_in_4_bits_multiply_as_in_8():
+    """Stacked, and one matrix; the values are those of the table, taken one by one."""
+    dense = normal(2, 48, 32)
+    leaf = Table("nf4", 16).weight(dense, -2)
+    small = narrow(leaf)
+    assert small.codes.dtype == jnp.uint4 and count_bytes(tree(w=small)) < 0.7 * count_bytes(tree(w=leaf))
+    np.testing.assert_array_equal(look_up(small), np.take_along_axis(
+        np.asarray(leaf.table), np.asarray(leaf.codes).reshape(2, -1).astype(int), -1).reshape(leaf.codes.shape))
+    np.testing.assert_array_equal(dequantize(small), dequantize(leaf))
+    x, first = normal(5, 48), (jax.tree.map(lambda part: part[0], each) for each in (leaf, small))
+    np.testing.assert_array_equal(*(ops.dot(x, each) for each in first))
 
 
 def test_descriptions():

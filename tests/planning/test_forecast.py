@@ -90,7 +90,7 @@ def test_serving_holds_weights_and_cache():
 
 RECIPES = {
     "w8a8-dynamic": 8, "w4a16-gptq-g32": 4, "w4a16-awq-g32": 4, "w2a16-autoround-g32": 4, "w8a8-static": 8,
-    "w8a8-smooth": 8, "fp8-static": 8, "nf4": 8, "sparse50-sparsegpt": 16, "sparse50-sparsegpt-w4": 4, "lowrank50": 16,
+    "w8a8-smooth": 8, "fp8-static": 8, "nf4": 4, "sparse50-sparsegpt": 16, "sparse50-sparsegpt-w4": 4, "lowrank50": 16,
     "2:4-wanda+w4a16-rtn-g32": 4, "kv8": 16, "rotate+w8a8-dynamic": 8, "prune-heads50": 16, "drop-layers1": 16,
 }
 
@@ -105,7 +105,7 @@ def test_recipes_are_forecast_by_shape(name):
     path = next(path for path in flatten(params) if path.endswith("up/kernel"))
     leaf = flatten(params)[path]
     parts = jax.tree.leaves(getattr(leaf, "codes", leaf))
-    bits = {"int4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8, "bfloat16": 16, "float32": 16}
+    bits = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "float8_e4m3fn": 8, "bfloat16": 16, "float32": 16}
     assert bits[str(parts[0].dtype)] == RECIPES[name]
     assert config.kv_cache == ("int8" if name == "kv8" else "full")
 
