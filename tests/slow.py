@@ -20,6 +20,7 @@ SLOW = {
     "compression/test_solvers": r"data_helps.*(moe|seq2seq)\]|zeros_survive.*\[moe\]",
     "compression/test_structured": r"\[(seq2seq-(rotary|post-norm|relative|unequal)|post-norm|qwen3-moe|gemma).*\]",
     "compression/test_width": r"\[(seq2seq-(rotary|post-norm|relative)|post-norm|qwen3-moe|gemma).*\]",
+    "inference/test_engine": r"of_generate.*\[(learned|relative|int8|fp8)\]|change_nothing\[1\]|many_devices.*sizes1",
     "launch/test_notebooks": r"it_runs\[(1|2|4|5)_",
     "launch/test_processes": r"checkpoints_move",
     "nn/test_context": r"\[seq2seq-(ring|gather)\]",

@@ -151,7 +151,7 @@ class Engine:
     def _resolved(self, request: Request) -> Request:
         """With the model's own settings where a request has none. UserError for what cannot be served."""
         generation = self._generation.given(
-            temperature=request.temperature, top_k=request.top_k, top_p=request.top_p, min_p=request.min_p,
+            top_k=request.top_k, top_p=request.top_p, min_p=request.min_p,
             repetition_penalty=request.repetition_penalty, max_new_tokens=request.max_new_tokens,
             min_new_tokens=request.min_new_tokens,
         )
@@ -159,13 +159,15 @@ class Engine:
         room = self.context - length
         if room < 1:
             raise UserError(f"the prompt has {length} tokens, and with a token more there is room for {self.context}")
+        own_temperature = generation.temperature if generation.do_sample else 0.0
         limit = generation.limits([length], _NEW_TOKENS)[0]
         least = generation.min_new_tokens or max(0, generation.min_length - length)
         request = dataclasses.replace(
             request, prompt=tuple(map(int, request.prompt)),
             max_new_tokens=min(limit, room) if request.max_new_tokens is None else request.max_new_tokens,
-            temperature=generation.temperature if generation.do_sample else 0.0, top_k=generation.top_k,
-            top_p=generation.top_p, min_p=generation.min_p, repetition_penalty=generation.repetition_penalty,
+            temperature=own_temperature if request.temperature is None else request.temperature,
+            top_k=generation.top_k, top_p=generation.top_p, min_p=generation.min_p,
+            repetition_penalty=generation.repetition_penalty,
             min_new_tokens=0 if request.ignore_eos else least,
             stop=tuple(generation.stop_strings if request.stop is None else request.stop),
         )

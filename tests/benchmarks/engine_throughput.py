@@ -148,6 +148,8 @@ def run_llama_cpp(args, path: Path) -> Callable[[list[Job]], Clock]:
 
     import jaxlm
 
+    silent = c.llama_log_callback(lambda *_: None)
+    c.llama_log_set(silent, None)
     with tempfile.TemporaryDirectory() as scratch:
         file = jaxlm.load(path).export(Path(scratch) / "model.gguf", format="gguf-f16")
         c.llama_backend_init()
