@@ -208,7 +208,7 @@ def save_adapter(
         directory: made, with its parents; where it exists it must be empty or hold an adapter.
         config, params: the model. Leaves that are not ``LoRA`` are not written.
         fields: those of the base model's config.json; by default of the first family it can be (see ``hf_export``).
-        base: where the base model is, for ``base_model_name_or_path``.
+        base: where the base model is: a directory, or ``hf://org/name``, maybe with ``@revision``.
         tokenizer: is written beside it.
 
     Parameters that are one tensor of the family, such as GPT-2's queries, keys and values, share one A; where theirs
@@ -234,8 +234,10 @@ def save_adapter(
                     modules.setdefault(piece.name.removesuffix(".weight"), []).append((piece, delta))
     if not modules:
         raise UserError("no parameter of this model has an adapter; there is nothing to save")
+    base, _, revision = base.removeprefix("hf://").partition("@") if base.startswith("hf://") else (base, "", "")
     settings = {
-        "base_model_name_or_path": base, "task_type": "CAUSAL_LM" if config.kind == "decoder" else "SEQ_2_SEQ_LM",
+        "base_model_name_or_path": base, "revision": revision or None,
+        "task_type": "CAUSAL_LM" if config.kind == "decoder" else "SEQ_2_SEQ_LM",
         "fan_in_fan_out": any(
             delta.linear and not piece.tensor.transposed for parts in modules.values() for piece, delta in parts
         ),

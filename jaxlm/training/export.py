@@ -55,7 +55,7 @@ class Exporter:
         setup, base = self._setup, self._setup.config.init_from
         return save_adapter(
             self._run / "adapter", setup.config.model, unflatten(setup.like, params), base_fields(base),
-            base=base.removeprefix("hf://") if base.startswith("hf://") else str(Path(base).expanduser().absolute()),
+            base=base if base.startswith("hf://") else str(Path(base).expanduser().absolute()),
             tokenizer=setup.tokenizer,
         )
 

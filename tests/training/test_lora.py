@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from flax import nnx
 
 import jaxlm
-from jaxlm.checkpoint.adapters import save_adapter
+from jaxlm.checkpoint.adapters import read_adapter, save_adapter
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import Codebook, LoRA, QArray, dequantize
 from jaxlm.core.tree import flatten, map_params, unflatten
@@ -172,3 +173,16 @@ def test_dropout_is_of_adapters_and_differs_from_layer_to_layer(base):
 def test_mistakes(base, options, message):
     with pytest.raises(UserError, match=message):
         adapted(base, **options)
+
+
+def test_an_adapter_says_where_its_base_is(base, tmp_path):
+    lm = adapted(base)
+    save_adapter(tmp_path / "of the hub", lm.config, lm.params, base="hf://org/name@v1")
+    settings = json.loads((tmp_path / "of the hub" / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("org/name", "v1")
+    assert read_adapter(tmp_path / "of the hub").base_model == "hf://org/name@v1"
+    assert set(settings["target_modules"]) == {
+        f"model.layers.{layer}.{name}" for layer in range(2)
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+                     "mlp.up_proj", "mlp.down_proj")
+    }
