@@ -39,7 +39,7 @@ class Validator:
         loss, asks = validation_of(setup.config)
         self._sums = make_eval(setup.graphdef, setup.like, loss, setup.companion.model if asks else None)
 
-    def __call__(self, params: dict[str, Any], companion: dict[str, Any]) -> dict[str, float]:
+    def __call__(self, params: dict[str, Any], companion: dict[str, Any] | None = None) -> dict[str, float]:
         """``valid_loss`` (nats a token, or a pair of preferences), ``valid_perplexity``, what else the loss sums, and
         ``valid_bleu`` (cased, 13a) if that is the metric."""
         totals = {"nll": 0.0, "weight": 0.0}
