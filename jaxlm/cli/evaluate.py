@@ -2,8 +2,8 @@
 
     jaxlm evaluate runs/quickstart/run --data builtin:phrasebook:test
 
-SPEC is text:PATH, jsonl:PATH, tokens:PATH.npy, bitext:SRC,TGT or builtin:phrasebook. A training run brings its own: the
-data.test of its experiment.
+SPEC is text:PATH, jsonl:PATH, chat:PATH, instruct:PATH, tokens:PATH.npy, bitext:SRC,TGT, wmt14:FOLDER/en-de:test,
+tfds:NAME/CONFIG:SPLIT or builtin:phrasebook. A training run brings its own: the data.test of its experiment.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def evaluate(
 
     Args:
         lm: has ``config``, ``graphdef``, ``params`` and ``tokenizer``.
-        spec: text for a language model, ``bitext:`` or ``builtin:`` pairs for a translation model.
+        spec: text or dialogues for a language model, ``bitext:`` or ``builtin:`` pairs for a translation model.
         context, stride: of the windows over text; see ``perplexity``.
         batch_size: rows at a time; 0 fits the vocabulary.
         source_language, target_language: of the pairs, for models with many; see ``translate``.
@@ -52,7 +52,7 @@ def evaluate(
     source = open_source(spec, "test")
     pairs = isinstance(source, Bitext)
     if pairs != (lm.config.kind == "seq2seq"):
-        wanted = "bitext:SRC,TGT or builtin:phrasebook" if not pairs else "text:, jsonl: or tokens:"
+        wanted = "bitext:SRC,TGT or builtin:phrasebook" if not pairs else "text:, jsonl:, chat: or tokens:"
         raise UserError(f"{spec!r} does not fit a {lm.config.kind} model: give it {wanted}")
 
     def report(what: str):

@@ -62,7 +62,7 @@ def train_batch(config: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
                 "make it a multiple"
             )
         shape, names = (data.batch_size, data.seq_len), ("inputs", "targets")
-        packed = data.packing == "documents" or data.train.startswith(("chat:", "instruct:"))
+        packed = data.packing == "documents" or any(f"{form}:" in data.train for form in ("chat", "instruct"))
         names += ("segments", "positions") if packed else ()
     types = dict.fromkeys(names, jnp.int32) | {"weights": jnp.float32}
     layout = batch_sharding(mesh)
