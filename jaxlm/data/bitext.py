@@ -117,12 +117,11 @@ class Pairs:
             "source_tokens": src, "target_tokens": tgt, "batches": len(plan.bucket), "efficiency": (src + tgt) / padded,
         }
 
-    def documents(self) -> Encoded:
-        """Each pair as one document, those that are left out of batches too."""
-        last = [side.lengths[-1] for side in (self._src, self._tgt)]  # of the empty pair
-        return joined_pairs(
-            (side.ids[:-n], side.lengths[:-1]) for side, n in zip((self._src, self._tgt), last, strict=True)
-        )
+    def documents(self) -> Iterator[Encoded]:
+        """Each pair as one document, some at a time, those that are left out of batches too."""
+        for at in range(0, len(self._bucket_of), _AT_A_TIME):
+            stop = min(at + _AT_A_TIME, len(self._bucket_of))
+            yield joined_pairs(side.some(at, stop) for side in (self._src, self._tgt))
 
     def notes(self) -> list[str]:
         total, kept = len(self._bucket_of), len(self._kept)
@@ -152,6 +151,10 @@ class _Side:
         )
         self.ids, self.lengths = encoded.ids, encoded.lengths
         self._starts = np.cumsum(self.lengths) - self.lengths
+
+    def some(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids of some sentences, end to end, and their lengths."""
+        return self.ids[self._starts[start] : self._starts[stop]], self.lengths[start:stop]
 
     def take(self, rows_B: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
         """ids [B, length] int32, and where they are not padding, bool."""

@@ -8,7 +8,7 @@ prompt, say nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,7 +46,7 @@ class Leaks:
         )
 
 
-def find_leaks(train: Sequence[Encoded], held: Sequence[Encoded], tokenizer: Tokenizer) -> Leaks:
+def find_leaks(train: Iterable[Encoded], held: Iterable[Encoded], tokenizer: Tokenizer) -> Leaks:
     """Of ``held`` documents, those that are in ``train``; both encoded by ``tokenizer``. Memory grows with ``held``
     alone."""
     letters = _Letters(tokenizer)

@@ -11,7 +11,7 @@ import abc
 import functools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -117,7 +117,7 @@ class Loader(abc.ABC):
         """Sentences about the data that the user should see: what was left out, what was cut."""
 
     @abc.abstractmethod
-    def documents(self) -> Sequence[Encoded]:
+    def documents(self) -> Iterable[Encoded]:
         """All that batches are made of, source by source, to look for leaks in."""
 
     @abc.abstractmethod
@@ -193,7 +193,7 @@ class RowLoader(Loader):
     def notes(self) -> list[str]:
         return self._rows.notes()
 
-    def documents(self) -> Sequence[Encoded]:
+    def documents(self) -> Iterable[Encoded]:
         return self._encoded
 
 
@@ -232,5 +232,5 @@ class PairLoader(Loader):
     def notes(self) -> list[str]:
         return self._pairs.notes()
 
-    def documents(self) -> Sequence[Encoded]:
-        return [self._pairs.documents()]
+    def documents(self) -> Iterable[Encoded]:
+        return self._pairs.documents()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from jaxlm.core.errors import UserError
@@ -78,8 +80,8 @@ class PreferencePairs:
             "tokens": tokens, "batches": len(plan.bucket), "efficiency": tokens / padded,
         }
 
-    def documents(self) -> Encoded:
-        return self._encoded
+    def documents(self) -> Iterable[Encoded]:
+        return (self._encoded,)
 
     def notes(self) -> list[str]:
         notes, (total, longest) = list(self._encoded.notes), (len(self._bucket_of), self._lengths[-1])

@@ -44,7 +44,7 @@ def cached(source: Source, tokenizer: Tokenizer, directory: str) -> Encoded:
     content = rows.content + rows.bad_rows if isinstance(rows, Rows) else digest(rows)
 
     def make(new: Path) -> None:
-        workers = min(len(os.sched_getaffinity(0)), rows.size // _FOR_A_WORKER) if isinstance(rows, Rows) else 1
+        workers = min(_cores(), rows.size // _FOR_A_WORKER) if isinstance(rows, Rows) else 1
         if workers > 1:
             notes = _in_processes(source, tokenizer, new, workers)
         else:
@@ -55,6 +55,11 @@ def cached(source: Source, tokenizer: Tokenizer, directory: str) -> Encoded:
     encoded = kept(directory, f"{type(source).__name__} {content} {tokenizer.fingerprint()}", make)
     check_any(source, [encoded])
     return encoded
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def digest(texts: Iterable[str]) -> str:
