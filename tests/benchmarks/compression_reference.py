@@ -112,7 +112,7 @@ def markdown(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", metavar="METHOD", help="rows whose method or setting contains this")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows it holds are not made again")
     parser.add_argument("--show", type=Path, metavar="FILE")
     parser.add_argument("--once", action="store_true", help="compress once: no seconds")
     args = parser.parse_args()
@@ -124,14 +124,15 @@ def main() -> None:
     lm = jaxlm.load(shared / "models/books-llama")
     calibrate, data = (f"tokens:{shared / reference[key]}" for key in ("calibration", "evaluation"))
     done: dict[Recipe, tuple[float, float]] = {}
-    out = []
+    out = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
+    made = {(row["method"], row["setting"]) for row in out}
     print(f"{'method':<12}{'setting':<58}{'theirs':>9}{'ours':>10}{'above':>9}{'s theirs':>10}{'s ours':>8}")
     rows = [row for row in reference["rows"] if row["method"] != "dense"]
     theirs = {(row["method"], row["setting"]): row for row in rows}
     for method, name, peer in BESIDE:
         rows.append(theirs[peer] | {"method": method, "setting": f"beside {' '.join(peer)}", "recipe": name})
     for row in rows:
-        if args.only not in f"{row['method']} {row['setting']}":
+        if args.only not in f"{row['method']} {row['setting']}" or (row["method"], row["setting"]) in made:
             continue
         if (recipe := parse(row["recipe"]) if "recipe" in row else recipe_of(row)) is None:
             continue
@@ -148,12 +149,12 @@ def main() -> None:
                     "ours": ours, "above": above, "seconds_theirs": row.get("seconds"), "seconds": seconds})
         told = f"{row['method']:<12}{row['setting'][:57]:<58}{row['ppl']:>9.4f}{ours:>10.4f}{above:>+9.2%}"
         print(f"{told}{row.get('seconds') or 0:>10.1f}{seconds:>8.1f}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(out, indent=1) + "\n")
     if not out:
         sys.exit("no such row")
     if own := [row["above"] for row in out if not row["setting"].startswith("beside ")]:
         print(f"{len(own)} rows, mean {np.mean(own):+.3%}, largest {max(own):+.3%}")
-    if args.json:
-        args.json.write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":

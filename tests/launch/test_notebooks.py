@@ -36,7 +36,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
     for cell in notebook.cells:
         if "parameters" in cell.metadata.get("tags", ()):
             cell.source += f"\nMODEL, TEXT = {str(_model(tmp_path))!r}, {str(tmp_path / 'text.txt')!r}"
-            cell.source += "\nSAMPLES, CONTEXT = 4, 32"
+            cell.source += "\nSAMPLES, STEPS, CONTEXT = 4, 6, 32"
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     pictures = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
                 if "image/png" in output.get("data", {})]
