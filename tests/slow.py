@@ -29,6 +29,7 @@ SLOW = {
     "nn/test_pipeline": r"training_equals.*\[(twice around|translation)\]",
     "nn/test_seq2seq": r"cached_decoding.*\[(rotary|post-norm|relative)-(int8|int4|fp8)\]",
     "nn/test_walk": r"\[(relative|post-norm|rotary)\]",
+    "serving/test_schema": r"whatever_the_schema",
     "training/test_parallel": r"seq2seq-fsdp4-tensor2|decoder-fsdp2-sequence2|int8-False|w4a16-rtn-g8-sizes0",
     "training/test_step": r"eight_devices.*\[decoder-(data8|data1-fsdp8)\]",
 }

@@ -163,14 +163,20 @@ class Tokenizer:
         They are recognised, and nothing is added.
         """
         if specials:
-            return list(self._engine.encode_spelled(text)[0])
+            return list(self._spelled(text)[0])
         framed = self._engine.encode_framed([text])
         return self.encode(text) if framed is None else list(next(iter(framed)))
+
+    def _spelled(self, text: str) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+        try:
+            return self._engine.encode_spelled(text)
+        except Exception as error:
+            raise self._explain([text], error) from error
 
     def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """``encode_prompt(text, specials=True)`` as int32 [N], and which of its ids lie in some spans of characters,
         bool [N]; one that reaches into a span lies in it."""
-        ids, offsets_Nx2 = self._engine.encode_spelled(text)
+        ids, offsets_Nx2 = self._spelled(text)
         start_N, end_N = np.array(offsets_Nx2, np.int64).reshape(-1, 2).T
         inside_N = np.zeros(len(ids), bool)
         for start, end in spans:

@@ -29,22 +29,19 @@ def engine_request(
             + (f" and the answer may have {most} (max_tokens)" if most else " and leaves no room for an answer"),
             param="max_tokens" if most and room > 0 else None, code="context_length_exceeded",
         )
-    settings = served.lm.generation
-    sampled = settings.do_sample
-    usual = {
-        "temperature": settings.temperature if sampled else 1.0, "top_p": settings.top_p if sampled else 1.0,
-        "top_k": settings.top_k if sampled else 0, "min_p": settings.min_p if sampled else 0.0,
-        "repetition_penalty": settings.repetition_penalty, "presence_penalty": 0.0, "frequency_penalty": 0.0, "n": 1,
-        "ignore_eos": False,
-    }
-    given = {name: getattr(body, name) for name in usual}
-    stop = settings.stop_strings if body.stop is None else (body.stop,) if isinstance(body.stop, str) else body.stop
+    temperature = body.temperature
+    if temperature is None and not served.lm.generation.do_sample:
+        temperature = 1.0  # OpenAI's
+    stop = (body.stop,) if isinstance(body.stop, str) else body.stop
     return Request(
-        tuple(prompt), max_new_tokens=most or room, logprobs=logprobs, best_of=best_of, stop=tuple(stop),
-        stop_tokens=tuple(body.stop_token_ids or ()), min_new_tokens=body.min_tokens or 0,
-        seed=None if body.seed is None else body.seed % 2**32,
+        tuple(prompt), max_new_tokens=most or room, temperature=temperature, top_k=body.top_k, top_p=body.top_p,
+        min_p=body.min_p, repetition_penalty=body.repetition_penalty, presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
-        constraint=constraint(body), **usual | {name: value for name, value in given.items() if value is not None},
+        min_new_tokens=body.min_tokens, seed=None if body.seed is None else body.seed % 2**32,
+        stop=None if stop is None else tuple(stop), stop_tokens=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos), logprobs=logprobs, n=chosen(body.n), best_of=best_of,
+        constraint=constraint(body),
     )
 
 

@@ -16,6 +16,8 @@ from jaxlm.serving.models import Served
 from jaxlm.serving.schemas import MOST_INSPECTED, InspectRequest
 from jaxlm.serving.translation import sources
 
+_MAPS = {"encoder": (0, 0), "self": (-1, -1), "cross": (-1, 0)}  # which of the inputs look, and at which
+
 
 async def inspect(served: Served, body: InspectRequest) -> Inspection:
     """UserError for a text that is too long, a layer that there is not, and a target where nothing is translated."""
@@ -41,7 +43,9 @@ def _inspect(served: Served, body: InspectRequest) -> Inspection:
             method=body.method, token=_candidate(served, insight.token, insight.probability), tokens=sum(texts, []),
             scores=scores.tolist(), total=insight.total,
         ),
-        attention=[_map(name, weights, texts, body.layer) for name, weights in insight.attention.items()],
+        attention=[
+            _map(name, insight.attention[name], texts, body.layer) for name in _MAPS if name in insight.attention
+        ],
     )
 
 
@@ -69,7 +73,7 @@ def _candidate(served: Served, token: int, probability: float) -> Candidate:
 
 def _map(name: str, weights: np.ndarray, texts: list[list[str]], layer: int | None) -> AttentionMap:
     layer = len(weights) - 1 if layer is None else min(layer, len(weights) - 1)
-    rows, columns = {"self": (-1, -1), "encoder": (0, 0), "cross": (-1, 0)}[name]
+    rows, columns = _MAPS[name]
     return AttentionMap(
         kind=name, layer=layer, layers=len(weights), rows=texts[rows], columns=texts[columns],
         weights=weights[layer].astype(np.float64).round(4).tolist(),

@@ -58,8 +58,9 @@ def _operation(path: str, summary: str, body, answer, event, *, keys: bool) -> d
     if answer is not None:
         content = {"application/json": {"schema": _ref(answer)}}
     if event is not None:
+        data = {"type": "string", "description": f"{event.__name__} as JSON, or an Error; [DONE] in the last event"}
         content["text/event-stream"] = {
-            "schema": {"type": "string", "description": f"data: {event.__name__} a line, and data: [DONE]"}
+            "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}
         }
     errors = dict(_POST_ERRORS) if body is not None else {}
     if "{" in path:

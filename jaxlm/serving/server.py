@@ -75,9 +75,8 @@ def serve(
         )
         if not keys and not local:
             _log.warning("anybody who reaches %s may ask: set %s or --api-keys", host, KEYS)
-        server = _server(uvicorn, app, drain)
-        if ready is not None:
-            ready(f"http://{_shown(host)}:{listener.getsockname()[1]}")
+        address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
+        server = _server(uvicorn, app, drain, lambda: ready(address) if ready else None)
         asyncio.run(server.serve(sockets=[listener]))
     finally:
         listener.close()
@@ -121,11 +120,15 @@ def _load(models, *, kv_cache: KVCache | None, draft: str | None, **options: Any
     return [serve_model(name, lm, draft=helper, **options) for name, lm in loaded.items()]
 
 
-def _server(uvicorn, gate, drain: float):
-    """A server whose first signal begins the end, and whose second one is the end."""
+def _server(uvicorn, gate, drain: float, ready: Callable[[], None]):
+    """A server that tells when it is ready, whose first signal begins the end, and whose second one is the end."""
 
     class Server(uvicorn.Server):
         ending: asyncio.Task | None = None
+
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            ready()
 
         def handle_exit(self, number: int, frame) -> None:
             if gate.draining:

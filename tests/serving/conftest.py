@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import string
 import threading
 import time
 from collections.abc import Iterator
@@ -15,30 +16,37 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
+import jax  # noqa: E402
+
+from jaxlm import nn  # noqa: E402
 from jaxlm.data.tokenizer import Tokenizer  # noqa: E402
 from jaxlm.model import LM  # noqa: E402
 from jaxlm.serving.app import make_app  # noqa: E402
 from jaxlm.serving.models import serve_model  # noqa: E402
-from tests.inference.models import LETTERS, decoder, seq2seq  # noqa: E402
+from tests.inference.models import decoder, seq2seq  # noqa: E402
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}. {% endfor %}"
 
 
-def chat_tokenizer() -> Tokenizer:
-    """That of the other models, with a template that needs no letters but theirs."""
-    plain = Tokenizer.train([LETTERS], kind="char")
-    return Tokenizer(plain._engine, plain._config | {"chat_template": TEMPLATE})
+def chatty() -> LM:
+    """A model with a chat template that knows all of ASCII, and so writes JSON."""
+    plain = Tokenizer.train([string.printable], kind="char")
+    tokenizer = Tokenizer(plain._engine, plain._config | {"chat_template": TEMPLATE})
+    config = nn.DecoderConfig(
+        vocab_size=tokenizer.vocab_size, width=32, heads=4, kv_heads=2, ffn=48, layers=2, max_positions=96
+    )
+    graphdef, params = nn.build(config, jax.random.key(0))
+    return LM(config, graphdef, jax.tree.map(lambda x: 3 * x, params), tokenizer)
 
 
-def as_lm(handle, tokenizer=None) -> LM:
-    return LM(handle.config, handle.graphdef, handle.params, tokenizer or handle.tokenizer)
+def as_lm(handle) -> LM:
+    return LM(handle.config, handle.graphdef, handle.params, handle.tokenizer)
 
 
 @pytest.fixture(scope="session")
 def lms() -> dict[str, LM]:
     return {
-        "tiny": as_lm(decoder(max_positions=96), chat_tokenizer()), "plain": as_lm(decoder(max_positions=96)),
-        "words": as_lm(seq2seq()),
+        "tiny": chatty(), "plain": as_lm(decoder(max_positions=96)), "words": as_lm(seq2seq()),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -37,6 +39,7 @@ def test_a_stream_adds_up_to_the_whole(client):
     whole = client.completions.create(**options)
     chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
+    assert chunks[-2].choices[0].finish_reason == "length"
     assert len(chunks) > 3
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert all(chunk.usage is None for chunk in chunks[:-1])
@@ -73,6 +76,70 @@ def test_log_probabilities_of_an_echoed_prompt_are_those_of_the_model(client, lm
     best = [lm.tokenizer.decode([i], skip_special=False) for i in logp[:-1].argmax(-1)]
     assert [max(top, key=top.get) for top in found.top_logprobs[1:]] == best
     assert found.text_offset == list(range(7))
+
+
+def test_log_probabilities_of_an_answer_are_those_of_the_model(client, lms):
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "the cat"}], max_tokens=5, temperature=0, logprobs=True,
+        top_logprobs=3,
+    )
+    content = answer.choices[0].logprobs.content
+    assert "".join(each.token for each in content) == answer.choices[0].message.content
+    for each in content:
+        assert each.top_logprobs[0].token == each.token and each.top_logprobs[0].logprob == each.logprob
+        assert len(each.top_logprobs) == 3 and bytes(each.bytes).decode() == each.token
+    echoed = client.completions.create(
+        model="tiny", prompt="the cat. " + answer.choices[0].message.content, max_tokens=0, echo=True, logprobs=0
+    )
+    assert echoed.choices[0].logprobs.token_logprobs[-5:] == pytest.approx(
+        [each.logprob for each in content], abs=1e-3
+    )
+
+
+def test_a_schema_is_kept_to(client):
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object", "properties": {"cat": {"enum": ["old", "young"]}}, "required": ["cat"],
+        "additionalProperties": False,
+    }
+    described = {"type": "json_schema", "json_schema": {"name": "cat", "schema": schema}}
+    answer = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "which?"}], max_tokens=60, temperature=0,
+        response_format=described,
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert json.loads(answer.choices[0].message.content)["cat"] in ("old", "young")
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(
+            model="tiny", prompt="a", extra_body={"response_format": {
+                "type": "json_schema", "json_schema": {"name": "no", "schema": {"type": "nothing"}}
+            }},
+        )
+
+
+def test_choices_are_as_many_as_asked_for_and_seeds_repeat_them(client):
+    options = dict(model="tiny", prompt=PROMPT, max_tokens=8, temperature=1, n=3)
+    first, again, other = (client.completions.create(**options, seed=seed) for seed in (1, 1, 2))
+    texts = [[choice.text for choice in answer.choices] for answer in (first, again, other)]
+    assert texts[0] == texts[1] != texts[2] and len(set(texts[0])) > 1
+    assert first.usage.completion_tokens == 24
+
+
+def test_stops_penalties_and_biases_have_their_effect(client, lms):
+    free = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, temperature=0).choices[0]
+    stopped = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, temperature=0, stop=free.text[4:6])
+    assert stopped.choices[0].text == free.text[: free.text.index(free.text[4:6])]
+    assert stopped.choices[0].finish_reason == "stop"
+    token = lms["tiny"].tokenizer.encode("q")[0]
+    biased = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={str(token): 100}
+    )
+    assert biased.choices[0].text == "qqqq"
+    moved = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={str(token): 100}, presence_penalty=2,
+        frequency_penalty=2, extra_body={"repetition_penalty": 100.0},
+    )
+    assert moved.choices[0].text != "qqqq"
 
 
 def test_models_are_listed_and_told(client):

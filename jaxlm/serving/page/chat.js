@@ -55,8 +55,9 @@ export function chat(models) {
         temperature: Number(panel.querySelector("[data-temperature]").value),
         max_tokens: Number(panel.querySelector("[data-tokens]").value),
       }, (text) => {
-        message.content += text;
-        said.append(text);
+        const piece = message.content || !model().chat ? text : text.trimStart();
+        message.content += piece;
+        said.append(piece);
         if (innerHeight + scrollY > document.body.scrollHeight - 160) scrollTo(0, document.body.scrollHeight);
       });
     });

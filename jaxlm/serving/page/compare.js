@@ -39,7 +39,7 @@ export function compare(models) {
       row("Compressed by", (side) => model(side).recipe ?? "nothing", (x) => x),
       row("Parameters", (side) => model(side).parameters, (x) => x.toLocaleString()),
       row("Bytes in memory", (side) => model(side).bytes_in_memory, bytes, true),
-      row("Tokens a second", (side) => side.speed, (x) => x.toFixed(1), false),
+      row("Tokens a second", (side) => side.speed, (x) => x.toLocaleString(undefined, { maximumFractionDigits: 1 }), false),
       row("Time to the first token", (side) => side.first, (x) => `${x.toFixed(2)} s`, true),
       row("Tokens written", (side) => side.tokens, (x) => x.toLocaleString()),
     );

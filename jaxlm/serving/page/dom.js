@@ -52,6 +52,14 @@ export function plural(count, one, many = `${one}s`) {
   return `${count.toLocaleString()} ${count === 1 ? one : many}`;
 }
 
+export function signed(number, digits = 2) {
+  return `${number < 0 ? "−" : "+"}${Math.abs(number).toFixed(digits)}`;
+}
+
+export function percent(share) {
+  return share && share < 0.001 ? "< 0.1%" : `${(100 * share).toFixed(1)}%`;
+}
+
 export function bytes(count) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let at = 0;

@@ -1,7 +1,7 @@
 // Why a model said so: what else might have come, which tokens speak for it, and where attention goes.
 
 import { json } from "./api.js";
-import { Turn, make, visible } from "./dom.js";
+import { Turn, make, percent, signed, visible } from "./dom.js";
 import { heat, shade } from "./heat.js";
 
 const NAMES = { self: "of the text", encoder: "of the source", cross: "from translation to source" };
@@ -20,6 +20,7 @@ export function inside(models) {
     find("[data-target]").hidden = model?.kind !== "seq2seq";
     layer.max = model?.layers ?? 1;
     layer.value = layer.max;
+    kinds.replaceChildren();
     found.hidden = true;
   }
 
@@ -55,9 +56,9 @@ export function inside(models) {
     find("[data-next]").replaceChildren(...next.map((each) => {
       const fill = make("span", { className: "fill" });
       fill.style.width = `${100 * each.probability}%`;
-      const percent = `${(100 * each.probability).toFixed(1)}%`;
-      const button = make("button", { type: "button", aria: { pressed: each.id === attribution.token.id, label: `${each.text || "empty"}, ${percent}` } },
-        make("span", { className: "text" }, visible(each.text)), make("span", { className: "track" }, fill), make("span", { className: "number" }, percent));
+      const share = percent(each.probability);
+      const button = make("button", { type: "button", aria: { pressed: each.id === attribution.token.id, label: `${each.text || "empty"}, ${share}` } },
+        make("span", { className: "text" }, visible(each.text)), make("span", { className: "track" }, fill), make("span", { className: "number" }, share));
       button.addEventListener("click", async () => {
         state.token = each.id;
         await look();
@@ -68,16 +69,16 @@ export function inside(models) {
   }
 
   function drawScores() {
-    const { attribution, model } = state.answer;
+    const { attribution } = state.answer;
     const { tokens, scores, total, token, method } = attribution;
     const largest = Math.max(...scores.map(Math.abs), 1e-9);
-    const source = models.get(model).kind === "seq2seq" ? state.answer.attention.at(-1).columns.length : 0;
+    const source = state.answer.attention.find((each) => each.kind === "encoder")?.rows.length;
     find("[data-token]").textContent = visible(token.text);
     const sum = scores.reduce((a, b) => a + b, 0);
-    find("[data-total]").textContent = `In nats of its log-probability, against a text of average tokens (${total >= 0 ? "+" : "−"}${Math.abs(total).toFixed(2)} in all`
-      + (method === "integrated_gradients" ? `; the tokens make up ${sum >= 0 ? "+" : "−"}${Math.abs(sum).toFixed(2)}).` : ").");
+    find("[data-total]").textContent = `In nats of its log-probability, against a text of average tokens (${signed(total)} in all`
+      + (method === "integrated_gradients" ? `; the tokens make up ${signed(sum)}).` : ").");
     const parts = tokens.map((text, i) => {
-      const part = make("span", { title: `${scores[i] >= 0 ? "+" : ""}${scores[i].toFixed(3)}` }, visible(text));
+      const part = make("span", { title: signed(scores[i], 3) }, visible(text));
       shade(part, scores[i] / largest);
       return part;
     });
@@ -85,7 +86,7 @@ export function inside(models) {
     find("[data-scores]").replaceChildren(...parts);
     find("[data-score-table]").replaceChildren(
       make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "Token"), make("th", { scope: "col" }, "Nats"))),
-      make("tbody", {}, ...tokens.map((text, i) => make("tr", {}, make("th", { scope: "row" }, visible(text)), make("td", {}, scores[i].toFixed(3))))));
+      make("tbody", {}, ...tokens.map((text, i) => make("tr", {}, make("th", { scope: "row" }, visible(text)), make("td", {}, signed(scores[i], 3))))));
   }
 
   const attention = () => state.answer.attention.find((each) => each.kind === kinds.value);
@@ -125,10 +126,10 @@ export function inside(models) {
     }));
     const row = head[state.from];
     const best = row.map((weight, i) => [weight, i]).filter(([weight]) => weight > SHOWN).sort((a, b) => b[0] - a[0]).slice(0, 3);
-    find("[data-looks]").textContent = `${visible(rows[state.from])} looks at ${best.map(([weight, i]) => `${visible(columns[i])} (${(100 * weight).toFixed(0)}%)`).join(", ")}.`;
+    find("[data-looks]").textContent = `${visible(rows[state.from])} looks at ${best.map(([weight, i]) => `${visible(columns[i])} (${percent(weight)})`).join(", ")}.`;
     const largest = Math.max(...row);
     find("[data-to]").replaceChildren(...columns.map((text, i) => {
-      const part = make("span", { title: `${(100 * row[i]).toFixed(1)}%` }, visible(text));
+      const part = make("span", { title: percent(row[i]) }, visible(text));
       shade(part, row[i] / largest);
       return part;
     }));

@@ -1,7 +1,7 @@
 // Two sides: sentences are translated as they are written, and each has the alternatives that the beam found.
 
 import { json } from "./api.js";
-import { Turn, copy, make, plural } from "./dom.js";
+import { Turn, copy, make, plural, signed } from "./dom.js";
 
 const PAUSE = 500; // milliseconds without a key before translating
 const MOST = 64; // sentences of a request
@@ -57,7 +57,7 @@ export function translate(models) {
     panel.querySelector("[data-of]").textContent = line.text;
     const found = line.all.filter((each) => each !== line.found);
     others.querySelector("ul").replaceChildren(...found.map((each) => {
-      const button = make("button", { type: "button" }, make("span", {}, each.text), make("span", { className: "muted", title: "score: log-probability over length" }, each.score.toFixed(2)));
+      const button = make("button", { type: "button" }, make("span", {}, each.text), make("span", { className: "muted", title: "score: log-probability over length" }, signed(each.score)));
       button.addEventListener("click", () => {
         line.found = each;
         line.button.textContent = each.text;

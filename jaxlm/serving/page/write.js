@@ -6,8 +6,8 @@ import { Turn, make, plural } from "./dom.js";
 
 const ORDERS = {
   continue: { order: "Continue the text. Reply with the continuation only." },
-  rewrite: { order: "Rewrite the text in other words. Reply with the new text only.", label: "The same in other words:" },
-  shorten: { order: "Say the same in fewer words. Reply with the new text only.", label: "The same in fewer words:" },
+  rewrite: { order: "Rewrite the text in other words. Reply with the new text only.", label: "The same in other words" },
+  shorten: { order: "Say the same in fewer words. Reply with the new text only.", label: "The same in fewer words" },
 };
 
 export function write(models) {
@@ -22,7 +22,7 @@ export function write(models) {
   function request(what, text) {
     const { order, label } = ORDERS[what];
     if (models.get(select.value).chat) return { messages: [{ role: "user", content: `${order}\n\n${text}` }] };
-    return what === "continue" ? { prompt: text } : { prompt: `Text: ${text}\n${label}`, stop: "\n" };
+    return what === "continue" ? { prompt: text } : { prompt: `"${text.trim()}"\n\n${label}: "`, stop: '"' };
   }
 
   async function propose(what) {
