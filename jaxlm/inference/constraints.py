@@ -75,8 +75,8 @@ class Grammars:
         library, arrays = self._library
         kinds = library.LLMatcher
         if constraint.json is not None:
-            schema = _schema(constraint.json)
-            grammar = kinds.grammar_from_json_schema(schema)
+            # Without spaces between tokens: a small model that may write any number of them does nothing else.
+            grammar = kinds.grammar_from_json_schema(_schema(constraint.json), {"whitespace_flexible": False})
         elif constraint.regex is not None:
             grammar = kinds.grammar_from_regex(constraint.regex)
         else:

@@ -33,7 +33,7 @@ def main() -> None:
     near = jax.tree.map(lambda x: x + 0.01 * np.sin(np.arange(x.size)).reshape(x.shape), lm.params)
     draft = dataclasses.replace(lm, params=near) if args.draft else None
     options = {"slots": 8, "context": 96, "page": 8, "chunk": 32, "draft": draft, "guesses": 3}
-    engine = Engine(lm, pages=40, **options)
+    engine = Engine(lm, pages=20, **options)
     engine.warm_up()
     rng = np.random.default_rng(0)
     shared = rng.integers(8, 64, 40).tolist()

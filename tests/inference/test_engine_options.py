@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
+from jaxlm import nn
 from jaxlm.core.errors import UserError
+from jaxlm.data.tokenizer import Tokenizer
 from jaxlm.inference.engine import Engine
 from jaxlm.inference.generate import generate_tokens
 from jaxlm.inference.requests import Constraint, Request
-from tests.inference.models import decoder, full_logits, lstm
+from tests.inference.models import Handle, decoder, full_logits, lstm
 from tests.inference.serving import serve
 
 PROMPT, OTHER = (5, 6, 9), (7, 7, 21, 4, 12)
@@ -98,6 +102,23 @@ def test_the_best_of_several_are_told_best_first(engine):
     best = [answer for _, answer in sorted(serve(engine).items())]
     assert [answer.tokens for answer in best] == [answer.tokens for answer in every[:2]]
     assert not best[0].logprobs
+
+
+def test_json_keeps_to_its_schema():
+    """Over tokens of bytes, which can spell it."""
+    pytest.importorskip("llguidance")
+    bpe = Tokenizer.train(['{"age": 12}'], vocab_size=264)
+    config = nn.DecoderConfig(vocab_size=bpe.vocab_size, width=8, heads=2, ffn=8, layers=1)
+    small = Handle(config, *nn.build(config, jax.random.key(0)), bpe)
+    schema = {
+        "type": "object", "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["age"],
+        "additionalProperties": False,
+    }
+    options = {"temperature": 1.0, "n": 3, "seed": 1}
+    asked = [Request((9,), 30, constraint=Constraint(json=form), **options) for form in (schema, json.dumps(schema))]
+    for answer in answers(Engine(small, slots=3, context=64), *asked):
+        assert answer.finish == "stop" and 0 <= json.loads(answer.text)["age"] <= 99
+        assert answer.text.startswith('{"age":')
 
 
 def test_constraints_are_kept(engine):

@@ -9,7 +9,9 @@ import pytest
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.nn.pages import PagedCache
+from jaxlm.nn.attention import attend
+from jaxlm.nn.context import Sight, causal_mask, window_mask
+from jaxlm.nn.pages import LayerPages, PagedCache, _rows
 
 MODELS = {
     "local": {"windows": (4, 0), "rope_local_theta": 300.0, "attention_softcap": 4.0},
@@ -52,6 +54,28 @@ def test_rows_that_grow_apart_see_what_a_full_pass_sees(name):
             )
         assert np.isfinite(logits).all()
         done += np.array(counts, np.int32)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("queries", [1, 6])
+def test_rows_together_and_rows_in_turn_are_one(queries, window):
+    """What accelerators do is what CPUs do, and plain attention."""
+    rng = np.random.default_rng(0)
+    pool = jnp.asarray(rng.normal(size=(2, 2, 40, 2, 4, 8)), jnp.float32)  # keys and values of two layers
+    table = rng.permutation(np.arange(1, 40))[:30].reshape(3, 10)
+    first = np.array([0, 17, 34 - queries])
+    slots = first[:, None] + np.arange(queries)
+    past = LayerPages(pool[0], pool[1], jnp.int32(1), table, None, None, slots[:, -1] + 1)
+    sight = Sight(slots, np.arange(40)[None], window=window)
+    q = jnp.asarray(rng.normal(size=(3, queries, 4, 8)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=(3, 4, queries, 40)), jnp.float32)
+    k, v = (x[1][table].swapaxes(1, 2).reshape(3, 2, 40, 8) for x in pool)
+    mask = causal_mask(slots, np.arange(40)[None])
+    mask = mask if window is None else mask & window_mask(slots, np.arange(40)[None], window)
+    want = attend(q, k, v, mask, bias, scale=0.3, cap=2.0)
+    for one_by_one in (True, False):
+        got = jax.jit(lambda q, bias, flag=one_by_one: _rows(q, past, sight, bias, 0.3, 2.0, one_by_one=flag))(q, bias)
+        np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["full", "int8"])
