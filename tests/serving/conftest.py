@@ -1,84 +1,10 @@
-"""A server in this process: two small language models, one of which is for chat, and a translator."""
+"""A server for the tests, where the extra ``serve`` is installed; without it there are none."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import string
-import threading
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from importlib.util import find_spec
 
-import pytest
-
-uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("starlette")
-pytest.importorskip("prometheus_client")
-
-import jax  # noqa: E402
-
-from jaxlm import nn  # noqa: E402
-from jaxlm.data.tokenizer import Tokenizer  # noqa: E402
-from jaxlm.model import LM  # noqa: E402
-from jaxlm.serving.app import make_app  # noqa: E402
-from jaxlm.serving.models import serve_model  # noqa: E402
-from tests.inference.models import decoder, seq2seq  # noqa: E402
-
-TEMPLATE = "{% for m in messages %}{{ m.content }}. {% endfor %}"
-
-
-def chatty() -> LM:
-    """A model with a chat template that knows all of ASCII, and so writes JSON."""
-    plain = Tokenizer.train([string.printable], kind="char")
-    tokenizer = Tokenizer(plain._engine, plain._config | {"chat_template": TEMPLATE})
-    config = nn.DecoderConfig(
-        vocab_size=tokenizer.vocab_size, width=32, heads=4, kv_heads=2, ffn=48, layers=2, max_positions=96
-    )
-    graphdef, params = nn.build(config, jax.random.key(0))
-    return LM(config, graphdef, jax.tree.map(lambda x: 3 * x, params), tokenizer)
-
-
-def as_lm(handle) -> LM:
-    return LM(handle.config, handle.graphdef, handle.params, handle.tokenizer)
-
-
-@pytest.fixture(scope="session")
-def lms() -> dict[str, LM]:
-    return {
-        "tiny": chatty(), "plain": as_lm(decoder(max_positions=96)), "words": as_lm(seq2seq()),
-    }
-
-
-@pytest.fixture(scope="session")
-def models(lms):
-    return [serve_model(name, lm, slots=2, queue=4, warm=False) for name, lm in lms.items()]
-
-
-@dataclass(frozen=True)
-class Running:
-    """A server at an address, and its application."""
-
-    url: str
-    gate: object
-
-
-@contextlib.contextmanager
-def running(gate) -> Iterator[Running]:
-    """Serves an application at a free port, from a thread."""
-    server = uvicorn.Server(uvicorn.Config(gate, port=0, log_config=None, access_log=False, lifespan="on"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield Running(f"http://127.0.0.1:{port}", gate)
-    server.should_exit = True
-    thread.join()
-
-
-@pytest.fixture(scope="session")
-def server(models) -> Iterator[Running]:
-    with running(make_app(models)) as server:
-        yield server
+if all(find_spec(name) for name in ("httpx", "prometheus_client", "pydantic", "starlette", "uvicorn")):
+    from tests.serving.servers import lms, models, server  # noqa: F401
+else:
+    collect_ignore_glob = ["test_*.py"]

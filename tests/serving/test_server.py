@@ -14,7 +14,7 @@ from jaxlm.serving.access import Keys, host_of, is_loopback
 from jaxlm.serving.app import Limits, make_app
 from jaxlm.serving.body import depth
 from jaxlm.serving.models import Source, serve_model
-from tests.serving.conftest import running
+from tests.serving.servers import running
 
 BODY = {"model": "tiny", "prompt": "the cat", "max_tokens": 4, "temperature": 0}
 LONG = BODY | {"max_tokens": 80, "stream": True}
