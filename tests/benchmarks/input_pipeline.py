@@ -30,7 +30,7 @@ from jaxlm.training.loss import make_loss
 from jaxlm.training.optim import make_optimizer
 from jaxlm.training.step import init_state, make_step
 
-ROUNDS = 3
+ROUNDS = 2
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -45,7 +45,7 @@ def tokens_in(batch: dict[str, np.ndarray]) -> int:
 def batches_per_second(loader: Loader, seconds: float) -> tuple[float, list[dict[str, np.ndarray]]]:
     """Tokens a second of a loader alone, and some of its batches."""
     iterator, kept, tokens = loader.iterate(), [], 0
-    kept += itertools.islice(iterator, 8)
+    kept += itertools.islice(iterator, 2)
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds:
         tokens += tokens_in(next(iterator))
