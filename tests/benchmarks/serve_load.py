@@ -80,7 +80,8 @@ async def capacity(client: httpx.AsyncClient, options: argparse.Namespace, secon
     async def keep_asking(i: int) -> None:
         nonlocal written
         while time.monotonic() - begin < seconds:
-            written += (await ask(client, i, options.tokens))[2]
+            _, _, tokens = await ask(client, i, options.tokens)
+            written += tokens
 
     await asyncio.gather(*(keep_asking(1000 + i) for i in range(places)))
     return written / (time.monotonic() - begin)
