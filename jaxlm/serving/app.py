@@ -102,11 +102,13 @@ class _Api:
     async def completions(self, request: Request) -> Response:
         body = await read(request, CompletionRequest, self._limits.bytes)
         served = by_name(self._models, body.model, translates=False)
+        served.worker.check()
         return await self._generated(request, await Completions.of(served, body, self._limits.seconds))
 
     async def chat(self, request: Request) -> Response:
         body = await read(request, ChatRequest, self._limits.bytes)
         served = by_name(self._models, body.model, translates=False)
+        served.worker.check()
         return await self._generated(request, await Answer.of(served, body, self._limits.seconds))
 
     async def _generated(self, request: Request, work: Completions | Answer) -> Response:
@@ -118,6 +120,7 @@ class _Api:
     async def translate(self, request: Request) -> Response:
         body = await read(request, TranslationRequest, self._limits.bytes)
         served = by_name(self._models, body.model, translates=True)
+        served.worker.check()
         return _json(await unless_gone(request, self._timed(_translate(served, body))))
 
     async def inspect(self, request: Request) -> Response:

@@ -49,6 +49,11 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join()
 
+    def check(self) -> None:
+        """ApiError 429 if there is no place at all: before any work is spent on a request."""
+        if self.taken >= self.places:
+            raise busy(self.wait())
+
     def enter(self, count: int) -> None:
         """Takes places. ApiError 429 if there are not as many now, 400 if there never are."""
         if count > self.places:

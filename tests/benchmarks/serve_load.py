@@ -1,6 +1,6 @@
 """Asks a server for four times what it can do; then kills it and starts it again.
 
-    python -m tests.benchmarks.serve_load MODEL [--seconds 300] [--slots 4] [--queue 8] [--tokens 32]
+    python -m tests.benchmarks.serve_load MODEL [--seconds 300] [--slots 4] [--queue 8] [--tokens 192]
 
 First its capacity is measured: tokens a second with as many clients as it has places. Then clients begin requests at
 four times that rate, whether others are answered or not (an open loop), each with a prompt of its own. Printed are
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--slots", type=int, default=4)
     parser.add_argument("--queue", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=32, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=192, help="of an answer")
     options = parser.parse_args()
     server = Server(options)
     before = server.memory()
