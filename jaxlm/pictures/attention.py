@@ -46,7 +46,7 @@ def attributions(scores_T: np.ndarray, tokens: Sequence[str], chosen: str) -> Fi
     axes.invert_yaxis()
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.set_xlabel("nats for (right) and against it")
-    axes.set_title(f"why {_shown(chosen)} comes next", fontsize=10)
+    axes.set_title(f"why {_shown(chosen)} comes next", fontsize=10, loc="left")
     return figure
 
 

@@ -16,13 +16,13 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure, (loss, rate, norm, speed) = new(8, 5, 2, 2, sharex=True)
     for key, label, style in (("loss", "training", "-"), ("valid_loss", "validation", "o-")):
         _draw(loss, rows, key, style, label=label)
-    loss.legend()
+    loss.legend(frameon=False)
     _draw(rate, rows, "lr", "-")
     _draw(norm, rows, "grad_norm", "-")
     _draw(speed, rows, "tokens_per_second", "-")
     for axes, title, scale in ((loss, "loss, nats a token", "log"), (rate, "learning rate", "linear"),
                                (norm, "gradient norm", "log"), (speed, "tokens a second", "linear")):
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=10, loc="left")
         axes.set_yscale(scale)
         if scale == "log":
             _plain(axes.yaxis)
@@ -54,12 +54,12 @@ def size_quality(rows: Sequence[Comparison]) -> Figure:
         axes.plot(row.bytes_on_disk / 2**20, abs(worth[row.name]), marker, label=row.name)
     axes.set(xlabel="MiB on disk", ylabel="BLEU" if bleu else "perplexity", xscale="log")
     axes.set_title("size against quality: up and left is better" if bleu else
-                   "size against quality: down and left is better", fontsize=10)
+                   "size against quality: down and left is better", fontsize=10, loc="left")
     _plain(axes.xaxis)
     axes.margins(x=0.1, y=0.25)
     axes.grid(which="both")
     # Below, for beside the points names would cover each other: some models are equally large.
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
 
 

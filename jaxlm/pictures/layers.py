@@ -104,7 +104,7 @@ def heatmap(grid: LayerGrid) -> Figure:
     step = max(1, layers // 24)
     axes.set_xticks(range(0, layers, step))
     axes.set_xlabel("layer")
-    axes.set_title(grid.title, fontsize=10)
+    axes.set_title(grid.title, fontsize=10, loc="left")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return figure
