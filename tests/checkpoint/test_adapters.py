@@ -337,7 +337,9 @@ LAYER = "model.layers.1.self_attn"
     (pair("transformer.h.0.attn.c_attn", 32, 96), {}, "tensor 'transformer.h.0.attn.c_attn.weight' has no place"),
     ({f"{LAYER}.q_proj.lora_A.weight": np.zeros((4, 32), np.float32)}, {}, "has no tensor .*lora_B.weight'"),
     ({f"{LAYER}.q_proj.lora_B.weight": np.zeros((4, 32), np.float32)}, {}, "has no partner lora_A.weight"),
-    (GOOD | {f"{LAYER}.q_proj.lora_magnitude_vector": np.zeros(3, np.float32)}, {}, "is not of a plain LoRA adapter"),
+    (GOOD | {f"{LAYER}.q_proj.lora_magnitude_vector": np.zeros(3, np.float32)}, {},
+     "use_dora is False, and .*lora_magnitude_vector' does not go with it"),
+    (GOOD | {f"{LAYER}.q_proj.lora_bias": np.zeros(3, np.float32)}, {}, "is not of a plain LoRA adapter"),
     ({"model.norm.weight": np.zeros(31, np.float32)}, {}, r"'model.norm.weight' is \[31\], the base model's is \[32\]"),
 ])
 def test_what_is_not_understood_is_said_in_a_line(tmp_path, llama, tensors, config, message):
