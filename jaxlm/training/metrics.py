@@ -133,4 +133,4 @@ def state_report(like: Params, state: TrainState) -> str:
     }
     sizes = ((name, bytes_per_device(part)) for name, part in held.items())
     shown = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes if size)
-    return f"trained: {trained:,} parameters, {trained / whole:.3g} of the model's; a device holds {shown}"
+    return f"trained: {trained:,} parameters, {trained / whole:.1%} of the model's; a device holds {shown}"
