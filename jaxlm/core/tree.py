@@ -86,11 +86,11 @@ def count_params(params: Params) -> int:
 
 def count_bytes(params: Params) -> int:
     """Bytes that the arrays of the tree hold, with sub-byte types (int4) counted by their bits."""
-    return sum(_bits(array.dtype) * int(np.prod(array.shape)) // 8 for array in jax.tree.leaves(params))
+    return sum(dtype_bits(array.dtype) * int(np.prod(array.shape)) // 8 for array in jax.tree.leaves(params))
 
 
-def _bits(dtype) -> int:
-    """``dtype.itemsize`` says one byte for int4; ``finfo``/``iinfo`` know better."""
+def dtype_bits(dtype) -> int:
+    """Of one number; ``dtype.itemsize`` says one byte for int4; ``finfo``/``iinfo`` know better."""
     dtype = jax.numpy.dtype(dtype)
     if jax.numpy.issubdtype(dtype, jax.numpy.integer):
         return jax.numpy.iinfo(dtype).bits

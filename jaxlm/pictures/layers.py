@@ -13,7 +13,7 @@ from matplotlib import colormaps
 from matplotlib.colors import LogNorm, Normalize
 
 from jaxlm.core.leaves import Codebook, QArray, dequantize
-from jaxlm.core.tree import Leaf, Params, flatten
+from jaxlm.core.tree import Leaf, Params, dtype_bits, flatten
 from jaxlm.pictures.style import MAP, Figure, label_cells, new
 
 __all__ = ["LayerGrid", "bits", "errors", "heatmap", "losses", "zeros"]
@@ -44,9 +44,9 @@ def bits(params: Params) -> LayerGrid:
     """Bits a weight, scales and zero points included: codes count as what they are packed to in a file."""
 
     def of(leaf: Leaf) -> np.ndarray:
-        held = sum(array.size * _width(array.dtype) for array in jax.tree.leaves(leaf))
+        held = sum(array.size * dtype_bits(array.dtype) for array in jax.tree.leaves(leaf))
         if isinstance(leaf, QArray | Codebook):
-            held += leaf.codes.size * (leaf.bits - _width(leaf.codes.dtype))
+            held += leaf.codes.size * (leaf.bits - dtype_bits(leaf.codes.dtype))
         return np.full(leaf.shape[0], held / np.prod(leaf.shape))
 
     return LayerGrid("bits a weight", *_grid(params, of), "{:.1f}")
@@ -108,11 +108,6 @@ def heatmap(grid: LayerGrid) -> Figure:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return figure
-
-
-def _width(dtype) -> int:
-    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
-    return info(dtype).bits
 
 
 def _parts(params: Params) -> dict[str, list[Leaf]]:
