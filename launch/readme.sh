@@ -25,6 +25,7 @@ fill() { # NAME COMMAND...: what the command prints goes between <!-- NAME --> a
 fill families "$python" -m jaxlm.checkpoint.hf_maps
 fill recipes "$python" -m jaxlm.compression.names
 fill pareto "$python" tests/benchmarks/multi30k_pareto.py --show "$results/multi30k_pareto.json"
+fill compression "$python" tests/benchmarks/compression_reference.py --show "$results/compression_reference.json"
 
 if cmp -s "$new" README.md; then
     exit 0

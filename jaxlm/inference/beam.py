@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -97,14 +98,23 @@ def _take(x_BxNx: Array, index_BxK: Array) -> Array:
     return jnp.take_along_axis(x_BxNx, index_BxK.reshape(*index_BxK.shape, *[1] * (x_BxNx.ndim - 2)), axis=1)
 
 
+def _rooms(size: int) -> list[int]:
+    """After how many tokens the cache grows. Every step reads all of it, and most texts are far shorter than the longest
+    allowed; but the step is compiled for each."""
+    rooms = [size]
+    while rooms[0] > 48:
+        rooms.insert(0, max(rooms[0] // 4, 32))
+    return rooms
+
+
 def search(
     decode: Decode, cache: Any, first_B: Array, *, rules: Rules, beams: int, size: int, stopping: Stopping = Stopping()
 ) -> Hypotheses:
     """The best continuations of ``first_B`` (the last token before them, int32 ``[B]``); call it inside ``jit``.
 
-    ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, ``cache.fork(beams)`` and ``cache.reorder(beams_BxK)`` are
-    the decoding protocol of ``jaxlm.nn``; ``cache`` holds B rows and everything before ``first_B``. No limit of the
-    ``rules`` is above ``size``. A single beam is greedy search: rules change its logits, not its log-probabilities.
+    ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, ``cache.fork(beams)``, ``cache.grow(slots)`` and
+    ``cache.reorder(beams_BxK)`` are the decoding protocol of ``jaxlm.nn``; ``cache`` holds B rows and everything before
+    ``first_B``, and needs no room for more. No limit of the ``rules`` is above ``size``. A single beam is greedy search: rules change its logits, not its log-probabilities.
     """
     batch, limit_B = first_B.shape[0], rules.limit_B
     candidates = max(2, 1 + len(rules.eos_E)) * beams  # so that enough are left where many end
@@ -167,7 +177,7 @@ def search(
 
     tokens_BxKxN = jnp.broadcast_to(rules.eos_E[0], (batch, beams, size)).astype(jnp.int32)
     no_score_BxK = jnp.full((batch, beams), -jnp.inf)
-    start = _State(
+    state = _State(
         step=jnp.int32(0),
         cache=cache.fork(beams),
         last_BxK=jnp.broadcast_to(first_B[:, None], (batch, beams)),
@@ -176,7 +186,10 @@ def search(
         finished=Hypotheses(tokens_BxKxN, jnp.zeros((batch, beams), jnp.int32), no_score_BxK),
         open_B=limit_B > 0,
     )
-    return lax.while_loop(lambda s: s.open_B.any(), body, start).finished
+    for room, more in pairwise([0, *_rooms(size)]):
+        state = replace(state, cache=state.cache.grow(more - room))
+        state = lax.while_loop(lambda s, more=more: s.open_B.any() & (s.step < more), body, state)
+    return state.finished
 
 
 @partial(jax.jit, static_argnames=("graphdef", "beams", "size"))
@@ -186,7 +199,7 @@ def search_seq2seq(
     """Translations of padded sources (each ending with the end token) that begin after the tokens ``first``."""
     model = nnx.merge(graphdef, params)
     mask_BxS = (src_BxS != model.config.pad_id).at[:, 0].set(True)  # a row of padding still needs something to read
-    cache = model.init_cache(model.encode(src_BxS, mask_BxS), mask_BxS, size)
+    cache = model.init_cache(model.encode(src_BxS, mask_BxS), mask_BxS, 0)
     return search(model.decode, cache, first_B, rules=rules, beams=beams, size=size, stopping=stopping)
 
 
@@ -196,7 +209,7 @@ def search_decoder(
 ) -> Hypotheses:
     """Continuations of left-padded prompts with ``start_B`` slots of padding each."""
     model = nnx.merge(graphdef, params)
-    cache = model.init_cache(prompts_BxP.shape[0], prompts_BxP.shape[1] + size).replace(start=start_B)
+    cache = model.init_cache(prompts_BxP.shape[0], prompts_BxP.shape[1] - 1).replace(start=start_B)
     _, cache = model.decode(prompts_BxP[:, :-1], cache)
     return search(
         model.decode, cache, prompts_BxP[:, -1], rules=rules, beams=beams, size=size, stopping=stopping

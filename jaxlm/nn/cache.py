@@ -181,7 +181,7 @@ def _turn(x: jax.Array) -> jax.Array:
     matrix = np.ones((1, 1))
     while len(matrix) < block:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    turned = x.reshape(*x.shape[:-1], -1, block) @ jnp.asarray(matrix * block**-0.5, x.dtype)
+    turned = x.reshape(*x.shape[:-1], size // block, block) @ jnp.asarray(matrix * block**-0.5, x.dtype)
     return turned.reshape(x.shape)
 
 
@@ -269,6 +269,15 @@ class Cache:
         batch, slots = keys[0].shape[1], keys[0].shape[4]
         writer = jnp.broadcast_to(jnp.arange(beams)[:, None], (batch, beams, slots))
         return replace(self, keys=keys, values=values, writer=writer)
+
+    def grow(self, count: int) -> Cache:
+        """With room for ``count`` more slots."""
+
+        def longer(x, axis: int):
+            return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
+
+        keys, values = jax.tree.map(partial(longer, axis=4), (self.keys, self.values))
+        return replace(self, keys=keys, values=values, writer=jax.tree.map(partial(longer, axis=2), self.writer))
 
     def reorder(self, beams_BxK: jax.Array) -> Cache:
         """After ``fork``: beam k goes on from what the given beam of its sentence remembers."""

@@ -31,6 +31,10 @@ class LSTMState:
         hidden, cell, start = jax.tree.map(lambda x: jnp.repeat(x, beams, 0), (self.hidden, self.cell, self.start))
         return replace(self, hidden=hidden, cell=cell, start=start)
 
+    def grow(self, count: int) -> LSTMState:
+        """The same: its size does not depend on how much it has read."""
+        return self
+
     def reorder(self, beams_BxK: jax.Array) -> LSTMState:
         """After ``fork``: beam k goes on from the state of the given beam of its sentence."""
         batch, beams = beams_BxK.shape

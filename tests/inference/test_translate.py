@@ -11,6 +11,8 @@ import pytest
 from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, unflatten
+from jaxlm.inference.beam import Stopping, search_seq2seq
+from jaxlm.inference.rules import Rules
 from jaxlm.inference.translate import encode_sources, translate, translate_tokens
 from tests.inference.models import Handle, decoder, greedy_by_full_forward, seq2seq, total_logp
 
@@ -36,6 +38,22 @@ def test_batch_mates_and_order_change_nothing():
     assert together == translate(lm, SENTENCES, beam=3, max_length=24, batch_size=1)
     assert together[::-1] == translate(lm, SENTENCES[::-1], beam=3, max_length=24)
     assert len(set(together)) > 1
+
+
+@pytest.mark.parametrize("kv_cache", ["full", "int4"])
+def test_a_cache_that_grows_remembers_all(kv_cache):
+    lm = seq2seq(eos_id=999, kv_cache=kv_cache)
+    sources = np.array([[5, 6, 7, 2], [9, 3, 2, 0]], np.int32)
+    rules = Rules(np.array([999]), np.array([40, 37], np.int32))
+
+    def search(size: int):
+        first_B = np.full(2, lm.config.bos_id, np.int32)
+        return search_seq2seq(lm.graphdef, lm.params, sources, first_B, rules, Stopping(), beams=3, size=size)
+
+    at_once, grown = search(48), search(64)  # after 32 tokens
+    assert at_once.length.tolist() == [[40] * 3, [37] * 3]
+    np.testing.assert_array_equal(grown.tokens[..., :40], at_once.tokens[..., :40])
+    np.testing.assert_allclose(grown.score, at_once.score, rtol=1e-5)
 
 
 def test_blank_sentences_stay_blank_and_length_is_bounded():

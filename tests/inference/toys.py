@@ -27,6 +27,9 @@ class History:
     def fork(self, beams):
         return History(jnp.repeat(self.state, beams), jnp.repeat(self.sentence, beams))
 
+    def grow(self, count):
+        return self
+
     def reorder(self, beams_BxK):
         state_BxK = self.state.reshape(beams_BxK.shape)
         return replace(self, state=jnp.take_along_axis(state_BxK, beams_BxK, axis=1).reshape(-1))

@@ -8,13 +8,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 import time
 from functools import cache
 
 if __name__ == "__main__":
-    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-                   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
+    import tests.conftest  # noqa: F401 - the environment, before JAX reads it
 
 import jax
 import numpy as np
