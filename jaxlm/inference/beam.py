@@ -99,8 +99,8 @@ def _take(x_BxNx: Array, index_BxK: Array) -> Array:
 
 
 def _rooms(size: int) -> list[int]:
-    """After how many tokens the cache grows. Every step reads all of it, and most texts are far shorter than the longest
-    allowed; but the step is compiled for each."""
+    """After how many tokens the cache grows. Every step reads all of it, and most texts are far shorter than they may
+    be; but the step is compiled for each."""
     rooms = [size]
     while rooms[0] > 48:
         rooms.insert(0, max(rooms[0] // 4, 32))
@@ -114,7 +114,8 @@ def search(
 
     ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, ``cache.fork(beams)``, ``cache.grow(slots)`` and
     ``cache.reorder(beams_BxK)`` are the decoding protocol of ``jaxlm.nn``; ``cache`` holds B rows and everything before
-    ``first_B``, and needs no room for more. No limit of the ``rules`` is above ``size``. A single beam is greedy search: rules change its logits, not its log-probabilities.
+    ``first_B``, and needs no room for more. No limit of the ``rules`` is above ``size``. A single beam is greedy
+    search: rules change its logits, not its log-probabilities.
     """
     batch, limit_B = first_B.shape[0], rules.limit_B
     candidates = max(2, 1 + len(rules.eos_E)) * beams  # so that enough are left where many end
