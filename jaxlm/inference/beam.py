@@ -1,18 +1,21 @@
-"""Beam search, for translation and language models alike, as one compiled loop.
+"""Beam search, for translation and language models alike, as a compiled loop.
 
 The rules are those of ``transformers``, so scores and outputs agree with it: a hypothesis scores its summed
 log-probability over ``length ** length_penalty``, its length counting the end token; of the ``2K`` best continuations
 (more where several tokens end a text) those that end within the first ``K`` are kept as finished, the best ``K`` of the
 others go on. When a sentence is closed is a ``Stopping``.
+
+The loop leaves off after some tokens (``_rooms``). Then ``finish`` goes on with the sentences that are still open,
+among themselves, in a larger cache: a step costs as much as there are sentences and slots, and most texts are far
+shorter than they may be.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -83,7 +86,9 @@ class Stopping:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _State:
+class State:
+    """A search of B sentences under way."""
+
     step: Array  # tokens generated so far
     cache: Any  # of B * K rows, sentence by sentence
     last_BxK: Array
@@ -91,6 +96,12 @@ class _State:
     logp_BxK: Array
     finished: Hypotheses
     open_B: Array
+    room: int = field(metadata={"static": True})  # tokens that the cache has room for
+
+    def take(self, rows_B: Array) -> State:
+        """That of some of the sentences."""
+        rest = {name: getattr(self, name) for name in ("last_BxK", "tokens_BxKxN", "logp_BxK", "finished", "open_B")}
+        return replace(self, cache=self.cache.take(rows_B), **jax.tree.map(lambda x: x[rows_B], rest))
 
 
 def _take(x_BxNx: Array, index_BxK: Array) -> Array:
@@ -99,31 +110,48 @@ def _take(x_BxNx: Array, index_BxK: Array) -> Array:
 
 
 def _rooms(size: int) -> list[int]:
-    """After how many tokens the cache grows. Every step reads all of it, and most texts are far shorter than they may
-    be; but the step is compiled for each."""
+    """After how many tokens the loop leaves off. It is compiled for each that is reached."""
     rooms = [size]
-    while rooms[0] > 48:
+    while rooms[0] > 32:
         rooms.insert(0, max(rooms[0] // 4, 32))
     return rooms
 
 
-def search(
-    decode: Decode, cache: Any, first_B: Array, *, rules: Rules, beams: int, size: int, stopping: Stopping = Stopping()
-) -> Hypotheses:
-    """The best continuations of ``first_B`` (the last token before them, int32 ``[B]``); call it inside ``jit``.
+def begin(cache: Any, first_B: Array, rules: Rules, *, beams: int, size: int) -> State:
+    """A search for continuations of ``first_B``, the last token before them (int32 ``[B]``).
 
-    ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, ``cache.fork(beams)``, ``cache.grow(slots)`` and
-    ``cache.reorder(beams_BxK)`` are the decoding protocol of ``jaxlm.nn``; ``cache`` holds B rows and everything before
-    ``first_B``, and needs no room for more. No limit of the ``rules`` is above ``size``. A single beam is greedy
-    search: rules change its logits, not its log-probabilities.
+    ``cache`` holds B rows and everything before ``first_B``; it needs no room for more. No limit of the ``rules`` is
+    above ``size``.
     """
-    batch, limit_B = first_B.shape[0], rules.limit_B
+    batch = first_B.shape[0]
+    tokens_BxKxN = jnp.broadcast_to(rules.eos_E[0], (batch, beams, size)).astype(jnp.int32)
+    no_score_BxK = jnp.full((batch, beams), -jnp.inf)
+    return State(
+        step=jnp.int32(0),
+        cache=cache.fork(beams),
+        last_BxK=jnp.broadcast_to(first_B[:, None], (batch, beams)),
+        tokens_BxKxN=tokens_BxKxN,
+        logp_BxK=no_score_BxK.at[:, 0].set(0.0),  # the beams are still one
+        finished=Hypotheses(tokens_BxKxN, jnp.zeros((batch, beams), jnp.int32), no_score_BxK),
+        open_B=rules.limit_B > 0,
+        room=0,
+    )
+
+
+def advance(decode: Decode, state: State, rules: Rules, stopping: Stopping, *, room: int) -> State:
+    """The search after ``room`` tokens, or when all sentences are closed; call it inside ``jit``.
+
+    ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, and ``fork(beams)``, ``grow(slots)``, ``take(rows_B)`` and
+    ``reorder(beams_BxK)`` of a cache are the decoding protocol of ``jaxlm.nn``. A single beam is greedy search: rules
+    change its logits, not its log-probabilities.
+    """
+    (batch, beams), limit_B = state.last_BxK.shape, rules.limit_B
     candidates = max(2, 1 + len(rules.eos_E)) * beams  # so that enough are left where many end
 
     def scaled(logp, length):
         return logp / jnp.asarray(length, jnp.float32) ** stopping.length_penalty
 
-    def best(logits_RxV: Array, s: _State, n: int) -> tuple[Array, Array]:
+    def best(logits_RxV: Array, s: State, n: int) -> tuple[Array, Array]:
         """The ``n`` best next tokens of each beam: log-probabilities and ids, ``[R, n]`` each."""
         if not rules.active:
             values_Rxn, token_Rxn = top_k(logits_RxV, n)
@@ -134,7 +162,7 @@ def search(
         scores_RxV = scores_BxKxV.reshape(batch * beams, -1)
         return top_k(log_softmax(scores_RxV) if beams == 1 else scores_RxV, n)
 
-    def body(s: _State) -> _State:
+    def body(s: State) -> State:
         logits_Rx1xV, cache = decode(s.last_BxK.reshape(-1, 1), s.cache)
         logits_RxV = logits_Rx1xV[:, -1].astype(jnp.float32)
 
@@ -166,7 +194,8 @@ def search(
         longest_B = jnp.where(jnp.asarray(stopping.exact) & (stopping.length_penalty > 0), limit_B, length)
         worst_B = score_BxK[:, -1]
         hopeful_B = (scaled(logp_BxK[:, 0], longest_B) > worst_B) & ~(stopping.full & (worst_B > -jnp.inf))
-        return _State(
+        return replace(
+            s,
             step=length,
             cache=cache.reorder(_take(beam_BxC, live_BxK)),
             last_BxK=_take(token_BxC, live_BxK),
@@ -176,42 +205,56 @@ def search(
             open_B=s.open_B & hopeful_B,
         )
 
-    tokens_BxKxN = jnp.broadcast_to(rules.eos_E[0], (batch, beams, size)).astype(jnp.int32)
-    no_score_BxK = jnp.full((batch, beams), -jnp.inf)
-    state = _State(
-        step=jnp.int32(0),
-        cache=cache.fork(beams),
-        last_BxK=jnp.broadcast_to(first_B[:, None], (batch, beams)),
-        tokens_BxKxN=tokens_BxKxN,
-        logp_BxK=no_score_BxK.at[:, 0].set(0.0),  # the beams are still one
-        finished=Hypotheses(tokens_BxKxN, jnp.zeros((batch, beams), jnp.int32), no_score_BxK),
-        open_B=limit_B > 0,
-    )
-    for room, more in pairwise([0, *_rooms(size)]):
-        state = replace(state, cache=state.cache.grow(more - room))
-        state = lax.while_loop(lambda s, more=more: s.open_B.any() & (s.step < more), body, state)
-    return state.finished
+    state = replace(state, cache=state.cache.grow(room - state.room), room=room)
+    return lax.while_loop(lambda s: s.open_B.any() & (s.step < room), body, state)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "beams", "size"))
 def search_seq2seq(
     graphdef, params, src_BxS: Array, first_B: Array, rules: Rules, stopping: Stopping, *, beams: int, size: int
-) -> Hypotheses:
-    """Translations of padded sources (each ending with the end token) that begin after the tokens ``first``."""
+) -> State:
+    """Translations of padded sources (each ending with the end token) that begin after the tokens ``first``, as far as
+    the first room goes: ``finish`` has the rest."""
     model = nnx.merge(graphdef, params)
     mask_BxS = (src_BxS != model.config.pad_id).at[:, 0].set(True)  # a row of padding still needs something to read
     cache = model.init_cache(model.encode(src_BxS, mask_BxS), mask_BxS, 0)
-    return search(model.decode, cache, first_B, rules=rules, beams=beams, size=size, stopping=stopping)
+    state = begin(cache, first_B, rules, beams=beams, size=size)
+    return advance(model.decode, state, rules, stopping, room=_rooms(size)[0])
 
 
 @partial(jax.jit, static_argnames=("graphdef", "beams", "size"))
 def search_decoder(
     graphdef, params, prompts_BxP: Array, start_B: Array, rules: Rules, stopping: Stopping, *, beams: int, size: int
-) -> Hypotheses:
-    """Continuations of left-padded prompts with ``start_B`` slots of padding each."""
+) -> State:
+    """Continuations of left-padded prompts with ``start_B`` slots of padding each, as far as the first room goes."""
     model = nnx.merge(graphdef, params)
     cache = model.init_cache(prompts_BxP.shape[0], prompts_BxP.shape[1] - 1).replace(start=start_B)
     _, cache = model.decode(prompts_BxP[:, :-1], cache)
-    return search(
-        model.decode, cache, prompts_BxP[:, -1], rules=rules, beams=beams, size=size, stopping=stopping
-    )
+    state = begin(cache, prompts_BxP[:, -1], rules, beams=beams, size=size)
+    return advance(model.decode, state, rules, stopping, room=_rooms(size)[0])
+
+
+@partial(jax.jit, static_argnames=("graphdef", "room"))
+def _go_on(graphdef, params, state: State, rows_B: Array, rules: Rules, stopping: Stopping, *, room: int) -> State:
+    model = nnx.merge(graphdef, params)
+    return advance(model.decode, state.take(rows_B), rules, stopping, room=room)
+
+
+def finish(graphdef, params, state: State, rules: Rules, stopping: Stopping) -> Hypotheses:
+    """What a search finds in the end, as NumPy arrays."""
+    found = jax.tree.map(np.array, state.finished)
+    batch, _, size = found.tokens.shape
+    rows_B = np.arange(batch)
+    for room in _rooms(size)[1:]:
+        open_B = np.flatnonzero(np.asarray(state.open_B)[: len(rows_B)])
+        if not len(open_B):
+            break
+        rows_B = rows_B[open_B]
+        while batch % 4 == 0 and batch // 4 >= len(open_B):  # into few shapes
+            batch //= 4
+        again_B = np.resize(open_B, batch)
+        rules = rules.take(again_B)
+        state = _go_on(graphdef, params, state, again_B, rules, stopping, room=room)
+        for all_B, new_B in zip(*map(jax.tree.leaves, (found, state.finished)), strict=True):
+            all_B[rows_B] = np.asarray(new_B)[: len(rows_B)]
+    return found

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
-from jaxlm.inference.beam import Stopping, search_decoder
+from jaxlm.inference.beam import Stopping, finish, search_decoder
 from jaxlm.inference.rules import Rules, make_rules
 from jaxlm.inference.sampling import Sampling, digest, row_key, sample
 
@@ -225,10 +225,11 @@ def beam_tokens(
         rules = make_rules(
             generation, config, [len(prompts[i]) for i in rows], [limits[i] for i in rows], padded, starts
         )
-        found = search_decoder(
+        state = search_decoder(
             lm.graphdef, lm.params, padded, starts, rules, stopping, beams=generation.num_beams or 1,
             size=bucket(max(limits[i] for i in rows)),
         )
+        found = finish(lm.graphdef, lm.params, state, rules, stopping)
         for i, tokens in zip(rows, found.best(rules), strict=False):
             out[i] = tokens
     return out

@@ -7,7 +7,7 @@ the program; a rule that is not set is None and no part of it either.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,11 @@ class Rules:
         """Whether ``apply`` does anything."""
         rules = (self.prompt_BxP, self.bad_V, self.least_B, self.first_B, self.last_V, self.suppressed_V)
         return self.renormalize or any(rule is not None for rule in (*rules, self.suppressed_first_V))
+
+    def take(self, rows_B: Array | np.ndarray) -> Rules:
+        """Those of some of the prompts."""
+        names = ("limit_B", "prompt_BxP", "start_B", "least_B", "first_B")
+        return replace(self, **jax.tree.map(lambda x: x[rows_B], {name: getattr(self, name) for name in names}))
 
     def ends(self, tokens: Array) -> Array:
         """Which tokens end their text: bool, of the same shape."""

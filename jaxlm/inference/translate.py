@@ -10,7 +10,7 @@ import numpy as np
 from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
-from jaxlm.inference.beam import Hypotheses, Hypothesis, Stopping, search_seq2seq
+from jaxlm.inference.beam import Hypothesis, State, Stopping, finish, search_seq2seq
 from jaxlm.inference.rules import Rules, make_rules
 
 _BEAM, _LENGTH = 5, 128  # where nothing says how many
@@ -58,6 +58,7 @@ def search_tokens(
     allowed = max_length or min(generation.limits([1], _LENGTH))
     if config.positions == "learned":
         allowed = min(allowed, config.max_positions)
+    stopping = Stopping.of(generation)
     least = max(generation.min_new_tokens, generation.min_length)
 
     def limit(length: int) -> int:
@@ -66,15 +67,16 @@ def search_tokens(
     out: list[list[Hypothesis]] = [[] for _ in sources]
     done = 0
 
-    def finish(rows: list[int], found: Hypotheses, rules: Rules) -> None:
+    def read(rows: list[int], state: State, rules: Rules) -> None:
         nonlocal done
+        found = finish(lm.graphdef, lm.params, state, rules, stopping)
         for i, hypotheses in zip(rows, found.ranked(rules), strict=False):
             out[i] = hypotheses
         done += len(rows)
         if progress is not None:
             progress(done)
 
-    running: deque[tuple[list[int], Hypotheses, Rules]] = deque()  # the next batch is under way before one is read
+    running: deque[tuple[list[int], State, Rules]] = deque()  # the next batch is under way before one is read
     for rows in batches_by_length([len(source) for source in sources], batch_size):
         length = bucket(len(sources[rows[0]]))
         batch = power_of_two(len(rows))
@@ -84,15 +86,15 @@ def search_tokens(
             generation, config, [1] * len(rows), [limit(len(sources[i])) for i in rows], first_B[:, None],
             np.zeros(batch, np.int32),
         )
-        found = search_seq2seq(
-            lm.graphdef, lm.params, src_BxS, first_B, rules, Stopping.of(generation), beams=generation.num_beams,
+        state = search_seq2seq(
+            lm.graphdef, lm.params, src_BxS, first_B, rules, stopping, beams=generation.num_beams,
             size=bucket(limit(length)),
         )
-        running.append((rows, found, rules))
+        running.append((rows, state, rules))
         if len(running) > 1:
-            finish(*running.popleft())
+            read(*running.popleft())
     for batch in running:
-        finish(*batch)
+        read(*batch)
     return out
 
 

@@ -279,6 +279,14 @@ class Cache:
         keys, values = jax.tree.map(partial(longer, axis=4), (self.keys, self.values))
         return replace(self, keys=keys, values=values, writer=jax.tree.map(partial(longer, axis=2), self.writer))
 
+    def take(self, rows_B: jax.Array) -> Cache:
+        """That of some of the sentences."""
+        keys, values, memory = jax.tree.map(lambda x: x[:, rows_B], (self.keys, self.values, self.memory))
+        start, mask, writer = jax.tree.map(lambda x: x[rows_B], (self.start, self.memory_mask, self.writer))
+        return replace(
+            self, keys=keys, values=values, memory=memory, start=start, memory_mask=mask, writer=writer
+        )
+
     def reorder(self, beams_BxK: jax.Array) -> Cache:
         """After ``fork``: beam k goes on from what the given beam of its sentence remembers."""
         return replace(self, writer=jnp.take_along_axis(self.writer, beams_BxK[:, :, None], axis=1))

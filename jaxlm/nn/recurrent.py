@@ -16,9 +16,10 @@ from jaxlm.nn.layers import Embedding, Linear, split_key
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LSTMState:
-    """The state of every layer. Left padding (slots before ``start``) leaves it at zero."""
+    """The state of every layer. Left padding (slots before ``start``) leaves it at zero. In beam search each of the B
+    sentences has several rows, its beams, one after the other."""
 
-    hidden: tuple[jax.Array, ...]  # a layer: [B, H]
+    hidden: tuple[jax.Array, ...]  # a layer: [B * beams, H]
     cell: tuple[jax.Array, ...]
     index: jax.Array  # int32 scalar: tokens read so far, padding included
     start: jax.Array  # int32 [B]
@@ -28,8 +29,18 @@ class LSTMState:
 
     def fork(self, beams: int) -> LSTMState:
         """Every row as ``beams`` equal rows."""
-        hidden, cell, start = jax.tree.map(lambda x: jnp.repeat(x, beams, 0), (self.hidden, self.cell, self.start))
-        return replace(self, hidden=hidden, cell=cell, start=start)
+        hidden, cell = jax.tree.map(lambda x: jnp.repeat(x, beams, 0), (self.hidden, self.cell))
+        return replace(self, hidden=hidden, cell=cell)
+
+    def take(self, rows_B: jax.Array) -> LSTMState:
+        """That of some of the sentences."""
+
+        def of(x_RxH):
+            x_BxKxH = x_RxH.reshape(len(self.start), -1, x_RxH.shape[-1])
+            return x_BxKxH[rows_B].reshape(-1, x_RxH.shape[-1])
+
+        hidden, cell = jax.tree.map(of, (self.hidden, self.cell))
+        return replace(self, hidden=hidden, cell=cell, start=self.start[rows_B])
 
     def grow(self, count: int) -> LSTMState:
         """The same: its size does not depend on how much it has read."""
@@ -104,7 +115,8 @@ class LSTMLM(nnx.Module):
     def _advance(self, tokens_BxT, state: LSTMState, key) -> tuple[jax.Array, LSTMState]:
         rate, T = self.config.dropout, tokens_BxT.shape[1]
         keys = split_key(key, len(self.layers) + 1)
-        real_BxT = state.index + jnp.arange(T)[None] >= state.start[:, None]
+        start_B = jnp.repeat(state.start, len(tokens_BxT) // len(state.start))
+        real_BxT = state.index + jnp.arange(T)[None] >= start_B[:, None]
         x = dropout(self.embed(tokens_BxT, jnp.dtype(self.config.dtype)), rate, keys[-1])
         hidden, cell = [], []
         for layer, h, c, layer_key in zip(self.layers, state.hidden, state.cell, keys, strict=False):

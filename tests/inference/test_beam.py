@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.inference.beam import Stopping, search
+from jaxlm.inference.beam import Stopping, advance, begin
 from jaxlm.inference.rules import Rules
 from tests.inference import toys
 
@@ -18,10 +18,9 @@ EOS = 2
 
 @partial(jax.jit, static_argnames=("beams", "size"))
 def _search(table, first_B, limit_B, alpha, exact, *, beams, size):
-    return search(
-        partial(toys.decode, table), toys.empty(len(table)), first_B, rules=Rules(jnp.array([EOS]), limit_B),
-        beams=beams, size=size, stopping=Stopping(alpha, exact),
-    )
+    rules = Rules(jnp.array([EOS]), limit_B)
+    state = begin(toys.empty(len(table)), first_B, rules, beams=beams, size=size)
+    return advance(partial(toys.decode, table), state, rules, Stopping(alpha, exact), room=size).finished
 
 
 def run(table, first, limits, *, beams, alpha=1.0, exact=False, size=None):

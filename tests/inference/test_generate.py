@@ -107,6 +107,14 @@ def test_one_beam_is_greedy_and_more_beams_do_not_score_less(make):
         assert total_logp(lm, prompt, b) >= total_logp(lm, prompt, a) - 1e-4
 
 
+@pytest.mark.parametrize("make", [decoder, lstm])
+def test_beams_of_long_texts_go_on_without_those_of_short_ones(make):
+    lm, settings = make(), PLAIN.replace(max_length=52, num_beams=3)  # so the prompts have room for 1 to 51 tokens
+    together = beam_tokens(lm, ids(lm), settings)
+    assert min(map(len, together)) < 32 < max(map(len, together))
+    assert together == beam_tokens(lm, ids(lm), settings, batch_size=1)
+
+
 def test_nothing_asked_and_nothing_to_go_on():
     lm = decoder()
     assert generate(lm, []) == []

@@ -11,10 +11,10 @@ import pytest
 from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, unflatten
-from jaxlm.inference.beam import Stopping, search_seq2seq
+from jaxlm.inference.beam import Stopping, finish, search_seq2seq
 from jaxlm.inference.rules import Rules
 from jaxlm.inference.translate import encode_sources, translate, translate_tokens
-from tests.inference.models import Handle, decoder, greedy_by_full_forward, seq2seq, total_logp
+from tests.inference.models import NEVER, Handle, decoder, greedy_by_full_forward, seq2seq, total_logp
 
 SENTENCES = ["the cat sat.", "a", "what is it that you said to the other one of them.", "on and on and on"]
 
@@ -41,19 +41,28 @@ def test_batch_mates_and_order_change_nothing():
 
 
 @pytest.mark.parametrize("kv_cache", ["full", "int4"])
-def test_a_cache_that_grows_remembers_all(kv_cache):
-    lm = seq2seq(eos_id=999, kv_cache=kv_cache)
-    sources = np.array([[5, 6, 7, 2], [9, 3, 2, 0]], np.int32)
-    rules = Rules(np.array([999]), np.array([40, 37], np.int32))
+def test_the_sentences_that_are_still_open_go_on_among_themselves(kv_cache):
+    """A few are far longer than the others, which are closed before the loop leaves off for the first time; some are
+    closed before it does so again."""
+    lm = seq2seq(eos_id=NEVER, kv_cache=kv_cache)
+    limits = [20, 200, 32, 60, 33, 7, 120, 32, 9]
+    sources = [[3 + i, 5, 6 + i, 2] for i in range(len(limits))]
 
-    def search(size: int):
-        first_B = np.full(2, lm.config.bos_id, np.int32)
-        return search_seq2seq(lm.graphdef, lm.params, sources, first_B, rules, Stopping(), beams=3, size=size)
+    def search(rows: list[int]):
+        padded, batch = np.array([sources[i] for i in rows], np.int32), len(rows)
+        limit_B = np.array([limits[i] for i in rows], np.int32)
+        rules = Rules(np.array([NEVER]), limit_B, least_B=np.ones(batch, np.int32))
+        first_B, stopping = np.full(batch, lm.config.bos_id, np.int32), Stopping()
+        state = search_seq2seq(lm.graphdef, lm.params, padded, first_B, rules, stopping, beams=3, size=256)
+        assert [bool(x) for x in state.open_B] == [limits[i] > 32 for i in rows]
+        return finish(lm.graphdef, lm.params, state, rules, stopping)
 
-    at_once, grown = search(48), search(64)  # after 32 tokens
-    assert at_once.length.tolist() == [[40] * 3, [37] * 3]
-    np.testing.assert_array_equal(grown.tokens[..., :40], at_once.tokens[..., :40])
-    np.testing.assert_allclose(grown.score, at_once.score, rtol=1e-5)
+    together = search(list(range(len(limits))))
+    for i, limit in enumerate(limits):
+        alone = search([i])
+        assert together.length[i].tolist() == alone.length[0].tolist() == [limit] * 3
+        np.testing.assert_array_equal(together.tokens[i], alone.tokens[0])
+        np.testing.assert_allclose(together.score[i], alone.score[0], rtol=1e-5 if kv_cache == "full" else 1e-2)
 
 
 def test_blank_sentences_stay_blank_and_length_is_bounded():
