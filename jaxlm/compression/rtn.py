@@ -79,7 +79,10 @@ def points(low: jax.Array, high: jax.Array, bits: int, symmetric: bool) -> tuple
     """The scale and zero of ``2**bits`` points from ``low`` to ``high``. The zero is whole, of the type of the ends,
     with straight-through gradients."""
     span = high - low
-    scale = jnp.where(span > 0, span / (2**bits - 1), 1)
+    # Of a symmetric grid the outermost value is halfway between two codes, and even is the outer one. A hair off the
+    # scale holds it there: division by a constant is compiled as multiplication, and half of them fell inward.
+    levels = (2**bits - 1) * (1 + 2**-21 if symmetric else 1)
+    scale = jnp.where(span > 0, span / levels, 1)
     if symmetric:
         return scale, None
     place = -low / scale

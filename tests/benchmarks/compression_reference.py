@@ -137,6 +137,7 @@ def main() -> None:
     theirs = {(row["method"], row["setting"]): row for row in rows}
     for method, name, peer in BESIDE:
         rows.append(theirs[peer] | {"method": method, "setting": f"beside {' '.join(peer)}", "recipe": name})
+    order = [(row["method"], row["setting"]) for row in rows]
     for row in rows:
         if args.only not in f"{row['method']} {row['setting']}" or (row["method"], row["setting"]) in made:
             continue
@@ -153,9 +154,8 @@ def main() -> None:
         above = ours / row["ppl"] - 1
         new = {"method": row["method"], "setting": row["setting"], "recipe": recipe.name, "theirs": row["ppl"],
                "ours": ours, "above": above, "seconds_theirs": row.get("seconds"), "seconds": seconds}
-        before = [i for i, old in enumerate(out) if (old["method"], old["setting"]) == (row["method"], row["setting"])]
-        for i in before or [len(out)]:
-            out[i : i + 1] = [new]
+        kept = [old for old in out if (old["method"], old["setting"]) != (row["method"], row["setting"])]
+        out = sorted([*kept, new], key=lambda row: order.index((row["method"], row["setting"])))
         told = f"{row['method']:<12}{row['setting'][:57]:<58}{row['ppl']:>9.4f}{ours:>10.4f}{above:>+9.2%}"
         print(f"{told}{row.get('seconds') or 0:>10.1f}{seconds or 0:>8.1f}", flush=True)
         if args.json:

@@ -45,6 +45,14 @@ def test_quantize_against_a_naive_float64_reference(bits, group, symmetric):
         np.testing.assert_allclose(agree, np.where(differs, 0, dense), atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_outermost_values_of_a_symmetric_grid_have_its_outermost_codes(bits):
+    w = np.random.default_rng(bits).normal(size=(64, 500)).astype(np.float32)
+    w[0] = np.where(np.arange(500) % 2, 1, -1) * np.abs(w).max(0)
+    codes = np.asarray(quantize(jnp.asarray(w), bits=bits).codes)
+    assert (codes[:, 0] == np.where(w[0] > 0, 2 ** (bits - 1) - 1, -(2 ** (bits - 1)))).all()
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_zeros_are_exact(bits, symmetric):
