@@ -1,10 +1,11 @@
 """Size against BLEU of a Multi30k translator under many recipes.
 
     python tests/benchmarks/multi30k_pareto.py RUN --data bitext:test.en.gz,test.de.gz \\
-        --calibrate bitext:train.en.gz,train.de.gz --out DIR
+        --calibrate bitext:train.en.gz,train.de.gz --out DIR [--sparse RUN2]
     python tests/benchmarks/multi30k_pareto.py --show FILE       # multi30k_pareto.json, as the table of README
 
-RUN is a training by configs/multi30k.py. Prints a row a recipe, writes DIR/multi30k_pareto.json and its picture.
+RUN is a training by configs/multi30k.py, RUN2 one that went on from there to 80% of zeros (the command is in README).
+Prints a row a recipe, writes DIR/multi30k_pareto.json and its picture.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe((SparseGpt(0.5, bits=4), Quantize(4, target=TABLE), Half()), "huffman", "sparse50-w4, table w4, half"),
     Recipe((AutoRound(2, 64), Quantize(4, target=TABLE), Half()), "huffman", "w2-autoround, table w4, half"),
 )
+SPARSE: tuple[Recipe, ...] = tuple(
+    Recipe((Gptq(4, 128), Quantize(bits, target=TABLE), Half()), "huffman", f"sparse80, w4-gptq, table w{bits}, half")
+    for bits in (5, 4)
+)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -52,6 +57,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?")
     parser.add_argument("--data", metavar="SPEC")
     parser.add_argument("--calibrate", metavar="SPEC")
+    parser.add_argument("--sparse", type=Path, metavar="RUN2")
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--show", type=Path, metavar="FILE")
     parser.add_argument("--only", default="", metavar="NAME", help="recipes whose name contains this")
@@ -65,8 +71,11 @@ def main() -> None:
     dense = jaxlm.load(args.run)
     rows: list[Comparison] = []
     print(f"{'recipe':<36}{'KiB':>8}{'smaller':>9}{'BLEU':>8}{'perplexity':>12}")
-    for recipe in (None, *(each for each in RECIPES if args.only in each.name)):
-        lm = dense if recipe is None else jaxlm.compress(dense, recipe, calibrate=args.calibrate)
+    todo = [(dense, recipe) for recipe in RECIPES]
+    if args.sparse:
+        todo += [(jaxlm.load(args.sparse), recipe) for recipe in SPARSE]
+    for lm, recipe in [(dense, None), *(each for each in todo if args.only in each[1].name)]:
+        lm = lm if recipe is None else jaxlm.compress(lm, recipe, calibrate=args.calibrate)
         with tempfile.TemporaryDirectory() as directory:
             size = weight_bytes(lm.save(Path(directory) / "model"))
             lm = jaxlm.load(Path(directory) / "model")  # what is evaluated has been on disk
