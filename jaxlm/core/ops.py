@@ -207,6 +207,8 @@ def _contract_last(x_MxI: jax.Array, w_OxI: jax.Array, dtype: jnp.dtype | None =
 def _weight_only_dot(x_MxI: jax.Array, w: QArray | Codebook) -> jax.Array:
     integers = isinstance(w, QArray) and jnp.issubdtype(w.codes.dtype, jnp.integer) and x_MxI.ndim == 2
     faster = {}
+    if _takes_groups(x_MxI, w):
+        faster["tpu"] = _grouped_dot
     if integers and w.scale.shape[-1] == 1:
         faster["cpu"] = _planes_dot
     if integers and weight_only.enabled() and weight_only.takes(x_MxI, w):
@@ -233,6 +235,36 @@ def _converted_dot(x_MxI: jax.Array, w: QArray | Codebook) -> jax.Array:
         return _contract_last(x_MxI, coded_values(w).astype(x_MxI.dtype))
     values_OxI = centred(w, x_MxI.dtype) if isinstance(w, QArray) else look_up(w).astype(x_MxI.dtype)
     return (_contract_last(x_MxI, values_OxI, jnp.float32) * w.scale[:, 0]).astype(x_MxI.dtype)
+
+
+_FEW_ROWS = 1024
+
+
+def _takes_groups(x_MxI: jax.Array, w: QArray | Codebook) -> bool:
+    """Whether this is for ``_grouped_dot``: weights in whole groups, and so few rows that reading them matters."""
+    groups = 1 if w.scale is None else w.scale.shape[-1]
+    few = x_MxI.ndim == 2 and x_MxI.shape[0] <= _FEW_ROWS
+    return few and groups > 1 and groups * w.group == x_MxI.shape[1] and (isinstance(w, QArray) or w.bits <= 4)
+
+
+def _grouped_dot(x_MxI: jax.Array, w: QArray | Codebook) -> jax.Array:
+    """``_converted_dot`` with a product for each group, to which its scale is applied: nothing but the codes is as
+    large as the weight.
+
+    XLA on TPU writes scales that are repeated along a row to memory before it multiplies with them: 16 rows by int4
+    weights of 8192 x 3584 take 463 MiB of traffic so, 15.5 by groups, and 56 in bfloat16 (compiled for v5e). One row
+    alone would be no matrix product.
+    """
+    rows, groups = x_MxI.shape[0], w.scale.shape[-1]
+    x_MxGxK = (jnp.concatenate([x_MxI, x_MxI]) if rows == 1 else x_MxI).reshape(-1, groups, w.group)
+    values_OxI = (w.codes if isinstance(w, QArray) else look_up(w)).astype(x_MxI.dtype)
+    values_OxGxK = values_OxI.reshape(-1, groups, w.group)
+    y_GxMxO = jnp.einsum("mgk,ogk->gmo", x_MxGxK, values_OxGxK, preferred_element_type=jnp.float32)
+    y_MxO = jnp.sum(y_GxMxO * w.scale.T[:, None], 0)
+    if isinstance(w, QArray) and w.zero is not None:
+        sums_MxG = jnp.sum(x_MxGxK, -1, dtype=jnp.float32)
+        y_MxO -= jnp.matmul(sums_MxG, (w.zero.astype(jnp.float32) * w.scale).T, precision="highest")
+    return y_MxO[:rows].astype(x_MxI.dtype)
 
 
 def _planes_dot(x_MxI: jax.Array, w: QArray) -> jax.Array:

@@ -82,7 +82,7 @@ class Drawn:
 def pinned(state: State) -> State:
     """Split over devices by key/value heads, as the products with weights that make and read them are."""
     def pin(pool):
-        return constrain(pool, (None, None, "kv_heads", None, None)[: pool.ndim])
+        return constrain(pool, (None, None, None, "kv_heads", None)[: pool.ndim])
 
     return State(jax.tree.map(pin, state.pools), constrain(state.history_SxC, (None, None)))
 

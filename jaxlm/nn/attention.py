@@ -10,9 +10,11 @@ from flax import nnx
 
 from jaxlm.core import ops
 from jaxlm.core.leaves import is_leaf
+from jaxlm.core.sharding import ways
 from jaxlm.nn.cache import Kept, mix, scores
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.context import NEGATIVE, Sight, goes_around, ring_attend
+from jaxlm.nn.flash import flash_attend, in_blocks
 from jaxlm.nn.layers import Linear, Norm, softcap
 from jaxlm.nn.pages import LayerPages, attend_pages
 from jaxlm.nn.positions import rotate
@@ -31,17 +33,23 @@ def attend(
     cap: float = 0.0,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
+    causal: bool = False,
     seen: list[jax.Array] | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped key/value heads (arXiv:2305.13245); softmax in float32.
 
     Head ``h`` reads key/value head ``h // (H // G)``. Mask and bias broadcast over B; the result is ``[B, T, H, K]``.
+    ``causal`` promises that the mask hides every key after the query of the same number.
     The weights ``[B, H, T, S]`` are added to ``seen``, where there is one.
     """
     B, T, H, K = q_BxTxHxK.shape
     G, S = k_BxGxSxK.shape[1:3]
-    q_BxGxRTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
-    logits_BxHxTxS = softcap(scores(q_BxGxRTxK, k_BxGxSxK).reshape(B, H, T, S), cap)
+    q_BxGxRxTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    # Weights that are dropped or looked at are needed as a whole; sequences over devices are gathered by GSPMD.
+    if in_blocks(T, S) and seen is None and (key is None or not dropout_rate) and ways("length") == 1:
+        out = flash_attend(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, cap=cap, causal=causal)
+        return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
+    logits_BxHxTxS = softcap(scores(q_BxGxRxTxK.reshape(B, G, -1, K), k_BxGxSxK).reshape(B, H, T, S), cap)
     if bias_BxHxTxS is not None:
         logits_BxHxTxS += bias_BxHxTxS
     if mask_BxTxS is not None:
@@ -120,7 +128,8 @@ class Attention(nnx.Module):
         else:
             q = q.reshape(k.shape[0], -1, H, K)
             out = attend(
-                q, k, v, mask, bias, scale=scale, cap=cap, dropout_rate=config.attention_dropout, key=key, seen=seen
+                q, k, v, mask, bias, scale=scale, cap=cap, dropout_rate=config.attention_dropout, key=key,
+                causal=sight is not None and sight.causal, seen=seen,
             )
         return self.o(out.reshape(B, T, -1))
 

@@ -28,7 +28,7 @@ _SPAN = 128  # slots that several queries, or the rows of an accelerator, look a
 class PagePool:
     """Keys and values of all sequences."""
 
-    keys: tuple[Kept, ...]  # a segment: [L, pages, G, slots of a page, K]
+    keys: tuple[Kept, ...]  # a segment: [L, pages, slots of a page, G, K]
     values: tuple[Kept, ...]
 
     @classmethod
@@ -36,14 +36,14 @@ class PagePool:
         cls, layers: tuple[int, ...], pages: int, heads: int, size: int, d_head: int, kind: KVCache, dtype: str
     ) -> PagePool:
         """A pool for segments of so many layers with ``heads`` key/value heads of size ``d_head``."""
-        segments = [empty((count, pages, heads, size, d_head), kind, dtype) for count in layers]
+        segments = [empty((count, pages, size, heads, d_head), kind, dtype) for count in layers]
         keys, values = zip(*segments, strict=True)
         return cls(keys, values)
 
     @property
     def size(self) -> int:
         """Slots of a page."""
-        return self.keys[0].shape[3]
+        return self.keys[0].shape[2]
 
 
 @jax.tree_util.register_dataclass
@@ -92,9 +92,13 @@ class PagedCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerPages:
-    """One layer's place in a segment's pool, which is carried through the scan and written in place."""
+    """One layer's place in a segment's pool, which is carried through the scan and written in place.
 
-    keys: Kept  # [L, pages, G, slots of a page, K]
+    A slot has all its heads together: what is written to it is one piece of memory, and what says where are the leading
+    dimensions. With heads before slots XLA on TPU copies the whole pool at every layer.
+    """
+
+    keys: Kept  # [L, pages, slots of a page, G, K]
     values: Kept
     layer: jax.Array
     table: jax.Array  # [B, P]
@@ -106,7 +110,7 @@ class LayerPages:
         """With the new tokens, kept as those of the pool are."""
 
         def into(pool, new):
-            return pool.at[self.layer, self.page, :, self.offset].set(new.swapaxes(1, 2).astype(pool.dtype))
+            return pool.at[self.layer, self.page, self.offset].set(new.swapaxes(1, 2).astype(pool.dtype))
 
         keys, values = jax.tree.map(into, (self.keys, self.values), (k_BxGxTxK, v_BxGxTxK))
         return replace(self, keys=keys, values=values)
@@ -115,8 +119,8 @@ class LayerPages:
         """Keys and values of some pages, one after the other: ``[1, G, N * slots, K]`` each."""
 
         def of(pool):
-            x = pool[self.layer, pages_N].swapaxes(0, 1)
-            return x.reshape(1, x.shape[0], -1, *x.shape[3:])
+            x = pool[self.layer, pages_N]
+            return x.reshape(-1, *x.shape[2:]).swapaxes(0, 1)[None]
 
         return jax.tree.map(of, (self.keys, self.values))
 
@@ -139,7 +143,7 @@ def attend_pages(
 
 def _rows(q_BxTxHxK, past: LayerPages, sight: Sight, bias_BxHxTxS, scale, cap, *, one_by_one: bool) -> jax.Array:
     T, H, K = q_BxTxHxK.shape[1:]
-    _, _, G, size, _ = past.keys.shape
+    _, _, size, G, _ = past.keys.shape
     span = 1 if one_by_one and T == 1 else max(1, _SPAN // size)  # pages at a time
     short = -past.table.shape[1] % span
     table_BxP = jnp.pad(past.table, ((0, 0), (0, short)))

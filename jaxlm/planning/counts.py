@@ -30,10 +30,11 @@ _SENT = {
     "collective-permute": lambda n: 1,
 }
 _FREE = frozenset([  # no data moves
-    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "iota",
-    "opt-barrier", "domain", "add-dependency", "copy-done", "async-update", "async-done", "all-gather-done",
-    "all-reduce-done", "collective-permute-done", "send-done", "recv-done", "async-start", "broadcast",
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id",
+    "opt-barrier", "domain", "add-dependency", "async-update", "async-start",
 ])  # fmt: skip
+
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # done in place: which operand is what is new
 
 
 @dataclass(frozen=True)
@@ -169,13 +170,16 @@ class _Walk:
     def _traffic(self, inside: Computation, each: Instruction) -> float:
         """Bytes to and from main memory."""
         opcode = each.opcode
-        if opcode in _FREE:
+        if opcode in _FREE or opcode.endswith("-done") or "ConcatBitcast" in each.attributes:
             return 0.0
         operands = list(inside.operands(each))
-        if opcode in ("dynamic-slice", "gather"):
+        if opcode in ("slice", "dynamic-slice", "gather"):
             return 2 * each.bytes
-        if opcode in ("dynamic-update-slice", "scatter"):
-            return 2 * operands[-1 if opcode == "scatter" else 1].bytes
+        if opcode in ("slice-start", "dynamic-slice-start"):  # its results are the operands, the slice and a flag
+            part = each.shapes[len(operands)]
+            return part.bytes * (2 - part.near)
+        if opcode in _UPDATES:
+            return 2 * operands[_UPDATES[opcode]].bytes
         if opcode == "fusion":
             called = self._module.computations[each.called("calls")[0]]
             read = sum(self._read(called, i, operand.bytes) for i, operand in enumerate(operands))
@@ -188,32 +192,43 @@ class _Walk:
         """What a fusion reads of an operand: slices, where it only slices it; nothing, where it updates it in place."""
         if not full or index not in called.parameters:
             return full
-        total, pending = 0.0, [called.parameters[index].name]
+        sliced, left = self._sliced(called, called.parameters[index])
+        return full if left else min(sliced, full)
+
+    def _sliced(self, called: Computation, parameter: Instruction) -> tuple[float, bool]:
+        """Bytes of the slices that a computation takes of a parameter, and whether anything else there, or what gets
+        the computation's result, sees the whole."""
+        total, pending = 0.0, [parameter]
         while pending:
-            name = pending.pop()
-            for user in called.users.get(name, ()):
-                first = user.operands[0] == name
+            value = pending.pop()
+            if value.root:
+                return total, True
+            for user in called.users.get(value.name, ()):
+                first = user.operands[0] == value.name
                 if user.opcode in ("bitcast", "reshape", "transpose", "copy"):
-                    pending.append(user.name)
+                    pending.append(user)
                 elif user.opcode in ("dynamic-slice", "gather") and first:
                     total += sum(shape.bytes for shape in user.shapes)
-                elif user.opcode == "dynamic-update-slice" and first:
+                elif user.opcode in _UPDATES and first:
                     continue
                 elif user.opcode == "fusion":
                     inner = self._module.computations[user.called("calls")[0]]
-                    places = [i for i, operand in enumerate(user.operands) if operand == name]
-                    total += sum(self._read(inner, place, full) for place in places)
+                    for place in (i for i, operand in enumerate(user.operands) if operand == value.name):
+                        part, left = self._sliced(inner, inner.parameters[place])
+                        total += part
+                        if left:  # a fusion that only lays it out anew gives the whole to its own users
+                            pending.append(user)
                 else:
-                    return full
-        return min(total, full)
+                    return total, True
+        return total, False
 
     def _written(self, called: Computation, each: Instruction) -> float:
         if each.shapes and all(shape.near for shape in each.shapes):
             return 0.0
-        updates = [user for user in called.instructions.values() if user.opcode == "dynamic-update-slice"]
+        updates = [user for user in called.instructions.values() if user.opcode in _UPDATES]
         replaced = {}
         for update in updates:
-            part = called.instructions.get(update.operands[1])
+            part = called.instructions.get(update.operands[_UPDATES[update.opcode]])
             if part is not None:
                 replaced[update.shape.dims] = sum(shape.bytes for shape in part.shapes)
         return sum(

@@ -158,8 +158,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _used(message: str) -> tuple[float, float] | None:
-    """What the compiler for TPUs says when a program does not fit: bytes used, and bytes there are."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    """What compilers for TPUs, older and newer, say when a program does not fit: bytes used, and bytes there are."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message) or re.search(
+        r"total memory required .*\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message
+    )
     if not found:
         return None
     return float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]

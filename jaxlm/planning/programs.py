@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
 from jaxlm import nn
@@ -130,6 +131,8 @@ def _serving(config: Experiment, mesh: Mesh, topology: Topology, serving: Servin
     cache = jax.eval_shape(lambda params: nnx.merge(graphdef, params).init_cache(batch, context), params)
     cache = with_layout(cache, cache_layout(cache, mesh))
     layout = jax.tree.map(lambda x: x.sharding, cache)
+    # How keys and values lie in memory is the compiler's choice, as it is in the loop over tokens of ``generate``.
+    free = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding) if x.ndim > 1 else x.sharding, cache)
     held = {"parameters": bytes_per_device(params), "cache": bytes_per_device(cache)}
 
     def prefill(params, tokens_BxT):
@@ -155,5 +158,6 @@ def _serving(config: Experiment, mesh: Mesh, topology: Topology, serving: Servin
 
     return [
         program("prefill", prefill, (batch, context), out_shardings=layout),
-        program("decode", decode, (batch,), cache, donate_argnums=2, out_shardings=(rows, layout)),
+        program("decode", decode, (batch,), cache, donate_argnums=2, in_shardings=(None, None, free),
+                out_shardings=(rows, free)),
     ]

@@ -3,13 +3,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlm.compression.codebook import nf4, nf4_table
 from jaxlm.compression.rtn import quantize
 from jaxlm.core import ops
-from jaxlm.core.leaves import LoRA, Tap, dequantize
+from jaxlm.core.leaves import Codebook, LoRA, Tap, dequantize
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def nf4_leaf(w):
+    codes, scale = nf4(w.T, group=8)
+    return Codebook(codes, jnp.asarray(nf4_table(), jnp.float32), scale, bits=4, group=8, kind="nf4")
 
 
 def integer_reference(x, leaf):
@@ -48,6 +54,28 @@ def test_weight_only_dot_is_the_dot_with_the_dequantized_weight(bits, group, sym
     np.testing.assert_allclose(ops.dot(x, leaf), exact, atol=1e-5 * np.abs(exact).max())
     half = ops.dot(x.astype(jnp.bfloat16), leaf).astype(jnp.float32)
     np.testing.assert_allclose(half, exact, atol=2e-2 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+@pytest.mark.parametrize("leaf_of", [
+    lambda w: quantize(w, bits=4, group=8), lambda w: quantize(w, bits=8, group=20, symmetric=False),
+    nf4_leaf,
+], ids=["int4", "int8 with zeros", "nf4"])
+def test_dots_by_groups_are_those_with_the_dequantized_weight(rows, leaf_of):
+    x, leaf = normal(rows, 40), leaf_of(normal(40, 6, seed=1))
+    exact = np.asarray(x, np.float64) @ np.asarray(dequantize(leaf), np.float64)
+    assert ops._takes_groups(x, leaf)
+    np.testing.assert_allclose(jax.jit(ops._grouped_dot)(x, leaf), exact, atol=1e-6 * np.abs(exact).max())
+    half = jax.jit(ops._grouped_dot)(x.astype(jnp.bfloat16), leaf)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=2e-2 * np.abs(exact).max())
+
+
+def test_what_goes_by_groups():
+    leaf = quantize(normal(40, 6), bits=4, group=8)
+    assert not ops._takes_groups(normal(2000, 40), leaf)  # many rows are not held up by reading the weight
+    assert not ops._takes_groups(normal(2, 40), quantize(normal(40, 6), bits=4))
+    assert not ops._takes_groups(normal(2, 40), quantize(normal(40, 6), bits=4, group=16))  # a shorter last group
 
 
 @pytest.mark.parametrize(("rows", "dtype", "error"), [

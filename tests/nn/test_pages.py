@@ -61,7 +61,7 @@ def test_rows_that_grow_apart_see_what_a_full_pass_sees(name):
 def test_rows_together_and_rows_in_turn_are_one(queries, window):
     """What accelerators do is what CPUs do, and plain attention."""
     rng = np.random.default_rng(0)
-    pool = jnp.asarray(rng.normal(size=(2, 2, 40, 2, 4, 8)), jnp.float32)  # keys and values of two layers
+    pool = jnp.asarray(rng.normal(size=(2, 2, 40, 4, 2, 8)), jnp.float32)  # keys and values of two layers
     table = rng.permutation(np.arange(1, 40))[:30].reshape(3, 10)
     first = np.array([0, 17, 34 - queries])
     slots = first[:, None] + np.arange(queries)
@@ -69,7 +69,7 @@ def test_rows_together_and_rows_in_turn_are_one(queries, window):
     sight = Sight(slots, np.arange(40)[None], window=window)
     q = jnp.asarray(rng.normal(size=(3, queries, 4, 8)), jnp.float32)
     bias = jnp.asarray(rng.normal(size=(3, 4, queries, 40)), jnp.float32)
-    k, v = (x[1][table].swapaxes(1, 2).reshape(3, 2, 40, 8) for x in pool)
+    k, v = (x[1][table].reshape(3, 40, 2, 8).swapaxes(1, 2) for x in pool)
     mask = causal_mask(slots, np.arange(40)[None])
     mask = mask if window is None else mask & window_mask(slots, np.arange(40)[None], window)
     want = attend(q, k, v, mask, bias, scale=0.3, cap=2.0)

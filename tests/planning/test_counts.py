@@ -191,6 +191,30 @@ HloModule jit_step, is_scheduled=true
   ROOT %d = f32[3,8,16]{2,1,0} convolution(%p6, %p7), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf
 }
 
+%both (s1: f32[], s2: f32[]) -> f32[] {
+  %s1 = f32[] parameter(0)
+  ROOT %s2 = f32[] parameter(1)
+}
+
+%into (t0: f32[16,128], t1: s32[2,1], t2: f32[2,128]) -> f32[16,128] {
+  %t0 = f32[16,128]{1,0} parameter(0)
+  %t1 = s32[2,1]{1,0} parameter(1)
+  %t2 = f32[2,128]{1,0} parameter(2)
+  ROOT %sc = f32[16,128]{1,0} scatter(%t0, %t1, %t2), to_apply=%both, update_window_dims={1}, inserted_window_dims={0}
+}
+
+%laid (p8: bf16[4,64]) -> bf16[64,4] {
+  %p8 = bf16[4,64]{1,0} parameter(0)
+  ROOT %bit = bf16[64,4]{0,1} bitcast(%p8)
+}
+
+%after (p9: bf16[4,64], p10: bf16[4,32]) -> bf16[64,32] {
+  %p9 = bf16[4,64]{1,0} parameter(0)
+  %f9 = bf16[64,4]{0,1} fusion(%p9), kind=kLoop, calls=%laid
+  %p10 = bf16[4,32]{1,0} parameter(1)
+  ROOT %c9 = bf16[64,32]{1,0} convolution(%f9, %p10), dim_labels=bf_io->bf
+}
+
 %below (i: (s32[], f32[8])) -> pred[] {
   %i = (s32[], f32[8]{0}) parameter(0)
   %at = s32[] get-tuple-element(%i), index=0
@@ -223,6 +247,14 @@ ENTRY %main.1 (a: bf16[4,8,128], b: s32[], g: f32[16,128], w: bf16[128,256], q: 
   %agd = bf16[16,128]{1,0:S(1)} fusion(%ag0, %ag3), kind=kCustom, calls=%ended
   %rs = f32[4,128]{1,0} fusion(%g, %b), kind=kCustom, calls=%scattered
   %scores = f32[3,8,16]{2,1,0} fusion(%q, %k), kind=kOutput, calls=%batched
+  %x0 = bf16[4,64]{1,0} constant({...})
+  %x1 = ((bf16[4,64]{1,0}), bf16[4,32]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x0), slice={[0:4], [0:32]}
+  %x2 = bf16[4,32]{1,0:S(1)} slice-done(%x1)
+  %x3 = bf16[64,32]{1,0} fusion(%x0, %x2), kind=kOutput, calls=%after
+  %x5 = s32[2,1]{1,0:S(1)} constant({...})
+  %x6 = f32[2,128]{1,0} constant({...})
+  %x7 = f32[16,128]{1,0} fusion(%g, %x5, %x6), kind=kLoop, calls=%into
+  %x4 = bf16[64,32]{1,0} broadcast(%b), dimensions={}
   ROOT %out = f32[8,256]{1,0:T(8,128)S(1)} fusion(%s, %wd), kind=kOutput, calls=%conv
 }
 """  # noqa: E501
@@ -230,10 +262,11 @@ ENTRY %main.1 (a: bf16[4,8,128], b: s32[], g: f32[16,128], w: bf16[128,256], q: 
 
 def test_what_only_programs_for_tpus_have():
     """Products as convolutions, batches of them as windows, memory near the core, a sum fused with its slice, a
-    message in the fusions that start and end it, and a loop whose rounds only its condition tells."""
+    message in the fusions that start and end it, a loop whose rounds only its condition tells, an operand that is laid
+    out anew in a fusion of its own, a slice that is fetched ahead, and rows put into an array where it lies."""
     module = parse(TPU)
     counts = count(module, {"data": 2, "fsdp": 4})
-    assert counts.total_flops == 2 * 8 * 128 * 256 + 2 * 3 * 8 * 64 * 16
+    assert counts.total_flops == 2 * 8 * 128 * 256 + 2 * 3 * 8 * 64 * 16 + 2 * 64 * 4 * 32
     assert counts.sent("reduce-scatter") == {("fsdp",): 3 / 4 * 4 * 16 * 128}
     assert counts.sent("all-gather") == {("data",): 2 * 8 * 128}
     assert len(counts.collectives) == 2
@@ -241,4 +274,6 @@ def test_what_only_programs_for_tpus_have():
     scattered = 4 * 16 * 128 + 4 * 4 * 128
     scores = 2 * (3 * 8 * 64 + 3 * 64 * 16) + 4 * 3 * 8 * 16
     index = 2 * 4  # two fusions read it
-    assert counts.traffic == read_slice + copied + scattered + scores + index
+    put = 2 * 4 * 2 * 128
+    fetched, product, spread = 2 * 4 * 32, 2 * 4 * 64 + 2 * 64 * 32, 4 + 2 * 64 * 32
+    assert counts.traffic == read_slice + copied + scattered + scores + index + fetched + product + spread + put

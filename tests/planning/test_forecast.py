@@ -13,15 +13,19 @@ import pytest
 from jaxlm import nn
 from jaxlm.cli.main import main
 from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import QArray
+from jaxlm.core.ops import dot
 from jaxlm.core.sharding import bytes_per_device
 from jaxlm.core.tree import count_params, flatten
 from jaxlm.planning.abstract import compressed
 from jaxlm.planning.advice import advise
 from jaxlm.planning.child import run_forecast
 from jaxlm.planning.closed import estimate, mesh_shapes
+from jaxlm.planning.counts import count
 from jaxlm.planning.forecast import _used, forecast
+from jaxlm.planning.hlo import parse
 from jaxlm.planning.programs import Serving, programs_of
-from jaxlm.planning.topology import parse_topology
+from jaxlm.planning.topology import devices_of, parse_topology
 from jaxlm.training.config import DataConfig, Experiment, LoraConfig, MeshConfig, TrainConfig
 
 MODEL = nn.DecoderConfig(
@@ -113,6 +117,9 @@ def test_recipes_are_forecast_by_shape(name):
 def test_what_the_compiler_says_when_it_does_not_fit():
     said = "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm. Exceeded"
     assert _used(said) == (20.5 * 2**30, 15.75 * 2**30)
+    said = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (29.89G) exceeds available HBM (15.75G). HLO module: jit_prefill.")
+    assert _used(said) == (29.89 * 2**30, 15.75 * 2**30)
     assert _used("anything else") is None
 
 
@@ -196,6 +203,22 @@ def test_a_step_for_tpus_that_are_not_there():
     assert 1 <= 8 * sum(result["counts"]["flops"].values()) / result["flops"] < 1.3
     assert {tuple(row["axes"]) for row in result["counts"]["collectives"]} <= {
         ("fsdp",), ("tensor",), ("fsdp", "tensor")}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (jaxlm[plan]) is not installed")
+def test_int4_weights_are_never_written_out_on_tpus():
+    """Groups with zero points: decoding reads the codes, and moves less than half of what bfloat16 weights would."""
+    (device,) = devices_of(parse_topology("v5e:1x1"))
+
+    def like(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+
+    n_in, n_out = 8192, 3584
+    scales = (n_out, n_in // 128)
+    leaf = QArray(like((n_out, n_in), "int4"), like(scales, "float32"), like(scales, "int8"), 4, 128)
+    for rows in (1, 16):
+        compiled = jax.jit(dot).lower(like((rows, n_in), "bfloat16"), leaf).compile()
+        assert count(parse(compiled.as_text()), {"data": 1}).traffic < n_in * n_out
 
 
 def test_frozen_weights_count_as_they_are_held():
