@@ -18,9 +18,10 @@ from jaxlm.nn.layers import softcap
 __all__ = ["flash_attend", "in_blocks"]
 
 
-def in_blocks(queries: int, keys: int) -> bool:
-    """Whether attention of these lengths goes block by block: where that is several blocks."""
-    return min(queries, keys) >= _BLOCK and queries * keys > _BLOCK**2
+def in_blocks(queries: int, keys: int, causal: bool = False) -> bool:
+    """Whether attention of these lengths goes block by block: where that is several blocks. Four are as fast as one
+    product on CPU, unless causality hides one of them."""
+    return min(queries, keys) >= _BLOCK and queries * keys > (1 if causal else 4) * _BLOCK**2
 
 
 def flash_attend(
@@ -82,6 +83,18 @@ def _visits(T: int, S: int, sizes: tuple[int, int], causal: bool) -> np.ndarray:
     return all_of[first_key <= last_query] if causal else all_of
 
 
+def _walk(visit, carry, visits: np.ndarray):
+    """``visit(carry, i, j)`` of every pair. A loop that JAX does not take apart: where layers are scanned it would
+    compute the masks of all visits beforehand, as many as there are logits."""
+
+    def one(state):
+        n, carry = state
+        i, j = jnp.asarray(visits)[n]
+        return n + 1, visit(carry, i, j)
+
+    return jax.lax.while_loop(lambda state: state[0] < len(visits), one, (jnp.int32(0), carry))[1]
+
+
 def _logits(q, k: Kept, mask, bias, cap, visit, sizes) -> tuple[jax.Array, jax.Array | None]:
     """Of a block of queries with a block of keys, ``[B, G, R, t, s]``: with everything, and after the cap alone."""
     (i, j), (t, s) = visit, sizes
@@ -108,8 +121,7 @@ def _forward(q, k, v, mask, bias, cap, causal, sizes):
     B, G, R, T, K = q.shape
     t, s = sizes
 
-    def visit(carry, ij):
-        i, j = ij
+    def visit(carry, i, j):
         top, total, out = (_part(x, i, t, 3) for x in carry)
         logits, _ = _logits(q, k, mask, bias, cap, (i, j), sizes)
         highest = jnp.maximum(top, jnp.max(logits, -1))
@@ -117,10 +129,10 @@ def _forward(q, k, v, mask, bias, cap, causal, sizes):
         seen = mix(weights.reshape(B, G, R * t, s), jax.tree.map(lambda x: _part(x, j, s, 2), v), q.dtype)
         out = old[..., None] * out + seen.reshape(out.shape)
         parts = highest, old * total + jnp.sum(weights, -1), out
-        return tuple(_put(x, part, i, 3) for x, part in zip(carry, parts, strict=True)), None
+        return tuple(_put(x, part, i, 3) for x, part in zip(carry, parts, strict=True))
 
     carry = jnp.full((B, G, R, T), NEGATIVE), jnp.zeros((B, G, R, T)), jnp.zeros((B, G, R, T, K))
-    (top, total, out), _ = jax.lax.scan(visit, carry, _visits(T, k.shape[2], sizes, causal))
+    top, total, out = _walk(visit, carry, _visits(T, k.shape[2], sizes, causal))
     out = (out / total[..., None]).astype(q.dtype)
     return out, (q, k, v, mask, bias, out, top, total)
 
@@ -133,29 +145,28 @@ def _backward(cap, causal, sizes, residuals, of_out):
     delta = jnp.sum(of_out.astype(jnp.float32) * out, -1)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-    def visit(carry, ij):
-        i, j = ij
+    def visit(carry, i, j):
         of_q, of_k, of_v, of_bias = carry
         q_i, out_i, k_j, v_j = _part(q, i, t, 3), _part(of_out, i, t, 3), _part(k, j, s, 2), _part(v, j, s, 2)
         top_i, total_i, delta_i = (_part(x, i, t, 3)[..., None] for x in (top, total, delta))
-        logits, capped = _logits(q, k, mask, bias, cap, ij, sizes)
+        logits, capped = _logits(q, k, mask, bias, cap, (i, j), sizes)
         weights = jnp.exp(logits - top_i) / total_i  # not by log(total) + top, which is top where nothing is seen
         of_logits = weights * (product("bgrtk,bgsk->bgrts", out_i, v_j) - delta_i)
         if mask is not None:
-            of_logits = jnp.where(_mask(mask, ij, sizes), of_logits, 0)
+            of_logits = jnp.where(_mask(mask, (i, j), sizes), of_logits, 0)
         if bias is not None:
-            of_bias = _add_to_bias(of_bias, of_logits, ij)
+            of_bias = _add_to_bias(of_bias, of_logits, (i, j))
         if cap:
             of_logits *= 1 - (capped / cap) ** 2
         of_logits = of_logits.astype(q.dtype)
         of_q = _add(of_q, product("bgrts,bgsk->bgrtk", of_logits, k_j), i, 3)
         of_k = _add(of_k, product("bgrts,bgrtk->bgsk", of_logits, q_i), j, 2)
         of_v = _add(of_v, product("bgrts,bgrtk->bgsk", weights.astype(v.dtype), out_i), j, 2)
-        return (of_q, of_k, of_v, of_bias), None
+        return of_q, of_k, of_v, of_bias
 
     wanted = (q, k, v, bias)
     carry = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), wanted)
-    gradients, _ = jax.lax.scan(visit, carry, _visits(q.shape[3], k.shape[2], sizes, causal))
+    gradients = _walk(visit, carry, _visits(q.shape[3], k.shape[2], sizes, causal))
     of_q, of_k, of_v, of_bias = jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, wanted)
     return of_q, of_k, of_v, None, of_bias
 

@@ -63,7 +63,7 @@ class Counts:
     Attributes:
         flops: of matrix products and convolutions, two a multiply-add, by "int8" and "float".
         traffic: bytes read from and written to main memory: operands and results of everything that is not fused, of
-            what a fusion slices or updates only that part.
+            what a fusion slices or updates only that part, and nothing of messages that it carries on.
         collectives: sums by kind, axes and place.
     """
 
@@ -209,8 +209,8 @@ class _Walk:
                     pending.append(user)
                 elif user.opcode in ("dynamic-slice", "gather") and first:
                     total += sum(shape.bytes for shape in user.shapes)
-                elif user.opcode in _UPDATES and first:
-                    continue
+                elif user.opcode in _UPDATES and first or user.opcode == "tuple":
+                    continue  # done in place, or what a message on its way goes into
                 elif user.opcode == "fusion":
                     inner = self._module.computations[user.called("calls")[0]]
                     for place in (i for i, operand in enumerate(user.operands) if operand == value.name):
@@ -225,15 +225,18 @@ class _Walk:
     def _written(self, called: Computation, each: Instruction) -> float:
         if each.shapes and all(shape.near for shape in each.shapes):
             return 0.0
+        shapes = each.shapes
+        if called.root.opcode == "tuple" and len(called.root.operands) == len(shapes):
+            passed = [called.instructions[name].opcode for name in called.root.operands]
+            shapes = [shape for shape, opcode in zip(shapes, passed, strict=True)
+                      if opcode != "parameter" and opcode not in _SENT]
         updates = [user for user in called.instructions.values() if user.opcode in _UPDATES]
         replaced = {}
         for update in updates:
             part = called.instructions.get(update.operands[_UPDATES[update.opcode]])
             if part is not None:
                 replaced[update.shape.dims] = sum(shape.bytes for shape in part.shapes)
-        return sum(
-            replaced.get(shape.dims, shape.bytes) for shape in each.shapes if not shape.near
-        )
+        return sum(replaced.get(shape.dims, shape.bytes) for shape in shapes if not shape.near)
 
 
 def trip_count(module: Module, inside: Computation, loop: Instruction) -> int:

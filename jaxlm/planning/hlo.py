@@ -120,7 +120,7 @@ def parse(text: str) -> Module:
         if lines is None:
             if head := _HEAD.match(line):
                 is_entry, name, lines = bool(head.group(1)), head.group(2), {}
-        elif line == "}":
+        elif line.startswith("}"):  # more may follow: }, execution_thread="sparsecore"
             computations[name] = Computation(name, lines)
             entry = computations[name] if is_entry else entry
             lines = None

@@ -191,6 +191,15 @@ HloModule jit_step, is_scheduled=true
   ROOT %d = f32[3,8,16]{2,1,0} convolution(%p6, %p7), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf
 }
 
+%meanwhile (r0: bf16[8,128], r1: bf16[128,256], r2: bf16[3,64]) -> (bf16[3,64], bf16[8,128], bf16[128,256]) {
+  %r0 = bf16[8,128]{1,0} parameter(0)
+  %r1 = bf16[128,256]{1,0} parameter(1)
+  %r2 = bf16[3,64]{1,0} parameter(2)
+  %ag5 = bf16[16,128]{1,0} all-gather(%r0), channel_id=7, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %r3 = bf16[3,64]{1,0} negate(%r2)
+  ROOT %r4 = (bf16[3,64]{1,0}, bf16[8,128]{1,0:S(1)}, bf16[128,256]{1,0}) tuple(%r3, %r0, %r1)
+}, execution_thread="main"
+
 %both (s1: f32[], s2: f32[]) -> f32[] {
   %s1 = f32[] parameter(0)
   ROOT %s2 = f32[] parameter(1)
@@ -235,6 +244,7 @@ ENTRY %main.1 (a: bf16[4,8,128], b: s32[], g: f32[16,128], w: bf16[128,256], q: 
   %g = f32[16,128]{1,0} parameter(2)
   %w = bf16[128,256]{1,0} parameter(3)
   %q = bf16[3,8,64]{2,1,0} parameter(4)
+  %q0 = bf16[3,64]{1,0} constant({...})
   %k = bf16[3,64,16]{2,1,0} parameter(5)
   %start = (s32[], f32[8]{0}) tuple(%b, %a)
   %loop = (s32[], f32[8]{0}) while(%start), condition=%below, body=%round
@@ -244,6 +254,7 @@ ENTRY %main.1 (a: bf16[4,8,128], b: s32[], g: f32[16,128], w: bf16[128,256], q: 
   %ags = (bf16[8,128]{1,0:S(1)}, bf16[16,128]{1,0:S(1)}) fusion(%s), kind=kCustom, calls=%begun
   %ag0 = bf16[8,128]{1,0:S(1)} get-tuple-element(%ags), index=0
   %ag3 = bf16[16,128]{1,0:S(1)} get-tuple-element(%ags), index=1
+  %agc = (bf16[3,64]{1,0}, bf16[8,128]{1,0:S(1)}, bf16[128,256]{1,0}) fusion(%ag0, %w, %q0), calls=%meanwhile
   %agd = bf16[16,128]{1,0:S(1)} fusion(%ag0, %ag3), kind=kCustom, calls=%ended
   %rs = f32[4,128]{1,0} fusion(%g, %b), kind=kCustom, calls=%scattered
   %scores = f32[3,8,16]{2,1,0} fusion(%q, %k), kind=kOutput, calls=%batched
@@ -262,8 +273,8 @@ ENTRY %main.1 (a: bf16[4,8,128], b: s32[], g: f32[16,128], w: bf16[128,256], q: 
 
 def test_what_only_programs_for_tpus_have():
     """Products as convolutions, batches of them as windows, memory near the core, a sum fused with its slice, a
-    message in the fusions that start and end it, a loop whose rounds only its condition tells, an operand that is laid
-    out anew in a fusion of its own, a slice that is fetched ahead, and rows put into an array where it lies."""
+    message in the fusions that start, carry and end it, a loop whose rounds only its condition tells, an operand that
+    is laid out anew in a fusion of its own, a slice that is fetched ahead, and rows put into an array where it lies."""
     module = parse(TPU)
     counts = count(module, {"data": 2, "fsdp": 4})
     assert counts.total_flops == 2 * 8 * 128 * 256 + 2 * 3 * 8 * 64 * 16 + 2 * 64 * 4 * 32
@@ -274,6 +285,6 @@ def test_what_only_programs_for_tpus_have():
     scattered = 4 * 16 * 128 + 4 * 4 * 128
     scores = 2 * (3 * 8 * 64 + 3 * 64 * 16) + 4 * 3 * 8 * 16
     index = 2 * 4  # two fusions read it
-    put = 2 * 4 * 2 * 128
+    put, negated = 2 * 4 * 2 * 128, 2 * 2 * 3 * 64
     fetched, product, spread = 2 * 4 * 32, 2 * 4 * 64 + 2 * 64 * 32, 4 + 2 * 64 * 32
-    assert counts.traffic == read_slice + copied + scattered + scores + index + fetched + product + spread + put
+    assert counts.traffic == sum([read_slice, copied, scattered, scores, index, put, negated, fetched, product, spread])
