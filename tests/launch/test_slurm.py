@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,8 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(tmp_path
     until(lambda: len(losses(run)) > 5, lambda: state(job) not in ended)
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
     until(lambda: "Restarts=1" in answer("scontrol", "show", "job", job), lambda: state(job) not in ended)
+    until(lambda: state(job) == "PENDING" and idle_nodes() == 2)
+    time.sleep(2)  # a node refuses a job that begins in the very second in which it ended there
     stopped = max(losses(run))
     assert 5 < stopped < STEPS and (run / "checkpoints" / str(stopped)).is_dir() and not (run / "model").exists()
     answer("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM would wait two minutes
