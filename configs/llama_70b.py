@@ -11,6 +11,6 @@ config = Experiment(
     model=nn.preset("70b"),
     data=DataConfig(train="text:train.txt.xz", tokenizer="llama-70b", seq_len=4096, batch_size=1024),
     optim=OptimConfig(lr=1.5e-4, warmup_steps=2000, min_lr_ratio=0.1, eps=1e-5),
-    train=TrainConfig(steps=500_000, accumulate=4, eval_every=5000, checkpoint_every=1000),
+    train=TrainConfig(steps=500_000, eval_every=5000, checkpoint_every=1000),
     mesh=MeshConfig(preset="fsdp"),
 )

@@ -44,7 +44,8 @@ class Collective:
     Attributes:
         kind: as HLO names it.
         axes: of the mesh, that tell the members of a group apart.
-        group: positions in the mesh of the members of the first group.
+        group: positions in the mesh of the members of the first group; of permutations, of a pair that is as far apart
+            as most.
         sent: bytes that a device sends.
         times: how often.
     """
@@ -159,7 +160,7 @@ class _Walk:
         if kind == "all-reduce" and users and all(user.opcode == "dynamic-slice" for user in users):
             kind = "reduce-scatter"
         operand_bytes = sum(shape.bytes for operand in inside.operands(each) for shape in operand.shapes)
-        group = tuple(members[0].tolist())
+        group = tuple(members[_typical(members) if size == 2 else 0].tolist())
         self.messages.append((kind, axes, group, _SENT[kind](size) * operand_bytes, times))
 
     def _axes(self, members: np.ndarray, kind: str) -> tuple[str, ...]:
@@ -237,6 +238,12 @@ class _Walk:
             if part is not None:
                 replaced[update.shape.dims] = sum(shape.bytes for shape in part.shapes)
         return sum(replaced.get(shape.dims, shape.bytes) for shape in shapes if not shape.near)
+
+
+def _typical(pairs: np.ndarray) -> int:
+    """A pair that is as far apart as most: of a shift around a ring not the one that closes it."""
+    _, first, times = np.unique(pairs[:, 1] - pairs[:, 0], return_index=True, return_counts=True)
+    return int(first[np.argmax(times)])
 
 
 def trip_count(module: Module, inside: Computation, loop: Instruction) -> int:

@@ -101,6 +101,9 @@ def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> Program:
         notes = (f"batches are those of the longest bucket, {rows} pairs of {length} tokens, all of them counted",)
     if config.mesh.offload_optimizer or getattr(config.model, "remat", "").startswith("offload"):
         notes += ("what goes to the host's memory and back is not in the times",)
+    if mesh.shape["expert"] > 1 and getattr(config.model, "expert_routing", "") == "dropless":
+        notes += ("dropless routing: as many rounds are counted as the most crowded expert could need; balanced "
+                  "routers need one or two",)
 
     def lower() -> jax.stages.Lowered:
         with jax.set_mesh(mesh):

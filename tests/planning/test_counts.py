@@ -94,6 +94,19 @@ def test_permutations_and_exchanges(mesh):
     assert counts.sent("all-to-all") == {("data",): 4 * 8 * 16 / 2}
 
 
+def test_a_shift_around_a_ring_is_as_far_as_most_of_its_pairs():
+    """Not as far as the one that closes it, here the first."""
+    def fn(x):
+        def local(x):
+            return jax.lax.ppermute(x, "data", [(3, 0), (0, 1), (1, 2), (2, 3)])
+
+        return jax.shard_map(local, mesh=line, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))(x)
+
+    line = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    (message,) = counted(fn, (64, 16), mesh=line).collectives
+    assert message.group in ((0, 1), (1, 2), (2, 3))
+
+
 def test_messages_in_a_loop_count_as_often_as_it_goes_round(mesh):
     rows = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     whole = NamedSharding(mesh, PartitionSpec())
