@@ -137,10 +137,13 @@ def forecast(program: Program, config: Experiment, topology: Topology) -> Foreca
         memory = _memory(program, peak, limit)
         return Forecast(memory=memory, counts=None, time=None, **whole)
     analysis = compiled.memory_analysis()
-    peak = (
-        analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
-    )
+    if chip:
+        peak = analysis.peak_memory_in_bytes
+    else:  # on CPU all temporaries are one allocation
+        peak = (
+            analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+            + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
+        )
     counts = count(parse(compiled.as_text()), mesh.shape)
     time = roofline(counts, topology, places_of(mesh))
     return Forecast(memory=_memory(program, peak, capacity), counts=counts, time=time, **whole)
