@@ -46,7 +46,7 @@ def attend(
     G, S = k_BxGxSxK.shape[1:3]
     q_BxGxRxTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     # Weights that are dropped or looked at are needed as a whole; sequences over devices are gathered by GSPMD.
-    if in_blocks(T, S, causal) and seen is None and (key is None or not dropout_rate) and ways("length") == 1:
+    if in_blocks(T, S) and seen is None and (key is None or not dropout_rate) and ways("length") == 1:
         out = flash_attend(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, cap=cap, causal=causal)
         return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
     logits_BxHxTxS = softcap(scores(q_BxGxRxTxK.reshape(B, G, -1, K), k_BxGxSxK).reshape(B, H, T, S), cap)

@@ -18,10 +18,10 @@ from jaxlm.nn.layers import softcap
 __all__ = ["flash_attend", "in_blocks"]
 
 
-def in_blocks(queries: int, keys: int, causal: bool = False) -> bool:
-    """Whether attention of these lengths goes block by block: where that is several blocks. Four are as fast as one
-    product on CPU, unless causality hides one of them."""
-    return min(queries, keys) >= _BLOCK and queries * keys > (1 if causal else 4) * _BLOCK**2
+def in_blocks(queries: int, keys: int) -> bool:
+    """Whether attention of these lengths goes block by block: where four blocks would not do, which are no faster than
+    one on CPU."""
+    return min(queries, keys) >= _BLOCK and queries * keys > 4 * _BLOCK**2
 
 
 def flash_attend(

@@ -50,7 +50,7 @@ def main() -> None:
     from jaxlm.planning.topology import parse_topology
     from jaxlm.training.config import DataConfig, Experiment, MeshConfig, OptimConfig, TrainConfig
     from jaxlm.training.program import make_program
-    from jaxlm.training.step import init_state
+    from jaxlm.training.step import Step, init_state
 
     model = nn.DecoderConfig(
         width=args.width, heads=8, layers=args.layers, vocab_size=8192, tie_embeddings=False, remat=args.remat
@@ -66,7 +66,7 @@ def main() -> None:
     init = nn.initializer(model)[1]
     with jax.set_mesh(program.mesh):
         parts = make_program(config, graphdef, like, program.mesh)
-        step = program.lower().compile()
+        step = Step(program.lower().compile())
         trim = ctypes.CDLL(None).malloc_trim
         trim(0)
         before = resident("VmRSS")
