@@ -19,7 +19,7 @@ from jaxlm.core.sharding import ways
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.layers import softcap
 
-__all__ = ["NEGATIVE", "Sight", "goes_around", "ring_attend"]
+__all__ = ["NEGATIVE", "Sight", "goes_around", "online", "ring_attend"]
 
 AXIS = "sequence"
 _MANUAL = {AXIS, "stage"}  # a pipeline maps over its stages from outside
@@ -62,6 +62,14 @@ def window_mask(q_slots_BxT: jax.Array, k_slots_BxS: jax.Array, window: jax.Arra
     """``[B, T, S]``: true where the key is less than ``window`` slots away; a window of 0 is no limit."""
     distance = jnp.abs(q_slots_BxT[:, :, None] - k_slots_BxS[:, None, :])
     return (distance < window) | (jnp.asarray(window) == 0)
+
+
+def online(top: jax.Array, total: jax.Array, out: jax.Array, logits: jax.Array, mix) -> tuple[jax.Array, ...]:
+    """An online softmax (arXiv:1805.02867) over some more keys: the largest logit so far ``[...]``, the sum of weights
+    ``[...]`` and that of weighted values ``[..., K]``, after logits ``[..., S]`` whose values ``mix(weights)`` sums."""
+    highest = jnp.maximum(top, jnp.max(logits, -1))
+    weights, old = jnp.exp(logits - highest[..., None]), jnp.exp(top - highest)
+    return highest, old * total + jnp.sum(weights, -1), old[..., None] * out + mix(weights)
 
 
 def goes_around(config: StackConfig, queries: int, keys: int) -> bool:
@@ -155,22 +163,19 @@ def _forward(q, k, v, bias, sight: Sight, scale, cap):
     queries, keys = _split(q, k, v, bias, sight)
 
     def around(queries: _Queries, keys: _Keys):
-        def see(keys: _Keys):
+        def see(keys: _Keys, *before):
             logits = _logits(queries.q, keys.k, _of_part(queries.bias, keys), queries, keys, sight.causal, scale, cap)
-            top = jnp.max(logits, -1, keepdims=True)
-            weights = jnp.exp(logits - top)
-            return top, jnp.sum(weights, -1, keepdims=True), _mix(weights, keys.v)
+            return online(*before, logits, lambda weights: _mix(weights, keys.v))
 
         def turn(carry, _):
-            keys, top, total, out = carry
-            keys = _shifted(keys)
-            new_top, new_total, new_out = see(keys)
-            highest = jnp.maximum(top, new_top)
-            old, new = jnp.exp(top - highest), jnp.exp(new_top - highest)
-            return (keys, highest, old * total + new * new_total, old * out + new * new_out), None
+            keys = _shifted(carry[0])
+            return (keys, *see(keys, *carry[1:])), None
 
-        (_, top, total, out), _ = jax.lax.scan(turn, (keys, *see(keys)), length=jax.lax.axis_size(AXIS) - 1)
-        return out / total, top, total
+        B, T, H, K = queries.q.shape
+        rows = B, keys.k.shape[1], H // keys.k.shape[1], T
+        nothing = jnp.full(rows, NEGATIVE), jnp.zeros(rows), jnp.zeros((*rows, K))
+        (_, top, total, out), _ = jax.lax.scan(turn, (keys, *see(keys, *nothing)), length=jax.lax.axis_size(AXIS) - 1)
+        return out / total[..., None], top, total
 
     out, top, total = jax.shard_map(
         around, in_specs=(_specs(queries, _QUERIES), _specs(keys, _KEYS)), out_specs=(_ROWS,) * 3, axis_names=_MANUAL,
@@ -202,7 +207,8 @@ def _backward(scale, cap, residuals, gradient):
                 return _logits(q, k, bias, queries, keys, sight.causal, scale, cap)
 
             logits, back = jax.vjp(logits_of, queries.q, keys.k, _of_part(queries.bias, keys))
-            weights = jnp.exp(logits - top) / total  # not by log(total) + top, which is top where nothing is seen
+            # Not by log(total) + top, which is top where nothing is seen.
+            weights = jnp.exp(logits - top[..., None]) / total[..., None]
             of_weights = jnp.einsum("bgrtk,bgsk->bgrts", gradient, keys.v.astype(jnp.float32))
             of_v = jnp.einsum("bgrts,bgrtk->bgsk", weights, gradient)
             of_q, of_k, of_bias = back(weights * (of_weights - delta))

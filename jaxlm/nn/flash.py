@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.nn.cache import Kept, Rounded, mix, scores
-from jaxlm.nn.context import NEGATIVE
+from jaxlm.nn.context import NEGATIVE, online
 from jaxlm.nn.layers import softcap
 
 __all__ = ["flash_attend", "in_blocks"]
 
 
 def in_blocks(queries: int, keys: int) -> bool:
-    """Whether attention of these lengths goes block by block: where four blocks would not do, which are no faster than
-    one on CPU."""
+    """Whether attention of these lengths goes block by block: where there are more than four, for those are no faster
+    than all at once on CPU."""
     return min(queries, keys) >= _BLOCK and queries * keys > 4 * _BLOCK**2
 
 
@@ -40,7 +40,7 @@ def flash_attend(
     the same number. A query that may look at nothing gets some mean of values. The backward pass computes the logits
     again (section 3.1 there); keys and values of a cache that rounds have no gradient.
     """
-    T, S, dtype = q_BxGxRxTxK.shape[3], k_BxGxSxK.shape[2], q_BxGxRxTxK.dtype
+    T, S = q_BxGxRxTxK.shape[3], k_BxGxSxK.shape[2]
     sizes = _size(T), _size(S)
     more_T, more_S = -T % sizes[0], -S % sizes[1]
     if more_S and mask_BxTxS is None:
@@ -49,7 +49,7 @@ def flash_attend(
     k, v = jax.tree.map(lambda x: _longer(x, more_S, 2), (k_BxGxSxK, v_BxGxSxK))
     mask = None if mask_BxTxS is None else _longer(_longer(mask_BxTxS, more_T, 1), more_S, 2)
     bias = None if bias_BxHxTxS is None else _longer(_longer(bias_BxHxTxS, more_T, 2), more_S, 3)
-    return _flash(q, k, v, mask, bias, cap, causal, sizes)[:, :, :, :T].astype(dtype)
+    return _flash(q, k, v, mask, bias, cap, causal, sizes)[:, :, :, :T]
 
 
 _BLOCK = 128
@@ -95,21 +95,18 @@ def _walk(visit, carry, visits: np.ndarray):
     return jax.lax.while_loop(lambda state: state[0] < len(visits), one, (jnp.int32(0), carry))[1]
 
 
-def _logits(q, k: Kept, mask, bias, cap, visit, sizes) -> tuple[jax.Array, jax.Array | None]:
-    """Of a block of queries with a block of keys, ``[B, G, R, t, s]``: with everything, and after the cap alone."""
-    (i, j), (t, s) = visit, sizes
-    q = _part(q, i, t, 3)
-    B, G, R, _, K = q.shape
-    k = jax.tree.map(lambda x: _part(x, j, s, 2), k)
-    capped = logits = softcap(scores(q.reshape(B, G, R * t, K), k).reshape(B, G, R, t, s), cap)
-    if bias is not None:
-        bias = _part(_part(bias, i, t, 2), j, s, 3)
-        logits += bias.reshape(bias.shape[0], -1, R if bias.shape[1] > 1 else 1, *bias.shape[2:])
-    return logits if mask is None else jnp.where(_mask(mask, visit, sizes), logits, NEGATIVE), capped
+def _square(x: jax.Array | None, visit, sizes, axis: int) -> jax.Array | None:
+    """The block of a mask or bias whose queries and keys are these dimensions."""
+    return None if x is None else _part(_part(x, visit[0], sizes[0], axis), visit[1], sizes[1], axis + 1)
 
 
-def _mask(mask_BxTxS, visit, sizes) -> jax.Array:
-    return _part(_part(mask_BxTxS, visit[0], sizes[0], 1), visit[1], sizes[1], 2)[:, None, None]
+def _logits(q_BxGxRxTxK, k_BxGxSxK: Kept, mask_BxTxS, bias_BxHxTxS, cap: float) -> tuple[jax.Array, jax.Array]:
+    """Of a block, ``[B, G, R, T, S]``: with everything, and after the cap alone."""
+    B, G, R, T, K = q_BxGxRxTxK.shape
+    capped = logits = softcap(scores(q_BxGxRxTxK.reshape(B, G, -1, K), k_BxGxSxK).reshape(B, G, R, T, -1), cap)
+    if bias_BxHxTxS is not None:
+        logits += bias_BxHxTxS.reshape(-1, *logits.shape[1:])
+    return logits if mask_BxTxS is None else jnp.where(mask_BxTxS[:, None, None], logits, NEGATIVE), capped
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -122,13 +119,14 @@ def _forward(q, k, v, mask, bias, cap, causal, sizes):
     t, s = sizes
 
     def visit(carry, i, j):
-        top, total, out = (_part(x, i, t, 3) for x in carry)
-        logits, _ = _logits(q, k, mask, bias, cap, (i, j), sizes)
-        highest = jnp.maximum(top, jnp.max(logits, -1))
-        weights, old = jnp.exp(logits - highest[..., None]), jnp.exp(top - highest)
-        seen = mix(weights.reshape(B, G, R * t, s), jax.tree.map(lambda x: _part(x, j, s, 2), v), q.dtype)
-        out = old[..., None] * out + seen.reshape(out.shape)
-        parts = highest, old * total + jnp.sum(weights, -1), out
+        k_j, v_j = jax.tree.map(lambda x: _part(x, j, s, 2), (k, v))
+        square = partial(_square, visit=(i, j), sizes=sizes)
+        logits, _ = _logits(_part(q, i, t, 3), k_j, square(mask, axis=1), square(bias, axis=2), cap)
+
+        def values(weights):
+            return mix(weights.reshape(B, G, R * t, s), v_j, q.dtype).reshape(B, G, R, t, K)
+
+        parts = online(*(_part(x, i, t, 3) for x in carry), logits, values)
         return tuple(_put(x, part, i, 3) for x, part in zip(carry, parts, strict=True))
 
     carry = jnp.full((B, G, R, T), NEGATIVE), jnp.zeros((B, G, R, T)), jnp.zeros((B, G, R, T, K))
@@ -149,11 +147,13 @@ def _backward(cap, causal, sizes, residuals, of_out):
         of_q, of_k, of_v, of_bias = carry
         q_i, out_i, k_j, v_j = _part(q, i, t, 3), _part(of_out, i, t, 3), _part(k, j, s, 2), _part(v, j, s, 2)
         top_i, total_i, delta_i = (_part(x, i, t, 3)[..., None] for x in (top, total, delta))
-        logits, capped = _logits(q, k, mask, bias, cap, (i, j), sizes)
+        square = partial(_square, visit=(i, j), sizes=sizes)
+        mask_ij = square(mask, axis=1)
+        logits, capped = _logits(q_i, k_j, mask_ij, square(bias, axis=2), cap)
         weights = jnp.exp(logits - top_i) / total_i  # not by log(total) + top, which is top where nothing is seen
         of_logits = weights * (product("bgrtk,bgsk->bgrts", out_i, v_j) - delta_i)
         if mask is not None:
-            of_logits = jnp.where(_mask(mask, (i, j), sizes), of_logits, 0)
+            of_logits = jnp.where(mask_ij[:, None, None], of_logits, 0)
         if bias is not None:
             of_bias = _add_to_bias(of_bias, of_logits, (i, j))
         if cap:
@@ -175,15 +175,14 @@ def _add(x: jax.Array, part: jax.Array, i: jax.Array, axis: int) -> jax.Array:
     return _put(x, _part(x, i, part.shape[axis], axis) + part, i, axis)
 
 
-def _add_to_bias(bias, of_logits_BxGxRxTxS, visit):
-    """The bias ``[B or 1, H or 1, T, S]`` with its share of a block's gradient."""
+def _add_to_bias(bias_BxHxTxS, of_logits_BxGxRxTxS, visit):
+    """The gradient of a bias, which may be one for all rows, with a block's share."""
     B, G, R, t, s = of_logits_BxGxRxTxS.shape
     of_bias = of_logits_BxGxRxTxS.reshape(B, G * R, t, s)
-    for axis in (0, 1):
-        if bias.shape[axis] == 1:
-            of_bias = jnp.sum(of_bias, axis, keepdims=True)
-    rows = _part(bias, visit[0], t, 2)
-    return _put(bias, _add(rows, of_bias, visit[1], 3), visit[0], 2)
+    if bias_BxHxTxS.shape[0] == 1:
+        of_bias = jnp.sum(of_bias, 0, keepdims=True)
+    rows = _part(bias_BxHxTxS, visit[0], t, 2)
+    return _put(bias_BxHxTxS, _add(rows, of_bias, visit[1], 3), visit[0], 2)
 
 
 _flash.defvjp(_forward, _backward)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn.cache import Kept, empty, mix, scores
 from jaxlm.nn.config import KVCache
-from jaxlm.nn.context import NEGATIVE, Sight, causal_mask, window_mask
+from jaxlm.nn.context import NEGATIVE, Sight, causal_mask, online, window_mask
 from jaxlm.nn.layers import softcap
 
 _SPAN = 128  # slots that several queries, or the rows of an accelerator, look at together
@@ -155,7 +155,6 @@ def _rows(q_BxTxHxK, past: LayerPages, sight: Sight, bias_BxHxTxS, scale, cap, *
             bias_HxTxS = jnp.pad(bias_HxTxS, ((0, 0), (0, 0), (0, short * size)))
 
         def look(i, carry):
-            top, total, out = carry
             k, v = past.read(jax.lax.dynamic_slice_in_dim(table_P, i * span, span))
             logits_HxTxS = softcap(scores(q_1xGxNxK, k).reshape(H, T, -1), cap)
             slots_S = i * span * size + jnp.arange(span * size)
@@ -165,18 +164,19 @@ def _rows(q_BxTxHxK, past: LayerPages, sight: Sight, bias_BxHxTxS, scale, cap, *
             if sight.window is not None:
                 mask &= window_mask(slots_T[None], slots_S[None], sight.window)
             logits_HxTxS = jnp.where(mask, logits_HxTxS, NEGATIVE)
-            highest = jnp.maximum(top, jnp.max(logits_HxTxS, -1, keepdims=True))
-            weights, old = jnp.exp(logits_HxTxS - highest), jnp.exp(top - highest)
-            seen = mix(weights.reshape(1, G, -1, span * size), v, q_TxHxK.dtype).reshape(H, T, K)
-            return highest, old * total + jnp.sum(weights, -1, keepdims=True), old * out + seen
+
+            def values(weights):
+                return mix(weights.reshape(1, G, -1, span * size), v, q_TxHxK.dtype).reshape(H, T, K)
+
+            return online(*carry, logits_HxTxS, values)
 
         # What is masked counts as NEGATIVE: the first slot that is seen makes the weight of those before it nothing.
         first = 0 if sight.window is None else jnp.where(
             sight.window > 0, jnp.maximum(slots_T[0] - sight.window + 1, 0) // (span * size), 0
         )
-        carry = (jnp.full((H, T, 1), NEGATIVE), jnp.zeros((H, T, 1)), jnp.zeros((H, T, K)))
+        carry = (jnp.full((H, T), NEGATIVE), jnp.zeros((H, T)), jnp.zeros((H, T, K)))
         _, total, out = jax.lax.fori_loop(first, -(-end // (span * size)), look, carry)
-        return (out / jnp.where(total > 0, total, 1)).transpose(1, 0, 2).astype(q_TxHxK.dtype)
+        return (out / jnp.where(total > 0, total, 1)[..., None]).transpose(1, 0, 2).astype(q_TxHxK.dtype)
 
     xs = (q_BxTxHxK, sight.slots_q, table_BxP, past.end, bias_BxHxTxS)
     return jax.lax.map(row, xs) if one_by_one else jax.vmap(row)(xs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh
@@ -16,6 +17,7 @@ from jax.sharding import AbstractMesh
 from jaxlm.core.sharding import abstract_mesh, batch_ways, bytes_per_device
 from jaxlm.core.tree import flatten
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.flash import in_blocks
 from jaxlm.planning.abstract import complete_model, train_batch, trained_model
 from jaxlm.planning.topology import Topology
 from jaxlm.training.companion import companion_of
@@ -88,7 +90,7 @@ def estimate(config: Experiment, topology: Topology) -> Estimate:
     network = sum(size / _bandwidth(topology, mesh.shape[axis]) for axis, size in sent.items() if size)
     tokens /= config.train.accumulate
     rows = max(rows_of(shapes)[0] / (batch_ways(mesh) * config.train.accumulate), 1)
-    activations = _activations(model, remat, tokens, rows, rows_of(shapes)[1], ways["tensor"], item) / ways["stage"]
+    activations = _activations(model, remat, tokens, rows, rows_of(shapes)[1], ways, item) / ways["stage"]
     return Estimate(2 * parameters + rest, activations, compute, network)
 
 
@@ -117,14 +119,18 @@ def _layers(model: ModelConfig) -> float:
     return model.encoder_layers + 1.5 * model.decoder_layers if model.kind == "seq2seq" else model.layers
 
 
-def _activations(model, remat: str, tokens: float, rows: float, length: int, tensor: int, item: int) -> float:
-    residual = tokens * model.width * item
+def _activations(
+    model, remat: str, tokens: float, rows: float, length: int, ways: Mapping[str, int], item: int
+) -> float:
+    residual, tensor = tokens * model.width * item, ways["tensor"]
     logits = 2 * tokens * model.vocab_size * 4 / tensor
     if model.kind == "lstm":
         return logits + model.layers * 8 * residual
     heads, gates = model.heads * model.d_head, 3 if model.gated else 2
     wide = tokens * (heads + 2 * model.n_kv_heads * model.d_head + gates * model.d_ffn) * item / tensor
     scores = 3 * rows * model.heads * length**2 * 4 / tensor
+    if in_blocks(length, length) and ways["sequence"] == 1 and not model.attention_dropout:
+        scores = 3 * tokens * heads * 4 / tensor  # what blocks add up: outputs, then gradients of keys and values
     kept = {"none": 4 * residual + wide + scores, "dots": 3 * residual + wide}.get(remat, residual)
     return logits + _layers(model) * kept + 4 * residual + 2 * wide + scores
 

@@ -193,8 +193,8 @@ class _Walk:
         """What a fusion reads of an operand: slices, where it only slices it; nothing, where it updates it in place."""
         if not full or index not in called.parameters:
             return full
-        sliced, left = self._sliced(called, called.parameters[index])
-        return full if left else min(sliced, full)
+        sliced, whole = self._sliced(called, called.parameters[index])
+        return full if whole else min(sliced, full)
 
     def _sliced(self, called: Computation, parameter: Instruction) -> tuple[float, bool]:
         """Bytes of the slices that a computation takes of a parameter, and whether anything else there, or what gets
@@ -215,9 +215,9 @@ class _Walk:
                 elif user.opcode == "fusion":
                     inner = self._module.computations[user.called("calls")[0]]
                     for place in (i for i, operand in enumerate(user.operands) if operand == value.name):
-                        part, left = self._sliced(inner, inner.parameters[place])
+                        part, whole = self._sliced(inner, inner.parameters[place])
                         total += part
-                        if left:  # a fusion that only lays it out anew gives the whole to its own users
+                        if whole:  # a fusion that only lays it out anew gives the whole to its own users
                             pending.append(user)
                 else:
                     return total, True
