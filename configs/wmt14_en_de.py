@@ -1,6 +1,6 @@
 """WMT14 English to German with the base Transformer (arXiv:1706.03762, section 6.1): 100,000 steps of 32 k tokens.
 
-The archives of statmt.org/wmt14/translation-task.html are read as they are (``jaxlm.data.wmt14`` names them), from
+The archives of statmt.org/wmt14/translation-task.html are read as they are (``jaxlm.data.sources.wmt14`` names them), from
 data/wmt14 or wherever --data.train and the others say:
 
     jaxlm train configs/wmt14_en_de.py --out runs/wmt14

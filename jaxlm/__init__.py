@@ -10,38 +10,25 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jaxlm.core.lazy import lazy
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from jaxlm.checkpoint.generation_config import GenerationConfig
+    from jaxlm.compress import compress
     from jaxlm.core.errors import UserError
     from jaxlm.evaluation.evaluate import evaluate
     from jaxlm.inference.generate import generate
+    from jaxlm.inference.generation_config import GenerationConfig
     from jaxlm.inference.translate import translate
-    from jaxlm.model import LM, compress, load
+    from jaxlm.model import LM, load
     from jaxlm.serving.server import serve
     from jaxlm.training.loop import train
-
-# Imported at first use, so that the command line answers before JAX is there.
-_HOMES = {
-    "GenerationConfig": "jaxlm.checkpoint.generation_config", "LM": "jaxlm.model", "UserError": "jaxlm.core.errors",
-    "compress": "jaxlm.model",
-    "evaluate": "jaxlm.evaluation.evaluate", "generate": "jaxlm.inference.generate", "load": "jaxlm.model",
-    "serve": "jaxlm.serving.server", "train": "jaxlm.training.loop", "translate": "jaxlm.inference.translate",
-}
-__all__ = [
-    "GenerationConfig", "LM", "UserError", "compress", "evaluate", "generate", "load", "serve", "train", "translate",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'jaxlm' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+else:  # at first use, so that the command line answers before JAX is there
+    __getattr__, __dir__, __all__ = lazy(
+        __name__, compress="compress", core__errors="UserError", evaluation__evaluate="evaluate",
+        inference__generate="generate", inference__generation_config="GenerationConfig",
+        inference__translate="translate", model="LM load", serving__server="serve", training__loop="train",
+    )

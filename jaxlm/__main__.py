@@ -1,6 +1,6 @@
 """``python -m jaxlm``."""
 
-from jaxlm.cli.main import main
+from jaxlm.cli import main
 
 if __name__ == "__main__":
     main()

@@ -22,12 +22,12 @@ fill() { # NAME COMMAND...: what the command prints goes between <!-- NAME --> a
     mv "$new.next" "$new"
 }
 
-fill families "$python" -m jaxlm.checkpoint.hf_maps
+fill families "$python" -m jaxlm.hf.families.registry
 fill recipes "$python" -m jaxlm.compression.names
-fill plan "$python" tests/benchmarks/plan_tables.py "$results/plan" --show
-fill scaling "$python" tests/benchmarks/weak_scaling.py --show "$results/weak_scaling.json"
-fill pareto "$python" tests/benchmarks/multi30k_pareto.py --show "$results/multi30k_pareto.json"
-fill compression "$python" tests/benchmarks/compression_reference.py --show "$results/compression_reference.json"
+fill plan "$python" tests/benchmarks/planning/plan_tables.py "$results/plan" --show
+fill scaling "$python" tests/benchmarks/planning/weak_scaling.py --show "$results/weak_scaling.json"
+fill pareto "$python" tests/benchmarks/compression/multi30k_pareto.py --show "$results/multi30k_pareto.json"
+fill compression "$python" tests/benchmarks/compression/compression_reference.py --show "$results/compression_reference.json"
 
 if cmp -s "$new" README.md; then
     exit 0

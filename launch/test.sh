@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up .venv and runs the tests; arguments go to pytest (./launch/test.sh tests/nn -x).
-# JAXLM_SLOW_TESTS=1 adds those of tests/slow.py, which try the same on more kinds of models and meshes.
+# JAXLM_SLOW_TESTS=1 adds those marked slow, which try the same on more kinds of models and meshes.
 set -euo pipefail
 EXTRAS="[dev]"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

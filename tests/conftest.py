@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
+import hashlib
 import os
 import shutil
-import tempfile
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,30 +28,39 @@ os.environ["XLA_FLAGS"] = " ".join(
         f"--xla_cpu_{_HURRY}",
     ]
 )
-# What one worker or child process has compiled, the others load.
-_PROGRAMS = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="jaxlm-tests-")
-if _PROGRAMS:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS
+# What one worker, child process or earlier run has compiled, the others load, as long as versions and flags are the same.
+_CACHES = Path(__file__).parents[1] / ".pytest_cache" / "xla"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _made_by = [sys.version, *(version(package) for package in ("jax", "jaxlib")), os.environ["XLA_FLAGS"]]
+    _programs = _CACHES / hashlib.sha256("\n".join(_made_by).encode()).hexdigest()[:16]
+    for other in _CACHES.glob("*") if "PYTEST_XDIST_WORKER" not in os.environ else ():
+        if other != _programs:
+            shutil.rmtree(other, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_programs)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
+    os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
+_MOST_MAPPINGS = 30_000  # of the 65,530 that Linux allows a process
 gc.set_threshold(200_000, 20, 50)  # tracing makes millions of small objects, and few of them are garbage
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not os.environ.get("JAXLM_SLOW_TESTS"):
         for item in items:
-            if is_slow(item.nodeid):
+            if item.get_closest_marker("slow") or is_slow(item.nodeid):
                 item.add_marker(pytest.mark.skip(reason="one of many alike: JAXLM_SLOW_TESTS=1 runs them all"))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def free_programs():
-    """Compiled programs go with the module they served: those of all tests together exceed the mappings of memory that
-    Linux allows a process, and the compiler then aborts it."""
+    """Compiled programs are dropped before their mappings of memory are as many as Linux allows a process, which the
+    compiler would abort."""
     yield
-    import jax  # after the environment is set
+    with open("/proc/self/maps") as maps:
+        mappings = sum(1 for _ in maps)
+    if mappings > _MOST_MAPPINGS:
+        import jax  # after the environment is set
 
-    jax.clear_caches()
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

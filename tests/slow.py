@@ -9,44 +9,44 @@ from __future__ import annotations
 import re
 
 SLOW = {
-    "checkpoint/test_directory": r"kv_cache_is_chosen.*\[own\]|a_run_gives_its_model.*\[bleu-2\]",
-    "checkpoint/test_families": r"of_transformers\[(llama-(biased|dynamic|yarn|yarn-mscale)|gpt2-by-layer|"
+    "hf/test_directory": r"kv_cache_is_chosen.*\[own\]|a_run_gives_its_model.*\[bleu-2\]",
+    "hf/families/test_families": r"of_transformers\[(llama-(biased|dynamic|yarn|yarn-mscale)|gpt2-by-layer|"
                                 r"(bart|marian)-untied)\]",
-    "checkpoint/test_formats": r"no_change_to_the_metadata.*\[huffman\]",
+    "checkpoint/test_storage": r"no_change_to_the_metadata.*\[huffman\]",
     "cli/test_commands": r"compress_fits_budgets|kv_cache_is_an_option",
-    "compression/test_autoround": r"models_are_nearer.*\[(seq2seq|moe)\]",
-    "compression/test_budget": r"\[(moe|seq2seq)\]",
-    "compression/test_fold": r"awq_is_better.*\[(moe|seq2seq)\]",
+    "compression/quantize/test_autoround": r"models_are_nearer.*\[(seq2seq|moe)\]",
+    "compression/fit/test_budget": r"\[(moe|seq2seq)\]",
+    "compression/quantize/test_fold": r"awq_is_better.*\[(moe|seq2seq)\]",
     "compression/test_models": r"\[(seq2seq|bfloat16)\]",
-    "compression/test_rotate": r"\[(seq2seq-(rotary|post-norm|relative)|qwen3-moe|gemma).*\]",
+    "compression/quantize/test_rotate": r"\[(seq2seq-(rotary|post-norm|relative)|qwen3-moe|gemma).*\]",
     "compression/test_sharded": r"sparsegpt",
     "compression/test_solvers": r"data_helps.*(moe|seq2seq)\]|zeros_survive.*\[moe\]",
-    "compression/test_structured": r"\[(seq2seq-(rotary|post-norm|relative|unequal)|post-norm|qwen3-moe|gemma).*\]",
-    "compression/test_width": r"\[(seq2seq-(rotary|post-norm|relative)|post-norm|qwen3-moe|gemma).*\]",
-    "data/test_loader": r"being_prefetched\[exception\]",
-    "inference/test_engine": r"of_generate.*\[(learned|relative|local|int4|fp8)\]|change_nothing\[3\]|many_devices|"
+    "compression/prune/test_structured": r"\[(seq2seq-(rotary|post-norm|relative|unequal)|post-norm|qwen3-moe|gemma).*\]",
+    "compression/prune/test_width": r"\[(seq2seq-(rotary|post-norm|relative)|post-norm|qwen3-moe|gemma).*\]",
+    "data/batches/test_loader": r"being_prefetched\[exception\]",
+    "inference/engine/test_engine": r"of_generate.*\[(learned|relative|local|int4|fp8)\]|change_nothing\[3\]|many_devices|"
                              r"warming_up\[mesh\]|guesses_for_itself",
     "inference/test_translate": r"still_open.*\[int4\]",
     "launch/test_notebooks": r"it_runs",
     "launch/test_processes": r"checkpoints_move",
-    "nn/test_context": r"\[seq2seq-(ring|gather)\]",
+    "nn/attention/test_ring": r"\[seq2seq-(ring|gather)\]",
     "nn/test_decoder": r"beams_remember.*\[gemma|scan_and_remat.*changes[34]",
     "nn/test_moe_parallel": r"in_a_pipeline",
     "nn/test_pipeline": r"training_equals.*\[(twice around|translation)\]|remat_in_a_pipeline.*\[segments1\]",
     "nn/test_seq2seq": r"cached_decoding.*\[(rotary|post-norm|relative)-(int8|int4|fp8)\]|"
                        r"batch_mates.*\[(rotary|post-norm|relative|unequal)\]",
-    "nn/test_walk": r"\[(relative|post-norm|rotary)\]",
+    "nn/test_layerwise": r"\[(relative|post-norm|rotary)\]",
     "serving/test_schema": r"whatever_the_schema",
     "training/test_finetune": r"sharded_is_unsharded\[nf4",
     "training/test_lora": r"a_compressed_base_trains.*\[nf4-g16-False\]",
-    "training/test_optim8bit": r"split_in_codes",
+    "training/optimizers/test_adam8bit": r"split_in_codes",
     "training/test_parallel": r"seq2seq-fsdp4-tensor2|decoder-fsdp2-sequence2|int8-|w4a16-rtn-g8-sizes0",
     "training/test_step": r"eight_devices.*\[decoder-(data8|data1-fsdp8|data1-fsdp2-tensor4)\]",
 }
 
 
 def is_slow(nodeid: str) -> bool:
-    """Of a test by its name, ``tests/nn/test_walk.py::test_...``."""
+    """Of a test by its name, ``tests/nn/test_layerwise.py::test_...``."""
     file, _, name = nodeid.partition(".py::")
     pattern = SLOW.get(file.removeprefix("tests/"))
     return pattern is not None and re.search(pattern, name) is not None

@@ -9,8 +9,8 @@ import huggingface_hub.constants
 import pytest
 
 import jaxlm
-from jaxlm.checkpoint.hub import _FILES
-from jaxlm.data import tokenizer_files
+from jaxlm.data.tokenizers import files as tokenizer_files
+from jaxlm.hf.hub import _FILES
 
 
 def test_everything_that_a_tokenizer_is_kept_in_is_downloaded(monkeypatch, tmp_path):

@@ -21,8 +21,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from jaxlm.checkpoint.disk import room_for
-from jaxlm.checkpoint.sums import checksums, wrong
+from jaxlm.checkpoint.checksums import checksums, wrong
+from jaxlm.core.disk import room_for
 from jaxlm.core.errors import UserError
 
 __all__ = ["Store"]

@@ -57,7 +57,7 @@ def add_generation(parser) -> None:
 
 def with_generation(lm, args) -> Any:
     """The model with the settings that ``add_generation`` took. UserError on what is none."""
-    from jaxlm.checkpoint.generation_config import GenerationConfig
+    from jaxlm.inference.generation_config import GenerationConfig
 
     changes = parse_overrides(args.overrides)
     generation = GenerationConfig() if args.ignore_generation_config else lm.generation

@@ -34,9 +34,9 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     import jaxlm
-    from jaxlm.checkpoint.directory import weight_bytes
-    from jaxlm.compression.recipe import load_recipe
+    from jaxlm.compression.names import load_recipe
     from jaxlm.compression.report import summary
+    from jaxlm.hf.directory import weight_bytes
 
     recipe = load_recipe(args.recipe) if args.recipe else None
     lm = jaxlm.load(args.model, adapter=args.adapter, expand=False)

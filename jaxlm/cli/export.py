@@ -22,7 +22,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     import jaxlm
-    from jaxlm.checkpoint.gguf_export import GGUF
+    from jaxlm.hf.gguf.export import GGUF
 
     lm = jaxlm.load(args.model, expand=False)
     if args.format and args.format.startswith(GGUF):
@@ -32,7 +32,7 @@ def run(args) -> None:
 
 
 def _gguf(args, lm) -> None:
-    from jaxlm.checkpoint.gguf_export import GGUF, export_gguf
+    from jaxlm.hf.gguf.export import GGUF, export_gguf
 
     file, types = export_gguf(args.out, lm.config, lm.params, lm.tokenizer, args.format.removeprefix(GGUF))
     found = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
@@ -40,7 +40,7 @@ def _gguf(args, lm) -> None:
 
 
 def _directory(args, lm) -> None:
-    from jaxlm.checkpoint.directory import read_json, weight_bytes
+    from jaxlm.hf.directory import read_json, weight_bytes
 
     out = lm.export(args.out, format=args.format, dtype=args.dtype)
     fields = read_json(out / "config.json")

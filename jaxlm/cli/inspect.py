@@ -45,10 +45,10 @@ def run(args) -> None:
     import jax
 
     import jaxlm
-    from jaxlm.compression.placement import place
+    from jaxlm.compression.platforms import place
     from jaxlm.core.config import to_dict
     from jaxlm.core.tree import count_bytes, count_params, flatten
-    from jaxlm.nn.cache import bytes_a_token
+    from jaxlm.nn.attention.kv_cache import bytes_a_token
 
     lm = jaxlm.load(args.model, expand=False)
     placed, notes = place(lm.params, jax.default_backend())
@@ -119,7 +119,7 @@ def _row(path, leaf, size) -> dict:
     import jax
     import numpy as np
 
-    from jaxlm.compression.placement import describe
+    from jaxlm.compression.platforms import describe
     from jaxlm.core.leaves import dequantize
 
     size = sum(array.nbytes for array in jax.tree.leaves(leaf)) if size is None else size

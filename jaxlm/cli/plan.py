@@ -36,7 +36,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     check_file(args.json)
-    from jaxlm.planning.child import run_forecast
+    from jaxlm.planning.subprocess_runner import run_forecast
     from jaxlm.planning.topology import parse_topology
 
     topology = parse_topology(args.topology)

@@ -24,7 +24,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     import jaxlm
-    from jaxlm.data.sources import open_source
+    from jaxlm.data.sources.spec import open_source
     from jaxlm.evaluation.compare import compare
     from jaxlm.training.loop import train
 

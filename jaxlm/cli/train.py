@@ -27,8 +27,8 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     config = load_experiment(args.config, args.overrides)
-    from jaxlm.training.distributed import joined
     from jaxlm.training.loop import train
+    from jaxlm.training.multihost.distributed import joined
 
     try:
         with joined():

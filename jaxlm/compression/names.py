@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from jaxlm.compression.activations import Smooth, Static
-from jaxlm.compression.autoround import AutoRound
-from jaxlm.compression.awq import Awq
+from jaxlm.compression.quantize.activations import Smooth, Static
+from jaxlm.compression.quantize.autoround import AutoRound
+from jaxlm.compression.quantize.awq import Awq
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.reshape import DropLayers, Factor, KeepCache, Prune, Rotate
 from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
 from jaxlm.compression.steps import Float8, Half, Magnitude, NofM, Quantize, Share, Step, Table, needs_data
 from jaxlm.core.errors import UserError
 
-__all__ = ["NAMES", "Name", "markdown", "parse"]
+__all__ = ["NAMES", "Name", "load_recipe", "markdown", "parse"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,24 @@ def _steps(part: str, name: str) -> tuple[Step, ...]:
     raise UserError(
         f"unknown recipe {part!r} in {name!r}; compose with '+' from: {forms}, huffman (last), or give a FILE.py"
     )
+
+
+def load_recipe(spec: str) -> Recipe:
+    """The recipe that ``--recipe`` means: a name, a Python file that defines ``recipe``, or the compression.json of a
+    model that was made by one."""
+    if not spec.endswith((".py", ".json")):
+        return parse(spec)
+    if not Path(spec).is_file():
+        raise UserError(f"{spec} is not there; give a recipe's name, a Python file that defines `recipe`, or its JSON")
+    if spec.endswith(".json"):
+        try:
+            return Recipe.from_json(json.loads(Path(spec).read_text(encoding="utf-8"))["recipe"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{spec} holds no recipe as compression.json does: {error}") from None
+    recipe = runpy.run_path(spec).get("recipe")
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"{spec} does not define `recipe`, a jaxlm.compression.recipe.Recipe")
+    return recipe
 
 
 if __name__ == "__main__":

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import runpy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from jaxlm.compression import activations, autoround, awq, mixed, reshape, solvers, steps
-from jaxlm.compression.calibrate import Calibration
+from jaxlm.compression import reshape, solvers, steps
+from jaxlm.compression.calibration import Calibration
+from jaxlm.compression.fit import mixed_precision as mixed
+from jaxlm.compression.quantize import activations, autoround, awq
 from jaxlm.compression.steps import Step, WeightStep, needs_data
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import Params
 
-__all__ = ["Compressed", "Recipe", "load_recipe"]
+__all__ = ["Compressed", "Recipe"]
 
 _STEPS: dict[str, type[Step]] = {
     step.kind: step
@@ -88,23 +87,3 @@ class Recipe:
             return Recipe(tuple(steps), data["storage"], data["name"])
         except (KeyError, TypeError) as error:
             raise UserError(f"not a compression recipe of this version: {error}") from None
-
-
-def load_recipe(spec: str) -> Recipe:
-    """The recipe that ``--recipe`` means: a name, a Python file that defines ``recipe``, or the compression.json of a
-    model that was made by one."""
-    if not spec.endswith((".py", ".json")):
-        from jaxlm.compression.names import parse
-
-        return parse(spec)
-    if not Path(spec).is_file():
-        raise UserError(f"{spec} is not there; give a recipe's name, a Python file that defines `recipe`, or its JSON")
-    if spec.endswith(".json"):
-        try:
-            return Recipe.from_json(json.loads(Path(spec).read_text(encoding="utf-8"))["recipe"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{spec} holds no recipe as compression.json does: {error}") from None
-    recipe = runpy.run_path(spec).get("recipe")
-    if not isinstance(recipe, Recipe):
-        raise UserError(f"{spec} does not define `recipe`, a jaxlm.compression.recipe.Recipe")
-    return recipe

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.placement import describe
+from jaxlm.compression.platforms import describe
 from jaxlm.core.leaves import dequantize
 from jaxlm.core.tree import Leaf, Params, flatten
 
@@ -39,7 +39,7 @@ class Row:
 def report(before: Params | None, after: Params, stored: Mapping[str, tuple[int, str]]) -> list[Row]:
     """Rows in the tree's order.
 
-    ``stored`` gives each path's bytes in the file and how they are coded (``checkpoint.formats.stored``).
+    ``stored`` gives each path's bytes in the file and how they are coded (``checkpoint.storage.stored``).
     ``sparsity`` is the share of weights that are exactly zero; ``relative_error`` is ``|W - W'| / |W|`` (Frobenius), or
     None where the weight is not of the shape it was, and without ``before``. Layers may have come into other segments.
     """

@@ -11,14 +11,14 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.calibrate import Block, Calibration, Layer, Measure, gram, solve_blocks
-from jaxlm.compression.depth import block_influence, drop_layers, layers_to_drop
-from jaxlm.compression.lowrank import low_rank, rank_for
-from jaxlm.compression.rotate import rotate
+from jaxlm.compression.calibration import Block, Calibration, Layer, Measure, gram, solve_blocks
+from jaxlm.compression.low_rank import low_rank, rank_for
+from jaxlm.compression.prune.depth import block_influence, drop_layers, layers_to_drop
+from jaxlm.compression.prune.structured import prune_experts, prune_ffn, prune_heads
+from jaxlm.compression.prune.width import prune_width
+from jaxlm.compression.quantize.rotate import rotate
 from jaxlm.compression.solvers import hessian, read_inputs
 from jaxlm.compression.steps import BLOCKS, BlockStep, ModelStep
-from jaxlm.compression.structured import prune_experts, prune_ffn, prune_heads
-from jaxlm.compression.width import prune_width
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LowRank
 from jaxlm.core.tree import Params
@@ -132,7 +132,7 @@ class Rotate(ModelStep):
 
 @dataclass(frozen=True)
 class KeepCache(ModelStep):
-    """How decoding keeps keys and values: see ``nn.cache``."""
+    """How decoding keeps keys and values: see ``nn.attention.kv_cache``."""
 
     kind: ClassVar[str] = "kv_cache"
     format: Literal["int8", "int4", "fp8"]

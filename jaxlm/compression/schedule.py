@@ -1,6 +1,6 @@
 """Compression in training: weights used in their compressed form, and which weights are pruned when.
 
-Pure functions; ``training.sparsity`` and ``training.compression`` put them into the step.
+Pure functions; ``training.optimizers.sparsity`` and ``training.compression`` put them into the step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.prune import smallest
+from jaxlm.compression.prune.scores import smallest
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.steps import Magnitude, NofM, WeightStep, apply_step
 from jaxlm.core.errors import UserError

@@ -10,10 +10,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.calibrate import Block, Layer, Reading, gram, moments
-from jaxlm.compression.gptq import Info, Solution, solve
-from jaxlm.compression.prune import wanda
-from jaxlm.compression.rtn import Integers
+from jaxlm.compression.calibration import Block, Layer, Reading, gram, moments
+from jaxlm.compression.prune.scores import wanda
+from jaxlm.compression.quantize.gptq import Info, Solution, solve
+from jaxlm.compression.quantize.rtn import Integers
 from jaxlm.compression.steps import BLOCKS, BlockStep, check_grid, check_sparsity
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray

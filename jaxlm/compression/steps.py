@@ -18,12 +18,12 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.calibrate import Block, Calibration, Layer, solve_blocks
-from jaxlm.compression.codebook import E2M1, kmeans, mxfp4, nf4, nf4_table
-from jaxlm.compression.float8 import quantize_float8
-from jaxlm.compression.prune import magnitude, n_of_m
-from jaxlm.compression.rtn import quantize
-from jaxlm.compression.segments import join
+from jaxlm.compression.calibration import Block, Calibration, Layer, solve_blocks
+from jaxlm.compression.layer_groups import join
+from jaxlm.compression.prune.scores import magnitude, n_of_m
+from jaxlm.compression.quantize.codebook import E2M1, kmeans, mxfp4, nf4, nf4_table
+from jaxlm.compression.quantize.float8 import quantize_float8
+from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import Codebook, LowRank, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten, map_params

@@ -42,7 +42,7 @@ class QArray(_Coded):
     Invariants, which every function that makes one keeps:
 
     - ``codes`` is an integer array ``[..., out, in]`` in ``[-2**(bits-1), 2**(bits-1))``; leading dimensions are
-      stacked layers. Its dtype is int8, or int4 where ``compression.placement`` narrowed it for an accelerator; or it
+      stacked layers. Its dtype is int8, or int4 where ``compression.platforms`` narrowed it for an accelerator; or it
       is float8_e4m3fn, with ``bits`` 8 and no zero.
     - ``scale`` is float32 ``[..., out, groups]``, positive; columns ``[g * group, (g + 1) * group)`` share entry g.
       The last group may be shorter; ``group == 0`` is one group, that is, one scale an output channel.
@@ -75,7 +75,7 @@ class QArray(_Coded):
 class Codebook(_Coded):
     """A weight ``table[codes] * scale``: values shared through a table, its contraction axis last.
 
-    - ``codes`` is uint8 ``[..., out, in]``, below ``2**bits``; uint4 where ``compression.placement`` narrowed it.
+    - ``codes`` is uint8 ``[..., out, in]``, below ``2**bits``; uint4 where ``compression.platforms`` narrowed it.
     - ``table`` is float32 ``[..., 2**bits]``, one a matrix.
     - ``scale`` is float32 ``[..., out, groups]`` as in ``QArray``, or None: 1.
     - ``kind`` says where the table is from: "nf4" (QLoRA, arXiv:2305.14314), "mxfp4" (OCP Microscaling Formats v1.0:
@@ -163,7 +163,7 @@ class LoRA(_Product):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Tap:
+class Observer:
     """A weight that tells what it is multiplied with: the gradient of any sum over ``ops.dot(x, tap)`` with respect to
     ``reading`` is ``measure(x, weight, sizes)``, whatever the gradient of the product is.
 
@@ -237,7 +237,7 @@ def _straight_through_jvp(primals, tangents):
     return rounded, jnp.where(inside, tangents[0], 0).astype(rounded.dtype)
 
 
-_KINDS = (QArray, Codebook, LowRank, LoRA, Tap, FakeQuant)
+_KINDS = (QArray, Codebook, LowRank, LoRA, Observer, FakeQuant)
 
 
 def is_leaf(x: Any) -> bool:
@@ -287,7 +287,7 @@ def dequantize(leaf: Any, dtype: jnp.dtype | None = None) -> jax.Array:
     dtype = leaf.dtype if dtype is None else dtype
     if not is_leaf(leaf):
         return leaf.astype(dtype)
-    if isinstance(leaf, Tap):
+    if isinstance(leaf, Observer):
         return dequantize(leaf.base, dtype)
     if isinstance(leaf, FakeQuant):
         return leaf.dense.astype(dtype)

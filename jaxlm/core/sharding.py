@@ -145,7 +145,7 @@ def _entry(names: tuple[str, ...]) -> MeshAxes:
     return names if len(names) > 1 else names[0] if names else None
 
 
-def relocate(overrides: Sequence[str]) -> Transform:
+def override_sharding(overrides: Sequence[str]) -> Transform:
     """A Transform that changes where parameters lie, by path: ``"embed/table=tensor+fsdp -"``.
 
     Each override is a regular expression for whole paths, "=", and for every dimension of the parameter (the first of a

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.bitext import Pairs
-from jaxlm.data.packing import token_stream
-from jaxlm.data.shuffle import random_state
-from jaxlm.data.sources import Bitext, Tokens, open_source
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.batches.bitext import Pairs
+from jaxlm.data.batches.packing import token_stream
+from jaxlm.data.batches.shuffle import random_state
+from jaxlm.data.sources.spec import Bitext, Tokens, open_source
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["calibration_batches", "hold_out"]
 

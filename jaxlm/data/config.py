@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Sources are SPECs (see ``jaxlm.data.sources``).
+    """Sources are SPECs (see ``jaxlm.data.sources.spec``).
 
     A language model sees ``batch_size`` windows of ``seq_len`` tokens a step; a translation model sees about
     ``batch_tokens`` padded tokens a step (the larger of source and target side), in one of a few bucketed shapes.

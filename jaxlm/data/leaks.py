@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxlm.data.encoding import Encoded
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.batches.encoding import Encoded
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 _RUN = 40  # letters: about eight words
 _PIECE = 512  # tokens of a long document that are judged together

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.sources import Bitext, Dialogues, open_source
+from jaxlm.data.sources.spec import Bitext, Dialogues, open_source
 from jaxlm.evaluation.perplexity import bitext_perplexity, dialogue_perplexity, perplexity
 from jaxlm.evaluation.speed import tokens_per_second
 from jaxlm.inference.translate import search_settings
@@ -31,7 +31,7 @@ def evaluate(
     speed: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Scores a model on a SPEC (``jaxlm.data.sources``; the test part of a builtin corpus).
+    """Scores a model on a SPEC (``jaxlm.data.sources.spec``; the test part of a builtin corpus).
 
     Args:
         lm: has ``config``, ``graphdef``, ``params`` and ``tokenizer``.

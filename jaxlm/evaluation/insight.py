@@ -22,7 +22,7 @@ from jax import Array
 from jaxlm.core.leaves import dequantize_tree
 from jaxlm.core.tree import Params
 from jaxlm.inference.batching import bucket
-from jaxlm.inference.requests import MOST_LOGPROBS
+from jaxlm.inference.engine.requests import MOST_LOGPROBS
 from jaxlm.inference.sampling import top_k
 from jaxlm.nn.decoder import embed, head_logits
 from jaxlm.nn.stack import Stack

@@ -17,10 +17,10 @@ from flax import nnx
 from jax import Array
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.bitext import Pairs
-from jaxlm.data.encoding import encode
-from jaxlm.data.packing import Batch, PackedDocuments, token_stream
-from jaxlm.data.sources import Bitext, Dialogues, Documents, Tokens, text_size
+from jaxlm.data.batches.bitext import Pairs
+from jaxlm.data.batches.encoding import encode
+from jaxlm.data.batches.packing import Batch, PackedDocuments, token_stream
+from jaxlm.data.sources.spec import Bitext, Dialogues, Documents, Tokens, text_size
 from jaxlm.inference.translate import into_language, start_token
 from jaxlm.inference.translate import target_language as language_into
 

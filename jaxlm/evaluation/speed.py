@@ -9,8 +9,8 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from jaxlm.data.encoding import encode
-from jaxlm.data.sources import Bitext, Dialogues, Source
+from jaxlm.data.batches.encoding import encode
+from jaxlm.data.sources.spec import Bitext, Dialogues, Source
 from jaxlm.evaluation.perplexity import pair_batches, row_nll, stream, window_batches
 
 Name = TypeVar("Name", bound=Hashable)

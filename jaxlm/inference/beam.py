@@ -24,8 +24,8 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from jaxlm.checkpoint.generation_config import GenerationConfig
-from jaxlm.inference.rules import Rules, log_softmax
+from jaxlm.inference.generation_config import GenerationConfig
+from jaxlm.inference.logits_processors import LogitsProcessors, log_softmax
 from jaxlm.inference.sampling import top_k
 
 Decode = Callable[[Array, Any], tuple[Array, Any]]
@@ -47,7 +47,7 @@ class Hypotheses:
     length: Array  # [B, K] int32
     score: Array  # [B, K] float32
 
-    def ranked(self, rules: Rules) -> list[list[Hypothesis]]:
+    def ranked(self, rules: LogitsProcessors) -> list[list[Hypothesis]]:
         """Those of each sentence, best first, without the end token; where none was finished, an empty one that scores
         -inf."""
         eos, *parts = (np.asarray(x) for x in (rules.eos_E, self.tokens, self.length, self.score))
@@ -61,7 +61,7 @@ class Hypotheses:
             for sentence in zip(*parts, strict=True)
         ]
 
-    def best(self, rules: Rules) -> list[list[int]]:
+    def best(self, rules: LogitsProcessors) -> list[list[int]]:
         """The tokens of the best of each sentence."""
         return [found[0].tokens for found in self.ranked(rules)]
 
@@ -117,7 +117,7 @@ def _rooms(size: int) -> list[int]:
     return rooms
 
 
-def begin(cache: Any, first_B: Array, rules: Rules, *, beams: int, size: int) -> State:
+def begin(cache: Any, first_B: Array, rules: LogitsProcessors, *, beams: int, size: int) -> State:
     """A search for continuations of ``first_B``, the last token before them (int32 ``[B]``).
 
     ``cache`` holds B rows and everything before ``first_B``; it needs no room for more. No limit of the ``rules`` is
@@ -138,7 +138,7 @@ def begin(cache: Any, first_B: Array, rules: Rules, *, beams: int, size: int) ->
     )
 
 
-def advance(decode: Decode, state: State, rules: Rules, stopping: Stopping, *, room: int) -> State:
+def advance(decode: Decode, state: State, rules: LogitsProcessors, stopping: Stopping, *, room: int) -> State:
     """The search after ``room`` tokens, or when all sentences are closed; call it inside ``jit``.
 
     ``decode(tokens_RxT, cache) -> (logits_RxTxV, cache)``, and ``fork(beams)``, ``grow(slots)``, ``take(rows_B)`` and
@@ -211,7 +211,7 @@ def advance(decode: Decode, state: State, rules: Rules, stopping: Stopping, *, r
 
 @partial(jax.jit, static_argnames=("graphdef", "beams", "size"))
 def search_seq2seq(
-    graphdef, params, src_BxS: Array, first_B: Array, rules: Rules, stopping: Stopping, *, beams: int, size: int
+    graphdef, params, src_BxS: Array, first_B: Array, rules: LogitsProcessors, stopping: Stopping, *, beams: int, size: int
 ) -> State:
     """Translations of padded sources (each ending with the end token) that begin after the tokens ``first``, as far as
     the first room goes: ``finish`` has the rest."""
@@ -224,7 +224,7 @@ def search_seq2seq(
 
 @partial(jax.jit, static_argnames=("graphdef", "beams", "size"))
 def search_decoder(
-    graphdef, params, prompts_BxP: Array, start_B: Array, rules: Rules, stopping: Stopping, *, beams: int, size: int
+    graphdef, params, prompts_BxP: Array, start_B: Array, rules: LogitsProcessors, stopping: Stopping, *, beams: int, size: int
 ) -> State:
     """Continuations of left-padded prompts with ``start_B`` slots of padding each, as far as the first room goes."""
     model = nnx.merge(graphdef, params)
@@ -235,12 +235,12 @@ def search_decoder(
 
 
 @partial(jax.jit, static_argnames=("graphdef", "room"))
-def _go_on(graphdef, params, state: State, rows_B: Array, rules: Rules, stopping: Stopping, *, room: int) -> State:
+def _go_on(graphdef, params, state: State, rows_B: Array, rules: LogitsProcessors, stopping: Stopping, *, room: int) -> State:
     model = nnx.merge(graphdef, params)
     return advance(model.decode, state.take(rows_B), rules, stopping, room=room)
 
 
-def finish(graphdef, params, state: State, rules: Rules, stopping: Stopping) -> Hypotheses:
+def finish(graphdef, params, state: State, rules: LogitsProcessors, stopping: Stopping) -> Hypotheses:
     """What a search finds in the end, as NumPy arrays."""
     found = jax.tree.map(np.array, state.finished)
     batch, _, size = found.tokens.shape

@@ -18,11 +18,11 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
 from jaxlm.inference.beam import Stopping, finish, search_decoder
-from jaxlm.inference.rules import Rules, make_rules
+from jaxlm.inference.generation_config import PLAIN, GenerationConfig
+from jaxlm.inference.logits_processors import LogitsProcessors, make_logits_processors
 from jaxlm.inference.sampling import Sampling, digest, row_key, sample
 
 _NEW_TOKENS = 64  # where nothing says how many
@@ -48,7 +48,7 @@ class _Draw:
     marks_Bx2: Array  # uint32, what tells rows apart (see ``_marks``)
     drawn: Array  # int32, tokens drawn before
     sampling: Sampling
-    rules: Rules
+    rules: LogitsProcessors
 
     def keys(self, step: Array) -> Array:
         """A key for each row's token number ``drawn + step``."""
@@ -149,7 +149,7 @@ def generate_tokens(
         starts = np.full(batch, length, np.int32)
         starts[: len(rows)] = [length - len(tokens) for tokens in windows]
         prompts_BxP = pad_rows(windows, (batch, length), config.pad_id, left=True)
-        rules = make_rules(
+        rules = make_logits_processors(
             generation, config, [len(prompts[i]) for i in rows], [limits[i] for i in rows], prompts_BxP, starts
         )
         settings = jax.tree.map(lambda x: np.repeat(x, batch), sampling)
@@ -222,7 +222,7 @@ def beam_tokens(
         starts = np.full(batch, length, np.int32)
         starts[: len(rows)] = [length - len(prompts[i]) for i in rows]
         padded = pad_rows([prompts[i] for i in rows], (batch, length), config.pad_id, left=True)
-        rules = make_rules(
+        rules = make_logits_processors(
             generation, config, [len(prompts[i]) for i in rows], [limits[i] for i in rows], padded, starts
         )
         state = search_decoder(

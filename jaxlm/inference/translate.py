@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
 from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
 from jaxlm.inference.beam import Hypothesis, State, Stopping, finish, search_seq2seq
-from jaxlm.inference.rules import Rules, make_rules
+from jaxlm.inference.generation_config import PLAIN, GenerationConfig
+from jaxlm.inference.logits_processors import LogitsProcessors, make_logits_processors
 
 _BEAM, _LENGTH = 5, 128  # where nothing says how many
 
@@ -67,7 +67,7 @@ def search_tokens(
     out: list[list[Hypothesis]] = [[] for _ in sources]
     done = 0
 
-    def read(rows: list[int], state: State, rules: Rules) -> None:
+    def read(rows: list[int], state: State, rules: LogitsProcessors) -> None:
         nonlocal done
         found = finish(lm.graphdef, lm.params, state, rules, stopping)
         for i, hypotheses in zip(rows, found.ranked(rules), strict=False):
@@ -76,13 +76,13 @@ def search_tokens(
         if progress is not None:
             progress(done)
 
-    running: deque[tuple[list[int], State, Rules]] = deque()  # the next batch is under way before one is read
+    running: deque[tuple[list[int], State, LogitsProcessors]] = deque()  # the next batch is under way before one is read
     for rows in batches_by_length([len(source) for source in sources], batch_size):
         length = bucket(len(sources[rows[0]]))
         batch = power_of_two(len(rows))
         src_BxS = pad_rows([sources[i] for i in rows], (batch, length), config.pad_id)
         first_B = np.full(batch, start, np.int32)
-        rules = make_rules(
+        rules = make_logits_processors(
             generation, config, [1] * len(rows), [limit(len(sources[i])) for i in rows], first_B[:, None],
             np.zeros(batch, np.int32),
         )

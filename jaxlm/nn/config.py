@@ -66,14 +66,14 @@ class StackConfig:
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     attention_scale_by_layer: bool = False  # divided by the layer's number too, which is 1 for the first
     attention_softcap: float = 0.0  # 0: off; c * tanh(logits / c) (arXiv:2408.00118)
-    ring_from: int = 8192  # keys from which attention over a split sequence goes around a ring (``nn.context``)
+    ring_min_keys: int = 8192  # keys from which attention over a split sequence goes around a ring (``nn.attention.ring``)
     logit_softcap: float = 0.0
     windows: tuple[int, ...] = ()  # sliding windows, cycled over layers; 0 is full attention
-    experts: int = 0  # mixture-of-experts MLPs (``nn.moe``); 0: dense ones
+    experts: int = 0  # mixture-of-experts MLPs (``nn.moe.layer``); 0: dense ones
     experts_per_token: int = 2
     expert_ffn: int = 0  # 0: d_ffn
     expert_renormalize: bool = True  # the weights of a token's experts sum to 1
-    expert_routing: Literal["dropless", "capacity"] = "dropless"  # see ``nn.experts``
+    expert_routing: Literal["dropless", "capacity"] = "dropless"  # see ``nn.moe.routing``
     capacity_factor: float = 1.25  # slots of an expert, as a multiple of its even share of a group's tokens
     dense_layers: tuple[int, ...] = ()  # layers without experts in a model that has them
     embed_scale: bool = False  # multiply embeddings by sqrt(width)
@@ -83,7 +83,7 @@ class StackConfig:
     attention_dropout: float = 0.0
     ffn_dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
-    kv_cache: KVCache = "full"  # how decoding keeps keys and values: see ``nn.cache``
+    kv_cache: KVCache = "full"  # how decoding keeps keys and values: see ``nn.attention.kv_cache``
     scan_layers: bool = True
     remat: Literal["none", "full", "dots", "offload", "offload_dots"] = "none"  # see ``nn.stack``
     microbatches: int = 0  # of a batch, on a mesh with stages; 0: as many as stages. Segments are trips around them

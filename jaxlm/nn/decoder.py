@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.core.sharding import constrain
-from jaxlm.nn.cache import Cache
+from jaxlm.nn.attention.kv_cache import Cache
+from jaxlm.nn.attention.paged import PagePool
 from jaxlm.nn.config import DecoderConfig, StackConfig
-from jaxlm.nn.experts import Routing
 from jaxlm.nn.layers import Embedding, Linear, softcap
-from jaxlm.nn.pages import PagePool
+from jaxlm.nn.moe.routing import Routing
 from jaxlm.nn.stack import C, Stack, layers_of
 
 
@@ -73,7 +73,7 @@ class DecoderLM(nnx.Module):
         return self.decoder.init_cache(batch, length)
 
     def init_pages(self, pages: int, size: int) -> PagePool:
-        """An empty pool of ``pages`` pages of ``size`` tokens each, for sequences of any row (``nn.pages``)."""
+        """An empty pool of ``pages`` pages of ``size`` tokens each, for sequences of any row (``nn.attention.paged``)."""
         return self.decoder.init_pages(pages, size)
 
     def decode(self, tokens_BxT: jax.Array, cache: C) -> tuple[jax.Array, C]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from jaxlm.nn.cache import Cache
+from jaxlm.nn.attention.kv_cache import Cache
 from jaxlm.nn.config import Seq2SeqConfig
 from jaxlm.nn.decoder import embed, head, head_logits
-from jaxlm.nn.experts import Routing, joined
 from jaxlm.nn.layers import Embedding
+from jaxlm.nn.moe.routing import Routing, joined
 from jaxlm.nn.stack import Stack, layers_of
 
 

@@ -20,14 +20,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.core.errors import UserError
 from jaxlm.core.ops import dropout
 from jaxlm.core.sharding import constrain
-from jaxlm.nn.attention import Attention
-from jaxlm.nn.cache import Cache, KeyValue, LayerCache, keep, round_trip
+from jaxlm.nn.attention.kv_cache import Cache, KeyValue, LayerCache, fake_quantize_kv, keep
+from jaxlm.nn.attention.layer import Attention
+from jaxlm.nn.attention.paged import LayerPages, PagedCache, PagePool
+from jaxlm.nn.attention.ring import MaskSpec, uses_ring, window_mask
 from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig, StackConfig
-from jaxlm.nn.context import Sight, goes_around, window_mask
-from jaxlm.nn.experts import Routing, joined
 from jaxlm.nn.layers import Embedding, Mlp, Norm, split_key
-from jaxlm.nn.moe import Moe
-from jaxlm.nn.pages import LayerPages, PagedCache, PagePool
+from jaxlm.nn.moe.layer import Moe
+from jaxlm.nn.moe.routing import Routing, joined
 from jaxlm.nn.pipeline import Schedule, flow, make_schedule, stages_in_use
 from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
 from jaxlm.nn.remat import LAYER_INPUT, rematerialised
@@ -39,16 +39,16 @@ Traits = tuple[jax.Array | None, jax.Array | None]  # a layer's window, and its 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class View:
+class LayerContext:
     """What all layers of a stack share: positions, and who may look at whom."""
 
-    sight: Sight
+    mask_spec: MaskSpec
     mask_BxTxS: jax.Array | None  # None too where it would be of a whole sequence that goes around a ring
     bias_BxHxTxS: jax.Array | None = None
     angles: tuple[jax.Array, jax.Array] | None = None
     local_angles: tuple[jax.Array, jax.Array] | None = None  # of layers with a window, where theirs are different
     memory_mask: jax.Array | None = None  # [B, 1, M]
-    memory_sight: Sight | None = None
+    memory_mask_spec: MaskSpec | None = None
 
 
 class Block(nnx.Module):
@@ -79,7 +79,7 @@ class Block(nnx.Module):
         self.mlp_out_norm = Norm(config.width, config) if sandwich else None
 
     def __call__(
-        self, x_BxTxD, view: View, *, mask_BxTxS, sight, angles, number, past: LayerCache | LayerPages | None, memory,
+        self, x_BxTxD, view: LayerContext, *, mask_BxTxS, mask_spec, angles, number, past: LayerCache | LayerPages | None, memory,
         key, seen: list[jax.Array] | None = None,
     ):
         """Returns the layer's output, its cache with the new slots written (None without one), and what its router did
@@ -94,18 +94,18 @@ class Block(nnx.Module):
             q, k, v = self.attn.query_key_value(h, angles)
             q = q if number is None else q / number.astype(q.dtype)
             if past is None:
-                k, v = round_trip(k, v, kv_cache)
+                k, v = fake_quantize_kv(k, v, kv_cache)
             else:
                 past = past.write(*keep(k, v, kv_cache))
                 if isinstance(past, LayerPages):
-                    return self.attn.over_pages(q, past, sight, view.bias_BxHxTxS)
+                    return self.attn.over_pages(q, past, mask_spec, view.bias_BxHxTxS)
                 k, v = past.read()
-            whole = sight if past is None else None
-            return self.attn(q, k, v, mask_BxTxS, view.bias_BxHxTxS, key=next(keys), sight=whole, seen=seen)
+            whole = mask_spec if past is None else None
+            return self.attn(q, k, v, mask_BxTxS, view.bias_BxHxTxS, key=next(keys), mask_spec=whole, seen=seen)
 
         def cross_attention(h):
             q = self.cross.query(h, None)
-            return self.cross(q, *memory, view.memory_mask, key=next(keys), sight=view.memory_sight, seen=seen)
+            return self.cross(q, *memory, view.memory_mask, key=next(keys), mask_spec=view.memory_mask_spec, seen=seen)
 
         def mlp(h):
             nonlocal routing
@@ -232,13 +232,13 @@ class Stack(nnx.Module):
         """What the first layer is given, of the arguments of a call: its input, the view, and a key a segment."""
         T = x_BxTxD.shape[1]
         slots = jnp.arange(T)[None]
-        sight = Sight(slots, slots, segments_BxT, segments_BxT, real_BxT, causal=self.causal)
-        mask_BxTxS = None if goes_around(self.config, T, T) else sight.mask()
+        mask_spec = MaskSpec(slots, slots, segments_BxT, segments_BxT, real_BxT, causal=self.causal)
+        mask_BxTxS = None if uses_ring(self.config, T, T) else mask_spec.mask()
         positions = slots if positions_BxT is None else positions_BxT
-        view = self._view(sight, positions, mask_BxTxS, memory_mask_BxM)
+        view = self._view(mask_spec, positions, mask_BxTxS, memory_mask_BxM)
         if memory_mask_BxM is not None:
             memory_slots = jnp.arange(memory_mask_BxM.shape[1])[None]
-            view = replace(view, memory_sight=Sight(slots, memory_slots, real_k=memory_mask_BxM))
+            view = replace(view, memory_mask_spec=MaskSpec(slots, memory_slots, real_k=memory_mask_BxM))
         keys = split_key(key, len(self.layers) + 1)
         return self._enter(x_BxTxD, positions, keys[-1]), view, keys[:-1]
 
@@ -249,8 +249,8 @@ class Stack(nnx.Module):
     def decode(self, x_BxTxD: jax.Array, cache: C) -> tuple[jax.Array, C]:
         """The next T slots of every row, written to the cache and looking back at it."""
         T = x_BxTxD.shape[1]
-        cache, sight, mask, positions = cache.extend(T)
-        view = self._view(sight, positions, mask, cache.memory_mask)
+        cache, mask_spec, mask, positions = cache.extend(T)
+        view = self._view(mask_spec, positions, mask, cache.memory_mask)
         x_BxTxD = self._enter(x_BxTxD, positions, None)
         segments = []
         for i in range(len(self.segments)):
@@ -282,13 +282,13 @@ class Stack(nnx.Module):
 
         return tuple(of_segment(block) for block in self.layers)
 
-    def _view(self, sight: Sight, positions, mask_BxTxS, memory_mask_BxM) -> View:
+    def _view(self, mask_spec: MaskSpec, positions, mask_BxTxS, memory_mask_BxM) -> LayerContext:
         config = self.config
         rotary, local = config.positions == "rotary", config.rope_local_theta > 0
-        return View(
-            sight,
+        return LayerContext(
+            mask_spec,
             mask_BxTxS,
-            bias_BxHxTxS=None if self.rel is None else self.rel(sight.slots_q, sight.slots_k),
+            bias_BxHxTxS=None if self.rel is None else self.rel(mask_spec.slots_q, mask_spec.slots_k),
             angles=rotary_angles(positions, config) if rotary else None,
             local_angles=local_rotary_angles(positions, config) if rotary and local else None,
             memory_mask=None if memory_mask_BxM is None else memory_mask_BxM[:, None, :],
@@ -312,27 +312,27 @@ class Stack(nnx.Module):
         return windows, jnp.array(run) + 1 if self.config.attention_scale_by_layer else None
 
     def layer(
-        self, block: Block, x_BxTxD, view: View, traits: Traits = (None, None), *, past=None, memory=None,
+        self, block: Block, x_BxTxD, view: LayerContext, traits: Traits = (None, None), *, past=None, memory=None,
         memory_kv=None, key=None, seen=None,
     ):
         """One layer: what its block returns. A memory is given whole (``memory``) or projected (``memory_kv``)."""
         x_BxTxD = checkpoint_name(x_BxTxD, LAYER_INPUT)
-        mask, angles, sight, (window, number) = view.mask_BxTxS, view.angles, view.sight, traits
+        mask, angles, mask_spec, (window, number) = view.mask_BxTxS, view.angles, view.mask_spec, traits
         if window is not None:
-            sight = replace(sight, window=window)
-            if mask is not None or not goes_around(self.config, x_BxTxD.shape[1], sight.slots_k.shape[1]):
-                near = window_mask(sight.slots_q, sight.slots_k, window)
+            mask_spec = replace(mask_spec, window=window)
+            if mask is not None or not uses_ring(self.config, x_BxTxD.shape[1], mask_spec.slots_k.shape[1]):
+                near = window_mask(mask_spec.slots_q, mask_spec.slots_k, window)
                 mask = near if mask is None else mask & near
             if view.local_angles is not None:
                 angles = jax.tree.map(partial(jnp.where, window > 0), view.local_angles, angles)
         if memory is not None:
-            memory_kv = round_trip(*block.cross.key_value(memory, None), self.config.kv_cache)
+            memory_kv = fake_quantize_kv(*block.cross.key_value(memory, None), self.config.kv_cache)
         return block(
-            x_BxTxD, view, mask_BxTxS=mask, sight=sight, angles=angles, number=number, past=past, memory=memory_kv,
+            x_BxTxD, view, mask_BxTxS=mask, mask_spec=mask_spec, angles=angles, number=number, past=past, memory=memory_kv,
             key=key, seen=seen,
         )
 
-    def _run(self, i: int, x_BxTxD, view: View, *, past=None, memory=None, memory_kv=None, key=None, states=False):
+    def _run(self, i: int, x_BxTxD, view: LayerContext, *, past=None, memory=None, memory_kv=None, key=None, states=False):
         """Walks segment i, whose cache is ``past``: its output, its cache, and of each layer (routing, output where
         ``states``). A memory is given whole (``memory``, projected in each layer) or already projected
         (``memory_kv``)."""
@@ -367,7 +367,7 @@ class Stack(nnx.Module):
             ys.append(y)
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *ys)
 
-    def _pipeline(self, x_BxTxD, view: View, schedule: Schedule, memory, key):
+    def _pipeline(self, x_BxTxD, view: LayerContext, schedule: Schedule, memory, key):
         """Walks all segments; see ``nn.pipeline``. Dropout has a key a layer and microbatch."""
         graphdefs, params = zip(*map(nnx.split, self.layers), strict=True)
         traits = [(self.traits(i), jnp.array(run)) for i, run in enumerate(self.segments)]

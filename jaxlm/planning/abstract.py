@@ -11,21 +11,21 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm import nn
-from jaxlm.compression.activations import Smooth, Static
-from jaxlm.compression.autoround import AutoRound
-from jaxlm.compression.awq import Awq
-from jaxlm.compression.lowrank import rank_for
-from jaxlm.compression.mixed import Mixed
-from jaxlm.compression.placement import place
+from jaxlm.compression.fit.mixed_precision import Mixed
+from jaxlm.compression.low_rank import rank_for
+from jaxlm.compression.platforms import place
+from jaxlm.compression.quantize.activations import Smooth, Static
+from jaxlm.compression.quantize.autoround import AutoRound
+from jaxlm.compression.quantize.awq import Awq
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.reshape import Factor, Rotate
 from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
 from jaxlm.compression.steps import Float8, Quantize, Step, WeightStep
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LowRank, is_leaf
-from jaxlm.core.sharding import batch_sharding, batch_ways, relocate, spec
+from jaxlm.core.sharding import batch_sharding, batch_ways, override_sharding, spec
 from jaxlm.core.tree import Leaf, Params, map_params
-from jaxlm.data.buckets import bucket_rows
+from jaxlm.data.batches.buckets import bucket_rows
 from jaxlm.data.config import DataConfig
 from jaxlm.nn.config import ModelConfig
 from jaxlm.training.config import Experiment
@@ -78,7 +78,7 @@ def trained_model(config: Experiment, platform: str) -> tuple[nnx.GraphDef, Para
     def make(params: Params) -> Params:
         if config.lora.rank:
             params = adapt(config.lora, freeze(config.lora.base, params, platform), jax.random.key(0))
-        return relocate(config.mesh.rules)(params)
+        return override_sharding(config.mesh.rules)(params)
 
     return graphdef, jax.eval_shape(make, like)
 

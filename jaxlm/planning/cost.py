@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxlm.planning.counts import Collective, Counts
+from jaxlm.planning.hlo_costs import Collective, Counts
 from jaxlm.planning.topology import Topology
 
 __all__ = ["ASSUMPTIONS", "Place", "Roofline", "group_bandwidth", "roofline"]

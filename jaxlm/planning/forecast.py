@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.planning.cost import Place, Roofline, roofline
-from jaxlm.planning.counts import Counts, count
 from jaxlm.planning.hlo import parse
+from jaxlm.planning.hlo_costs import Counts, count
 from jaxlm.planning.programs import Program
 from jaxlm.planning.topology import Topology
 from jaxlm.training.config import Experiment

@@ -1,6 +1,6 @@
 """Compiled HLO as data: modules of computations of instructions, read from the text that XLA prints.
 
-Only what counting needs is understood (``planning.counts``); everything else is kept as text.
+Only what counting needs is understood (``planning.hlo_costs``); everything else is kept as text.
 """
 
 from __future__ import annotations

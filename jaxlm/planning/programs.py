@@ -15,7 +15,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
 from jaxlm import nn
-from jaxlm.compression.recipe import load_recipe
+from jaxlm.compression.names import load_recipe
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import batch_sharding, batch_ways, bytes_per_device, make_mesh, mesh_sizes, shardings
 from jaxlm.core.tree import count_params, flatten
@@ -28,9 +28,9 @@ from jaxlm.planning.abstract import (
     with_layout,
 )
 from jaxlm.planning.topology import Topology, devices_of
-from jaxlm.training.companion import companion_of
 from jaxlm.training.config import Experiment
 from jaxlm.training.flops import rows_of, step_flops
+from jaxlm.training.objectives.reference_model import reference_model_of
 from jaxlm.training.program import make_program
 
 __all__ = ["Program", "Serving", "programs_of"]
@@ -83,10 +83,10 @@ def programs_of(config: Experiment, topology: Topology, serving: Serving | None 
 def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> Program:
     graphdef, like = trained_model(config, platform_of(topology))
     batch = train_batch(config, mesh)
-    companion = companion_of(config, graphdef, like, None)
+    reference = reference_model_of(config, graphdef, like, None)
     with jax.set_mesh(mesh):
-        program = make_program(config, graphdef, like, mesh, companion)
-    fixed = {"frozen": program.state.frozen, "average": program.state.average, "second model": program.state.companion}
+        program = make_program(config, graphdef, like, mesh, reference)
+    fixed = {"frozen": program.state.frozen, "average": program.state.average, "second model": program.state.reference}
     held = {
         "parameters": bytes_per_device(program.state.params),
         **{name: size for name, tree in fixed.items() if (size := bytes_per_device(tree))},
@@ -115,7 +115,7 @@ def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> Program:
 
 
 def platform_of(topology: Topology) -> str:
-    """What ``compression.placement`` calls its devices."""
+    """What ``compression.platforms`` calls its devices."""
     return "cpu" if topology.chip is None else "tpu"
 
 

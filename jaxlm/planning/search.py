@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxlm.core.errors import UserError
 from jaxlm.nn.config import DecoderConfig
-from jaxlm.planning.closed import Estimate, estimate, mesh_shapes
+from jaxlm.planning.analytic import Estimate, estimate, mesh_shapes
 from jaxlm.planning.forecast import Forecast, forecast
 from jaxlm.planning.programs import programs_of
 from jaxlm.planning.topology import Topology

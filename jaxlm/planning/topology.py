@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import jax
 
-from jaxlm.core.chips import CHIPS, Chip
 from jaxlm.core.errors import UserError
+from jaxlm.core.hardware import CHIPS, Chip
 
 __all__ = ["Topology", "devices_of", "parse_topology"]
 
@@ -68,7 +68,7 @@ def _example(chip: Chip) -> str:
 def devices_of(topology: Topology) -> list[jax.Device]:
     """The devices to compile for. UserError where libtpu is not installed or does not know the topology.
 
-    CPU devices are made by XLA_FLAGS, which must say so before JAX starts (``planning.child``).
+    CPU devices are made by XLA_FLAGS, which must say so before JAX starts (``planning.subprocess_runner``).
     """
     if topology.chip is None:
         return jax.devices("cpu")[: topology.size]

@@ -19,19 +19,19 @@ from starlette.routing import Route
 
 from jaxlm.core.errors import UserError
 from jaxlm.serving.access import Keys
-from jaxlm.serving.answers import Health, Models, Translated, Translation, Translations, Usage
-from jaxlm.serving.body import read
-from jaxlm.serving.chat import Answer
-from jaxlm.serving.completions import Completions
-from jaxlm.serving.errors import ApiError, internal, too_slow
-from jaxlm.serving.gate import Gate
-from jaxlm.serving.inspection import inspect
 from jaxlm.serving.metrics import Metrics
+from jaxlm.serving.middleware import Gate
 from jaxlm.serving.models import Served, by_name
-from jaxlm.serving.openapi import document
-from jaxlm.serving.schemas import ChatRequest, CompletionRequest, InspectRequest, TranslationRequest
-from jaxlm.serving.sse import EventStream, unless_gone
-from jaxlm.serving.translation import Sentences, sources
+from jaxlm.serving.protocol.errors import ApiError, internal, too_slow
+from jaxlm.serving.protocol.openapi import document
+from jaxlm.serving.protocol.parsing import read
+from jaxlm.serving.protocol.requests import ChatRequest, CompletionRequest, InspectRequest, TranslationRequest
+from jaxlm.serving.protocol.responses import Health, Models, Translated, Translation, Translations, Usage
+from jaxlm.serving.protocol.sse import EventStream, unless_gone
+from jaxlm.serving.routes.chat import Answer
+from jaxlm.serving.routes.completions import Completions
+from jaxlm.serving.routes.inspection import inspect
+from jaxlm.serving.routes.translation import Sentences, sources
 
 __all__ = ["Limits", "make_app"]
 

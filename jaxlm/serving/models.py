@@ -13,9 +13,9 @@ from typing import Any
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import count_bytes, count_params
 from jaxlm.inference.translate import target_language
-from jaxlm.serving.answers import Model
-from jaxlm.serving.errors import ApiError, no_such_model
-from jaxlm.serving.translation import TranslationWorker
+from jaxlm.serving.protocol.errors import ApiError, no_such_model
+from jaxlm.serving.protocol.responses import Model
+from jaxlm.serving.routes.translation import TranslationWorker
 from jaxlm.serving.worker import EngineWorker, Worker
 
 __all__ = ["Served", "Source", "by_name", "serve_model"]

@@ -48,7 +48,7 @@ def serve(
         slots: answers of a model that are written at once.
         queue: answers of a model that may wait; beyond that clients get 429.
         context: tokens of a prompt and its answer (0: the model's own, at most 2,048).
-        kv_cache: how keys and values are kept (``jaxlm.nn.cache``); None is as the model was saved.
+        kv_cache: how keys and values are kept (``jaxlm.nn.attention.kv_cache``); None is as the model was saved.
         draft: a smaller model with the same tokenizer that proposes tokens.
         api_keys: a file with a key a line. Keys in the environment variable JAXLM_API_KEYS count too.
         origins: of web pages that may ask from a browser, as ``https://example.org``.

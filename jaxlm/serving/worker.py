@@ -16,9 +16,9 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from jaxlm.core.errors import UserError
-from jaxlm.inference.engine import Engine
-from jaxlm.inference.requests import Event, Request
-from jaxlm.serving.errors import ApiError, busy, internal
+from jaxlm.inference.engine.engine import Engine
+from jaxlm.inference.engine.requests import Event, Request
+from jaxlm.serving.protocol.errors import ApiError, busy, internal
 
 __all__ = ["EngineWorker", "Stream", "Worker"]
 

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlm.compression.placement import place
-from jaxlm.compression.recipe import Recipe, load_recipe
+from jaxlm.compression.names import load_recipe
+from jaxlm.compression.platforms import place
+from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.schedule import fake_compress, pruning_of
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import Params, Transform, flatten, unflatten
 from jaxlm.training.config import Experiment
-from jaxlm.training.sparsity import pull_to_zero, sparse, targets
+from jaxlm.training.optimizers.sparsity import pull_to_zero, sparse, targets
 
 __all__ = ["InTraining"]
 

@@ -19,7 +19,7 @@ __all__ = ["DataConfig", "DecoderConfig", "DistillConfig", "DpoConfig", "EvalCon
 class OptimConfig:
     """An optimizer and the shape of its learning rate."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"  # see ``training.optim``
+    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"  # see ``training.optimizers.optimizer``
     lr: float = 1e-3  # the peak
     schedule: Literal["cosine", "inverse_sqrt", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
@@ -99,10 +99,10 @@ class MeshConfig:
     stage: int = 0  # layers, in a pipeline
     expert: int = 0  # rows, and experts
     preset: Literal["ddp", "fsdp", "fsdp+tp", "3d", "moe"] = "ddp"
-    rules: tuple[str, ...] = ()  # where parameters lie: "embed/table=tensor+fsdp -" (``core.sharding.relocate``)
+    rules: tuple[str, ...] = ()  # where parameters lie: "embed/table=tensor+fsdp -" (``core.sharding.override_sharding``)
     shard_optimizer: bool = True  # its moments over the data axis too (ZeRO-1, arXiv:1910.02054)
     offload_optimizer: bool = False  # its moments in the memory of the host, between updates
-    compress_gradients: Literal["none", "bf16", "int8"] = "none"  # summed over the data axis (``training.reduce``)
+    compress_gradients: Literal["none", "bf16", "int8"] = "none"  # summed over the data axis (``training.multihost.reduce``)
 
     @property
     def sizes(self) -> dict[str, int]:

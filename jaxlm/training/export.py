@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxlm.checkpoint.adapters import save_adapter
-from jaxlm.checkpoint.directory import write_model
 from jaxlm.core.tree import unflatten
+from jaxlm.hf.directory import write_model
+from jaxlm.hf.peft.adapters import save_adapter
 from jaxlm.model import base_fields
 from jaxlm.training.compression import InTraining
 from jaxlm.training.setup import Setup

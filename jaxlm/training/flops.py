@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from jaxlm.core.chips import chip_of
+from jaxlm.core.hardware import chip_of
 from jaxlm.core.leaves import LoRA
 from jaxlm.nn.config import LSTMConfig, ModelConfig, Seq2SeqConfig, StackConfig
 

@@ -19,18 +19,18 @@ from jax.experimental import multihost_utils
 
 from jaxlm.checkpoint.store import Store
 from jaxlm.core.errors import UserError
-from jaxlm.core.host import keep_freed_memory
+from jaxlm.core.host_memory import keep_freed_memory
 from jaxlm.core.sharding import batch_sharding, bytes_per_device, on_device
 from jaxlm.core.tree import count_params, flatten
 from jaxlm.training.config import Experiment
 from jaxlm.training.export import Exporter
 from jaxlm.training.flops import FLOP_CONVENTION, peak_flops, step_flops
-from jaxlm.training.loss import Batch
 from jaxlm.training.metrics import Meter, MetricsWriter, peak_memory_bytes, state_report
-from jaxlm.training.optim import make_schedule
+from jaxlm.training.multihost.preflight import preflight
+from jaxlm.training.objectives.loss import Batch
+from jaxlm.training.optimizers.optimizer import make_schedule
+from jaxlm.training.optimizers.privacy import accountant_of
 from jaxlm.training.partition import Partition
-from jaxlm.training.preflight import preflight
-from jaxlm.training.privacy import accountant_of
 from jaxlm.training.program import make_program
 from jaxlm.training.progress import Reporter
 from jaxlm.training.setup import Setup, prepare
@@ -99,7 +99,7 @@ class _Training:
     def __init__(self, setup: Setup, run: Path, terminated: threading.Event):
         config, options = setup.config, setup.config.train
         self._setup, self._options, self._directory, self._terminated = setup, options, run, terminated
-        program = make_program(config, setup.graphdef, setup.like, setup.mesh, setup.companion)
+        program = make_program(config, setup.graphdef, setup.like, setup.mesh, setup.reference)
         self._compression, self._tx = program.compression, program.tx
         self._abstract, self._update = program.state, program.update
         self._layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
@@ -149,8 +149,8 @@ class _Training:
         setup, options = self._setup, self._options
         return init_state(
             setup.initial, self._tx, options.seed, self._layout,
-            companion=setup.companion and setup.companion.params,
-            beside=setup.companion.beside if setup.companion else {}, average=options.ema > 0,
+            reference=setup.reference and setup.reference.params,
+            beside=setup.reference.beside if setup.reference else {}, average=options.ema > 0,
         )
 
     def _open_store(self) -> Store:
@@ -172,7 +172,7 @@ class _Training:
         for score, step in self._history.best:  # also of one saved in the middle of its validation
             self._store.score(step, score)
         setup = self._setup
-        return complete_state(state, setup.initial, self._layout, setup.companion and setup.companion.params)
+        return complete_state(state, setup.initial, self._layout, setup.reference and setup.reference.params)
 
     def _announce(self, checked: str | None) -> None:
         setup = self._setup
@@ -302,7 +302,7 @@ class _Training:
         self._drain()
         with self._meter.paused():
             params = self._flat(self._state)
-            scores = self._validator(self._compression.placed(params), self._state.companion)
+            scores = self._validator(self._compression.placed(params), self._state.reference)
             scores |= self._compression.report(params)
         history = self._history
         history.evaluated = self._step

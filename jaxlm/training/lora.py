@@ -9,8 +9,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.placement import narrow
-from jaxlm.compression.recipe import Recipe, load_recipe
+from jaxlm.compression.names import load_recipe
+from jaxlm.compression.platforms import narrow
+from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.steps import WeightStep, matching
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LoRA, column_norms, dequantize, is_leaf

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from jaxlm.checkpoint.disk import room_for
+from jaxlm.core.disk import room_for
 from jaxlm.core.sharding import bytes_per_device
 from jaxlm.core.tree import Params, count_params
 from jaxlm.training.step import TrainState
@@ -129,7 +129,7 @@ def state_report(like: Params, state: TrainState) -> str:
     trained, whole = sum(math.prod(leaf.shape) for leaf in state.params.values()), count_params(like)
     held = {
         "trained": state.params, "frozen": state.frozen, "optimizer": state.opt_state, "average": state.average,
-        "second model": state.companion,
+        "second model": state.reference,
     }
     sizes = ((name, bytes_per_device(part)) for name, part in held.items())
     shown = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes if size)

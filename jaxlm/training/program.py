@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm.core.tree import Params
-from jaxlm.training.companion import Companion
 from jaxlm.training.compression import InTraining
 from jaxlm.training.config import Experiment
-from jaxlm.training.objective import objective_of
-from jaxlm.training.optim import make_optimizer
+from jaxlm.training.objectives.objective import objective_of
+from jaxlm.training.objectives.reference_model import ReferenceModel
+from jaxlm.training.optimizers.optimizer import make_optimizer
 from jaxlm.training.step import Step, TrainState, abstract_state, make_step
 
 __all__ = ["Program", "make_program"]
@@ -31,7 +31,7 @@ class Program:
 
 
 def make_program(
-    config: Experiment, graphdef: nnx.GraphDef, like: Params, mesh: Mesh, companion: Companion | None = None
+    config: Experiment, graphdef: nnx.GraphDef, like: Params, mesh: Mesh, reference: ReferenceModel | None = None
 ) -> Program:
     """The step of an experiment whose model is complete, on a mesh. Nothing is allocated. UserError on a mistake in
     the experiment."""
@@ -40,14 +40,14 @@ def make_program(
     tx = compression.optimizer(make_optimizer(config.optim, options.steps))
     shared = config.mesh
     state = abstract_state(
-        like, tx, mesh, companion=companion.like if companion else None,
-        beside=companion.beside if companion else {}, average=options.ema > 0,
+        like, tx, mesh, reference=reference.like if reference else None,
+        beside=reference.beside if reference else {}, average=options.ema > 0,
         shard_optimizer=shared.shard_optimizer, offload_optimizer=shared.offload_optimizer,
     )
     update = make_step(
         graphdef, like, objective_of(config), tx, compression.transform, accumulate=options.accumulate,
         spike_factor=options.spike_factor, layout=jax.tree.map(lambda leaf: leaf.sharding, state),
-        compress=shared.compress_gradients, companion=companion.model if companion else None, average=options.ema,
+        compress=shared.compress_gradients, reference=reference.model if reference else None, average=options.ema,
         privacy=config.privacy if config.privacy.noise_multiplier else None,
     )
     return Program(compression, tx, state, update)

@@ -15,22 +15,22 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm import nn
-from jaxlm.checkpoint.disk import room_for
 from jaxlm.core.config import from_dict, to_dict
+from jaxlm.core.disk import room_for
 from jaxlm.core.errors import UserError
-from jaxlm.core.sharding import batch_ways, describe, make_mesh, mesh_sizes, relocate, require_host_memory
+from jaxlm.core.sharding import batch_ways, describe, make_mesh, mesh_sizes, override_sharding, require_host_memory
 from jaxlm.core.tree import Params, Transform, count_params, flatten
+from jaxlm.data.batches.loader import Loader, make_loader
 from jaxlm.data.leaks import find_leaks
-from jaxlm.data.loader import Loader, make_loader
-from jaxlm.data.sources import Bitext, Preferences, Source, open_source
-from jaxlm.data.tokenizer import Tokenizer, tokenizer_for
+from jaxlm.data.sources.spec import Bitext, Preferences, Source, open_source
+from jaxlm.data.tokenizers.tokenizer import Tokenizer, tokenizer_for
 from jaxlm.model import load, model_config, model_tokenizer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.pipeline import Schedule
-from jaxlm.training.companion import Companion, companion_of
 from jaxlm.training.config import DataConfig, Experiment
-from jaxlm.training.distributed import row_share
 from jaxlm.training.lora import adapt, check, freeze
+from jaxlm.training.multihost.distributed import row_share
+from jaxlm.training.objectives.reference_model import ReferenceModel, reference_model_of
 
 __all__ = ["Setup", "prepare", "with_model"]
 
@@ -58,7 +58,7 @@ class Setup:
     graphdef: nnx.GraphDef
     like: Params  # abstract
     initial: Params | Callable[[], Params]
-    companion: Companion | None
+    reference: ReferenceModel | None
     resuming: bool
     leaks: tuple[str, ...]  # sentences about what validation and test have in common with training
 
@@ -125,11 +125,11 @@ def prepare(config: Experiment, run: Path) -> Setup:
         valid_source = open_source(config.data.valid, "valid", config.data.bad_rows)
         valid_loader = make_loader(config.data, valid_source, tokenizer, train=False, row_multiple=ways, **place)
     leaks = () if resuming else _leaks(config.data, tokenizer, loader, valid_loader)
-    initial = _initial(config, like, relocate(config.mesh.rules))
+    initial = _initial(config, like, override_sharding(config.mesh.rules))
     like = jax.eval_shape(initial if callable(initial) else lambda: initial)
-    companion = companion_of(config, graphdef, like, initial)
+    reference = reference_model_of(config, graphdef, like, initial)
     return Setup(
-        config, tokenizer, source, loader, valid_source, valid_loader, mesh, parts, graphdef, like, initial, companion,
+        config, tokenizer, source, loader, valid_source, valid_loader, mesh, parts, graphdef, like, initial, reference,
         resuming, leaks,
     )
 

@@ -17,10 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm.core.sharding import HOST_MEMORY, fitting, on_device, require_host_memory, shardings, spread
 from jaxlm.core.tree import Params, Transform, flatten, unflatten
 from jaxlm.training.config import PrivacyConfig
-from jaxlm.training.loss import Batch, Loss, Sums
+from jaxlm.training.multihost.reduce import each_replica, sum_replicas
+from jaxlm.training.objectives.loss import Batch, Loss, Sums
+from jaxlm.training.optimizers.privacy import clipped, noised
 from jaxlm.training.partition import Partition
-from jaxlm.training.privacy import clipped, noised
-from jaxlm.training.reduce import each_replica, sum_replicas
 
 __all__ = ["SecondModel", "Step", "TrainState", "abstract_state", "complete_state", "init_state", "make_eval",
            "make_step", "state_shardings"]
@@ -50,16 +50,16 @@ class TrainState:
     norm_mean: Array  # float32: running mean of the gradient norm, 0 before the first step
     average: dict[str, Array]  # exponential moving average of ``params``; empty where there is none
     frozen: dict[str, Any]  # the model's other leaves, never changed
-    companion: dict[str, Any]  # leaves of a second model that the loss asks, such as a teacher; never changed
+    reference: dict[str, Any]  # leaves of a second model that the loss asks, such as a teacher; never changed
 
     @property
     def saved(self) -> TrainState:
         """What a checkpoint holds: all but what never changes, which is had from where it came from."""
-        return dataclasses.replace(self, frozen={}, companion={})
+        return dataclasses.replace(self, frozen={}, reference={})
 
 
 def state_shardings(
-    state: TrainState, like: Params, mesh: Mesh, *, companion: Params | None = None, shard_optimizer: bool = True,
+    state: TrainState, like: Params, mesh: Mesh, *, reference: Params | None = None, shard_optimizer: bool = True,
     offload_optimizer: bool = False,
 ) -> TrainState:
     """A NamedSharding for every array of an (abstract) state.
@@ -84,7 +84,7 @@ def state_shardings(
         return sharding.with_memory_kind(HOST_MEMORY) if offload_optimizer else sharding
 
     moments = jax.tree_util.tree_map_with_path(of_leaf, (state.opt_state, state.average))
-    others = flatten(shardings(companion, mesh)) if companion is not None else {}
+    others = flatten(shardings(reference, mesh)) if reference is not None else {}
     return TrainState(replicated, of_params, moments[0], replicated, replicated, moments[1], frozen, others)
 
 
@@ -105,25 +105,25 @@ def _on_device(tree: Any, lies: Any) -> Any:
 
 
 def abstract_state(
-    like: Params, tx: optax.GradientTransformation, mesh: Mesh, *, companion: Params | None = None,
+    like: Params, tx: optax.GradientTransformation, mesh: Mesh, *, reference: Params | None = None,
     beside: Mapping[str, Any] = MappingProxyType({}), average: bool = False, **options: bool,
 ) -> TrainState:
     """The state of a training of such parameters, and of arrays ``beside`` them: shapes, dtypes and shardings
     (``state_shardings``, with its options), nothing allocated. ``average``: it keeps their moving average."""
     trained, frozen = Partition(flatten(like)).split(flatten(like))
     trained |= beside
-    others = flatten(companion) if companion is not None else {}
+    others = flatten(reference) if reference is not None else {}
     state = jax.eval_shape(lambda trained: _fresh(trained, tx, 0, average), trained)
-    state = dataclasses.replace(state, frozen=frozen, companion=others)
+    state = dataclasses.replace(state, frozen=frozen, reference=others)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state, state_shardings(state, like, mesh, companion=companion, **options),
+        state, state_shardings(state, like, mesh, reference=reference, **options),
     )
 
 
 def init_state(
     params: Params | Callable[[], Params], tx: optax.GradientTransformation, seed: int,
-    layout: TrainState | None = None, *, companion: Params | None = None,
+    layout: TrainState | None = None, *, reference: Params | None = None,
     beside: Mapping[str, Any] = MappingProxyType({}), average: bool = False,
 ) -> TrainState:
     """A state at step 0. A function that makes parameters runs inside ``jit``: with a ``layout``
@@ -141,24 +141,24 @@ def init_state(
         lambda trained: _fresh(trained, tx, seed, average), donate_argnums=0 if fresh else (),
         out_shardings=None if layout is None else layout.saved,
     )
-    return _completed(start(trained), partition.split(flat)[1], companion, layout)
+    return _completed(start(trained), partition.split(flat)[1], reference, layout)
 
 
 def complete_state(
-    saved: TrainState, params: Params | Callable[[], Params], layout: TrainState, companion: Params | None = None
+    saved: TrainState, params: Params | Callable[[], Params], layout: TrainState, reference: Params | None = None
 ) -> TrainState:
     """The state that a checkpoint was made of, with what it leaves out, from where it came from at the start."""
-    if not layout.frozen and not layout.companion:
+    if not layout.frozen and not layout.reference:
         return saved
     flat = flatten(params() if callable(params) else params)
-    return _completed(saved, Partition(flat).split(flat)[1], companion, layout)
+    return _completed(saved, Partition(flat).split(flat)[1], reference, layout)
 
 
-def _completed(saved: TrainState, frozen: dict[str, Any], companion: Params | None, layout: TrainState | None):
-    others = flatten(companion) if companion is not None else {}
+def _completed(saved: TrainState, frozen: dict[str, Any], reference: Params | None, layout: TrainState | None):
+    others = flatten(reference) if reference is not None else {}
     if layout is not None:
-        frozen, others = jax.device_put((frozen, others), (layout.frozen, layout.companion))
-    return dataclasses.replace(saved, frozen=frozen, companion=others)
+        frozen, others = jax.device_put((frozen, others), (layout.frozen, layout.reference))
+    return dataclasses.replace(saved, frozen=frozen, reference=others)
 
 
 def _fresh(trained: dict[str, Array], tx: optax.GradientTransformation, seed: int, average: bool) -> TrainState:
@@ -178,7 +178,7 @@ def make_step(
     spike_factor: float = 0.0,
     layout: TrainState | None = None,
     compress: Literal["none", "bf16", "int8"] = "none",
-    companion: SecondModel | None = None,
+    reference: SecondModel | None = None,
     average: float = 0.0,
     privacy: PrivacyConfig | None = None,
 ) -> Step:
@@ -190,9 +190,9 @@ def make_step(
     ``accumulate`` = n the rows of the batch are visited in n micro-batches; as the loss is a sum and is divided once,
     by the weight of the whole batch, the result is that of the whole batch. ``layout`` pins the sharding of the
     returned state (``state_shardings``). With ``compress``, gradients are summed over the data axis of its mesh in so
-    many bits (``training.reduce``), once a step. With ``companion`` the loss is given the model that it makes as a
+    many bits (``training.multihost.reduce``), once a step. With ``reference`` the loss is given the model that it makes as a
     fourth argument. ``average`` is the decay of the moving average of what is trained, which is shorter at first. With
-    ``privacy`` the gradient is the mean over the rows of their clipped gradients, with noise (``training.privacy``).
+    ``privacy`` the gradient is the mean over the rows of their clipped gradients, with noise (``training.optimizers.privacy``).
 
     A step whose loss or gradient is not finite, or whose gradient norm exceeds ``spike_factor`` times its running mean
     (0: no limit), leaves the parameters and the optimizer as they were and reports ``bad``.
@@ -207,7 +207,7 @@ def make_step(
         own, others = frozen
         params = unflatten(like, partition.join(trainable, own, jax.random.fold_in(key, _ADAPTERS)))
         model = nnx.merge(graphdef, transform(now)(params) if transform else params)
-        second = [companion(params, others, partition.beside(trainable))] if companion else []
+        second = [reference(params, others, partition.beside(trainable))] if reference else []
         value, sums = loss(model, batch, key, *second)
         return value, {"loss": value, **sums}
 
@@ -295,25 +295,25 @@ class Step:
     compiled: Any  # of (state without what never changes, that, batch)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        fixed = state.frozen, state.companion
+        fixed = state.frozen, state.reference
         moved, metrics = self.compiled(state.saved, fixed, batch)
-        return dataclasses.replace(moved, frozen=fixed[0], companion=fixed[1]), metrics
+        return dataclasses.replace(moved, frozen=fixed[0], reference=fixed[1]), metrics
 
     def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """For abstract arguments."""
-        return self.compiled.lower(state.saved, (state.frozen, state.companion), batch)
+        return self.compiled.lower(state.saved, (state.frozen, state.reference), batch)
 
 
 def make_eval(
-    graphdef: nnx.GraphDef, like: Params, loss: Loss, companion: SecondModel | None = None
+    graphdef: nnx.GraphDef, like: Params, loss: Loss, reference: SecondModel | None = None
 ) -> Callable[[dict[str, Any], Batch, dict[str, Any]], Sums]:
-    """A compiled ``(params, batch, companion's) -> {"nll", "weight", ...}`` of flat parameters: sums over the batch,
+    """A compiled ``(params, batch, reference's) -> {"nll", "weight", ...}`` of flat parameters: sums over the batch,
     without dropout."""
 
     @jax.jit
     def evaluate(flat: dict[str, Any], batch: Batch, others: dict[str, Any] | None = None) -> Sums:
         params = unflatten(like, flat)
-        second = [companion(params, others, {})] if companion else []
+        second = [reference(params, others, {})] if reference else []
         return loss(nnx.merge(graphdef, params), batch, None, *second)[1]
 
     return evaluate

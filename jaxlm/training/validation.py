@@ -10,15 +10,15 @@ from typing import Any
 import jax
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.host import on_host
+from jaxlm.core.host_memory import on_host
 from jaxlm.core.sharding import make_mesh
 from jaxlm.core.tree import unflatten
-from jaxlm.data.sources import Bitext
+from jaxlm.data.sources.spec import Bitext
 from jaxlm.inference.translate import translate
 from jaxlm.model import LM
-from jaxlm.training.distributed import gathered
-from jaxlm.training.loss import Batch
-from jaxlm.training.objective import validation_of
+from jaxlm.training.multihost.distributed import gathered
+from jaxlm.training.objectives.loss import Batch
+from jaxlm.training.objectives.objective import validation_of
 from jaxlm.training.setup import Setup
 from jaxlm.training.step import make_eval
 
@@ -37,9 +37,9 @@ class Validator:
                 raise UserError('eval.metric "bleu" needs parallel validation text; set data.valid, or use "loss"')
         self._setup, self._put, self._check = setup, put, check
         loss, asks = validation_of(setup.config)
-        self._sums = make_eval(setup.graphdef, setup.like, loss, setup.companion.model if asks else None)
+        self._sums = make_eval(setup.graphdef, setup.like, loss, setup.reference.model if asks else None)
 
-    def __call__(self, params: dict[str, Any], companion: dict[str, Any] | None = None) -> dict[str, float]:
+    def __call__(self, params: dict[str, Any], reference: dict[str, Any] | None = None) -> dict[str, float]:
         """``valid_loss`` (nats a token, or a pair of preferences), ``valid_perplexity``, what else the loss sums, and
         ``valid_bleu`` (cased, 13a) if that is the metric."""
         totals = {"nll": 0.0, "weight": 0.0}
@@ -48,7 +48,7 @@ class Validator:
             if index == self._setup.config.eval.batches > 0:
                 break
             self._check()
-            dispatched = self._sums(params, self._put(batch), companion)
+            dispatched = self._sums(params, self._put(batch), reference)
             _add(totals, pending)  # of the batch before: never wait for the one just dispatched
             pending = dispatched
         _add(totals, pending)

@@ -28,16 +28,17 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from jaxlm.checkpoint import codec, formats, huffman
+from jaxlm.checkpoint import codec, huffman
+from jaxlm.checkpoint import storage as formats
 from jaxlm.checkpoint.codec import Codes, Corrupt, Part, Planes
-from jaxlm.checkpoint.directory import _weights_metadata
-from jaxlm.checkpoint.formats import pack_params, unpack_params
-from jaxlm.checkpoint.tensors import TensorFiles, write_tensors
-from jaxlm.compression.prune import magnitude
-from jaxlm.compression.rtn import quantize
+from jaxlm.checkpoint.storage import pack_params, unpack_params
+from jaxlm.compression.prune.scores import magnitude
+from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import Codebook, LowRank
 from jaxlm.core.tree import Params, flatten
+from jaxlm.hf.directory import _weights_metadata
+from jaxlm.hf.tensor_files import TensorFiles, write_tensors
 
 ODD = (
     None, -1, 0, 1, 3, 9, 255, 10**6, 10**15, 2**63, 0.5, "zstd", "raw", "huffman", "mask", "gaps", "float64", "",

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from jaxlm.cli.main import main
+from jaxlm.cli import main
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from jaxlm import nn
-from jaxlm.checkpoint.directory import write_model
 from jaxlm.cli import presets
 from jaxlm.core import sharding
 from jaxlm.core.tree import map_params
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
+from jaxlm.hf.directory import write_model
 from jaxlm.nn.config import PRESETS, DecoderConfig, Seq2SeqConfig
 
 EXPERIMENT = """

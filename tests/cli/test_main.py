@@ -8,9 +8,9 @@ import types
 
 import pytest
 
-from jaxlm.cli import main as main_module
+from jaxlm import cli as main_module
+from jaxlm.cli import COMMANDS
 from jaxlm.cli.arguments import parse_overrides
-from jaxlm.cli.main import COMMANDS
 from jaxlm.cli.output import Progress, print_fields, print_table, size
 from jaxlm.core.errors import UserError
 

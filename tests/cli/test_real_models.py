@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from jaxlm import nn
-from jaxlm.checkpoint.directory import export_model
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
+from jaxlm.hf.directory import export_model
 
 TEXT = "It was a dark night. Zwölf Boxkämpfer jagten Eva über den Deich.\n"
 TRAINING = """

@@ -19,7 +19,7 @@ from tests.cli.test_commands import save  # noqa: E402
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from jaxlm.data.tokenizer import Tokenizer
+    from jaxlm.data.tokenizers.tokenizer import Tokenizer
     from jaxlm.nn.config import DecoderConfig
 
     tokenizer = Tokenizer.train(["abcdefgh "], "char")

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.compression.calibrate import Calibration
+from jaxlm.compression.calibration import Calibration
 from jaxlm.compression.names import parse
 from jaxlm.core.tree import flatten
-from jaxlm.nn.walk import Walk
+from jaxlm.nn.layerwise import LayerwiseModel
 
 DECODER = nn.DecoderConfig(vocab_size=31, width=32, heads=4, kv_heads=2, ffn=40, layers=2)
 CONFIGS = {
@@ -39,7 +39,7 @@ def make(name, tokens=64):
     batches = [(rng.integers(3, 31, (4, tokens // 4)),) for _ in range(2)]
     if config.kind == "seq2seq":
         batches = [(rng.integers(3, 31, (4, 9)), batch) for (batch,) in batches]
-    walk = lambda config: Walk(config, nn.initializer(config)[0])  # noqa: E731
+    walk = lambda config: LayerwiseModel(config, nn.initializer(config)[0])  # noqa: E731
     return config, graphdef, params, Calibration(batches, walk)
 
 

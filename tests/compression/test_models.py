@@ -10,15 +10,16 @@ import pytest
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.checkpoint.directory import weight_bytes
-from jaxlm.checkpoint.formats import leaf_bytes
+from jaxlm.checkpoint.storage import leaf_bytes
+from jaxlm.compress import compress
 from jaxlm.compression.names import parse
-from jaxlm.compression.placement import place
-from jaxlm.compression.rtn import quantize
+from jaxlm.compression.platforms import place
+from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.compression.steps import Half
 from jaxlm.core.leaves import dequantize_tree, is_leaf
 from jaxlm.core.tree import flatten
-from jaxlm.model import LM, compress, load
+from jaxlm.hf.directory import weight_bytes
+from jaxlm.model import LM, load
 
 DECODER = nn.DecoderConfig(vocab_size=50, width=128, heads=4, kv_heads=2, ffn=160, layers=3, segments=(2, 1))
 CONFIGS = {

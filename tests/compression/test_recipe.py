@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlm.compression import placement
-from jaxlm.compression.autoround import AutoRound
-from jaxlm.compression.names import NAMES, Name, parse
-from jaxlm.compression.recipe import Recipe, load_recipe
+from jaxlm.compression import platforms
+from jaxlm.compression.names import NAMES, Name, load_recipe, parse
+from jaxlm.compression.quantize.autoround import AutoRound
+from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
 from jaxlm.compression.steps import BlockStep, Float8, Half, Magnitude, NofM, Quantize
 from jaxlm.core.errors import UserError
@@ -98,11 +98,11 @@ def test_what_is_listed_is_what_there_is():
 
 @pytest.mark.parametrize("vnni", [True, False])
 def test_what_is_listed_as_faster_is_kept_on_cpu(vnni, monkeypatch):
-    monkeypatch.setattr(placement, "_VNNI", vnni)
+    monkeypatch.setattr(platforms, "_VNNI", vnni)
     dense = jax.ShapeDtypeStruct((1, 1024, 1024), jnp.float32)
     for name in ("w8a8-dynamic", "fp8", "w4a16-rtn", "w4a16-rtn-channel", "nf4", "mxfp4", "sparse50-magnitude"):
         (step,) = parse(name).steps
-        kept = placement.fast_on_cpu(jax.eval_shape(lambda w: step.weight(w, -2), dense))  # noqa: B023
+        kept = platforms.fast_on_cpu(jax.eval_shape(lambda w: step.weight(w, -2), dense))  # noqa: B023
         said = Name(name, "", "", lambda f: ()).on_cpu
         assert kept == (said == "faster" or (vnni and said == "faster with jax 0.12"))
 

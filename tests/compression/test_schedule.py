@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from jaxlm.compression.names import parse
+from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.compression.recipe import Recipe
-from jaxlm.compression.rtn import quantize
 from jaxlm.compression.schedule import (
     cosine,
     cubic,

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.compression.codebook import nf4, nf4_table
-from jaxlm.compression.rtn import quantize
+from jaxlm.compression.quantize.codebook import nf4, nf4_table
+from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core import ops
-from jaxlm.core.leaves import Codebook, LoRA, Tap, dequantize
+from jaxlm.core.leaves import Codebook, LoRA, Observer, dequantize
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -233,7 +233,7 @@ def test_taps_of_gradients_measure_what_comes_back(product):
         return g_MxO
 
     def loss(x, reading):
-        return jnp.sum(jnp.sin(apply(x, w if reading is None else Tap(w, reading, None, measure, gradient=True))))
+        return jnp.sum(jnp.sin(apply(x, w if reading is None else Observer(w, reading, None, measure, gradient=True))))
 
     through, reading = jax.grad(loss, (0, 1))(x, jnp.zeros((6, 5)))
     np.testing.assert_allclose(reading, jnp.cos(apply(x, w)), rtol=1e-6)

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlm import nn
-from jaxlm.compression.recipe import load_recipe
+from jaxlm.compression.names import load_recipe
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import (
     AXES,
@@ -27,7 +27,7 @@ from jaxlm.core.sharding import (
     describe,
     make_mesh,
     mesh_sizes,
-    relocate,
+    override_sharding,
     shardings,
     spec,
     spread,
@@ -96,13 +96,13 @@ def test_the_presets_are_those_of_the_configuration():
 
 def test_parameters_go_where_their_path_says():
     like, mesh = nn.abstract(CONFIG)[1], make_mesh(data=1, fsdp=2, tensor=4)
-    moved = relocate((".*/mlp/.*/kernel=- tensor fsdp", "decoder/layers/0/mlp/down/kernel = - - fsdp+tensor"))(like)
+    moved = override_sharding((".*/mlp/.*/kernel=- tensor fsdp", "decoder/layers/0/mlp/down/kernel = - - fsdp+tensor"))(like)
     before, after = (flatten(shardings(tree, mesh)) for tree in (like, moved))
     layer = "decoder/layers/0/mlp/"
     assert after[layer + "up/kernel"].spec == P(None, "tensor", "fsdp") != before[layer + "up/kernel"].spec
     assert after[layer + "down/kernel"].spec == P(None, None, ("fsdp", "tensor"))
     assert after["embed/table"] == before["embed/table"]
-    coded = load_recipe("w4a16-rtn-channel").apply(relocate((layer + "up/kernel=- tensor fsdp",))(nn.build(
+    coded = load_recipe("w4a16-rtn-channel").apply(override_sharding((layer + "up/kernel=- tensor fsdp",))(nn.build(
         CONFIG, jax.random.key(0))[1]))
     assert flatten(shardings(coded, mesh))[layer + "up/kernel"].codes.spec == P(None, "fsdp", "tensor")  # [L, out, in]
 
@@ -120,7 +120,7 @@ def test_parameters_go_where_their_path_says():
 )
 def test_mistakes_in_overrides(override, message):
     with pytest.raises(UserError, match=message):
-        relocate((override,))(nn.abstract(CONFIG)[1])
+        override_sharding((override,))(nn.abstract(CONFIG)[1])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.compression.rtn import quantize
+from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import compose, count_bytes, count_params, flatten, map_params, rule, unflatten
 

@@ -7,12 +7,12 @@ import pytest
 
 from jaxlm.core.errors import UserError
 from jaxlm.data import leaks
+from jaxlm.data.batches.encoding import Encoded, encode
+from jaxlm.data.batches.loader import make_loader
 from jaxlm.data.config import DataConfig
-from jaxlm.data.encoding import Encoded, encode
 from jaxlm.data.leaks import find_leaks, joined_pairs
-from jaxlm.data.loader import make_loader
-from jaxlm.data.sources import Bitext, Documents
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.sources.spec import Bitext, Documents
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 RANDOM = np.random.default_rng(0)
 WORDS = ["".join(RANDOM.choice(list("abcdefghijklmnop"), RANDOM.integers(3, 9))) for _ in range(400)]

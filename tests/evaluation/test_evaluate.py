@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import sources
+from jaxlm.data.sources import spec as sources
 from jaxlm.evaluation.evaluate import evaluate
 from tests.inference.models import decoder, seq2seq
 

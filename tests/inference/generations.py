@@ -2,7 +2,7 @@
 
     python -m tests.inference.generations [NAME ...]     (with torch and transformers) writes golden/generations.json
 
-The models are those of ``tests.checkpoint.families``.
+The models are those of ``tests.hf.families.families``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoint.families import inputs, transformers_model
+from tests.hf.families.families import inputs, transformers_model
 
 GOLDEN = Path(__file__).parent / "golden" / "generations.json"
 PROMPT = 8  # tokens that a decoder continues

@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.checkpoint.generation_config import PLAIN, GenerationConfig
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
+from jaxlm.inference.generation_config import PLAIN, GenerationConfig
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ."
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlm.inference.beam import Stopping, advance, begin
-from jaxlm.inference.rules import Rules
+from jaxlm.inference.logits_processors import LogitsProcessors
 from tests.inference import toys
 
 EOS = 2
@@ -18,7 +18,7 @@ EOS = 2
 
 @partial(jax.jit, static_argnames=("beams", "size"))
 def _search(table, first_B, limit_B, alpha, exact, *, beams, size):
-    rules = Rules(jnp.array([EOS]), limit_B)
+    rules = LogitsProcessors(jnp.array([EOS]), limit_B)
     state = begin(toys.empty(len(table)), first_B, rules, beams=beams, size=size)
     return advance(partial(toys.decode, table), state, rules, Stopping(alpha, exact), room=size).finished
 

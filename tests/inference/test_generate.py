@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from jaxlm import nn
-from jaxlm.checkpoint.directory import read_model
-from jaxlm.checkpoint.generation_config import PLAIN
 from jaxlm.core.errors import UserError
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
+from jaxlm.hf.directory import read_model
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows
 from jaxlm.inference.generate import beam_tokens, generate, generate_tokens
+from jaxlm.inference.generation_config import PLAIN
 from tests.inference.models import Handle, decoder, greedy_by_full_forward, lstm, seq2seq, total_logp
 
 PROMPTS = ["the cat", "a", "what is it that you said to the other one of them.", "on and on"]

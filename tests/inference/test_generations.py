@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 import jaxlm
 from jaxlm.inference.generate import beam_tokens, generate_tokens
 from jaxlm.inference.translate import translate_tokens
-from tests.checkpoint import families
+from tests.hf.families import families
 from tests.inference.generations import CASES, GOLDEN, PROMPT, SEARCHES, by_transformers, settings
 
 

@@ -9,10 +9,10 @@ from safetensors.numpy import save_file
 
 import jaxlm
 from jaxlm.core.errors import UserError
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.inference.translate import into_language, translate_tokens
-from tests.checkpoint import families
-from tests.data.pieces import ENGLISH, GERMAN, family
+from tests.data.tokenizers.pieces import ENGLISH, GERMAN, family
+from tests.hf.families import families
 
 # A tokenizer and its kind of model; the language of the source and of the translation.
 MODELS = {

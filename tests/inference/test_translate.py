@@ -12,7 +12,7 @@ from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, unflatten
 from jaxlm.inference.beam import Stopping, finish, search_seq2seq
-from jaxlm.inference.rules import Rules
+from jaxlm.inference.logits_processors import LogitsProcessors
 from jaxlm.inference.translate import encode_sources, translate, translate_tokens
 from tests.inference.models import NEVER, Handle, decoder, greedy_by_full_forward, seq2seq, total_logp
 
@@ -51,7 +51,7 @@ def test_the_sentences_that_are_still_open_go_on_among_themselves(kv_cache):
     def search(rows: list[int]):
         padded, batch = np.array([sources[i] for i in rows], np.int32), len(rows)
         limit_B = np.array([limits[i] for i in rows], np.int32)
-        rules = Rules(np.array([NEVER]), limit_B, least_B=np.ones(batch, np.int32))
+        rules = LogitsProcessors(np.array([NEVER]), limit_B, least_B=np.ones(batch, np.int32))
         first_B, stopping = np.full(batch, lm.config.bos_id, np.int32), Stopping()
         state = search_seq2seq(lm.graphdef, lm.params, padded, first_B, rules, stopping, beams=3, size=256)
         assert [bool(x) for x in state.open_B] == [limits[i] > 32 for i in rows]

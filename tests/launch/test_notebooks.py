@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from jaxlm import nn
-from jaxlm.checkpoint.directory import write_model
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
+from jaxlm.hf.directory import write_model
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")

@@ -15,8 +15,8 @@ from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import batch_sharding, make_mesh, shardings
 from jaxlm.core.tree import flatten
-from jaxlm.nn.moe import Moe
-from jaxlm.training.loss import router_loss
+from jaxlm.nn.moe.layer import Moe
+from jaxlm.training.objectives.loss import router_loss
 from tests.nn.test_pipeline import train
 from tests.training.test_step import DECODER, assert_same
 

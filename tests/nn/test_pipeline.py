@@ -18,7 +18,7 @@ from jaxlm.core.sharding import batch_sharding, make_mesh, shardings
 from jaxlm.core.tree import flatten
 from jaxlm.nn.pipeline import Schedule, make_schedule
 from jaxlm.training.config import DataConfig, Experiment, MeshConfig
-from jaxlm.training.loss import make_loss
+from jaxlm.training.objectives.loss import make_loss
 from jaxlm.training.setup import prepare
 from jaxlm.training.step import Step, abstract_state, init_state, make_step
 from tests.training.test_step import DECODER, SEQ2SEQ, VOCABULARY, assert_same, batches

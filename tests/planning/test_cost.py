@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from jaxlm.core.chips import CHIPS, chip_of
 from jaxlm.core.errors import UserError
+from jaxlm.core.hardware import CHIPS, chip_of
 from jaxlm.planning.cost import Place, group_bandwidth, roofline
-from jaxlm.planning.counts import Collective, Counts
+from jaxlm.planning.hlo_costs import Collective, Counts
 from jaxlm.planning.topology import parse_topology
 
 

@@ -11,20 +11,20 @@ import jax
 import pytest
 
 from jaxlm import nn
-from jaxlm.cli.main import main
+from jaxlm.cli import main
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray
 from jaxlm.core.ops import dot
 from jaxlm.core.sharding import bytes_per_device
 from jaxlm.core.tree import count_params, flatten
 from jaxlm.planning.abstract import compressed
-from jaxlm.planning.advice import advise
-from jaxlm.planning.child import run_forecast
-from jaxlm.planning.closed import estimate, mesh_shapes
-from jaxlm.planning.counts import count
+from jaxlm.planning.analytic import estimate, mesh_shapes
 from jaxlm.planning.forecast import _used, forecast
 from jaxlm.planning.hlo import parse
+from jaxlm.planning.hlo_costs import count
 from jaxlm.planning.programs import Serving, programs_of
+from jaxlm.planning.subprocess_runner import run_forecast
+from jaxlm.planning.suggestions import advise
 from jaxlm.planning.topology import devices_of, parse_topology
 from jaxlm.training.config import DataConfig, Experiment, LoraConfig, MeshConfig, TrainConfig
 
@@ -102,7 +102,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_forecast_by_shape(name):
     """Those that need data too: what matters is the kind of leaf that they make."""
-    from jaxlm.compression.recipe import load_recipe
+    from jaxlm.compression.names import load_recipe
     from jaxlm.core.tree import flatten
 
     config, params = compressed(load_recipe(name), MODEL, nn.abstract(MODEL)[1], "bfloat16", "tpu")

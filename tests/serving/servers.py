@@ -15,7 +15,7 @@ import pytest
 import uvicorn
 
 from jaxlm import nn
-from jaxlm.data.tokenizer import Tokenizer
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.model import LM
 from jaxlm.serving.app import make_app
 from jaxlm.serving.models import serve_model

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from schemathesis.generation import GenerationMode  # noqa: E402
 from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
 
-from jaxlm.serving.openapi import document  # noqa: E402
+from jaxlm.serving.protocol.openapi import document  # noqa: E402
 
 schema = schemathesis.openapi.from_dict(document(keys=False))
 # So that most requests reach a model, and few programs are compiled.

@@ -12,8 +12,8 @@ import pytest
 from jaxlm.core.errors import UserError
 from jaxlm.serving.access import Keys, host_of, is_loopback
 from jaxlm.serving.app import Limits, make_app
-from jaxlm.serving.body import depth
 from jaxlm.serving.models import Source, serve_model
+from jaxlm.serving.protocol.parsing import depth
 from tests.serving.servers import running
 
 BODY = {"model": "tiny", "prompt": "the cat", "max_tokens": 4, "temperature": 0}

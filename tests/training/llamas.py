@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxlm import nn
-from jaxlm.checkpoint.directory import write_model
 from jaxlm.core.tree import unflatten
+from jaxlm.hf.directory import write_model
 
 CONFIG = nn.DecoderConfig(
     vocab_size=32, width=16, heads=2, kv_heads=1, ffn=32, layers=2, tie_embeddings=False, max_positions=64

@@ -21,7 +21,7 @@ from flax import nnx
 
 from jaxlm import nn
 from jaxlm.core.sharding import batch_sharding, make_mesh
-from jaxlm.training.loss import make_loss
+from jaxlm.training.objectives.loss import make_loss
 from jaxlm.training.step import abstract_state, init_state, make_step
 
 ROWS, LENGTH, VOCABULARY, STEPS = 16, 16, 64, 20
@@ -48,9 +48,9 @@ MIXES = [
     dict(data=4, sequence=2),
     dict(fsdp=2, sequence=4, remat="full"),
     dict(tensor=2, sequence=4),
-    dict(sequence=8, ring_from=1),
-    dict(data=2, sequence=2, tensor=2, ring_from=1, remat="full"),
-    dict(fsdp=2, sequence=2, tensor=2, ring_from=1, accumulate=2),
+    dict(sequence=8, ring_min_keys=1),
+    dict(data=2, sequence=2, tensor=2, ring_min_keys=1, remat="full"),
+    dict(fsdp=2, sequence=2, tensor=2, ring_min_keys=1, accumulate=2),
     dict(data=2, fsdp=2, tensor=2, shard_optimizer=False),
     dict(data=4, fsdp=2, scan_layers=False),
     dict(data=2, fsdp=4, remat="offload"),
@@ -58,7 +58,7 @@ MIXES = [
     dict(stage=2, data=2, tensor=2),
     dict(stage=4, fsdp=2, remat="full"),
     dict(stage=2, sequence=2, tensor=2),
-    dict(stage=2, fsdp=2, sequence=2, ring_from=1, remat="full"),
+    dict(stage=2, fsdp=2, sequence=2, ring_min_keys=1, remat="full"),
     dict(stage=2, data=2, tensor=2, microbatches=4, remat="dots"),
     dict(expert=8),
     dict(data=2, expert=4),
@@ -68,7 +68,7 @@ MIXES = [
     dict(stage=2, expert=2, fsdp=2),
 ]
 _AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
-_MODEL = ("remat", "ring_from", "scan_layers", "microbatches")
+_MODEL = ("remat", "ring_min_keys", "scan_layers", "microbatches")
 
 
 def name(mix: dict) -> str:

@@ -20,8 +20,8 @@ from jaxlm.training import loop
 from jaxlm.training.config import DataConfig, Experiment, LoraConfig, OptimConfig, TrainConfig
 from jaxlm.training.export import Exporter
 from jaxlm.training.loop import train
-from jaxlm.training.loss import lm_loss
 from jaxlm.training.metrics import read_metrics
+from jaxlm.training.objectives.loss import lm_loss
 from jaxlm.training.setup import prepare
 from jaxlm.training.step import abstract_state, init_state, make_step
 from tests.training.llamas import batch, tiny_llama

@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 
 from jaxlm import nn
-from jaxlm.checkpoint.directory import read_model
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten
+from jaxlm.hf.directory import read_model
 from jaxlm.training import loop
 from jaxlm.training.config import DataConfig, EvalConfig, Experiment, MeshConfig, OptimConfig, TrainConfig
 from jaxlm.training.loop import train
 from jaxlm.training.metrics import read_metrics
-from jaxlm.training.optim import make_optimizer
+from jaxlm.training.optimizers.optimizer import make_optimizer
 from jaxlm.training.setup import prepare
 from jaxlm.training.step import init_state
 
@@ -203,7 +203,7 @@ class Scripted:
     def __init__(self, losses):
         self.losses, self.seen = iter(losses), []
 
-    def __call__(self, params, companion):
+    def __call__(self, params, reference):
         self.seen.append(jax.tree.map(np.array, params))
         return {"valid_loss": next(self.losses)}
 

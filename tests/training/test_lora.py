@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 
 import jaxlm
-from jaxlm.checkpoint.adapters import read_adapter, save_adapter
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import Codebook, LoRA, QArray, dequantize
 from jaxlm.core.tree import flatten, map_params, unflatten
+from jaxlm.hf.peft.adapters import read_adapter, save_adapter
 from jaxlm.training.config import LoraConfig
 from jaxlm.training.lora import adapt, freeze, without_adapters
-from jaxlm.training.loss import lm_loss
+from jaxlm.training.objectives.loss import lm_loss
 from jaxlm.training.partition import Partition
 from jaxlm.training.step import init_state, make_step
 from tests.training.llamas import batch, tiny_llama

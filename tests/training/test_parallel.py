@@ -15,12 +15,12 @@ import pytest
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.compression.recipe import load_recipe
+from jaxlm.compression.names import load_recipe
 from jaxlm.compression.schedule import fake_compress
 from jaxlm.core.leaves import LoRA
-from jaxlm.core.sharding import batch_sharding, make_mesh, relocate, shardings
+from jaxlm.core.sharding import batch_sharding, make_mesh, override_sharding, shardings
 from jaxlm.core.tree import flatten, map_params
-from jaxlm.training.loss import make_loss
+from jaxlm.training.objectives.loss import make_loss
 from jaxlm.training.step import Step, abstract_state, init_state, make_step
 from tests.training.hlo import collectives
 from tests.training.mixes import MIXES, differences, name
@@ -82,7 +82,7 @@ def test_split_sequences_gather_keys_and_values_only():
     gathered = [each for each in compiled(dict(data=1, sequence=8), rows, length) if each.kind == "all-gather"]
     assert {each.elements for each in gathered if each.in_loop} == {rows * length * CONFIG.width}
     assert sum(each.elements == rows * length * CONFIG.width for each in gathered) <= 6
-    ring = compiled(dict(data=1, sequence=8), rows, length, dataclasses.replace(CONFIG, ring_from=1))
+    ring = compiled(dict(data=1, sequence=8), rows, length, dataclasses.replace(CONFIG, ring_min_keys=1))
     assert not [each for each in ring if each.kind == "all-gather" and each.dtype == "f32"]
     assert {each.elements for each in ring if each.kind == "collective-permute" and each.dtype == "f32"} == {
         rows * length // 8 * CONFIG.width}
@@ -174,7 +174,7 @@ def test_compressed_leaves_are_split_like_dense_ones(kind, sizes):
 
 
 def test_rules_by_path_change_nothing_but_the_place():
-    like = relocate((".*/mlp/(up|gate)/kernel=- - fsdp+tensor", "embed/table=- -"))(nn.abstract(SMALL)[1])
+    like = override_sharding((".*/mlp/(up|gate)/kernel=- - fsdp+tensor", "embed/table=- -"))(nn.abstract(SMALL)[1])
     mesh, tx = make_mesh(data=2, fsdp=2, tensor=2), optax.sgd(0.1)
     state = abstract_state(like, tx, mesh)
     shards = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in state.params.items()}

@@ -15,8 +15,8 @@ from jaxlm import nn
 from jaxlm.core.sharding import batch_sharding, make_mesh, spread
 from jaxlm.core.tree import map_params
 from jaxlm.training.config import OptimConfig
-from jaxlm.training.loss import lm_loss, make_loss
-from jaxlm.training.optim import make_optimizer
+from jaxlm.training.objectives.loss import lm_loss, make_loss
+from jaxlm.training.optimizers.optimizer import make_optimizer
 from jaxlm.training.step import abstract_state, init_state, make_eval, make_step
 
 ROWS, LENGTH, VOCABULARY = 16, 6, 32

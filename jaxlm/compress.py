@@ -1,0 +1,167 @@
+"""``compress``: a smaller model, by a recipe or to a budget, with a report of each tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm import nn
+from jaxlm.checkpoint.storage import leaf_bytes, pack_params, stored
+from jaxlm.compression.calibration import Calibration
+from jaxlm.compression.fit.budget import Budget, Fit, Fitted, LossTarget
+from jaxlm.compression.fit.sensitivity import OPTIONS, SPARSITIES, survey
+from jaxlm.compression.names import load_recipe
+from jaxlm.compression.recipe import Recipe
+from jaxlm.compression.report import report as make_report
+from jaxlm.compression.steps import BLOCKS, matching
+from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import dequantize, is_leaf, merge_adapters
+from jaxlm.core.tree import Leaf, Params, flatten
+from jaxlm.data.calibration import calibration_batches, hold_out
+from jaxlm.hf.directory import weight_bytes, write_model
+from jaxlm.model import LM
+from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.layerwise import Walk
+
+__all__ = ["compress"]
+
+
+def compress(
+    lm: LM,
+    recipe: str | Recipe | None = None,
+    *,
+    fit: str = "",
+    max_perplexity: str = "",
+    storage: str = "plain",
+    calibrate: str = "",
+    samples: int = 128,
+    context: int = 0,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> LM:
+    """A smaller model, by a recipe or to a budget, with a report of each tensor; the same arguments, the same bytes.
+
+    The parameters keep their compressed representation, whatever the platform makes of it when they are loaded.
+    An adapter is merged first.
+
+    Args:
+        lm: a dense model.
+        recipe: a name (``jaxlm recipes`` lists them), a file or a ``Recipe``. Without one, bits, groups and sparsity
+            are chosen for each kernel of the blocks (``compression.fit.budget``); the result has a recipe that says so.
+        fit: the least loss in "3.2bits" a weight of these kernels, scales and zero points included; in "900MiB" of
+            all weights on disk, embeddings and head too, which stay as they are; or with "70%zeros" in these kernels,
+            which are pruned and not rounded.
+        max_perplexity: the smallest model of a perplexity of at most "46.5", or "+1%" above the dense model's, on a
+            fifth of the calibration data, which is then not calibrated with.
+        storage: of a model without a recipe, plain or huffman.
+        calibrate: a SPEC of data, for what needs some: text the model should be good at, or sentence pairs.
+        samples: windows of text of ``context`` tokens (0: the model's own, at most 2,048) to calibrate with; of pairs,
+            16 times as many.
+        seed: of what is random: which windows, rotations, rounding that is learned.
+        progress: called with what is going on, how much is done and how much there is.
+
+    UserError on an unknown recipe, one that cannot be done to this model or lacks its data, a budget that is too small,
+    and on a model that is compressed already.
+    """
+    if sum(map(bool, (recipe, fit, max_perplexity))) != 1:
+        raise UserError("give either a recipe, or a budget to fit to, or a perplexity to keep")
+    if recipe is not None and storage != "plain":
+        raise UserError(f"a recipe says how it is stored: add +{storage} to its name")
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    target = Budget.parse(fit) if fit else LossTarget.parse(max_perplexity) if max_perplexity else None
+    lm = lm.replace(params=merge_adapters(lm.params))
+    if any(is_leaf(leaf) for leaf in flatten(lm.params).values()):
+        raise UserError("this model is quantized already; compress the dense one")
+    calibration = _calibration(lm, calibrate, samples, context, seed, progress) if calibrate else None
+    if recipe is None:
+        fitted = _fit(lm, target, f"fit-{fit or max_perplexity}", storage, calibration, progress)
+        recipe, done, choices = fitted.recipe, fitted.model, fitted.rows
+    else:
+        done, choices = recipe.run(lm.config, lm.params, calibration), ()
+    alike = not any(getattr(step, "folds_scales", False) for step in recipe.steps)
+    rows = make_report(lm.params if alike else None, done.params, stored(*pack_params(done.params, recipe.storage)))
+    return lm.replace(
+        config=done.config, graphdef=nn.initializer(done.config)[0], params=done.params, recipe=recipe,
+        report=tuple(rows), choices=choices, info=lm.info | {"notes": [*lm.info.get("notes", ()), *done.notes]},
+    )
+
+
+def _fit(
+    lm: LM, target: Budget | LossTarget, name: str, storage: str, calibration: Calibration | None, progress
+) -> Fitted:
+    Recipe((), storage)  # raises where there is no such storage
+    if calibration is None:
+        raise UserError("what to give up is chosen with data; give some (--calibrate SPEC)")
+    held = ()
+    if isinstance(target, LossTarget):
+        kept, held = hold_out(calibration.batches)
+        calibration = dataclasses.replace(calibration, batches=kept)
+    zeros = isinstance(target, Budget) and bool(target.zeros)
+    size = _nonzero if zeros else partial(leaf_bytes, storage=storage)
+    trying = None if progress is None else partial(progress, "trying each kernel")
+    calibrating = dataclasses.replace(calibration, progress=trying)
+    seen = survey(lm.config, lm.params, calibrating, size, ways=SPARSITIES if zeros else OPTIONS)
+    best = Fit(lm.config, lm.params, calibration, seen, size, storage, name)
+    if zeros:
+        return best.within(target, lambda config, params: sum(map(_nonzero, _kernels(params).values())))
+    if isinstance(target, Budget):
+        return best.within(target, partial(_kernel_bytes if target.bits else _file_bytes, storage))
+    return best.within_loss(target, partial(_loss, lm, held))
+
+
+def _kernel_bytes(storage: str, config: ModelConfig, params: Params) -> int:
+    """What the kernels of the blocks take in a file."""
+    sizes = stored(*pack_params(params, storage))
+    return sum(sizes[path][0] for path in _kernels(params))
+
+
+def _kernels(params: Params) -> dict[str, Leaf]:
+    """The kernels of the blocks that are compressed."""
+    flat = flatten(params)
+    return {path: flat[path] for path in matching(BLOCKS, params)}
+
+
+def _nonzero(leaf: Leaf) -> int:
+    return int(jnp.count_nonzero(dequantize(leaf)))
+
+
+def _file_bytes(storage: str, config: ModelConfig, params: Params) -> int:
+    """What all weights take on disk."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return weight_bytes(write_model(Path(scratch) / "model", config, params, None, storage=storage))
+
+
+def _loss(lm: LM, batches: Sequence[tuple[np.ndarray, ...]], params: Params) -> float:
+    """Nats a token of batches of calibration data, with other parameters."""
+    from jaxlm.evaluation.perplexity import row_nll
+
+    nll, count = 0.0, 0
+    for *source, tokens_BxT in batches:
+        targets_BxT = tokens_BxT[:, 1:]
+        real_BxT = targets_BxT != lm.config.pad_id if source else np.ones(targets_BxT.shape, bool)
+        batch = {"inputs": tokens_BxT[:, :-1], "targets": targets_BxT, "weights": real_BxT.astype(np.float32)}
+        batch |= {"src": source[0]} if source else {}
+        nll += float(np.asarray(row_nll(lm.graphdef, params, batch), np.float64).sum())
+        count += int(real_BxT.sum())
+    return nll / count
+
+
+def _calibration(lm: LM, spec: str, samples: int, context: int, seed: int, progress) -> Calibration:
+    if lm.config.kind == "lstm":
+        raise UserError("layers of an LSTM are not calibrated; choose a recipe that needs no data")
+    batches = calibration_batches(
+        spec, lm.tokenizer, pairs=lm.config.kind == "seq2seq", samples=samples,
+        context=context or min(lm.config.max_positions, 2048), seed=seed,
+    )
+    if (largest := max(int(part.max()) for batch in batches for part in batch)) >= lm.config.vocab_size:
+        raise UserError(f"{spec!r} holds the id {largest} and the model knows {lm.config.vocab_size}")
+    return Calibration(
+        batches, lambda config: Walk(config, nn.initializer(config)[0]), seed,
+        None if progress is None else partial(progress, "solving layers"),
+    )

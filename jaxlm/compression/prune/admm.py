@@ -1,0 +1,53 @@
+"""Which weights to keep, chosen over the whole matrix at once by ADMM, as in ALPS (arXiv:2406.07831).
+
+SparseGPT chooses a block's mask for good before it has seen the next. Here dense weights B, near W in ``tr((W - B) H (W
+- B)^T)``, and sparse ones D, a projection, are drawn together by a penalty that grows, until the support of D stands
+still. At 80% the loss is a half to a fifth of SparseGPT's, most where a few inputs matter far more than others.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.compression.prune.scores import pattern, smallest
+from jaxlm.compression.quantize.hessian import factor, revive
+
+PENALTY = (0.1, 3.0)  # first and last, for a Hessian of unit diagonal
+
+
+def support(
+    w_OxI: jax.Array, h_IxI: jax.Array, sparsity: float | tuple[int, int], iterations: int, damping: float = 0.01
+) -> jax.Array:
+    """A mask of the weights to keep, ``[out, in]``: all but the ``sparsity`` share, or n of every m inputs.
+
+    An iteration is a Cholesky and two triangular solves: twice the work of ``obs.sweep`` and more. 30 are enough.
+    Where ``H`` cannot be factored, the mask is that of the sizes alone.
+    """
+    w_OxI, h_IxI = revive(w_OxI, h_IxI)
+    eye_IxI = jnp.eye(h_IxI.shape[0])
+    factored = factor(h_IxI, damping)
+    h_IxI = factored.damp(h_IxI)
+    # In units of the inputs' sizes the Hessian has a unit diagonal, and magnitude is Wanda's score.
+    size_I = jnp.sqrt(jnp.maximum(jnp.abs(jnp.diagonal(h_IxI)), jnp.finfo(jnp.float32).tiny))
+    h_IxI = h_IxI / size_I[:, None] / size_I
+    w_OxI = w_OxI * size_I
+    wh_OxI = jnp.matmul(w_OxI, h_IxI, precision=jax.lax.Precision.HIGHEST)
+
+    def keep(x_OxI):
+        if isinstance(sparsity, tuple):
+            return pattern(jnp.abs(x_OxI), *sparsity)
+        return ~smallest(jnp.abs(x_OxI), round(sparsity * x_OxI.size))
+
+    def iterate(state, penalty):
+        sparse_OxI, dual_OxI = state
+        lower_IxI = jax.lax.linalg.cholesky(h_IxI + penalty * eye_IxI, symmetrize_input=False)
+        right_OxI = wh_OxI - dual_OxI + penalty * sparse_OxI
+        dense_OxI = jax.scipy.linalg.cho_solve((lower_IxI, True), right_OxI.T).T
+        sum_OxI = dense_OxI + dual_OxI / penalty
+        sparse_OxI = jnp.where(keep(sum_OxI), sum_OxI, 0)
+        return (sparse_OxI, dual_OxI + penalty * (dense_OxI - sparse_OxI)), None
+
+    state = (w_OxI, jnp.zeros_like(w_OxI))
+    (sparse_OxI, _), _ = jax.lax.scan(iterate, state, jnp.geomspace(*PENALTY, iterations))
+    return keep(jnp.where(factored.failed, w_OxI, sparse_OxI))

@@ -1,0 +1,71 @@
+"""The second moment of a layer's inputs, made ready for solvers: dead inputs, damping, its factor.
+
+A linear layer ``y = W x`` compressed to ``Q`` errs by ``tr((W - Q) H (W - Q)^T)`` with ``H = E[x x^T]``: everything a
+layer-wise solver knows about the data. Nothing here depends on the scale of ``H``: a sum over tokens does as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ATTEMPTS = 6  # from a damping of 1% of the mean diagonal up to 1000 times it, where only the diagonal is left
+
+
+class Factor(NamedTuple):
+    """Upper triangular ``r_IxI`` with ``r @ r.T = H + damping * mean(diag(H)) * I``.
+
+    ``retries`` counts the Choleskys that failed before; where all did, ``failed`` is true and ``r`` the identity, which
+    makes every solver of ``compression.quantize.obs`` do without error feedback, that is, round to nearest.
+    """
+
+    r_IxI: jax.Array
+    damping: jax.Array
+    retries: jax.Array
+    failed: jax.Array
+
+    def damp(self, h_IxI: jax.Array) -> jax.Array:
+        """What was factored, in the order of ``h_IxI``."""
+        return h_IxI + self.damping * jnp.mean(jnp.diagonal(h_IxI)) * jnp.eye(h_IxI.shape[0])
+
+
+def revive(w_OxI: jax.Array, h_IxI: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inputs that are never active get weight 0 and the mean diagonal of the others, so that ``H`` can be factored.
+
+    A Hessian with NaN or infinities becomes the identity.
+    """
+    h_IxI = jnp.where(jnp.isfinite(h_IxI).all(), h_IxI, jnp.eye(h_IxI.shape[0]))
+    diag_I = jnp.diagonal(h_IxI)
+    dead_I = diag_I == 0
+    mean = jnp.sum(diag_I) / jnp.maximum(jnp.sum(~dead_I), 1)
+    lift_I = jnp.where(dead_I, jnp.where(mean > 0, mean, 1), 0)
+    return jnp.where(dead_I, 0, w_OxI), h_IxI + jnp.diag(lift_I)
+
+
+def factor(h_IxI: jax.Array, damping: float, order_I: jax.Array | None = None) -> Factor:
+    """Factors ``H`` with rows and columns in ``order_I``, under ten times the damping after every failure.
+
+    The factor of the authors, upper triangular ``U`` with ``U.T @ U = inv(H)``, is ``inv(r)``: a Cholesky of ``H`` read
+    backwards is their Cholesky, inverse and second Cholesky at a quarter of the work, and better conditioned.
+    """
+    n_in = h_IxI.shape[0]
+    order_I = jnp.arange(n_in) if order_I is None else order_I
+    backwards_IxI = h_IxI[order_I[::-1]][:, order_I[::-1]]
+    mean = jnp.mean(jnp.diagonal(h_IxI))
+
+    def attempt(state):
+        retries, _ = state
+        shift = damping * 10.0 ** (retries + 1) * mean
+        lower_IxI = jax.lax.linalg.cholesky(backwards_IxI + shift * jnp.eye(n_in), symmetrize_input=False)
+        return retries + 1, lower_IxI
+
+    def unfinished(state):
+        retries, lower_IxI = state
+        return (retries < ATTEMPTS - 1) & ~jnp.isfinite(lower_IxI).all()
+
+    retries, lower_IxI = jax.lax.while_loop(unfinished, attempt, attempt((jnp.int32(-1), backwards_IxI)))
+    failed = ~jnp.isfinite(lower_IxI).all()
+    r_IxI = jnp.where(failed, jnp.eye(n_in), lower_IxI[::-1, ::-1])
+    return Factor(r_IxI, damping * 10.0**retries, retries, failed)

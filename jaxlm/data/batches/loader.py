@@ -1,0 +1,236 @@
+"""Batches for training and evaluation: random access underneath, a grain pipeline with a prefetching thread on top.
+
+Batch i is a pure function of (data, configuration, seed, i). Training goes round for ever; where it is, is one number,
+the examples (windows, rows of documents, or pairs) consumed by all processes together, so that a run may resume with
+another number of processes. Evaluation is one ordered pass that counts every example exactly once.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from jaxlm.core.errors import UserError
+from jaxlm.data.batches.bitext import Pairs
+from jaxlm.data.batches.buckets import Plan
+from jaxlm.data.batches.encoding import Encoded
+from jaxlm.data.batches.mixture import MixedRows
+from jaxlm.data.batches.packing import Batch, PackedDocuments, Windows
+from jaxlm.data.batches.preferences import PreferencePairs
+from jaxlm.data.batches.shuffle import Order
+from jaxlm.data.batches.token_cache import cached
+from jaxlm.data.config import DataConfig
+from jaxlm.data.sources.spec import Bitext, Dialogues, Mixture, Preferences, Source
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
+
+
+def make_loader(
+    config: DataConfig, source: Source, tokenizer: Tokenizer, *, train: bool,
+    process_index: int = 0, process_count: int = 1, row_multiple: int = 1,
+) -> Loader:
+    """The loader of a source: pairs for translation, rows of tokens for language modelling, where dialogues are packed
+    as documents are, and pairs of replies.
+
+    Args:
+        config: batch shape, packing, prefetch and seed.
+        source: what to read.
+        tokenizer: encodes it.
+        train: shuffled and endless; otherwise one pass in order.
+        process_index: which slice of each batch's rows this process gets.
+        process_count: how many slices there are.
+        row_multiple: what the rows of every batch must be a multiple of: the devices and micro-batches that share them.
+
+    Raises:
+        UserError: sizes that are not positive, a ``batch_size`` that cannot be shared, or a source or tokenizer of the
+            wrong kind.
+    """
+    if config.seed < 0:
+        raise UserError(f"data.seed is {config.seed}; it must not be negative")
+    seed = config.seed if train else None
+    place = (process_index, process_count)
+    multiple = math.lcm(row_multiple, process_count)
+    if isinstance(source, Bitext):
+        pairs = Pairs(
+            source, tokenizer, config.buckets, config.batch_tokens, keep_all=not train, multiple=multiple,
+            cache=config.cache,
+        )
+        return PairLoader(pairs, seed, config.prefetch, *place)
+    if config.seq_len < 1 or config.batch_size < 1:
+        raise UserError(f"data.seq_len {config.seq_len} and data.batch_size {config.batch_size} must both be positive")
+    if config.batch_size % multiple:
+        raise UserError(
+            f"data.batch_size {config.batch_size} cannot be shared evenly by {multiple} devices, micro-batches or "
+            "processes; make it a multiple"
+        )
+    sources = source.sources if isinstance(source, Mixture) else (source,)
+    encoded, pad = [cached(each, tokenizer, config.cache) for each in sources], tokenizer.pad_id or 0
+    if isinstance(source, Preferences):
+        preferences = PreferencePairs(encoded[0], config.seq_len, config.batch_size, pad)
+        return PairLoader(preferences, seed, config.prefetch, *place)
+    if config.packing == "documents" or any(isinstance(each, Dialogues) for each in sources):
+        parts = [PackedDocuments(each, config.seq_len, pad) for each in encoded]
+    else:
+        parts = [Windows(each.ids, config.seq_len, seed, each.notes) for each in encoded]
+    rows = MixedRows(parts, source, seed) if isinstance(source, Mixture) else parts[0]
+    return RowLoader(rows, encoded, config.batch_size, config.seq_len, seed, config.prefetch, *place)
+
+
+class Loader(abc.ABC):
+    """``batch(i)`` is batch i of this process; ``iterate`` prefetches them in order.
+
+    Attributes:
+        shapes: the shapes (rows, length) of the global batch that occur, shortest first.
+        examples_per_epoch: over all processes.
+        batches_per_epoch: rounded up.
+        train: endless and shuffled, or one ordered pass.
+    """
+
+    shapes: list[tuple[int, int]]
+    examples_per_epoch: int
+    batches_per_epoch: int
+
+    def __init__(self, seed: int | None, prefetch: int, process_index: int, process_count: int):
+        self.train = seed is not None
+        self._seed, self._prefetch = seed, prefetch
+        self._part, self._parts = process_index, process_count
+
+    @abc.abstractmethod
+    def batch(self, index: int) -> Batch:
+        """This process's rows of global batch ``index``."""
+
+    @abc.abstractmethod
+    def examples_before(self, index: int) -> int:
+        """Examples in all batches before ``index``, over all processes."""
+
+    @abc.abstractmethod
+    def report(self) -> dict[str, int | float]:
+        """What the data amounts to and what was left out."""
+
+    @abc.abstractmethod
+    def notes(self) -> list[str]:
+        """Sentences about the data that the user should see: what was left out, what was cut."""
+
+    @abc.abstractmethod
+    def documents(self) -> Iterable[Encoded]:
+        """All that batches are made of, source by source, to look for leaks in."""
+
+    @abc.abstractmethod
+    def _batch_near(self, examples: int) -> int:
+        """The batch that follows ``examples``, if one starts just there."""
+
+    def state(self, index: int) -> dict[str, int]:
+        """What to remember in order to go on with batch ``index``."""
+        return {"examples": self.examples_before(index)}
+
+    def batch_at_examples(self, examples: int) -> int:
+        """The batch that follows ``examples``. UserError if none starts there: the data or its batches have changed."""
+        index = self._batch_near(examples)
+        if self.examples_before(index) != examples:
+            raise UserError(
+                f"no batch starts after {examples:,} examples, where training stopped; keep its data and batch size"
+            )
+        return index
+
+    def iterate(self, start: int = 0) -> Iterator[Batch]:
+        """Batches from ``start`` on: for ever in training, to the end of the pass otherwise. Close the iterator, or let
+        go of it, and its thread ends."""
+        stop = sys.maxsize if self.train else self.batches_per_epoch
+        ahead = max(self._prefetch, 0)
+        batches = iter(
+            grain.MapDataset.range(start, stop)
+            .map(self.batch)
+            .to_iter_dataset(grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead))
+        )
+        try:
+            yield from batches
+        finally:
+            batches.close()
+
+
+class RowLoader(Loader):
+    """Fixed batches of rows. In training, batches run on across the ends of epochs; in evaluation the last is filled up
+    with rows of weight 0."""
+
+    def __init__(
+        self, rows: Windows | PackedDocuments | MixedRows, encoded: Sequence[Encoded], batch_size: int, length: int,
+        seed: int | None, prefetch: int, process_index: int = 0, process_count: int = 1,
+    ):
+        super().__init__(seed, prefetch, process_index, process_count)
+        self._rows, self._encoded, self._size = rows, encoded, batch_size
+        self.shapes = [(batch_size, length)]
+        self.examples_per_epoch = len(rows)
+        self.batches_per_epoch = -(-len(rows) // batch_size)
+        self._order = Order(len(rows), seed) if self.train else None
+
+    def batch(self, index: int) -> Batch:
+        per = self._size // self._parts
+        first = index * self._size + self._part * per
+        example_B = np.arange(first, first + per)
+        if not self.train:
+            return self._rows.take(0, np.where(example_B < len(self._rows), example_B, -1))
+        epoch_B, place_B = np.divmod(example_B, len(self._rows))
+        parts = [
+            self._rows.take(epoch, self._order(epoch, place_B[epoch_B == epoch]))
+            for epoch in range(epoch_B[0], epoch_B[-1] + 1)
+        ]
+        return parts[0] if len(parts) == 1 else {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def examples_before(self, index: int) -> int:
+        return index * self._size if self.train else min(index * self._size, len(self._rows))
+
+    def _batch_near(self, examples: int) -> int:
+        return -(-examples // self._size)
+
+    def report(self) -> dict[str, int | float]:
+        return self._rows.report()
+
+    def notes(self) -> list[str]:
+        return self._rows.notes()
+
+    def documents(self) -> Iterable[Encoded]:
+        return self._encoded
+
+
+class PairLoader(Loader):
+    """Bucketed batches of pairs; see ``jaxlm.data.batches.bitext`` and ``jaxlm.data.batches.preferences``."""
+
+    def __init__(
+        self, pairs: Pairs | PreferencePairs, seed: int | None, prefetch: int, process_index: int = 0,
+        process_count: int = 1,
+    ):
+        super().__init__(seed, prefetch, process_index, process_count)
+        self._pairs = pairs
+        self.shapes = pairs.shapes
+        self.examples_per_epoch = len(pairs)
+        self._plan = functools.lru_cache(maxsize=2)(self._plan)
+        self.batches_per_epoch = len(self._plan(0).bucket)
+
+    def _plan(self, epoch: int) -> Plan:
+        return self._pairs.plan(self._seed, epoch)
+
+    def batch(self, index: int) -> Batch:
+        epoch, k = divmod(index, self.batches_per_epoch)
+        return self._pairs.take(self._plan(epoch), k, self._part, self._parts)
+
+    def examples_before(self, index: int) -> int:
+        epoch, k = divmod(index, self.batches_per_epoch)
+        return epoch * self.examples_per_epoch + int(self._plan(epoch).starts[k])
+
+    def _batch_near(self, examples: int) -> int:
+        epoch, rest = divmod(examples, self.examples_per_epoch)
+        return epoch * self.batches_per_epoch + int(np.searchsorted(self._plan(epoch).starts, rest))
+
+    def report(self) -> dict[str, int | float]:
+        return self._pairs.report()
+
+    def notes(self) -> list[str]:
+        return self._pairs.notes()
+
+    def documents(self) -> Iterable[Encoded]:
+        return self._pairs.documents()

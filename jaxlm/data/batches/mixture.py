@@ -1,0 +1,80 @@
+"""Rows of several sources, each as often as it is given weight."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxlm.core.errors import UserError
+from jaxlm.data.batches.packing import Batch, PackedDocuments, Windows
+from jaxlm.data.batches.shuffle import Order
+from jaxlm.data.sources.spec import Mixture
+
+
+class MixedRows:
+    """Rows of parts that go round by themselves, shuffled, each at its own pace.
+
+    Weights that are epochs say how often an epoch of the mixture goes through a part; shares say which part of the
+    rows comes from it, and an epoch ends when the first part would begin again. Rounded to whole rows, every epoch
+    holds the same number of rows of a part, and no row of a part comes again before all of it have come.
+    """
+
+    def __init__(self, parts: list[Windows | PackedDocuments], mixture: Mixture, seed: int | None):
+        """``parts`` are the rows of the sources of ``mixture``. Without ``seed``: each row once, in order."""
+        self._parts, self._mixture = parts, mixture
+        sizes, weights = np.array([len(part) for part in parts]), np.array(mixture.weights)
+        if seed is None:
+            counts = sizes
+        elif mixture.shares:
+            counts = np.rint(weights * (sizes / weights).min()).astype(np.int64)
+        else:
+            counts = np.rint(weights * sizes).astype(np.int64)
+        if not counts.all():
+            least = mixture.sources[int(counts.argmin())].spec
+            raise UserError(f"{least!r} is given less than a row of an epoch of the mixture; raise its weight")
+        self._counts, self._ends = counts, np.cumsum(counts)
+        self._orders = None
+        if seed is not None:  # each part has a randomness of its own
+            self._orders = [Order(len(part), seed + ((i + 1) << 32)) for i, part in enumerate(parts)]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def take(self, epoch: int, rows_B: np.ndarray) -> Batch:
+        """The rows of an epoch, those of a part one after another; row -1 is all padding."""
+        part_B = np.searchsorted(self._ends, rows_B, side="right")
+        batch: Batch = {}
+        for i in np.unique(part_B):
+            here = np.flatnonzero(part_B == i)
+            found = self._take(int(i), epoch, rows_B[here])
+            if len(here) == len(rows_B):
+                return found
+            for name, values in found.items():
+                batch.setdefault(name, np.empty((len(rows_B), *values.shape[1:]), values.dtype))[here] = values
+        return batch
+
+    def _take(self, i: int, epoch: int, rows_B: np.ndarray) -> Batch:
+        part, first = self._parts[i], self._ends[i] - self._counts[i]
+        if self._orders is None:
+            return part.take(0, np.where(rows_B < 0, -1, rows_B - first))
+        round_B, place_B = np.divmod(epoch * self._counts[i] + rows_B - first, len(part))
+        batch: Batch = {}
+        for around in np.unique(round_B):
+            here = np.flatnonzero(round_B == around)
+            found = part.take(int(around), self._orders[i](int(around), place_B[here]))
+            for name, values in found.items():
+                batch.setdefault(name, np.empty((len(rows_B), *values.shape[1:]), values.dtype))[here] = values
+        return batch
+
+    def report(self) -> dict[str, int | float]:
+        reports = [part.report() for part in self._parts]
+        return {
+            "sources": len(reports), "tokens": sum(report["tokens"] for report in reports), "rows": len(self),
+        }
+
+    def notes(self) -> list[str]:
+        notes = [
+            f"an epoch has {count:,} rows ({count / len(self):.1%}) of {source.spec}, "
+            f"{count / len(part):.4g} times its {len(part):,}"
+            for source, count, part in zip(self._mixture.sources, self._counts, self._parts, strict=True)
+        ]
+        return [*notes, *(note for part in self._parts for note in part.notes())]

@@ -1,0 +1,246 @@
+"""The files in which Hugging Face directories keep a tokenizer: which there are, and what they say together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from jaxlm.core.errors import UserError
+from jaxlm.data.tokenizers.backends import Engine, FastEngine, add_named_tokens
+
+_MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # SentencePiece
+_MARIAN = ("source.spm", "target.spm", "vocab.json")
+_M2M = ("sentencepiece.bpe.model", "vocab.json")
+_MERGES = ("vocab.json", "merges.txt")
+_CONVENTIONAL = {  # names tried when no file says which token plays which part
+    "pad": ("<pad>", "[PAD]"),
+    "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>"),
+    "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
+}
+_BY_MODEL = {  # config.json's model_type: the class, where no file names it
+    "t5": "T5Tokenizer", "mt5": "T5Tokenizer", "umt5": "T5Tokenizer", "mbart": "MBartTokenizer",
+    "m2m_100": "NllbTokenizer", "bart": "BartTokenizer", "roberta": "RobertaTokenizer",
+}
+_MOST_SENTINELS = 10_000
+_ROBERTA = ("BartTokenizer", "RobertaTokenizer")
+_BYTE_LEVEL = ("GPT2Tokenizer", "CodeGenTokenizer", *_ROBERTA)
+
+
+def find_tokenizer(directory: Path) -> str | None:
+    """The file that decides what tokenizer a directory holds; None where there is none.
+
+    Marian's and M2M-100's own files come before a tokenizer.json, which can hold only one of two models, or ids of one.
+    """
+    def there(*names: str) -> bool:
+        return all((directory / name).is_file() for name in names)
+
+    if there(*_MARIAN):
+        return "source.spm"
+    if there(*_M2M):
+        return "sentencepiece.bpe.model"
+    for name in ("tokenizer.json", *_MODELS):
+        if there(name):
+            return name
+    return "merges.txt" if there(*_MERGES) else None
+
+
+def read_tokenizer(path: Path) -> tuple[Engine, dict[str, Any], str]:
+    """The engine, tokenizer_config.json with what other files add to it, and the class (without "Fast", "" where the
+    files name none) of a directory's tokenizer or of one file's.
+
+    UserError if there is none, or if one of the files cannot be read.
+    """
+    directory = path if path.is_dir() else path.parent
+    name = find_tokenizer(path) if path.is_dir() else path.name
+    if name is None or not (directory / name).is_file():
+        raise UserError(
+            f"{directory / (name or 'tokenizer.json')} does not exist; name a tokenizer.json or a directory that holds "
+            "one, a SentencePiece model, or vocab.json and merges.txt"
+        )
+    try:
+        return _read(directory, name)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{directory}: its tokenizer_config.json makes no sense ({line}); copy it again") from error
+
+
+def _read(directory: Path, name: str) -> tuple[Engine, dict[str, Any], str]:
+    config = read_json(directory / "tokenizer_config.json")
+    model = read_json(directory / "config.json")
+    family = _family(directory, name, config, model)
+    converted = name.endswith((".model", ".spm", ".txt"))
+    if not config:
+        config = {"tokenizer_class": (converted and family) or "PreTrainedTokenizerFast",
+                  "clean_up_tokenization_spaces": False}
+    _merge_specials(directory, config, converted)
+    _merge_templates(directory, config)
+    _check(directory, config)
+    engine = _engine(directory / name, family, config)
+    _name_roles(config, model, engine.vocabulary, converted)
+    if isinstance(engine, FastEngine) and engine.raw.post_processor is None:
+        _add_frame(engine, config, begins=name == "tokenizer.model")
+    return engine, config, family
+
+
+def _check(directory: Path, config: Mapping[str, Any]) -> None:
+    """UserError where a name is not a name, or a number of tokens is not one."""
+    roles = [f"{role}_token" for role in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+    for key in (*roles, "src_lang", "tgt_lang"):
+        value = config.get(key)
+        value = value.get("content") if isinstance(value, dict) and key in roles else value
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{directory / 'tokenizer_config.json'}: {key} is {value!r}; name a token")
+    count = config.get("extra_ids", 0)
+    if type(count) is not int or not 0 <= count <= _MOST_SENTINELS:
+        raise UserError(
+            f"{directory / 'tokenizer_config.json'}: extra_ids is {count!r}; give a number up to {_MOST_SENTINELS:,}"
+        )
+
+
+def _family(directory: Path, name: str, config: Mapping[str, Any], model: Mapping[str, Any]) -> str:
+    named = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "").removesuffix("Fast")
+    if name == "source.spm":
+        return "MarianTokenizer"
+    if name == "sentencepiece.bpe.model" and (directory / "vocab.json").is_file():
+        return "M2M100Tokenizer"
+    if named == "MT5Tokenizer":
+        return "T5Tokenizer"
+    generic = named in ("", "PreTrainedTokenizer", "TokenizersBackend")
+    if not generic or (name == "tokenizer.json" and named):
+        return named
+    default = {"spiece.model": "T5Tokenizer", "tokenizer.model": "LlamaTokenizer", "merges.txt": "GPT2Tokenizer"}
+    return _BY_MODEL.get(str(model.get("model_type")), default.get(name, ""))
+
+
+def _engine(file: Path, family: str, config: Mapping[str, Any]) -> Engine:
+    if file.name == "merges.txt":
+        return FastEngine(_byte_level(file, family, config))
+    if file.suffix in (".model", ".spm"):
+        from jaxlm.data.tokenizers import sentencepiece  # protobuf, which only this needs
+
+        if family == "MarianTokenizer":
+            return sentencepiece.read_marian(file.parent, config)
+        if family == "M2M100Tokenizer":
+            return sentencepiece.read_m2m(file.parent, config)
+        return sentencepiece.convert(file, family, config)
+    try:
+        return FastEngine(tokenizers.Tokenizer.from_file(str(file)))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{file} is not a tokenizer.json ({error}); save it again") from None
+
+
+def _byte_level(file: Path, family: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """GPT-2's kind of tokenizer from vocab.json and merges.txt."""
+    if family not in _BYTE_LEVEL:
+        raise UserError(
+            f"{file.parent} has no tokenizer.json, and how {family} splits text is not known here; save it with "
+            "transformers, which writes one"
+        )
+    try:
+        raw = tokenizers.Tokenizer(models.BPE.from_file(str(file.with_name("vocab.json")), str(file)))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{file} and vocab.json do not make a tokenizer ({error}); copy both again") from None
+    prefix = bool(config.get("add_prefix_space"))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    raw.decoder = decoders.ByteLevel()
+    names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>") if family in _ROBERTA else ("<|endoftext|>",)
+    add_named_tokens(raw, config)
+    raw.add_special_tokens([
+        AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>")
+        for name in dict.fromkeys((*names, *_named_tokens(config))) if raw.token_to_id(name) is not None
+    ])
+    if family in _ROBERTA:
+        ends = [(name, raw.token_to_id(name)) for name in ("</s>", "<s>")]
+        if None in dict(ends).values():
+            raise UserError(f"{file.with_name('vocab.json')} lacks <s> or </s>, which {family} has; copy it again")
+        raw.post_processor = processors.RobertaProcessing(*ends, trim_offsets=True, add_prefix_space=prefix)
+    return raw
+
+
+def _named_tokens(config: Mapping[str, Any]) -> list[str]:
+    values = [value for key, value in config.items() if key.endswith("_token") and not isinstance(value, bool)]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        values += config.get(key) or []
+    return [value["content"] if isinstance(value, dict) else value for value in values if value]
+
+
+def _merge_specials(directory: Path, config: dict[str, Any], converted: bool) -> None:
+    """What older directories keep beside tokenizer_config.json."""
+    if "added_tokens_decoder" in config:
+        return
+    for key, value in read_json(directory / "special_tokens_map.json").items():
+        config[key] = config.get(key) or value
+    if converted and (added := read_json(directory / "added_tokens.json")):
+        special = set(_named_tokens(config))
+        config["added_tokens_decoder"] = {
+            str(index): {"content": token, "special": token in special, "normalized": token not in special}
+            for token, index in sorted(added.items(), key=lambda item: item[1])
+        }
+
+
+def _merge_templates(directory: Path, config: dict[str, Any]) -> None:
+    """Chat templates from files of their own, which come before one in tokenizer_config.json."""
+    named = {}
+    if template := read_json(directory / "chat_template.json").get("chat_template"):
+        named["default"] = template
+    for file in [directory / "chat_template.jinja", *sorted(directory.glob("additional_chat_templates/*.jinja"))]:
+        if file.is_file():
+            try:
+                named["default" if file.parent == directory else file.stem] = file.read_text(encoding="utf-8")
+            except (OSError, ValueError) as error:
+                raise UserError(f"{file} cannot be read ({error}); copy it again") from None
+    if list(named) == ["default"]:
+        config["chat_template"] = named["default"]
+    elif named:
+        config["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
+
+
+def _name_roles(
+    config: dict[str, Any], model: Mapping[str, Any], vocabulary: Mapping[str, int], converted: bool
+) -> None:
+    """Fills in the names of the pad, bos and eos tokens: by the ids of config.json, or by convention."""
+    for role, conventional in _CONVENTIONAL.items():
+        if not config.get(f"{role}_token"):
+            index = model.get(f"{role}_token_id")
+            index = index[0] if isinstance(index, list) else index
+            if index is None:
+                known = (name for name in conventional if (converted or not model) and name in vocabulary)
+            else:
+                known = (token for token, other in vocabulary.items() if other == index)
+            config[f"{role}_token"] = next(known, None)
+
+
+def _add_frame(engine: FastEngine, config: Mapping[str, Any], begins: bool) -> None:
+    """A post-processor for what tokenizer_config.json says in flags; ``begins``: the default for the bos token, which
+    the models that come as a SentencePiece tokenizer.model were all trained with."""
+    roles = {"bos": config.get("add_bos_token", begins), "eos": config.get("add_eos_token")}
+    tokens = {}
+    for role, wanted in roles.items():
+        token = config.get(f"{role}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        if wanted and token in engine.vocabulary:
+            tokens[role] = token
+    if tokens:
+        single = [*filter(None, [tokens.get("bos"), "$A", tokens.get("eos")])]
+        ids = [(token, engine.vocabulary[token]) for token in dict.fromkeys(tokens.values())]
+        engine.raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An optional JSON object in a file; {} where there is none. UserError if it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object; restore it")
+    return content

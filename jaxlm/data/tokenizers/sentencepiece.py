@@ -1,0 +1,225 @@
+"""SentencePiece models (Kudo and Richardson, arXiv:1808.06226) as tokenizers that Hugging Face directories mean.
+
+A model file holds pieces with scores, and how text is normalised. What a directory makes of it depends on the class
+that tokenizer_config.json names: T5 appends sentinels, the fairseq models (NLLB, mBART) move every id and append
+languages, Marian and M2M-100 look pieces up in a vocab.json. Where a class of transformers 5 normalises or splits text
+otherwise than SentencePiece does (white space, mostly), this follows the class; pieces, scores, merges and the unknown
+piece are the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from jaxlm.core.errors import UserError
+from jaxlm.data.tokenizers.backends import FastEngine, PieceEngine, PieceSide, add_named_tokens, read_vocabulary
+from jaxlm.data.tokenizers.languages import languages_of
+
+_SPACE = "▁"  # what stands for a space in pieces
+_BPE, _UNIGRAM = 2, 1  # trainer_spec.model_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # pieces' type
+_FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")
+_FAIRSEQ_FAMILIES = ("NllbTokenizer", "MBartTokenizer", "MBart50Tokenizer")
+_SENTINELS = 100  # of T5, where extra_ids does not say
+
+
+def convert(file: Path, family: str, config: Mapping[str, Any]) -> FastEngine:
+    """A tokenizer from a SentencePiece model.
+
+    Args:
+        file: the model.
+        family: the tokenizer class that it is for, without "Fast". A tokenizer.model of a class that is not known
+            here is read as the model itself says.
+        config: tokenizer_config.json.
+
+    Raises:
+        UserError: the file is damaged or something else, or does not suit the class, or the class is not known.
+    """
+    if file.name != "tokenizer.model" and family not in ("T5Tokenizer", *_FAIRSEQ_FAMILIES):
+        raise UserError(
+            f"{file}: which ids {family or 'a class that no file names'} gives to pieces is not known here; save the "
+            "tokenizer with transformers, which writes a tokenizer.json"
+        )
+    return FastEngine(_guarded(file, lambda: _convert(read_model(file), family, config)))
+
+
+def _guarded(file: Path, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers and protobuf raise all kinds
+        line = " ".join(str(error).split())
+        raise UserError(f"{file} cannot be used as a SentencePiece model ({line}); copy it again") from None
+
+
+def read_model(file: Path) -> Any:
+    """The ``ModelProto`` in a file. UserError if it holds none, or not all of one."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    processor(file)  # checks what parsing does not: the normaliser's table, duplicate pieces
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(file.read_bytes())
+    if not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
+        raise UserError(f"{file} is cut off; copy it again")
+    if model.trainer_spec.model_type not in (_BPE, _UNIGRAM):
+        raise UserError(f"{file} is neither a BPE nor a unigram model; use one of these")
+    return model
+
+
+def processor(file: Path) -> Any:
+    """A ``SentencePieceProcessor``. UserError if the file is not a model."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        made = SentencePieceProcessor()
+        made.LoadFromSerializedProto(file.read_bytes())
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{file} is not a SentencePiece model ({line}); copy it again") from None
+    return made
+
+
+def _convert(model: Any, family: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    fairseq = family in _FAIRSEQ_FAMILIES
+    languages = languages_of(family, config)
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    kinds = [piece.type for piece in model.pieces]
+    if fairseq:
+        if kinds[:3] != [_UNKNOWN, _CONTROL, _CONTROL]:
+            raise ValueError(f"it begins with {[piece for piece, _ in pieces[:3]]}, not <unk>, <s> and </s>")
+        pieces = [*((token, 0.0) for token in _FAIRSEQ), *pieces[3:]]
+        kinds = [_CONTROL, _CONTROL, _CONTROL, _UNKNOWN, *kinds[3:]]
+    specials = [
+        AddedToken(piece, special=True, normalized=False)
+        for (piece, _), kind in zip(pieces, kinds, strict=True) if kind in (_UNKNOWN, _CONTROL)
+    ]
+    appended: list[AddedToken] = []
+    if family == "T5Tokenizer" and not any("<extra_id_0>" in piece for piece, _ in pieces[-_SENTINELS:]):
+        count = config.get("extra_ids", _SENTINELS)
+        appended = [AddedToken(f"<extra_id_{i}>", special=True, normalized=False) for i in range(count - 1, -1, -1)]
+    elif fairseq and languages:
+        appended = [AddedToken(code, special=True, normalized=False) for code in languages.codes]
+        appended.append(AddedToken("<mask>", special=True, normalized=False, lstrip=True))
+
+    unknown = kinds.index(_UNKNOWN)
+    fallback = model.trainer_spec.byte_fallback
+    if model.trainer_spec.model_type == _BPE:
+        ids = {piece: index for index, (piece, _) in enumerate(pieces)}
+        normal = {piece: (-score, ids[piece]) for (piece, score), kind in zip(pieces, kinds, strict=True)
+                  if kind == _NORMAL}
+        raw = tokenizers.Tokenizer(models.BPE(
+            ids, _merges(normal), unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=fallback
+        ))
+    else:
+        # transformers' classes look for these among the pieces of a unigram model
+        pieces += [(token.content, 0.0) for token in appended]
+        raw = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback))
+    add_named_tokens(raw, config)
+    escaped = not _prefixed(model.normalizer_spec, config)  # the normaliser has made spaces what they are in pieces
+    raw.add_special_tokens([*specials, *appended])
+    raw.add_tokens([
+        AddedToken(piece, special=False, normalized=escaped and _SPACE in piece)
+        for (piece, _), kind in zip(pieces, kinds, strict=False) if kind == _USER_DEFINED
+    ])
+    _add_pipeline(raw, model.normalizer_spec, family, config)
+    return raw
+
+
+def _merges(normal: Mapping[str, tuple[float, int]]) -> list[tuple[str, str]]:
+    """Pairs in the order they merge in: best score of the result first. ``normal`` ranks the pieces that can merge."""
+    ranked = []
+    for piece, rank in normal.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in normal and right in normal:
+                ranked.append((rank, len(left), (left, right)))
+    return [pair for _, _, pair in sorted(ranked)]
+
+
+def _add_pipeline(raw: tokenizers.Tokenizer, spec: Any, family: str, config: Mapping[str, Any]) -> None:
+    """Normaliser, splitting and decoder, and T5's end token."""
+    charsmap = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    single = normalizers.Replace(Regex(" {2,}"), " ")
+    whole = family not in (*_FAIRSEQ_FAMILIES, "T5Tokenizer")
+    prefix = _prefixed(spec, config)
+    before: list[Any] = []
+    if whole:  # text is one run of pieces
+        trim = [normalizers.Strip(), single] if spec.remove_extra_whitespaces else []
+        steps = [*charsmap, *trim]
+        if prefix:
+            scheme = "always" if config.get("legacy") else "first"
+            before = [pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)]
+        else:
+            steps.append(normalizers.Replace(" ", _SPACE))
+        decoder = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        raw.decoder = decoders.Sequence([*decoder, decoders.Strip(" ", 1, 0)] if prefix else decoder)
+    else:  # text is words
+        steps = {
+            "T5Tokenizer": charsmap, "MBartTokenizer": [], "MBart50Tokenizer": [*charsmap, single],
+        }.get(family, [*charsmap, single] if charsmap else [])
+        if family in ("T5Tokenizer", "MBartTokenizer"):
+            before.append(pre_tokenizers.WhitespaceSplit())
+        before.append(pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always", split=True))
+        raw.decoder = decoders.Metaspace(_SPACE, prepend_scheme="always", split=True)
+    if steps:
+        raw.normalizer = normalizers.Sequence(steps)
+    if before:
+        raw.pre_tokenizer = pre_tokenizers.Sequence(before)
+    if family == "T5Tokenizer":
+        raw.post_processor = processors.TemplateProcessing(
+            single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", raw.token_to_id("</s>"))]
+        )
+
+
+def _prefixed(spec: Any, config: Mapping[str, Any]) -> bool:
+    prefix = config.get("add_prefix_space")
+    return spec.add_dummy_prefix if prefix is None else prefix
+
+
+def read_marian(directory: Path, config: Mapping[str, Any]) -> PieceEngine:
+    """Marian's tokenizer: source.spm, target.spm and vocab.json (and target_vocab.json where the sides differ)."""
+    names = ["source.spm", "target.spm", "vocab.json"]
+    separate = bool(config.get("separate_vocabs"))
+    vocabulary = read_vocabulary(directory / "vocab.json")
+    target_vocabulary = vocabulary
+    if separate:
+        names.append("target_vocab.json")
+        target_vocabulary = read_vocabulary(directory / "target_vocab.json")
+    source = PieceSide(processor(directory / "source.spm"), vocabulary)
+    target = PieceSide(processor(directory / "target.spm"), target_vocabulary)
+    return _piece_engine(directory, names, source, target, config, marian=True)
+
+
+def read_m2m(directory: Path, config: Mapping[str, Any]) -> PieceEngine:
+    """M2M-100's tokenizer: sentencepiece.bpe.model and vocab.json, with the languages' ids after the vocabulary's."""
+    vocabulary = read_vocabulary(directory / "vocab.json")
+    first = len(vocabulary)
+    codes = [f"__{code}__" for code in languages_of("M2M100Tokenizer", config).codes]
+    side = PieceSide(
+        processor(directory / "sentencepiece.bpe.model"),
+        vocabulary | {code: first + i for i, code in enumerate(codes)},
+    )
+    return _piece_engine(directory, ["sentencepiece.bpe.model", "vocab.json"], side, side, config, codes=codes)
+
+
+def _piece_engine(
+    directory: Path, names: Sequence[str], source: PieceSide, target: PieceSide, config: Mapping[str, Any],
+    codes: Sequence[str] = (), marian: bool = False,
+) -> PieceEngine:
+    listed = [*(config.get("additional_special_tokens") or ()), *(config.get("extra_special_tokens") or ())]
+    named = [config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
+    tokens = [token["content"] if isinstance(token, dict) else token for token in (*named, *listed) if token]
+    vocabulary = source.vocabulary
+    for token in ("<unk>", "</s>", "<pad>"):
+        if token not in vocabulary:
+            raise UserError(f"{directory / 'vocab.json'} has no {token}; copy it again")
+    tokens += ["<unk>", "</s>", "<pad>", *codes]
+    specials = {token: vocabulary[token] for token in tokens if token in vocabulary}
+    files = {name: (directory / name).read_bytes() for name in names}
+    return PieceEngine(source, target, specials, vocabulary["<unk>"], files, marian)

@@ -1,0 +1,232 @@
+"""Small random models of every Hugging Face family, each switch of a family on in at least one of them.
+
+    python tests/hf/families/families.py [NAME ...]        (with torch and transformers) writes golden/NAME.json
+
+A golden file holds what transformers makes of a case: the config.json, the tensors' names and shapes, logits, greedy
+or beam-search output. The weights themselves follow from the tensors' names, so that the files stay small.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+GOLDEN = Path(__file__).parent / "golden"
+VOCABULARY, STEPS, BEAMS = 61, 32, 5
+
+_IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+_LLAMA = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, **_IDS,
+)
+_GPT2 = dict(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=4, **_IDS)
+_NEOX = {name: value for name, value in _LLAMA.items() if name != "num_key_value_heads"}
+_BART = dict(
+    vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4,
+    decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=40, max_position_embeddings=64,
+)
+_MARIAN = _BART | dict(pad_token_id=60, eos_token_id=0, decoder_start_token_id=60)
+_T5 = dict(
+    vocab_size=VOCABULARY, d_model=32, d_kv=6, d_ff=48, num_layers=3, num_decoder_layers=2, num_heads=4,
+    relative_attention_num_buckets=8, relative_attention_max_distance=12, decoder_start_token_id=0,
+)
+
+
+def _rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 500.0, "rope_type": kind, **fields}}
+
+
+_LONG = dict(original_max_position_embeddings=16, factor=4.0)
+_YARN = _LONG | dict(beta_fast=8.0, beta_slow=2.0)
+_FACTORS = dict(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.0, 4.0])
+_EXPERTS = dict(num_experts=4, moe_intermediate_size=24)
+
+CASES: dict[str, dict[str, Any]] = {
+    "llama": dict(model_type="llama", **_LLAMA),
+    "llama-biased": dict(
+        model_type="llama", **_LLAMA, attention_bias=True, mlp_bias=True, head_dim=16, tie_word_embeddings=True,
+        hidden_act="gelu", rms_norm_eps=1e-3,
+    ),
+    "llama-linear": dict(model_type="llama", **_LLAMA, **_rope("linear", factor=3.0)),
+    "llama-dynamic": dict(
+        model_type="llama", **(_LLAMA | {"max_position_embeddings": 16}), **_rope("dynamic", factor=2.5)
+    ),
+    "llama-llama3": dict(
+        model_type="llama", **_LLAMA, **_rope("llama3", **_LONG, low_freq_factor=1.0, high_freq_factor=4.0)
+    ),
+    "llama-yarn": dict(model_type="llama", **_LLAMA, **_rope("yarn", **_YARN)),
+    "llama-yarn-mscale": dict(
+        model_type="llama", **_LLAMA, **_rope("yarn", **_YARN, mscale=0.7, mscale_all_dim=0.3, truncate=False)
+    ),
+    "llama-longrope": dict(model_type="llama", **_LLAMA, **_rope("longrope", **_LONG, **_FACTORS)),
+    "gpt2": dict(model_type="gpt2", **_GPT2),
+    "gpt2-switches": dict(
+        model_type="gpt2", **_GPT2, n_inner=40, activation_function="relu", scale_attn_weights=False,
+        tie_word_embeddings=False, layer_norm_epsilon=1e-3,
+    ),
+    "gpt2-by-layer": dict(
+        model_type="gpt2", **_GPT2, scale_attn_by_inverse_layer_idx=True, reorder_and_upcast_attn=True,
+        activation_function="silu",
+    ),
+    "gpt_neox": dict(model_type="gpt_neox", **_NEOX),
+    "gpt_neox-serial": dict(
+        model_type="gpt_neox", **_NEOX, use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True,
+        hidden_act="gelu_new", **_rope("linear", factor=2.0, partial_rotary_factor=1.0),
+    ),
+    "mistral": dict(model_type="mistral", **_LLAMA, sliding_window=5, head_dim=12),
+    "mistral-full": dict(model_type="mistral", **_LLAMA, sliding_window=None),
+    "mixtral": dict(model_type="mixtral", **_LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
+    "qwen2": dict(
+        model_type="qwen2", **_LLAMA, use_sliding_window=True, sliding_window=4, max_window_layers=1,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": dict(
+        model_type="qwen3", **_LLAMA, head_dim=12, attention_bias=True, use_sliding_window=True, sliding_window=4,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+    ),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", **_LLAMA, **_EXPERTS, num_experts_per_tok=2, norm_topk_prob=True, mlp_only_layers=[1],
+        head_dim=8,
+    ),
+    "qwen3_moe-sparse": dict(
+        model_type="qwen3_moe", **_LLAMA, **_EXPERTS, num_experts_per_tok=3, decoder_sparse_step=2, attention_bias=True,
+        use_sliding_window=True, sliding_window=5, head_dim=12,
+    ),
+    "gemma2": dict(
+        model_type="gemma2", **_LLAMA, head_dim=12, query_pre_attn_scalar=20, sliding_window=4, attention_bias=True,
+        final_logit_softcapping=3.0, attn_logit_softcapping=2.0,
+    ),
+    "gemma2-plain": dict(
+        model_type="gemma2", **_LLAMA, head_dim=12, final_logit_softcapping=None, attn_logit_softcapping=None,
+        sliding_window=4, tie_word_embeddings=False, hidden_activation="gelu",
+    ),
+    "gemma3_text": dict(
+        model_type="gemma3_text", **_LLAMA, head_dim=12, query_pre_attn_scalar=20, sliding_window=4,
+        sliding_window_pattern=2, final_logit_softcapping=3.0,
+    ),
+    "gemma3_text-scaled": dict(
+        model_type="gemma3_text", **_LLAMA, head_dim=12, attention_bias=True, sliding_window=4, rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "phi3": dict(model_type="phi3", **_LLAMA, sliding_window=5),
+    "phi3-longrope": dict(
+        model_type="phi3", **_LLAMA, original_max_position_embeddings=4, partial_rotary_factor=0.5,
+        tie_word_embeddings=True,
+        **_rope("longrope", partial_rotary_factor=0.5, short_factor=[1.0, 1.3], long_factor=[1.5, 3.0]),
+    ),
+    "olmo2": dict(model_type="olmo2", **_LLAMA, attention_bias=True),
+    "olmo2-tied": dict(model_type="olmo2", **(_LLAMA | {"num_key_value_heads": None}), tie_word_embeddings=True),
+    "marian": dict(model_type="marian", **_MARIAN, scale_embedding=True, activation_function="swish"),
+    "marian-two-vocabularies": dict(
+        model_type="marian", **(_MARIAN | dict(pad_token_id=50, decoder_start_token_id=50)), decoder_vocab_size=53,
+        share_encoder_decoder_embeddings=False,
+    ),
+    "marian-untied": dict(model_type="marian", **_MARIAN, tie_word_embeddings=False),
+    "m2m_100": dict(model_type="m2m_100", **_BART),
+    "m2m_100-untied": dict(
+        model_type="m2m_100", **_BART, scale_embedding=False, activation_function="gelu", tie_word_embeddings=False
+    ),
+    "bart": dict(model_type="bart", **_BART),
+    "bart-untied": dict(
+        model_type="bart", **_BART, scale_embedding=True, activation_function="relu", tie_word_embeddings=False
+    ),
+    "mbart": dict(model_type="mbart", **_BART, scale_embedding=True, decoder_start_token_id=2),
+    "t5": dict(model_type="t5", **_T5),
+    "t5-gated": dict(model_type="t5", **_T5, feed_forward_proj="gated-silu"),
+    "t5-untied": dict(model_type="t5", **_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+}
+
+
+def weights(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Random float32 tensors that depend on their names alone."""
+
+    def tensor(name: str, shape: list[int]) -> np.ndarray:
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        return (rng.normal(0, 0.25, shape) + ("norm" in name and name.endswith("weight"))).astype(np.float32)
+
+    return {name: tensor(name, shape) for name, shape in sorted(shapes.items())}
+
+
+def inputs(config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens ``[2, 24]``, which end with the end token, and decoder inputs ``[2, 9]``, all of them ordinary ones."""
+    rng = np.random.default_rng(0)
+    source = rng.integers(3, 50, (2, 24))
+    source[:, -1] = config.get("eos_token_id", 1)
+    return source, rng.integers(3, 50, (2, 9))
+
+
+def transformers_model(name: str, directory: Path):
+    """The case as a model of transformers, and saved by it in a directory."""
+    import torch
+    import transformers
+    from safetensors.numpy import load_file, save_file
+
+    fields = dict(CASES[name])
+    config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    model = kind.from_config(config)
+    if name == "t5-untied":  # transformers ties it unless the file has both
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.save_pretrained(directory)
+    file = directory / "model.safetensors"
+    shapes = {key: tensor.shape for key, tensor in load_file(file).items()}
+    if "marian" in name:  # its sinusoids are saved too, but are not to be learned
+        shapes = {key: shape for key, shape in shapes.items() if "embed_positions" not in key}
+    save_file(weights(shapes), file, metadata={"format": "pt"})
+    return kind.from_pretrained(directory).eval().float()
+
+
+def outputs(model) -> dict[str, Any]:
+    """What transformers computes of a model: logits, greedy and beam-search continuations."""
+    import torch
+    import transformers
+
+    config = model.config.to_dict()
+    source, target = map(torch.from_numpy, inputs(config))
+    ids = {f"{role}_token_id": config.get(f"{role}_token_id") for role in ("pad", "eos", "bos", "decoder_start")}
+    seq2seq = model.config.is_encoder_decoder
+    # Nothing but these: files of real models also force and forbid tokens. Greedy search never ends.
+    options = dict(num_beams=BEAMS, length_penalty=1.0) if seq2seq else {"eos_token_id": 10**6}
+    plain = transformers.GenerationConfig(**(ids | options), max_new_tokens=STEPS, do_sample=False)
+    model.generation_config = transformers.GenerationConfig(**ids)  # else its settings fill what is absent
+    with torch.no_grad():
+        if seq2seq:
+            logits = model(input_ids=source, decoder_input_ids=target).logits
+            found = model.generate(source, generation_config=plain)[:, 1:]
+        else:
+            logits = model(source).logits
+            prompts = source[:, :8]
+            found = model.generate(prompts, attention_mask=torch.ones_like(prompts), generation_config=plain)[:, 8:]
+    if not seq2seq:
+        return {"logits": logits.numpy(), "greedy": found.tolist()}
+    end = config["eos_token_id"]
+    return {"logits": logits.numpy(), "search": [row[: [*row, end].index(end)] for row in found.tolist()]}
+
+
+def main() -> None:
+    from tempfile import TemporaryDirectory
+
+    from safetensors.numpy import load_file
+
+    GOLDEN.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or CASES:
+        with TemporaryDirectory() as directory:
+            model = transformers_model(name, Path(directory))
+            shapes = {key: list(value.shape) for key, value in load_file(f"{directory}/model.safetensors").items()}
+            config = json.loads(Path(directory, "config.json").read_text())
+        out = outputs(model)
+        digits = np.round(out.pop("logits")[:, ::4].astype(np.float64), 5).tolist()
+        golden = {"config": config, "tensors": dict(sorted(shapes.items())), "logits": digits, **out}
+        (GOLDEN / f"{name}.json").write_text(json.dumps(golden) + "\n", encoding="utf-8")
+        print(name, (GOLDEN / f"{name}.json").stat().st_size, "bytes", out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Models of every Hugging Face family compute, generate and export what transformers computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import jaxlm
+import jaxlm.core.sharding
+import jaxlm.nn
+from jaxlm.core.tree import flatten
+from jaxlm.hf.directory import read_json
+from jaxlm.hf.families.registry import FAMILIES
+from jaxlm.inference.generate import generate_tokens
+from jaxlm.inference.translate import translate_tokens
+from tests.hf.families.families import BEAMS, CASES, GOLDEN, STEPS, inputs, outputs, transformers_model, weights
+
+
+def directory(path, name):
+    """(model directory, golden figures) of a case."""
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(golden["config"]))
+    save_file(weights(golden["tensors"]), path / "model.safetensors")
+    return path, golden
+
+
+def logits(lm, fields):
+    source, target = inputs(fields)
+    return np.asarray(lm(source, target) if lm.config.kind == "seq2seq" else lm(source))
+
+
+def test_every_family_has_a_case():
+    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
+    assert {path.stem for path in GOLDEN.iterdir()} == set(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_text_are_those_of_transformers(tmp_path, name):
+    path, golden = directory(tmp_path / "theirs", name)
+    lm = jaxlm.load(path)
+    found = logits(lm, golden["config"])
+    np.testing.assert_allclose(found[:, ::4], golden["logits"], atol=1e-4)
+
+    source = inputs(golden["config"])[0]
+    if lm.config.kind == "seq2seq":
+        rows, _ = translate_tokens(lm, source.tolist(), beam=BEAMS, length_penalty=1.0, max_length=STEPS)
+        assert rows == golden["search"]
+    else:
+        endless = dataclasses.replace(lm.config, eos_id=-1)
+        model = lm.replace(config=endless, graphdef=jaxlm.nn.abstract(endless)[0])
+        assert generate_tokens(model, source[:, :8].tolist(), max_new_tokens=STEPS) == golden["greedy"]
+
+    kind = golden["config"]["model_type"]
+    exported = lm.export(tmp_path / "ours", format=kind)
+    assert read_json(exported / "config.json")["model_type"] == kind
+    np.testing.assert_allclose(logits(jaxlm.load(exported), golden["config"]), found, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_agrees_and_reads_what_we_export(tmp_path, name):
+    torch = pytest.importorskip("torch", reason="torch is not installed: nothing to compare with")
+    pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    model = transformers_model(name, tmp_path / "theirs")
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    live = outputs(model)
+    expected = live.pop("logits")
+    np.testing.assert_allclose(expected[:, ::4], golden["logits"], atol=1e-4)
+    assert live == {key: golden[key] for key in live}, "the golden file is of another transformers"
+
+    lm = jaxlm.load(tmp_path / "theirs")
+    np.testing.assert_allclose(logits(lm, golden["config"]), expected, atol=1e-4)
+    exported = lm.export(tmp_path / "ours", format=golden["config"]["model_type"])
+    again = type(model).from_pretrained(exported).eval()
+    source, target = map(torch.from_numpy, inputs(golden["config"]))
+    with torch.no_grad():
+        both = {"decoder_input_ids": target} if lm.config.kind == "seq2seq" else {}
+        np.testing.assert_allclose(again(input_ids=source, **both).logits, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "t5", "gpt_neox", "marian-two-vocabularies"])
+def test_a_mesh_changes_nothing(tmp_path, name):
+    """Stacked, fused and expert tensors, read by eight devices."""
+    path, _ = directory(tmp_path / "theirs", name)
+    mesh = jaxlm.core.sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    one, eight = jaxlm.load(path), jaxlm.load(path, mesh=mesh)
+    places = flatten(jaxlm.core.sharding.shardings(eight.params, mesh))
+    for key, leaf in flatten(eight.params).items():
+        assert leaf.sharding.is_equivalent_to(places[key], leaf.ndim), key
+        np.testing.assert_array_equal(leaf, flatten(one.params)[key], key)
+    assert any(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in flatten(eight.params).values())
+
+
+PRESETS = {
+    "llama": jaxlm.nn.DecoderConfig(vocab_size=61, width=16, heads=4, layers=2, tie_embeddings=False),
+    "gpt2": jaxlm.nn.preset("124m", vocab_size=61, width=16, heads=2, layers=2, max_positions=32),
+    "gpt2-without-biases": jaxlm.nn.preset("nano", vocab_size=61, width=16, heads=2, layers=2),
+    "m2m_100": jaxlm.nn.preset("tiny", vocab_size=61, width=16, heads=2, ffn=24),
+    "marian": jaxlm.nn.preset(
+        "tiny", vocab_size=61, width=16, heads=2, ffn=24, norm_position="post", positions="sinusoidal",
+        position_offset=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_models_trained_here_are_models_of_transformers(tmp_path, name):
+    config = PRESETS[name]
+    graphdef, params = jaxlm.nn.build(config, jax.random.key(0))
+    lm = jaxlm.LM(config, graphdef, params)
+    exported = lm.export(tmp_path / "exported")
+    fields = read_json(exported / "config.json")
+    assert fields["model_type"] == name.partition("-")[0]
+    expected = logits(lm, fields)
+    np.testing.assert_allclose(logits(jaxlm.load(exported), fields), expected, atol=1e-5)
+    torch = pytest.importorskip("torch", reason="torch is not installed: nothing to compare with")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
+    source, target = map(torch.from_numpy, inputs(fields))
+    seq2seq = config.kind == "seq2seq"
+    kind = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    model, report = kind.from_pretrained(exported, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        found = model.eval()(input_ids=source, **({"decoder_input_ids": target} if seq2seq else {})).logits
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_what_a_family_cannot_be_is_said(tmp_path):
+    config = dataclasses.replace(PRESETS["llama"], positions="relative")
+    lm = jaxlm.LM(config, *jaxlm.nn.build(config, jax.random.key(0)))
+    with pytest.raises(jaxlm.UserError, match="cannot be written as llama: positions is 'relative', where .* 'rotary'"):
+        lm.export(tmp_path / "x", format="llama")
+    with pytest.raises(jaxlm.UserError, match="'bert' is not a format; choose from gpt2"):
+        lm.export(tmp_path / "x", format="bert")
+    assert not (tmp_path / "x").exists()

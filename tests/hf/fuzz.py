@@ -1,0 +1,178 @@
+"""Damaged model directories: each loads, or is refused in one line that names it; nothing else may happen.
+
+    python -m tests.hf.fuzz [--cases 10000] [--seed 0] [--first 0]
+
+A case is a small model of a Hugging Face family with its config.json, its weights or their index damaged at random.
+What a case does follows from the seed and its number, which are printed where it fails: repeat it alone with
+``--first NUMBER --cases 1``. A case fails too if it warns, takes ``SECONDS``, or asks for ``BYTES`` of memory: lengths
+and sizes in a file are only claims. Cases run in children, so that one that ends its process is only one failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import faulthandler
+import functools
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.numpy import save
+
+import jaxlm
+from jaxlm.core.errors import UserError
+from jaxlm.hf.directory import read_model
+from jaxlm.hf.tensor_files import FILE
+from tests.hf.damage import CONFIG, DAMAGE, Files
+from tests.hf.families.families import GOLDEN, weights
+
+COMPRESSED = {"jaxlm-w4a16": "w4a16-rtn-g8"}  # our own format: name -> recipe
+BASES = (
+    "llama", "llama-longrope", "llama-yarn", "gpt2", "gpt_neox", "mixtral", "qwen3", "qwen3_moe-sparse", "gemma3_text",
+    "phi3", "t5", "marian", "bart", *COMPRESSED,
+)
+SECONDS = 10  # of this process on any core: other programs may keep it waiting
+BYTES = 2**30
+CHILD = 500  # cases of one child, whose caches of jax grow with each
+Result = tuple[int, str, str]  # number of the case, what was done, outcome
+
+
+@functools.cache
+def base(name: str) -> Files:
+    """The files of a golden case, whole; of a compressed one for a name of ours."""
+    if name in COMPRESSED:
+        with tempfile.TemporaryDirectory() as root:
+            _write(Path(root, "dense"), base("llama"))
+            jaxlm.compress(jaxlm.load(Path(root, "dense")), COMPRESSED[name]).save(Path(root, "small"))
+            return {file: Path(root, "small", file).read_bytes() for file in (CONFIG, FILE)}
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    return {CONFIG: json.dumps(golden["config"]).encode(), FILE: save(weights(golden["tensors"]))}
+
+
+def case(seed: int, number: int, bases: tuple[str, ...]) -> tuple[str, Files]:
+    """What was done to which model, and its files afterwards."""
+    rng = random.Random(f"{seed} {number}")
+    name = rng.choice(bases)
+    files = dict(base(name))
+    return f"{name}: {rng.choice(DAMAGE)(rng, files)}", files
+
+
+class Hang(BaseException):
+    """Not an Exception: what catches those must not take it for damage."""
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """MemoryError or the like inside once the process grows by BYTES, Hang after SECONDS."""
+
+    def stop(*_):
+        raise Hang
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    handler = signal.signal(signal.SIGPROF, stop)
+    resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, hard))
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGPROF, handler)
+
+
+def outcome(directory: Path) -> str:
+    """"loaded", "refused", or what went wrong."""
+    try:
+        with limited(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            read_model(directory)
+    except UserError as error:
+        message = str(error)
+        if len(message.splitlines()) != 1 or str(directory) not in message or not message.isprintable():
+            return f"the message is not one line that names the directory: {message!r}"
+        return "refused"
+    except Hang:
+        return f"it took {SECONDS} seconds"
+    except BaseException as error:
+        where = error.__traceback__
+        while where.tb_next is not None:
+            where = where.tb_next
+        place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}"
+        return f"{type(error).__name__} in {place}: {str(error)[:300]!r}"
+    return "loaded"
+
+
+def run(seed: int, numbers: range, bases: tuple[str, ...] = BASES) -> Iterator[Result]:
+    with tempfile.TemporaryDirectory() as root:
+        for name in bases:  # compiled before anything is measured, and whole they must load
+            _write(Path(root, name), base(name))
+            read_model(Path(root, name))
+        for number in numbers:
+            told, files = case(seed, number, bases)
+            directory = Path(root, str(number))
+            _write(directory, files)
+            yield number, told, outcome(directory)
+            shutil.rmtree(directory)
+
+
+def _write(directory: Path, files: Files) -> None:
+    directory.mkdir()
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+
+
+def run_in_children(seed: int, numbers: range) -> Iterator[Result]:
+    while numbers:
+        command = ["--seed", str(seed), "--first", str(numbers[0]), "--cases", str(len(numbers)), "--child"]
+        child = subprocess.run([sys.executable, "-m", __spec__.name, *command], capture_output=True, text=True)
+        results = [json.loads(line) for line in child.stdout.splitlines()]
+        yield from results
+        numbers = numbers[len(results) :]
+        if numbers:
+            told, _ = case(seed, numbers[0], BASES)
+            yield numbers[0], told, f"its process ended with {child.returncode}: {child.stderr[-2000:]}"
+            numbers = numbers[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first case")
+    parser.add_argument("--child", action="store_true", help="print each result as JSON, from this process")
+    args = parser.parse_args()
+    numbers = range(args.first, args.first + args.cases)
+    if args.child:
+        for result in run(args.seed, numbers):
+            print(json.dumps(result), flush=True)
+            faulthandler.dump_traceback_later(60 * SECONDS, exit=True)  # where no signal can end a case
+        return
+    began, counts = time.time(), collections.Counter()
+    parts = [numbers[i : i + CHILD] for i in range(0, len(numbers), CHILD)]
+    with ThreadPoolExecutor(2) as pool:
+        for results in pool.map(lambda part: list(run_in_children(args.seed, part)), parts):
+            for number, told, found in results:
+                good = found in ("loaded", "refused")
+                counts[found if good else "failed"] += 1
+                if not good:
+                    print(f"seed {args.seed}, case {number}: {told}\n    {found}", flush=True)
+    print(f"{counts['loaded']} loaded, {counts['refused']} refused, {counts['failed']} failed; "
+          f"{time.time() - began:.0f} s")
+    sys.exit(counts["failed"] > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The engine against ``generate``, whatever comes in between; one program for all; nothing lost."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm.core.sharding import make_mesh, shardings
+from jaxlm.inference.engine.engine import Engine
+from jaxlm.inference.engine.requests import Request
+from jaxlm.inference.generate import generate_tokens
+from tests.inference.engine.serving import serve
+from tests.inference.models import decoder
+
+MODELS = {
+    "rotary": {},
+    "learned": {"positions": "learned", "max_positions": 64, "norm": "layernorm", "qkv_bias": True},
+    "relative": {"positions": "relative"},
+    "local": {
+        "windows": (4, 0), "rope_local_theta": 500.0, "attention_softcap": 5.0, "logit_softcap": 9.0, "experts": 4,
+        "expert_ffn": 24, "layers": 3, "dense_layers": (0,),
+    },
+}
+SHAPE = {"slots": 3, "context": 64, "page": 4, "chunk": 16}
+
+
+def prompts(count: int, seed: int = 0, most: int = 40) -> list[tuple[int, ...]]:
+    """Of many lengths; a third of them begin alike."""
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(3, 31, 21).tolist()
+    heads = [shared[: rng.integers(4, 21)] if rng.random() < 0.34 else [] for _ in range(count)]
+    return [(*head, *rng.integers(3, 31, rng.integers(1, most - len(head))).tolist()) for head in heads]
+
+
+def wanted(lm, rows, limits) -> list[list[int]]:
+    found = generate_tokens(lm, rows, max_new_tokens=max(limits))
+    return [tokens[:limit] for tokens, limit in zip(found, limits, strict=True)]
+
+
+def check_against_generate(lm, engine: Engine, *, count: int = 14, seed: int = 0) -> None:
+    """Greedy requests that arrive at random, some of them cancelled on the way."""
+    rng = np.random.default_rng(seed)
+    rows = prompts(count, seed)
+    limits = rng.integers(8, 24, count).tolist()
+    arrival = np.sort(rng.integers(0, 12, count))
+    arrival[0] = 0
+    cancelled = {int(i): int(arrival[i] + rng.integers(1, 12)) for i in rng.choice(count, 3, replace=False)}
+    numbers: dict[int, int] = {}
+
+    def each_step(step):
+        for i in np.flatnonzero(arrival == step):
+            numbers[int(i)] = engine.submit(Request(rows[i], limits[i]))
+        for i, when in cancelled.items():
+            if when == step:
+                engine.cancel(numbers[i])
+
+    answers = serve(engine, each_step=each_step)
+    for i, want in enumerate(wanted(lm, rows, limits)):
+        answer = answers[numbers[i], 0]
+        if i in cancelled and answer.finish == "cancelled":
+            assert answer.tokens == want[: len(answer.tokens)]
+        else:
+            assert answer.tokens == want
+            assert answer.finish == "length"
+            assert answer.text == lm.tokenizer.decode(want)
+    assert engine.stats.pages_used == engine.stats.running == engine.stats.waiting == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_is_that_of_generate(name):
+    lm = decoder(**MODELS[name])
+    engine = Engine(lm, **SHAPE, pages=16)
+    check_against_generate(lm, engine)
+    assert engine.stats.tokens_hit and engine.stats.preemptions
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_rounded_caches_are_those_of_generate(kind):
+    lm = decoder(kv_cache=kind)
+    check_against_generate(lm, Engine(decoder(), kv_cache=kind, **SHAPE, pages=16))
+
+
+@pytest.mark.parametrize("guesses", [1, 3])
+def test_guesses_change_nothing(guesses):
+    lm = decoder()
+    near = jax.tree.map(lambda x: x + 0.004 * np.sin(np.arange(x.size)).reshape(x.shape), lm.params)
+    draft = replace(lm, params=near)
+    engine = Engine(lm, draft=draft, guesses=guesses, **SHAPE, pages=17)
+    check_against_generate(lm, engine)
+    assert 0.2 < engine.stats.drafts_accepted / engine.stats.drafts < 1
+    assert engine.stats.preemptions
+
+
+def test_a_model_that_guesses_for_itself_is_always_right():
+    lm = decoder()
+    engine = Engine(lm, draft=lm, guesses=3, **SHAPE)
+    serve(engine, [Request(row, 20) for row in prompts(6, 3)])
+    assert engine.stats.drafts_accepted > 0.95 * engine.stats.drafts  # products of other shapes round otherwise
+
+
+@contextmanager
+def compilations():
+    """The programs that are compiled meanwhile."""
+    seen: list[str] = []
+
+    def listen(name, *_, **__):
+        if name.endswith("backend_compile_duration"):
+            seen.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("kind", ["plain", "draft", "mesh"])
+def test_nothing_compiles_after_warming_up(kind):
+    lm = decoder(heads=2, kv_heads=2)
+    if kind == "mesh":
+        mesh = make_mesh(data=1, tensor=2, devices=jax.devices()[:2])
+        lm = replace(lm, params=jax.device_put(lm.params, shardings(lm.params, mesh)))
+    engine = Engine(lm, draft=decoder(layers=1) if kind == "draft" else None, **SHAPE, pages=16)
+    with compilations() as seen:
+        engine.warm_up()
+        assert len(seen) >= engine.stats.compiles == 3
+        del seen[:]
+        constrained = Request((5,), 9, logit_bias={7: 2.0}, presence_penalty=0.5, repetition_penalty=1.3)
+        sampled = [Request(row, 12, temperature=0.9, top_p=0.8, logprobs=3, n=2) for row in prompts(6)]
+        answers = serve(engine, [*sampled, constrained, Request(prompts(1)[0], 30)])
+    assert not seen and len(answers) == 14
+
+
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"data": 2, "fsdp": 2}])
+def test_a_model_on_many_devices_says_the_same(sizes):
+    lm = decoder(heads=4, kv_heads=2)
+    devices = int(np.prod(list(sizes.values())))
+    mesh = make_mesh(**{"data": 1} | sizes, devices=jax.devices()[:devices])
+    spread = replace(lm, params=jax.device_put(lm.params, shardings(lm.params, mesh)))
+    engine = Engine(spread, kv_cache="int8", **SHAPE)
+    rows = prompts(5)
+    want = wanted(decoder(heads=4, kv_heads=2, kv_cache="int8"), rows, [10] * 5)
+    answers = serve(engine, [Request(row, 10) for row in rows])
+    assert [answer.tokens for _, answer in sorted(answers.items())] == want
+    codes = engine._runner._state.pools[0].keys[0].codes
+    assert codes.sharding.shard_shape(codes.shape)[2] == 2 // sizes.get("tensor", 1)
+
+
+def test_long_prompts_do_not_keep_others_waiting():
+    lm = decoder()
+    engine = Engine(lm, **SHAPE)
+    engine.submit(Request((5, 6), 30))
+    engine.step()
+    engine.submit(Request(prompts(1, 5, 60)[0][:1] * 50, 5))
+    for _ in range(4):  # parts of 16
+        assert [event.request for event in engine.step()][:1] == [1]
+    assert engine.stats.tokens_read >= 49
+
+
+def test_copies_read_their_prompt_once():
+    engine = Engine(decoder(), **SHAPE)
+    row = prompts(1, 1, 30)[0] * 2
+    serve(engine, [Request(row[:33], 6, n=3, temperature=1.0, seed=1)])
+    assert engine.stats.tokens_read + engine.stats.tokens_hit == 3 * 32
+    assert engine.stats.tokens_hit == 2 * 32
+    serve(engine, [Request(row[:33], 6)])
+    assert engine.stats.tokens_hit == 3 * 32

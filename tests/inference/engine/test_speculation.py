@@ -1,0 +1,54 @@
+"""The distribution of what is drawn with a draft is that of the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import jax
+import numpy as np
+import scipy.stats
+from flax import nnx
+
+from jaxlm import nn
+from jaxlm.inference.engine.engine import Engine
+from jaxlm.inference.engine.requests import Request
+from tests.inference.engine.serving import serve
+from tests.inference.models import Handle
+
+PROMPT, SAMPLES, KEPT = (3, 1, 4), 3000, 4
+
+
+def tiny(seed: int) -> Handle:
+    config = nn.DecoderConfig(vocab_size=6, width=8, heads=2, ffn=8, layers=1, eos_id=9)
+    graphdef, params = nn.build(config, jax.random.key(seed))
+    return Handle(config, graphdef, jax.tree.map(lambda x: x * 3, params), None)
+
+
+def joint(lm: Handle) -> dict[tuple[int, int], float]:
+    """Of two tokens, the likeliest ``KEPT`` at a time."""
+    def after(tokens):
+        logits = np.asarray(nnx.merge(lm.graphdef, lm.params)(np.array([tokens]))[0, -1], np.float64)
+        logits[np.argsort(logits)[:-KEPT]] = -np.inf
+        return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+
+    first = after(PROMPT)
+    return {(a, b): first[a] * p for a in range(6) if first[a] for b, p in enumerate(after((*PROMPT, a))) if p}
+
+
+def surprise(counts: Counter, expected: dict[tuple[int, int], float]) -> float:
+    """The probability that counts of such a distribution are further from it."""
+    pairs = [(counts[pair], SAMPLES * p) for pair, p in expected.items() if SAMPLES * p >= 5]
+    pairs.append((SAMPLES - sum(n for n, _ in pairs), SAMPLES - sum(n for _, n in pairs)))
+    seen, wanted = np.array([pair for pair in pairs if pair[1] > 1]).T
+    return scipy.stats.chisquare(seen, wanted * seen.sum() / wanted.sum()).pvalue
+
+
+def test_the_distribution_is_that_of_the_model():
+    lm, draft = tiny(0), tiny(1)
+    engine = Engine(lm, draft=draft, guesses=2, slots=32, context=16, page=4)
+    answers = serve(engine, [Request(PROMPT, 3, temperature=1.0, top_k=KEPT, seed=5, n=SAMPLES)])
+    counts = Counter(tuple(answer.tokens[:2]) for answer in answers.values())
+    assert len(answers) == SAMPLES and set(counts) <= set(joint(lm))
+    assert 0.2 < engine.stats.drafts_accepted / engine.stats.drafts < 0.9
+    assert surprise(counts, joint(lm)) > 0.001
+    assert surprise(counts, joint(draft)) < 1e-9  # it would show

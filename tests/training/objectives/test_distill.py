@@ -1,0 +1,126 @@
+"""Distillation: the loss against NumPy, and a student that lost layers learns from who has them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxlm
+from jaxlm import nn
+from jaxlm.core.errors import UserError
+from jaxlm.core.sharding import batch_sharding, make_mesh
+from jaxlm.training.config import DistillConfig, Experiment
+from jaxlm.training.objectives.distill import PROJECTION, Teacher, distill_loss, divergence, teacher_layers
+from jaxlm.training.objectives.objective import objective_of
+from jaxlm.training.objectives.reference_model import reference_model_of
+from jaxlm.training.step import abstract_state, init_state, make_step
+from tests.training.llamas import CONFIG, batch, tiny_llama
+
+SEQ2SEQ = nn.preset("tiny", vocab_size=32, width=16, heads=2, ffn=32, encoder_layers=1, decoder_layers=2, dropout=0.0)
+
+
+def test_divergence_is_numpys():
+    random = np.random.default_rng(0)
+    ours, theirs = 3 * random.standard_normal((2, 2, 3, 7))
+    p, q = (np.exp(x / 2) / np.exp(x / 2).sum(-1, keepdims=True) for x in (theirs, ours))
+    np.testing.assert_allclose(divergence(jnp.asarray(ours), jnp.asarray(theirs), 2.0),
+                               4 * (p * np.log(p / q)).sum(-1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(divergence(jnp.asarray(ours), jnp.asarray(ours), 3.0), 0, atol=1e-6)
+
+
+def test_layers_are_spread_evenly():
+    assert teacher_layers(2, 4) == [2, 4] and teacher_layers(3, 4) == [2, 3, 4] and teacher_layers(4, 4) == [1, 2, 3, 4]
+    assert teacher_layers(2, 4, (1, 3)) == [1, 3]
+    for chosen in ((1,), (0, 2), (2, 5)):
+        with pytest.raises(UserError, match="give one of the teacher's 4 layers for each of the student's 2"):
+            teacher_layers(2, 4, chosen)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SEQ2SEQ], ids=lambda config: config.kind)
+def test_the_parts_of_the_loss(config):
+    """The cross-entropy, the divergence and the difference of states, each by itself and all together; the states are
+    those that the next layer is given."""
+    (graphdef, ours), (_, theirs) = (nn.build(config, jax.random.key(seed)) for seed in (0, 1))
+    data = batch() | ({"src": batch(seed=3)["inputs"]} if config.kind == "seq2seq" else {})
+    model, teacher = nnx.merge(graphdef, ours), nnx.merge(graphdef, theirs)
+
+    def loss(weight, hidden, student=model):
+        return distill_loss(student, data, None, Teacher(teacher), config=DistillConfig("it", weight, 2.0, hidden))
+
+    inputs = (data["src"], data["inputs"]) if "src" in data else (data["inputs"],)
+    logits, states = model.with_states(*inputs)
+    assert states.shape == (2, 4, 8, 16)
+    np.testing.assert_allclose(logits, model(*inputs), atol=1e-5)
+    last = model.decoder.leave(states[-1])
+    np.testing.assert_allclose(nn.decoder.head_logits(model, last), logits, atol=1e-5)
+    whole, sums = loss(0.3, 0.5)
+    difference = np.square(states - teacher.with_states(*inputs)[1]).mean((0, -1))
+    np.testing.assert_allclose(sums["difference"], (difference * data["weights"]).sum(), rtol=1e-5)
+    parts = 0.7 * sums["nll"] + 0.3 * sums["divergence"] + 0.5 * sums["difference"]
+    np.testing.assert_allclose(whole, parts, rtol=1e-5)
+    assert float(loss(1.0, 1.0, teacher)[0]) == pytest.approx(0, abs=1e-4)
+
+
+def test_a_student_without_layers_recovers(tmp_path):
+    """Two layers of four are dropped: the student starts far from the teacher and comes near, faster than it would by
+    the data alone, which here says nothing."""
+    config = dataclasses.replace(CONFIG, layers=4)
+    home = tiny_llama(tmp_path / "teacher", config=config)
+    student = jaxlm.compress(jaxlm.load(home), "drop-layers2")
+    student.save(tmp_path / "student")
+    student = jaxlm.load(tmp_path / "student")
+    assert student.config.layers == 2
+    experiment = Experiment(model=student.config, distill=DistillConfig(str(home), 1.0, 1.0, hidden=0.1))
+    reference = reference_model_of(experiment, student.graphdef, student.params, student.params)
+    tx = optax.adam(0.02)
+    step = make_step(student.graphdef, student.params, objective_of(experiment), tx, reference=reference.model)
+    state, seen = init_state(student.params, tx, 0, reference=reference.params), []
+    for number in range(40):
+        state, metrics = step(state, batch(16, seed=number))
+        seen.append(float(metrics["divergence"]))
+    assert np.mean(seen[-5:]) < 0.5 * seen[0]
+    assert jax.tree.all(jax.tree.map(np.array_equal, state.reference, {
+        path: np.asarray(leaf) for path, leaf in jaxlm.core.tree.flatten(jaxlm.load(home).params).items()}))
+
+
+def test_a_narrower_student_learns_a_projection(tmp_path):
+    """It is trained beside the model, and is no part of it."""
+    home = tiny_llama(tmp_path / "teacher")
+    config = dataclasses.replace(CONFIG, width=8)
+    graphdef, params = nn.build(config, jax.random.key(0))
+    experiment = Experiment(model=config, distill=DistillConfig(str(home), 0.5, hidden=1.0))
+    reference = reference_model_of(experiment, graphdef, params, params)
+    assert reference.beside[PROJECTION].shape == (8, 16)
+    tx, mesh = optax.adam(0.02), make_mesh(data=2, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(params, tx, mesh, reference=reference.like, beside=reference.beside)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state = init_state(params, tx, 0, layout, reference=reference.params, beside=reference.beside)
+        step = make_step(graphdef, params, objective_of(experiment), tx, reference=reference.model, layout=layout)
+        seen = []
+        for _ in range(10):
+            state, metrics = step(state, jax.device_put(batch(), batch_sharding(mesh)))
+            seen.append(float(metrics["difference"]))
+    assert seen[-1] < 0.9 * seen[0]
+    assert np.abs(np.asarray(state.params[PROJECTION] - reference.beside[PROJECTION])).max() > 0.05
+
+
+def test_a_teacher_may_be_compressed_and_must_fit(tmp_path):
+    home = tiny_llama(tmp_path / "teacher")
+    lm = jaxlm.load(home)
+    jaxlm.compress(lm, "w8a8-dynamic").save(tmp_path / "small")
+    experiment = Experiment(model=lm.config, distill=DistillConfig(str(tmp_path / "small")))
+    reference = reference_model_of(experiment, lm.graphdef, lm.params, lm.params)
+    small = reference.model(None, jaxlm.core.tree.flatten(reference.params), {}).model
+    np.testing.assert_allclose(small(batch()["inputs"]), lm(batch()["inputs"]), atol=1.0)
+    other = dataclasses.replace(experiment, model=dataclasses.replace(lm.config, vocab_size=64))
+    with pytest.raises(UserError, match="a decoder of 32 tokens and the model a decoder of 64"):
+        reference_model_of(other, lm.graphdef, lm.params, lm.params)
+    with pytest.raises(UserError, match="distill.weight=2.0 must be from 0 to 1"):
+        objective_of(dataclasses.replace(experiment, distill=DistillConfig("x", weight=2.0)))
