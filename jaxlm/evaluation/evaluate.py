@@ -9,7 +9,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.sources.spec import Bitext, Dialogues, open_source
 from jaxlm.evaluation.perplexity import bitext_perplexity, dialogue_perplexity, perplexity
 from jaxlm.evaluation.speed import tokens_per_second
-from jaxlm.inference.translate import search_settings
+from jaxlm.inference.translate import beam_settings
 
 Progress = Callable[[str, int, int], None]  # (what, done, of how many)
 
@@ -79,7 +79,7 @@ def evaluate(
             lm, source, sentences=count, beam=beam, length_penalty=length_penalty, max_length=max_length,
             progress=None if tell is None else lambda done: tell(done, count), **languages,
         )
-        used = search_settings(lm.generation, beam, length_penalty)
+        used = beam_settings(lm.generation, beam, length_penalty)
         out |= bleu(*found) | {"sentences": count, "beam": used.num_beams, "length_penalty": used.length_penalty}
     if speed:
         out["tokens_per_second"] = tokens_per_second({"": lm}, source, context=out.get("context", 0), **languages)[""]

@@ -22,7 +22,7 @@ from jax import Array
 from jaxlm.core.leaves import dequantize_tree
 from jaxlm.core.tree import Params
 from jaxlm.inference.batching import bucket
-from jaxlm.inference.engine.requests import MOST_LOGPROBS
+from jaxlm.inference.engine.requests import MAX_LOGPROBS
 from jaxlm.inference.sampling import top_k
 from jaxlm.nn.decoder import embed, head_logits
 from jaxlm.nn.stack import Stack
@@ -236,7 +236,7 @@ def _scores(graphdef, params, tokens_T: Array, targets_T: Array) -> tuple[Array,
     log-probabilities and ids. Logits are there for a few places at a time."""
     model = nnx.merge(graphdef, params)
     x_TxD = model.decoder(_embeddings(model, (tokens_T,))[0][None])[0][0]
-    most = min(MOST_LOGPROBS, model.config.vocab_size)
+    most = min(MAX_LOGPROBS, model.config.vocab_size)
 
     def place(xs):
         x_D, target = xs

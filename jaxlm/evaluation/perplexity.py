@@ -21,7 +21,7 @@ from jaxlm.data.batches.bitext import Pairs
 from jaxlm.data.batches.encoding import encode
 from jaxlm.data.batches.packing import Batch, PackedDocuments, token_stream
 from jaxlm.data.sources.spec import Bitext, Dialogues, Documents, Tokens, text_size
-from jaxlm.inference.translate import into_language, start_token
+from jaxlm.inference.translate import decoder_start_token, generation_for_language
 from jaxlm.inference.translate import target_language as language_into
 
 _LOGITS = 1 << 26  # logits of one batch, 256 MiB
@@ -106,7 +106,7 @@ def pair_batches(
     pairs = Pairs(
         source, lm.tokenizer, _BUCKETS, tokens, keep_all=True, source_language=source_language,
         target_language=language_into(lm, target_language),
-        start_id=start_token(lm.config, into_language(lm, target_language)),
+        start_id=decoder_start_token(lm.config, generation_for_language(lm, target_language)),
     )
     if lm.config.positions == "learned" and pairs.report()["longest"] > lm.config.max_positions:
         raise UserError(

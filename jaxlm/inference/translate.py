@@ -27,15 +27,15 @@ def translate_tokens(
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[list[int]], np.ndarray]:
-    """The best translation of each row, and its score: the first that ``search_tokens`` finds."""
-    found = search_tokens(
+    """The best translation of each row, and its score: the first that ``search_translations`` finds."""
+    found = search_translations(
         lm, sources, generation, beam=beam, length_penalty=length_penalty, max_length=max_length, batch_size=batch_size,
         progress=progress,
     )
     return [best.tokens for best, *_ in found], np.array([best.score for best, *_ in found], np.float32)
 
 
-def search_tokens(
+def search_translations(
     lm,
     sources: Sequence[Sequence[int]],
     generation: GenerationConfig = PLAIN,
@@ -53,8 +53,8 @@ def search_tokens(
     token included; where that is not given, as many as ``generation`` allows (128, if it does not say) and at most
     ``2 * len(source) + 10``. ``progress`` is called with the number of sentences done so far.
     """
-    config, generation = lm.config, search_settings(generation, beam, length_penalty)
-    start = start_token(config, generation)
+    config, generation = lm.config, beam_settings(generation, beam, length_penalty)
+    start = decoder_start_token(config, generation)
     allowed = max_length or min(generation.limits([1], _LENGTH))
     if config.positions == "learned":
         allowed = min(allowed, config.max_positions)
@@ -98,12 +98,12 @@ def search_tokens(
     return out
 
 
-def start_token(config, generation: GenerationConfig) -> int:
+def decoder_start_token(config, generation: GenerationConfig) -> int:
     """What the decoder reads first."""
     return config.bos_id if generation.decoder_start_token_id is None else generation.decoder_start_token_id
 
 
-def search_settings(
+def beam_settings(
     generation: GenerationConfig, beam: int | None = None, length_penalty: float | None = None
 ) -> GenerationConfig:
     """The settings of a search for translations, with ``num_beams`` told. UserError where they ask for something else
@@ -135,12 +135,12 @@ def target_language(lm, language: str | None = None) -> str | None:
     tokenizer, generation = lm.tokenizer, lm.generation
     said = generation.forced_bos_token_id
     if tokenizer.starts_with_language:
-        said = start_token(lm.config, generation)
+        said = decoder_start_token(lm.config, generation)
     codes = {index: code for code, index in tokenizer.languages.items()}
     return language or codes.get(said) or tokenizer.target_language
 
 
-def into_language(lm, language: str | None = None) -> GenerationConfig:
+def generation_for_language(lm, language: str | None = None) -> GenerationConfig:
     """The model's settings for translations into a language: the token that they start with or say first. UserError
     for a language that the model lacks, and where it has several and nothing says which."""
     tokenizer, language = lm.tokenizer, target_language(lm, language)
@@ -184,7 +184,7 @@ def translate(
     told = [i for i, sentence in enumerate(sentences) if sentence.strip()]
     sources = encode_sources(lm, sentences, source_language)
     found, _ = translate_tokens(
-        lm, [sources[i] for i in told], into_language(lm, target_language), beam=beam, length_penalty=length_penalty,
+        lm, [sources[i] for i in told], generation_for_language(lm, target_language), beam=beam, length_penalty=length_penalty,
         max_length=max_length, batch_size=batch_size, progress=progress,
     )
     out = [""] * len(sentences)

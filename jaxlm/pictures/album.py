@@ -16,7 +16,7 @@ from jaxlm.core.sharding import abstract_mesh, describe, shardings
 from jaxlm.core.tree import Params, flatten
 from jaxlm.evaluation.compare import Comparison
 from jaxlm.evaluation.insight import inspect_tokens
-from jaxlm.inference.translate import encode_sources, start_token, translate_tokens
+from jaxlm.inference.translate import decoder_start_token, encode_sources, translate_tokens
 from jaxlm.pictures import layers, mesh
 from jaxlm.pictures.attention import attention_maps, attributions
 from jaxlm.pictures.curves import size_quality, training_curves
@@ -108,7 +108,7 @@ def _insight(lm: Any, text: str) -> list[Picture]:
     if lm.config.kind == "seq2seq":
         rows = encode_sources(lm, [text], None)
         best = translate_tokens(lm, rows, lm.generation)[0][0]
-        rows.append([start_token(lm.config, lm.generation), *best[: max(1, len(best) // 2)]])
+        rows.append([decoder_start_token(lm.config, lm.generation), *best[: max(1, len(best) // 2)]])
     if not rows[0]:
         raise UserError("--text is empty")
     insight = inspect_tokens(lm, rows)

@@ -18,9 +18,9 @@ _GAUGES = {
     "pages": "pages of the cache", "pages_used": "pages of the cache in use",
 }
 _COUNTERS = {
-    "tokens_read": "tokens of prompts", "tokens_hit": "of these, tokens that the cache had already",
-    "tokens_written": "tokens of answers", "drafts": "tokens that a draft proposed",
-    "drafts_accepted": "of these, tokens that were right", "preemptions": "continuations that gave their slot back",
+    "prefill_tokens": "prompt tokens computed", "cached_tokens": "prompt tokens found in the cache",
+    "generated_tokens": "tokens of answers", "draft_tokens": "tokens that a draft proposed",
+    "accepted_tokens": "of these, tokens that were right", "preemptions": "continuations that gave their slot back",
     "steps": "steps of the engine", "compiles": "programs compiled",
 }
 

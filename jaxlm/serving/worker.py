@@ -159,12 +159,12 @@ class EngineWorker(Worker):
             self._streams.clear()
             self.engine = self._make()
             for stream in streams:
-                stream.tell([(0, Event(0, 0, finish="error", message="the engine failed"))])
+                stream.tell([(0, Event(0, 0, finish_reason="error", message="the engine failed"))])
             return
         news: dict[Stream, list[tuple[int, Event]]] = {}
         for event in events:
-            if event.request in self._streams:
-                stream, place = self._streams[event.request]
+            if event.request_id in self._streams:
+                stream, place = self._streams[event.request_id]
                 news.setdefault(stream, []).append((place, event))
         for stream, items in news.items():
             stream.tell(items)
@@ -220,7 +220,7 @@ class Stream:
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._open:
             for place, event in await self._events.get():
-                if event.finish == "error":
+                if event.finish_reason == "error":
                     raise ApiError(500, event.message or "generation failed", kind="server_error")
-                self._open -= event.finish is not None
+                self._open -= event.finish_reason is not None
                 yield place, event

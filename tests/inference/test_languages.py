@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
-from jaxlm.inference.translate import into_language, translate_tokens
+from jaxlm.inference.translate import generation_for_language, translate_tokens
 from tests.data.tokenizers.pieces import ENGLISH, GERMAN, family
 from tests.hf.families import families
 
@@ -76,13 +76,13 @@ def test_the_language_is_the_first_token_or_the_start(model):
     directory, name = model
     lm, (_, source, target) = jaxlm.load(directory), MODELS[name]
     code = lm.tokenizer.language_id(target)
-    settings = into_language(lm, target)
+    settings = generation_for_language(lm, target)
     if name == "MBartTokenizer":
         assert settings.decoder_start_token_id == code and settings.forced_bos_token_id is None
     else:
         rows, _ = translate_tokens(lm, lm.tokenizer.encode_source(ENGLISH, source), settings)
         assert [row[0] for row in rows] == [code] * len(ENGLISH)
-    assert into_language(lm) == into_language(lm, lm.tokenizer.target_language), "tokenizer_config.json says it"
+    assert generation_for_language(lm) == generation_for_language(lm, lm.tokenizer.target_language), "tokenizer_config.json says it"
     assert lm.translate(ENGLISH[0], target_language=target) == lm.translate(
         ENGLISH[0], source_language=source, target_language=target
     ), "the source too"

@@ -86,7 +86,7 @@ def test_metrics_count(server):
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(lines['jaxlm_requests_total{path="/v1/completions",status="200"}']) >= 1
     assert float(lines["jaxlm_open_requests"]) == 0
-    assert 'jaxlm_engine_tokens_written_total{model="tiny"}' in lines
+    assert 'jaxlm_engine_generated_tokens_total{model="tiny"}' in lines
 
 
 def test_keys_are_asked_for(lms, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.inference.detokenizer import Detokenizer
 from jaxlm.inference.engine.block_allocator import BlockAllocator
 from jaxlm.inference.engine.constraints import Grammars
-from jaxlm.inference.engine.requests import Event, Finish, Request, Stats, TokenLogprob
+from jaxlm.inference.engine.requests import Event, FinishReason, Request, Stats, TokenLogprob
 from jaxlm.inference.engine.runner import Draws, Runner
 from jaxlm.inference.engine.scheduler import Scheduler, Sequence
 from jaxlm.inference.generation_config import PLAIN
@@ -30,8 +30,8 @@ class Engine:
     """A model that serves requests. For one thread at a time."""
 
     def __init__(
-        self, lm, *, slots: int = 8, context: int | None = None, page: int = 16, pages: int | None = None,
-        chunk: int = 256, kv_cache: KVCache | None = None, draft=None, guesses: int = 4,
+        self, lm, *, slots: int = 8, context: int | None = None, page_size: int = 16, num_pages: int | None = None,
+        prefill_chunk: int = 256, kv_cache: KVCache | None = None, draft=None, num_draft_tokens: int = 4,
     ):
         """``lm`` has ``config``, ``params``, ``tokenizer`` and ``generation``, and runs on the mesh that its parameters
         lie on: best on one that splits "tensor" alone, for the cache is split by heads and nothing else.
@@ -39,26 +39,29 @@ class Engine:
         Args:
             slots: sequences that run at once.
             context: tokens of a prompt and its continuation at most; None: what the model reads, up to 2,048.
-            page: tokens in a page of the cache.
-            pages: of the cache, for all sequences together; None: as many as all slots could need.
-            chunk: tokens of prompts that are read at a step at most.
+            page_size: tokens in a page of the cache.
+            num_pages: of the cache, for all sequences together; None: as many as all slots could need.
+            prefill_chunk: tokens of prompts that are read at a step at most.
             kv_cache: how keys and values are kept (``nn.attention.kv_cache``); None: as the model has it.
             draft: a model of the same tokens that guesses ahead, such as a compressed copy of ``lm``.
-            guesses: how many tokens it guesses at a step.
+            num_draft_tokens: how many tokens it guesses at a step.
 
         UserError where the model or an option is of no use.
         """
         models = [lm] if draft is None else [lm, draft]
         self.context = _context([model.config for model in models], context)
-        needed = -(-self.context // page) if page > 0 else 1
-        options = {"slots": slots, "page": page, "chunk": chunk, "guesses": guesses}
+        needed = -(-self.context // page_size) if page_size > 0 else 1
+        options = {
+            "slots": slots, "page_size": page_size, "prefill_chunk": prefill_chunk,
+            "num_draft_tokens": num_draft_tokens,
+        }
         for name, value in options.items():
             if value < 1:
                 raise UserError(f"{name} is {value}: give 1 or more")
-        pages = slots * needed if pages is None else pages
-        if pages < needed:
+        num_pages = slots * needed if num_pages is None else num_pages
+        if num_pages < needed:
             raise UserError(
-                f"{pages} pages of {page} tokens do not hold one text of {self.context}: give {needed} or more"
+                f"{num_pages} pages of {page_size} tokens do not hold one text of {self.context}: give {needed} or more"
             )
         if draft is not None and draft.config.vocab_size != lm.config.vocab_size:
             raise UserError(
@@ -73,13 +76,14 @@ class Engine:
         self._ends = frozenset(self._generation.eos_token_id or (lm.config.eos_id,))
         self._grammars = Grammars(lm.tokenizer, lm.config.vocab_size, tuple(sorted(self._ends)))
         self._scheduler = Scheduler(
-            BlockAllocator(pages), slots=slots, size=page, chunk=chunk, drafts=0 if draft is None else guesses
+            BlockAllocator(num_pages), slots=slots, size=page_size, chunk=prefill_chunk,
+            drafts=0 if draft is None else num_draft_tokens,
         )
         self._runner = Runner(
-            models, self._generation, slots=slots, context=self.context, page=page, pages=pages, chunk=chunk,
-            guesses=guesses,
+            models, self._generation, slots=slots, context=self.context, page=page_size, pages=num_pages,
+            chunk=prefill_chunk, guesses=num_draft_tokens,
         )
-        self._stats = Stats(pages=pages)
+        self._stats = Stats(pages=num_pages)
         self._open: dict[int, list[Sequence]] = {}  # what is not finished of each request
         self._best: dict[int, dict[int, list[tuple[float, Event]]]] = {}  # continuations to choose from
         self._events: list[Event] = []
@@ -107,7 +111,7 @@ class Engine:
         chosen = self._best.pop(number, None) is not None
         group = self._open.pop(number, [])
         left = range(group[0].request.n) if chosen else [sequence.index for sequence in group]
-        self._events += [Event(number, index, finish="cancelled") for index in left]
+        self._events += [Event(number, index, finish_reason="cancelled") for index in left]
         for sequence in group:
             self._scheduler.remove(sequence)
 
@@ -117,14 +121,14 @@ class Engine:
         scheduler.grow()
         for sequence, begin, count in scheduler.parts():
             self._runner.read(sequence, begin, count)
-            stats.tokens_read += count
+            stats.prefill_tokens += count
         ready = [sequence for sequence in scheduler.ready() if self._prepare(sequence)]
         if ready:
             guesses = [scheduler.guesses(sequence) for sequence in ready]
             for draws in self._runner.draw(ready, guesses):
                 self._advance(draws)
-                stats.drafts_accepted += len(draws.tokens) - 1
-            stats.drafts += sum(guesses)
+                stats.accepted_tokens += len(draws.tokens) - 1
+            stats.draft_tokens += sum(guesses)
         stats.steps += 1
         events, self._events = self._events, []
         return events
@@ -140,7 +144,7 @@ class Engine:
         scheduler = self._scheduler
         return dataclasses.replace(
             self._stats, running=len(scheduler.running), waiting=len(scheduler.waiting),
-            pages_used=scheduler.ledger.used, tokens_hit=scheduler.hit, preemptions=scheduler.preemptions,
+            pages_used=scheduler.ledger.used, cached_tokens=scheduler.hit, preemptions=scheduler.preemptions,
             compiles=self._runner.compiles,
         )
 
@@ -216,15 +220,15 @@ class Engine:
                 finish = "length"
             if finish:
                 break
-        self._stats.tokens_written += len(tokens)
+        self._stats.generated_tokens += len(tokens)
         sequence.logprob += sum(each.logprob for each in draws.logprobs[: len(tokens)])
         self._scheduler.has_read(sequence, len(sequence.tokens) - 1)
         logprobs = [] if request.logprobs is None else draws.logprobs[: len(tokens)]
         self._tell(sequence, tokens, logprobs, text, finish, message)
 
     def _tell(
-        self, sequence: Sequence, tokens: list[int], logprobs: Rowlike[TokenLogprob], text: str, finish: Finish | None,
-        message: str = "",
+        self, sequence: Sequence, tokens: list[int], logprobs: Rowlike[TokenLogprob], text: str,
+        finish: FinishReason | None, message: str = "",
     ) -> None:
         number, request = sequence.number, sequence.request
         if finish is not None:

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from jaxlm.core.sharding import constrain
 from jaxlm.core.tree import Params
-from jaxlm.inference.engine.requests import MOST_LOGPROBS
+from jaxlm.inference.engine.requests import MAX_LOGPROBS
 from jaxlm.inference.logits_processors import LogitsProcessors
 from jaxlm.inference.sampling import Sampling, row_key, sample, top_k
 from jaxlm.nn.attention.paged import PagedCache, PagePool
@@ -179,7 +179,7 @@ def allowed_only(scores_SxV: Array, rows: Rows) -> Array:
 def logprobs(logits_SxDxV: Array, tokens_SxD: Array, settings: Settings) -> tuple[Array, Array, Array]:
     """Of the tokens, and of the likeliest ones with their ids, by the model itself."""
     S, D, V = logits_SxDxV.shape
-    count = min(MOST_LOGPROBS, V)
+    count = min(MAX_LOGPROBS, V)
 
     def of(logits_SxDxV: Array):
         logp_SxDxV = jax.nn.log_softmax(logits_SxDxV, axis=-1)

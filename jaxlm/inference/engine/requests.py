@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from jaxlm.core.errors import UserError
 
-__all__ = ["Constraint", "Event", "Finish", "Request", "Stats", "TokenLogprob"]
+__all__ = ["Constraint", "Event", "FinishReason", "Request", "Stats", "TokenLogprob"]
 
-MOST_LOGPROBS = 20  # alternatives a token, at most: what is computed where anybody asks for some
-MOST_BIASES = 300  # entries of ``logit_bias``, at most
-Finish = Literal["stop", "length", "cancelled", "error"]
+MAX_LOGPROBS = 20  # alternatives a token, at most: what is computed where anybody asks for some
+MAX_LOGIT_BIASES = 300  # entries of ``logit_bias``, at most
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Request:
             ("presence_penalty", math.isfinite(self.presence_penalty), "a number (0 is off)"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number (0 is off)"),
             ("min_new_tokens", self.min_new_tokens >= 0, "0 or more"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
             ("n", self.n >= 1, "1 or more"),
             ("best_of", self.best_of is None or self.best_of >= self.n, "n or more"),
         ):
@@ -101,8 +101,8 @@ class Request:
                 raise UserError(f"{name} is {getattr(self, name)}: give {wanted}")
         if "" in self.stop:
             raise UserError("an empty stop string stops everything: leave it out")
-        if len(self.logit_bias) > MOST_BIASES:
-            raise UserError(f"logit_bias names {len(self.logit_bias)} tokens: give at most {MOST_BIASES}")
+        if len(self.logit_bias) > MAX_LOGIT_BIASES:
+            raise UserError(f"logit_bias names {len(self.logit_bias)} tokens: give at most {MAX_LOGIT_BIASES}")
         if not all(map(math.isfinite, self.logit_bias.values())):
             raise UserError("logit_bias has a value that is no finite number: give others, such as -100 for never")
         if self.constraint is not None:
@@ -125,16 +125,16 @@ class Event:
     The texts of all events of a continuation are its text: a delta ends between characters, and what might be the
     beginning of a stop string is held back. ``tokens`` have come already where their text is held back; they do not
     have the end token, and have those of a stop string. ``logprobs``, where asked for, are those of ``tokens``.
-    ``finish``: "stop" at an end token, a stop string or the end of what a constraint allows, "length" after
+    ``finish_reason``: "stop" at an end token, a stop string or the end of what a constraint allows, "length" after
     ``max_new_tokens``, "cancelled", or "error", which ``message`` explains.
     """
 
-    request: int
+    request_id: int
     index: int  # which of n
     tokens: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
-    finish: Finish | None = None
+    finish_reason: FinishReason | None = None
     message: str = ""
 
 
@@ -147,11 +147,11 @@ class Stats:
     waiting: int = 0
     pages: int = 0
     pages_used: int = 0
-    tokens_read: int = 0
-    tokens_hit: int = 0
-    tokens_written: int = 0
-    drafts: int = 0
-    drafts_accepted: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
     compiles: int = 0

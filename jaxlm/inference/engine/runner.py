@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlm import nn
 from jaxlm.core.tree import Params
 from jaxlm.inference.engine.programs import Drawn, Rows, Settings, draw, read, seat, start
-from jaxlm.inference.engine.requests import MOST_BIASES, TokenLogprob
+from jaxlm.inference.engine.requests import MAX_LOGIT_BIASES, TokenLogprob
 from jaxlm.inference.engine.scheduler import Sequence
 from jaxlm.inference.engine.speculation import speculate
 from jaxlm.inference.generation_config import GenerationConfig
@@ -196,8 +196,8 @@ def _no_settings(slots: int, vocabulary: int) -> Settings:
 
     return Settings(
         Sampling.rows(slots), np.zeros(slots, np.uint32), np.zeros((slots, 2), np.uint32), numbers(), numbers(),
-        numbers(), numbers(-1), reals(1.0), reals(), reals(), np.full((slots, MOST_BIASES), vocabulary, np.int32),
-        np.zeros((slots, MOST_BIASES), np.float32), np.zeros(slots, bool),
+        numbers(), numbers(-1), reals(1.0), reals(), reals(), np.full((slots, MAX_LOGIT_BIASES), vocabulary, np.int32),
+        np.zeros((slots, MAX_LOGIT_BIASES), np.float32), np.zeros(slots, bool),
     )
 
 

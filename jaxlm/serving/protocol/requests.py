@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from jaxlm.inference.engine.requests import MOST_BIASES, MOST_LOGPROBS
+from jaxlm.inference.engine.requests import MAX_LOGIT_BIASES, MAX_LOGPROBS
 
 MOST_CHOICES = 128
 MOST_SENTENCES = 64
@@ -88,7 +88,7 @@ class Sampled(Neutral):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     logit_bias: Annotated[
         dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
-        Field(max_length=MOST_BIASES),
+        Field(max_length=MAX_LOGIT_BIASES),
     ] | None = None
     response_format: ResponseFormat | None = None
 
@@ -100,7 +100,7 @@ class CompletionRequest(Sampled):
         list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)
     ] = Field(description="a text, several texts, or their tokens")
     echo: bool | None = None
-    logprobs: Int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: Int | None = Field(None, ge=1, le=MOST_CHOICES)
     suffix: Literal[""] | None = None
 
@@ -122,7 +122,7 @@ class ChatRequest(Sampled):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: Int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
-    top_logprobs: Int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
 
 class TranslationRequest(Neutral):

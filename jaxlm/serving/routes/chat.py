@@ -69,11 +69,11 @@ class Answer:
                 yield self._chunk(ChatDelta(index=i, delta=Delta(role="assistant", content="")))
             async for _, event in within(self.seconds, aiter(stream)):
                 written += len(event.tokens)
-                if event.text or event.logprobs or event.finish:
+                if event.text or event.logprobs or event.finish_reason:
                     delta = Delta(content=event.text) if event.text or event.logprobs else Delta()
                     yield self._chunk(ChatDelta(
                         index=event.index, delta=delta, logprobs=self._logprobs(event.logprobs),
-                        finish_reason=event.finish,
+                        finish_reason=event.finish_reason,
                     ))
         finally:
             stream.close()
@@ -87,7 +87,7 @@ class Answer:
         return ChatChoice(
             index=index, message=AnswerMessage(content="".join(event.text for event in events)),
             logprobs=self._logprobs([each for event in events for each in event.logprobs]),
-            finish_reason=events[-1].finish,
+            finish_reason=events[-1].finish_reason,
         )
 
     def _logprobs(self, tokens: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> ChatLogprobs | None:

@@ -97,7 +97,7 @@ class Completions:
             if stream is not None:
                 async for place, event in within(self.seconds, aiter(stream)):
                     written += len(event.tokens)
-                    if event.tokens or event.text or event.finish:
+                    if event.tokens or event.text or event.finish_reason:
                         yield Completion(**self._head, choices=[self._choice(place, event)])
         finally:
             if stream is not None:
@@ -148,7 +148,7 @@ class Completions:
             tokens = [(each.token, each.logprob, each.top[: self.body.logprobs]) for each in event.logprobs]
             logprobs = self._listed(out, tokens, 0)
         return CompletionChoice(
-            index=place * self.n + event.index, text=event.text, logprobs=logprobs, finish_reason=event.finish
+            index=place * self.n + event.index, text=event.text, logprobs=logprobs, finish_reason=event.finish_reason
         )
 
 

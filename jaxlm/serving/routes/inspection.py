@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.evaluation.insight import inspect_tokens
-from jaxlm.inference.translate import into_language, start_token
+from jaxlm.inference.translate import decoder_start_token, generation_for_language
 from jaxlm.serving.models import Served
 from jaxlm.serving.protocol.errors import ApiError
 from jaxlm.serving.protocol.requests import MOST_INSPECTED, InspectRequest
@@ -56,10 +56,10 @@ def _inputs(served: Served, body: InspectRequest) -> list[list[int]]:
     if not served.translates:
         rows = [prompt_tokens(served, body.text)]
     else:
-        generation = into_language(lm)
+        generation = generation_for_language(lm)
         said = lm.tokenizer.encode(body.target or "")
         first = generation.forced_bos_token_id
-        begin = [start_token(lm.config, generation), *([] if first is None else [first])]
+        begin = [decoder_start_token(lm.config, generation), *([] if first is None else [first])]
         rows = [*sources(lm, [body.text], None, most), [*begin, *said]]
     if (longest := max(map(len, rows))) > most:
         raise UserError(f"the text has {longest} tokens and {most} can be looked into: shorten it")

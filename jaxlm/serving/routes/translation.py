@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from jaxlm.core.errors import UserError
-from jaxlm.inference.translate import Hypothesis, encode_sources, into_language, search_tokens
+from jaxlm.inference.translate import Hypothesis, encode_sources, generation_for_language, search_translations
 from jaxlm.serving.protocol.requests import MOST_SENTENCES
 from jaxlm.serving.worker import Worker, answer
 
@@ -82,8 +82,8 @@ class TranslationWorker(Worker):
         return batch
 
     def _search(self, how: Sentences, rows: Sequence[Sequence[int]]) -> list[list[Hypothesis]]:
-        return search_tokens(
-            self._lm, rows, into_language(self._lm, how.target_language), beam=how.beam,
+        return search_translations(
+            self._lm, rows, generation_for_language(self._lm, how.target_language), beam=how.beam,
             length_penalty=how.length_penalty, max_length=how.max_length,
         )
 

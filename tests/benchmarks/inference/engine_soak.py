@@ -32,8 +32,8 @@ def main() -> None:
     lm = LM(config, graphdef, jax.tree.map(lambda x: 2 * x, params))
     near = jax.tree.map(lambda x: x + 0.01 * np.sin(np.arange(x.size)).reshape(x.shape), lm.params)
     draft = dataclasses.replace(lm, params=near) if args.draft else None
-    options = {"slots": 8, "context": 96, "page": 8, "chunk": 32, "draft": draft, "guesses": 3}
-    engine = Engine(lm, pages=20, **options)
+    options = {"slots": 8, "context": 96, "page_size": 8, "prefill_chunk": 32, "draft": draft, "num_draft_tokens": 3}
+    engine = Engine(lm, num_pages=20, **options)
     engine.warm_up()
     rng = np.random.default_rng(0)
     shared = rng.integers(8, 64, 40).tolist()
@@ -50,16 +50,16 @@ def main() -> None:
         tokens: list[int] = []
         while alone.busy:
             for event in alone.step():
-                assert event.request == number
+                assert event.request_id == number
                 tokens += event.tokens
         whole = tokens if finish[i] != "cancelled" else tokens[: len(said[i])]
         mixed += said[i] != whole
     resident, arrays = np.array(memory, float)[len(memory) // 4 :].T  # the first quarter fills things up
     early, late = (np.median(part) for part in np.array_split(resident, 3)[::2])
     print(
-        f"{args.requests} requests, {stats.tokens_written} tokens in {seconds:.0f} s, stopped {stats.preemptions} "
-        f"times, {stats.tokens_hit} of {stats.tokens_hit + stats.tokens_read} tokens of prompts found, "
-        f"{stats.drafts_accepted} of {stats.drafts} guesses kept"
+        f"{args.requests} requests, {stats.generated_tokens} tokens in {seconds:.0f} s, stopped {stats.preemptions} "
+        f"times, {stats.cached_tokens} of {stats.cached_tokens + stats.prefill_tokens} tokens of prompts found, "
+        f"{stats.accepted_tokens} of {stats.draft_tokens} guesses kept"
     )
     print(
         f"said something else alone: {mixed}; pages in use at the end: {stats.pages_used}; resident {early:.1f} MiB in "
@@ -92,12 +92,12 @@ def crowd(engine: Engine, requests: list[Request], cancelled: set[int], rng: np.
         for key in [key for key, i in number.items() if i in cancelled and rng.random() < 0.05]:
             engine.cancel(key)
         for event in engine.step():
-            i = number[event.request]
+            i = number[event.request_id]
             assert i not in finish, "told of what is finished"
             said[i] += event.tokens
-            if event.finish:
-                finish[i] = event.finish
-                del number[event.request]
+            if event.finish_reason:
+                finish[i] = event.finish_reason
+                del number[event.request_id]
         if step % 10 == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             memory.append((pages * 4096 / 2**20, len(jax.live_arrays())))

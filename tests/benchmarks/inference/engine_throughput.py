@@ -103,7 +103,7 @@ def run_jaxlm(args, path: Path) -> Callable[[list[Job]], Clock]:
             if not engine.busy:
                 clock.wait(seen)
             for event in engine.step():
-                clock.told(number[event.request], len(event.tokens))
+                clock.told(number[event.request_id], len(event.tokens))
         return clock
 
     return serve

@@ -34,12 +34,12 @@ def serve(
         if not engine.busy:
             return answers
         for event in engine.step():
-            answer = answers.setdefault((event.request, event.index), Answer())
+            answer = answers.setdefault((event.request_id, event.index), Answer())
             assert answer.finish is None, "nothing is told of what is finished"
             answer.tokens += event.tokens
             answer.text += event.text
             answer.logprobs += event.logprobs
-            answer.finish = event.finish
+            answer.finish = event.finish_reason
             answer.pieces.append(event.text)
         step += 1
         assert step < 10_000, "it never ends"

@@ -25,7 +25,7 @@ MODELS = {
         "expert_ffn": 24, "layers": 3, "dense_layers": (0,),
     },
 }
-SHAPE = {"slots": 3, "context": 64, "page": 4, "chunk": 16}
+SHAPE = {"slots": 3, "context": 64, "page_size": 4, "prefill_chunk": 16}
 
 
 def prompts(count: int, seed: int = 0, most: int = 40) -> list[tuple[int, ...]]:
@@ -73,33 +73,33 @@ def check_against_generate(lm, engine: Engine, *, count: int = 14, seed: int = 0
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_that_of_generate(name):
     lm = decoder(**MODELS[name])
-    engine = Engine(lm, **SHAPE, pages=16)
+    engine = Engine(lm, **SHAPE, num_pages=16)
     check_against_generate(lm, engine)
-    assert engine.stats.tokens_hit and engine.stats.preemptions
+    assert engine.stats.cached_tokens and engine.stats.preemptions
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_rounded_caches_are_those_of_generate(kind):
     lm = decoder(kv_cache=kind)
-    check_against_generate(lm, Engine(decoder(), kv_cache=kind, **SHAPE, pages=16))
+    check_against_generate(lm, Engine(decoder(), kv_cache=kind, **SHAPE, num_pages=16))
 
 
-@pytest.mark.parametrize("guesses", [1, 3])
-def test_guesses_change_nothing(guesses):
+@pytest.mark.parametrize("num_draft_tokens", [1, 3])
+def test_guesses_change_nothing(num_draft_tokens):
     lm = decoder()
     near = jax.tree.map(lambda x: x + 0.004 * np.sin(np.arange(x.size)).reshape(x.shape), lm.params)
     draft = replace(lm, params=near)
-    engine = Engine(lm, draft=draft, guesses=guesses, **SHAPE, pages=17)
+    engine = Engine(lm, draft=draft, num_draft_tokens=num_draft_tokens, **SHAPE, num_pages=17)
     check_against_generate(lm, engine)
-    assert 0.2 < engine.stats.drafts_accepted / engine.stats.drafts < 1
+    assert 0.2 < engine.stats.accepted_tokens / engine.stats.draft_tokens < 1
     assert engine.stats.preemptions
 
 
 def test_a_model_that_guesses_for_itself_is_always_right():
     lm = decoder()
-    engine = Engine(lm, draft=lm, guesses=3, **SHAPE)
+    engine = Engine(lm, draft=lm, num_draft_tokens=3, **SHAPE)
     serve(engine, [Request(row, 20) for row in prompts(6, 3)])
-    assert engine.stats.drafts_accepted > 0.95 * engine.stats.drafts  # products of other shapes round otherwise
+    assert engine.stats.accepted_tokens > 0.95 * engine.stats.draft_tokens  # products of other shapes round otherwise
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def test_nothing_compiles_after_warming_up(kind):
     if kind == "mesh":
         mesh = make_mesh(data=1, tensor=2, devices=jax.devices()[:2])
         lm = replace(lm, params=jax.device_put(lm.params, shardings(lm.params, mesh)))
-    engine = Engine(lm, draft=decoder(layers=1) if kind == "draft" else None, **SHAPE, pages=16)
+    engine = Engine(lm, draft=decoder(layers=1) if kind == "draft" else None, **SHAPE, num_pages=16)
     with compilations() as seen:
         engine.warm_up()
         assert len(seen) >= engine.stats.compiles == 3
@@ -157,15 +157,15 @@ def test_long_prompts_do_not_keep_others_waiting():
     engine.step()
     engine.submit(Request(prompts(1, 5, 60)[0][:1] * 50, 5))
     for _ in range(4):  # parts of 16
-        assert [event.request for event in engine.step()][:1] == [1]
-    assert engine.stats.tokens_read >= 49
+        assert [event.request_id for event in engine.step()][:1] == [1]
+    assert engine.stats.prefill_tokens >= 49
 
 
 def test_copies_read_their_prompt_once():
     engine = Engine(decoder(), **SHAPE)
     row = prompts(1, 1, 30)[0] * 2
     serve(engine, [Request(row[:33], 6, n=3, temperature=1.0, seed=1)])
-    assert engine.stats.tokens_read + engine.stats.tokens_hit == 3 * 32
-    assert engine.stats.tokens_hit == 2 * 32
+    assert engine.stats.prefill_tokens + engine.stats.cached_tokens == 3 * 32
+    assert engine.stats.cached_tokens == 2 * 32
     serve(engine, [Request(row[:33], 6)])
-    assert engine.stats.tokens_hit == 3 * 32
+    assert engine.stats.cached_tokens == 3 * 32

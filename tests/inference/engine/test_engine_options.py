@@ -28,7 +28,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def engine(lm):
-    return Engine(lm, slots=4, context=64, page=4, chunk=16)
+    return Engine(lm, slots=4, context=64, page_size=4, prefill_chunk=16)
 
 
 def answers(engine, *requests):
@@ -155,7 +155,7 @@ def test_what_is_cancelled_ends_and_leaves_nothing(engine):
     engine.cancel(second)
     engine.cancel(second + 17)
     events = engine.step()
-    assert {(event.request, event.index, event.finish) for event in events} == {
+    assert {(event.request_id, event.index, event.finish_reason) for event in events} == {
         (first, 0, "cancelled"), (second, 0, "cancelled"), (second, 1, "cancelled"),
     }
     assert not engine.busy and engine.step() == [] and engine.stats.pages_used == 0
@@ -177,7 +177,7 @@ def test_mistakes_are_named_and_nothing_is_queued(engine, options, named):
 def test_models_and_options_that_are_of_no_use_are_refused():
     for lm, options, named in (
         (lstm(), {}, "kind 'lstm'"), (decoder(), {"slots": 0}, "slots"),
-        (decoder(), {"pages": 3, "context": 64}, "3 pages"),
+        (decoder(), {"num_pages": 3, "context": 64}, "3 pages"),
         (decoder(positions="learned", max_positions=32), {"context": 64}, "give 2 to 32"),
     ):
         with pytest.raises(UserError, match=named):

@@ -45,10 +45,10 @@ def surprise(counts: Counter, expected: dict[tuple[int, int], float]) -> float:
 
 def test_the_distribution_is_that_of_the_model():
     lm, draft = tiny(0), tiny(1)
-    engine = Engine(lm, draft=draft, guesses=2, slots=32, context=16, page=4)
+    engine = Engine(lm, draft=draft, num_draft_tokens=2, slots=32, context=16, page_size=4)
     answers = serve(engine, [Request(PROMPT, 3, temperature=1.0, top_k=KEPT, seed=5, n=SAMPLES)])
     counts = Counter(tuple(answer.tokens[:2]) for answer in answers.values())
     assert len(answers) == SAMPLES and set(counts) <= set(joint(lm))
-    assert 0.2 < engine.stats.drafts_accepted / engine.stats.drafts < 0.9
+    assert 0.2 < engine.stats.accepted_tokens / engine.stats.draft_tokens < 0.9
     assert surprise(counts, joint(lm)) > 0.001
     assert surprise(counts, joint(draft)) < 1e-9  # it would show
