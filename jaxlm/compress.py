@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from jaxlm.compression.report import report as make_report
 from jaxlm.compression.steps import BLOCKS, matching
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import dequantize, is_leaf, merge_adapters
+from jaxlm.core.progress import Progress
 from jaxlm.core.tree import Leaf, Params, flatten
 from jaxlm.data.calibration import calibration_batches, hold_out
 from jaxlm.hf.directory import weight_bytes, write_model
@@ -43,7 +44,7 @@ def compress(
     samples: int = 128,
     context: int = 0,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> LM:
     """A smaller model, by a recipe or to a budget, with a report of each tensor; the same arguments, the same bytes.
 
@@ -104,8 +105,7 @@ def _fit(
         calibration = dataclasses.replace(calibration, batches=kept)
     zeros = isinstance(target, Budget) and bool(target.zeros)
     size = _nonzero if zeros else partial(leaf_bytes, storage=storage)
-    trying = None if progress is None else partial(progress, "trying each kernel")
-    calibrating = dataclasses.replace(calibration, progress=trying)
+    calibrating = dataclasses.replace(calibration, task="trying each kernel")
     seen = survey(lm.config, lm.params, calibrating, size, ways=SPARSITIES if zeros else OPTIONS)
     best = Fit(lm.config, lm.params, calibration, seen, size, storage, name)
     if zeros:
@@ -163,5 +163,5 @@ def _calibration(lm: LM, spec: str, samples: int, context: int, seed: int, progr
         raise UserError(f"{spec!r} holds the id {largest} and the model knows {lm.config.vocab_size}")
     return Calibration(
         batches, lambda config: Walk(config, nn.initializer(config)[0]), seed,
-        None if progress is None else partial(progress, "solving layers"),
+        progress,
     )

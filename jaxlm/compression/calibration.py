@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.core.leaves import Observer
+from jaxlm.core.progress import Progress
 from jaxlm.core.tree import Leaf, Params, flatten
 
 __all__ = ["Block", "Calibration", "gram", "histogram", "moments", "solve_blocks"]
@@ -24,7 +25,6 @@ Batch = tuple[jax.Array, ...]
 Layer = dict[str, Leaf]  # path within a layer -> its leaf, without the layer dimension
 Reading = Mapping[str, jax.Array]
 Measure = Callable[[jax.Array, jax.Array | None, jax.Array | None], Reading]  # see ``core.leaves.Observer``
-Progress = Callable[[int, int], None]  # (layers done, of how many)
 
 BINS = 2048  # of a histogram: 64 for each power of two, the last one ending at 2**16
 _ON_DEVICE = 4 << 30  # bytes of hidden states beyond which they wait in host memory
@@ -52,6 +52,7 @@ class Calibration:
     walk: Callable[[Any], LayerwiseModel]
     seed: int = 0
     progress: Progress | None = None
+    task: str = "solving layers"  # what ``progress`` is told
 
 
 # What a tap measures. Readings of several batches are added, but that of "largest" is the larger one.
@@ -240,5 +241,5 @@ def solve_blocks(
         if done + 1 < len(places):
             states = block.outputs(layer)
         if calibration.progress is not None:
-            calibration.progress(done + 1, len(places))
+            calibration.progress(calibration.task, done + 1, len(places))
     return solved

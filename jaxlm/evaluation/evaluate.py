@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.progress import Progress
 from jaxlm.data.sources.spec import Bitext, Dialogues, open_source
 from jaxlm.evaluation.perplexity import bitext_perplexity, dialogue_perplexity, perplexity
 from jaxlm.evaluation.speed import tokens_per_second
 from jaxlm.inference.translate import beam_settings
-
-Progress = Callable[[str, int, int], None]  # (what, done, of how many)
 
 
 def evaluate(
@@ -55,29 +53,23 @@ def evaluate(
         wanted = "bitext:SRC,TGT or builtin:phrasebook" if not pairs else "text:, jsonl:, chat: or tokens:"
         raise UserError(f"{spec!r} does not fit a {lm.config.kind} model: give it {wanted}")
 
-    def report(what: str):
-        return None if progress is None else lambda done, total: progress(what, done, total)
-
     languages = {"source_language": source_language, "target_language": target_language}
     out: dict[str, Any] = {"data": spec}
     if source.synthetic:
         out |= {"synthetic": True, "note": source.synthetic}
     if pairs:
-        out |= bitext_perplexity(lm, source, batch_size=batch_size, progress=report("scoring"), **languages)
+        out |= bitext_perplexity(lm, source, batch_size=batch_size, progress=progress, **languages)
     elif isinstance(source, Dialogues):
-        out |= dialogue_perplexity(lm, source, context=context, batch_size=batch_size, progress=report("scoring"))
+        out |= dialogue_perplexity(lm, source, context=context, batch_size=batch_size, progress=progress)
     else:
-        out |= perplexity(
-            lm, source, context=context, stride=stride, batch_size=batch_size, progress=report("scoring")
-        )
+        out |= perplexity(lm, source, context=context, stride=stride, batch_size=batch_size, progress=progress)
     if pairs and translations:
         from jaxlm.evaluation.bleu import bleu, translate_corpus  # sacrebleu, only where it is needed
 
         count = min(sentences, len(source.src)) or len(source.src)
-        tell = report("translating")
         found = translate_corpus(
             lm, source, sentences=count, beam=beam, length_penalty=length_penalty, max_length=max_length,
-            progress=None if tell is None else lambda done: tell(done, count), **languages,
+            progress=None if progress is None else lambda done: progress("translating", done, count), **languages,
         )
         used = beam_settings(lm.generation, beam, length_penalty)
         out |= bleu(*found) | {"sentences": count, "beam": used.num_beams, "length_penalty": used.length_penalty}

@@ -7,7 +7,7 @@ tokenizers; figures over tokens do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -17,6 +17,7 @@ from flax import nnx
 from jax import Array
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.progress import Progress
 from jaxlm.data.batches.bitext import Pairs
 from jaxlm.data.batches.encoding import encode
 from jaxlm.data.batches.packing import Batch, PackedDocuments, token_stream
@@ -27,8 +28,6 @@ from jaxlm.inference.translate import target_language as language_into
 _LOGITS = 1 << 26  # logits of one batch, 256 MiB
 _BUCKETS = (16, 32, 64, 128)
 _LONGEST_CONTEXT = 2048  # unless the caller asks for more
-
-Progress = Callable[[int, int], None]  # (done, of how many)
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
@@ -134,7 +133,7 @@ def perplexity(
         context: tokens in a window; 0 is the model's own, at most 2,048.
         stride: tokens from one window to the next; 0 is ``context``.
         batch_size: windows at a time; 0 fits the vocabulary.
-        progress: called with (batches done, batches).
+        progress: called with "scoring", the batches done and all batches.
 
     Returns:
         ``loss`` (nats a token), ``perplexity``, ``word_perplexity``, ``byte_perplexity``, ``bits_per_byte``, ``tokens``
@@ -212,7 +211,7 @@ def _sum(lm, batches, total: int, progress: Progress | None) -> tuple[float, int
         nll += float(np.asarray(row_nll(lm.graphdef, lm.params, batch), np.float64).sum())
         tokens += int(batch["weights"].sum())
         if progress is not None:
-            progress(done, total)
+            progress("scoring", done, total)
     return nll, tokens
 
 

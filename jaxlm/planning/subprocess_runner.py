@@ -11,17 +11,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
+from jaxlm.core.progress import Progress
 from jaxlm.planning.topology import Topology, parse_topology
 from jaxlm.training.config import Experiment
 
 __all__ = ["run_forecast"]
-
-Progress = Callable[[str, int, int], None]
 
 
 def run_forecast(
