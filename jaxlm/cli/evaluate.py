@@ -57,6 +57,6 @@ def _test_data(run: Path) -> str:
         from jaxlm.core.config import from_dict
         from jaxlm.training.config import Experiment
 
-        if spec := from_dict(Experiment, json.loads(path.read_text(encoding="utf-8"))).data.test:
+        if spec := from_dict(Experiment, json.loads(path.read_text(encoding="utf-8")), stored=True).data.test:
             return spec
     raise UserError(f"{run} names no test data of its own; give --data SPEC")

@@ -213,7 +213,7 @@ def solve_blocks(
 
     ``targets`` says which paths are to be solved for; a layer that has none is passed through as it is. With
     ``originals`` blocks have them, and twice as many hidden states are in memory. Returns every layer's place and
-    parameters (see ``segments.join``), and adds to ``notes``.
+    parameters (see ``layer_groups.join``), and adds to ``notes``.
     """
     walk = calibration.walk(config)
     places = list(walk.places())

@@ -58,7 +58,7 @@ class Recipe:
         return params
 
     def run(self, config: Any, params: Params, calibration: Calibration | None = None) -> Compressed:
-        """The compressed model. Parameters may come out in other segments, which the configuration then says.
+        """The compressed model. Parameters may come out in other layer groups, which the configuration then says.
 
         Raises UserError as ``apply``, and where a step needs calibration and there is none.
         """

@@ -16,7 +16,7 @@ from jaxlm.compression.platforms import describe
 from jaxlm.core.leaves import dequantize
 from jaxlm.core.tree import Leaf, Params, flatten
 
-_SEGMENT = re.compile(r"layers/\d+/")
+_LAYER_GROUP = re.compile(r"layers/\d+/")
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ def report(before: Params | None, after: Params, stored: Mapping[str, tuple[int,
 
     ``stored`` gives each path's bytes in the file and how they are coded (``checkpoint.storage.stored``).
     ``sparsity`` is the share of weights that are exactly zero; ``relative_error`` is ``|W - W'| / |W|`` (Frobenius), or
-    None where the weight is not of the shape it was, and without ``before``. Layers may have come into other segments.
+    None where the weight is not of the shape it was, and without ``before``. Layers may have come into other layer_groups.
     """
     dense = {} if before is None else _by_layer(before)
     rows, begin = [], Counter()
     for path, leaf in flatten(after).items():
-        name = _SEGMENT.sub("layers/*/", path)
+        name = _LAYER_GROUP.sub("layers/*/", path)
         old = dense.get(name)
         if name != path and old is not None:
             old = old[begin[name] : begin[name] + leaf.shape[0]]
@@ -59,10 +59,10 @@ def report(before: Params | None, after: Params, stored: Mapping[str, tuple[int,
 
 
 def _by_layer(params: Params) -> dict[str, jax.Array]:
-    """Leaves by path, those of all segments of a stack joined."""
+    """Leaves by path, those of all layer groups of a stack joined."""
     joined: dict[str, list] = {}
     for path, leaf in flatten(params).items():
-        joined.setdefault(_SEGMENT.sub("layers/*/", path), []).append(leaf)
+        joined.setdefault(_LAYER_GROUP.sub("layers/*/", path), []).append(leaf)
     return {name: parts[0] if len(parts) == 1 else _join(parts) for name, parts in joined.items()}
 
 

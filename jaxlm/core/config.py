@@ -11,17 +11,27 @@ import difflib
 import functools
 import math
 import operator
+import re
 import runpy
 import traceback
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from jaxlm.core.errors import UserError
 
-__all__ = ["from_dict", "load_config", "override", "paths", "replace_path", "to_dict"]
+__all__ = ["RENAMED", "current_names", "from_dict", "load_config", "override", "paths", "replace_path", "to_dict"]
+
+# Old name of a field -> its name today. A file that was written under the old name is read as if it had the new one
+# (``from_dict(..., stored=True)``, ``current_names``). Where a user writes the old name, the error names the new one.
+RENAMED: Mapping[str, str] = {
+    "segments": "layer_groups",
+    "encoder_segments": "encoder_layer_groups",
+    "decoder_segments": "decoder_layer_groups",
+    "ring_from": "ring_min_keys",
+}
 
 T = TypeVar("T")
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -37,7 +47,7 @@ def load_config(path: str | Path, name: str = "config") -> Any:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}{_line_of(error, path)}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path}{_line_of(error, path)}: {type(error).__name__}: {error}{_renamed(error)}") from error
     if name not in found:
         raise UserError(f"{path} defines no {name!r}; it must say {name} = ...")
     return found[name]
@@ -48,6 +58,12 @@ def _line_of(error: Exception, path: Path) -> str:
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     lines += [error.lineno] if isinstance(error, SyntaxError) else []
     return f" line {lines[-1]}" if lines else ""
+
+
+def _renamed(error: Exception) -> str:
+    """What follows a TypeError about a keyword that was the name of a field once."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
+    return f"; {found[1]!r} is called {RENAMED[found[1]]!r} now" if found and found[1] in RENAMED else ""
 
 
 def override(config: T, changes: Mapping[str, Any]) -> T:
@@ -68,7 +84,10 @@ def replace_path(config: T, path: str, value: Any) -> T:
 
 def _replace(node: Any, names: list[str], value: Any, path: str, root: Any) -> Any:
     name, rest = names[0], names[1:]
-    hint = _hints(type(node)).get(name)
+    hints = _hints(type(node))
+    hint = hints.get(name)
+    if hint is None and RENAMED.get(name) in hints:
+        raise UserError(f"{path!r} is called {RENAMED[name]!r} now")
     if hint is None:
         raise UserError(f"unknown configuration key {path!r}; the nearest is {_nearest(path, root)!r}")
     current = getattr(node, name)
@@ -113,29 +132,47 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def from_dict(cls: Any, data: Mapping[str, Any]) -> Any:
+def from_dict(cls: Any, data: Mapping[str, Any], *, stored: bool = False) -> Any:
     """The inverse of ``to_dict``. ``cls`` is a dataclass, or a union of them told apart by ``kind``.
 
-    Absent fields keep their defaults. UserError on unknown keys, wrong types and missing fields.
+    Absent fields keep their defaults. ``stored`` says that the data comes from a file, which may have been written when
+    fields had other names (``RENAMED``).
+
+    Raises:
+        UserError: on an unknown key, a value of the wrong type and a missing field, each by its dotted path.
     """
-    return _build(cls, data, "")
+    return _build(cls, data, "", stored=stored)
 
 
-def _build(cls: Any, data: Any, path: str) -> Any:
+def current_names(stored: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    """Fields read from a file, under the names that they have today; ``known`` are the names that there are."""
+
+    def today(name: str) -> str:
+        return RENAMED[name] if name not in known and RENAMED.get(name) in known else name
+
+    return {today(name): value for name, value in stored.items()}
+
+
+def _build(cls: Any, data: Any, path: str, *, stored: bool = False) -> Any:
     where = path or "the configuration"
     if not isinstance(data, Mapping):
         raise UserError(f"{where}: {data!r} is not a group of settings; write an object with named fields")
     cls = _member(cls, data, where)
     hints = _hints(cls)
     prefix = f"{path}." if path else ""
+    data = current_names(data, hints) if stored else data
     for key in data:
+        if RENAMED.get(key) in hints and key not in hints:
+            raise UserError(f"{prefix + key!r} is called {RENAMED[key]!r} now")
         if key not in hints:
             near = difflib.get_close_matches(key, hints, 1, 0.0)[0]
             raise UserError(f"unknown configuration key {prefix + key!r}; the nearest is {prefix + near!r}")
     for field in dataclasses.fields(cls):
         if field.name not in data and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where} lacks {field.name!r}; add it")
-    return cls(**{key: _convert(value, hints[key], prefix + key, parse=False) for key, value in data.items()})
+    return cls(**{
+        key: _convert(value, hints[key], prefix + key, parse=False, stored=stored) for key, value in data.items()
+    })
 
 
 def _member(cls: Any, data: Mapping[str, Any], where: str) -> type:
@@ -159,7 +196,7 @@ def _options(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _convert(value: Any, hint: Any, path: str, *, parse: bool = True) -> Any:
+def _convert(value: Any, hint: Any, path: str, *, parse: bool = True, stored: bool = False) -> Any:
     """``value`` as the annotation wants it; ``parse`` says whether a string may stand for something else."""
     options = _options(hint)
     if types.NoneType in options:
@@ -169,7 +206,7 @@ def _convert(value: Any, hint: Any, path: str, *, parse: bool = True) -> Any:
     if any(dataclasses.is_dataclass(option) for option in options):
         if type(value) in options:
             return value
-        return _build(functools.reduce(operator.or_, options), value, path)
+        return _build(functools.reduce(operator.or_, options), value, path, stored=stored)
     (hint,) = options
     try:
         result = (_read if parse and isinstance(value, str) else _check)(value, hint, path)

@@ -34,12 +34,12 @@ _LONGEST_CONTEXT = 2048  # unless the caller asks for more
 def row_nll(graphdef, params, batch: Batch) -> Array:
     """Summed negative log-likelihood of each row's weighted targets, ``[B]`` float32 in nats.
 
-    ``batch`` holds ``inputs``, ``targets`` and ``weights`` ``[B, T]``, ``segments`` and ``positions`` where documents
+    ``batch`` holds ``inputs``, ``targets`` and ``weights`` ``[B, T]``, ``segment_ids`` and ``positions`` where documents
     are packed, and for a translation model ``src`` ``[B, S]``.
     """
     model = nnx.merge(graphdef, params)
     arguments = (batch["src"], batch["inputs"]) if "src" in batch else (batch["inputs"],)
-    packing = {f"{name}_BxT": batch[name] for name in ("segments", "positions") if name in batch}
+    packing = {f"{name}_BxT": batch[name] for name in ("segment_ids", "positions") if name in batch}
     logits_BxTxV = model(*arguments, **packing).astype(jnp.float32)
     target_BxT = jnp.take_along_axis(logits_BxTxV, batch["targets"][..., None], axis=-1)[..., 0]
     nll_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_BxT

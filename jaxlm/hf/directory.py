@@ -202,7 +202,7 @@ def read_model_config(path: Path) -> ModelConfig:
             raise UserError(f"{file}: {error}") from None
     if not (path / "experiment.json").is_file():
         raise UserError(f"{path} has no config.json; name a model directory or a training run")
-    return from_dict(ModelConfig, read_json(path / "experiment.json").get("model"))
+    return from_dict(ModelConfig, read_json(path / "experiment.json").get("model"), stored=True)
 
 
 def _is_ours(fields: Mapping[str, Any]) -> bool:
@@ -213,7 +213,7 @@ def _config(fields: Mapping[str, Any]) -> ModelConfig:
     if not _is_ours(fields):
         return read_config(fields)
     own = {name: value for name, value in fields.items() if name not in ("jaxlm", "model_type")}
-    config = from_dict(ModelConfig, own | {"kind": fields["model_type"].removeprefix(_PREFIX)})
+    config = from_dict(ModelConfig, own | {"kind": fields["model_type"].removeprefix(_PREFIX)}, stored=True)
     check_sizes(config)
     return config
 
@@ -260,7 +260,7 @@ def _read_run(
     experiment = read_json(run / "experiment.json")
     if experiment.get("lora", {}).get("rank"):
         raise UserError(f"{run} trains adapters and has not written them yet; let it finish")
-    config = from_dict(ModelConfig, experiment.get("model"))
+    config = from_dict(ModelConfig, experiment.get("model"), stored=True)
     mode = "min" if experiment.get("eval", {}).get("metric", "loss") == "loss" else "max"
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run} holds no checkpoint yet; let it train until it has one")

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm import nn
-from jaxlm.core.config import from_dict, to_dict
+from jaxlm.core.config import current_names, from_dict, to_dict
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import is_leaf
 from jaxlm.core.sharding import shardings
@@ -25,7 +25,7 @@ from jaxlm.core.tree import Leaf, Params, flatten, unflatten
 from jaxlm.hf.assemble import assemble, copy
 from jaxlm.hf.families.fields import REQUIRED, Family, Tensor
 from jaxlm.hf.families.registry import FAMILIES, NEUTRAL
-from jaxlm.hf.quantized.coded_leaves import coded_leaf, dense_part, outputs_first, split_segments
+from jaxlm.hf.quantized.coded_leaves import coded_leaf, dense_part, outputs_first, split_layer_groups
 from jaxlm.hf.quantized.layouts import open_weights
 from jaxlm.hf.quantized.matrices import Matrix, MatrixFiles
 from jaxlm.hf.validate import check_sizes, layer_counts
@@ -39,7 +39,7 @@ __all__ = [
 # Fields of ours that belong to training or to a process, not to the model: kept beside the family's own.
 RUNTIME = (
     "dtype", "kv_cache", "scan_layers", "remat", "ring_min_keys", "microbatches", "expert_routing", "capacity_factor",
-    "dropout", "attention_dropout", "ffn_dropout", "segments", "encoder_segments", "decoder_segments",
+    "dropout", "attention_dropout", "ffn_dropout", "layer_groups", "encoder_layer_groups", "decoder_layer_groups",
 )
 _LAYERS = re.compile(r"(.*?)layers/(\d+)/(.*)")
 
@@ -60,7 +60,7 @@ def read_hf(
     ``fields`` are those of its config.json and ``config`` what they say (``read_config``). Each tensor is read once, on
     a mesh each device's part by itself, and put where it belongs on the device: this process's memory holds at most one
     tensor besides the parameters. Quantized matrices stay so, and layers quantized in another way than their neighbours
-    become segments of their own. The facts are ``bytes_on_disk`` (of the weights), ``tensor_bytes`` (of each parameter)
+    become layer groups of their own. The facts are ``bytes_on_disk`` (of the weights), ``tensor_bytes`` (of each parameter)
     and ``notes``.
 
     UserError where a tensor is missing, superfluous or of the wrong shape.
@@ -74,7 +74,7 @@ def read_hf(
     files = _Prefixed(family, files)
     config = _untie(family, config, files)
     like, rows = _plan(family, config, files)
-    if files.files.matrices and (split := split_segments(config, _grids(files, rows))) != config:
+    if files.files.matrices and (split := split_layer_groups(config, _grids(files, rows))) != config:
         config = split
         like, rows = _plan(family, config, files)
     values, flat = complete(family, fields), flatten(like)
@@ -101,6 +101,7 @@ def ours(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_runtime(config: ModelConfig, runtime: Mapping[str, Any]) -> ModelConfig:
     """The configuration with the fields of ``RUNTIME`` as they were saved."""
+    runtime = current_names(runtime, RUNTIME) if isinstance(runtime, dict) else runtime
     if not isinstance(runtime, dict) or not set(runtime) <= set(RUNTIME):
         raise UserError(f"jaxlm: runtime = {runtime!r} is not understood; remove it")
     config = from_dict(type(config), to_dict(config) | runtime)

@@ -28,9 +28,9 @@ def check_sizes(config: ModelConfig) -> None:
     if isinstance(config, LSTMConfig):
         return
     for counted in layer_counts(config):
-        segments, layers = getattr(config, counted.replace("layers", "segments")), getattr(config, counted)
-        if segments and (min(segments) < 1 or sum(segments) != layers):
-            raise UserError(f"{counted.replace('layers', 'segments')} = {segments} are not {layers} layers")
+        layer_groups, layers = getattr(config, counted.replace("layers", "layer_groups")), getattr(config, counted)
+        if layer_groups and (min(layer_groups) < 1 or sum(layer_groups) != layers):
+            raise UserError(f"{counted.replace('layers', 'layer_groups')} = {layer_groups} are not {layers} layers")
     if config.experts and not 1 <= config.experts_per_token <= config.experts:
         raise UserError(f"{config.experts_per_token} experts a token are not from 1 to the {config.experts} there are")
     if config.positions == "rotary" and (config.d_rotary % 2 or config.d_rotary > config.d_head):

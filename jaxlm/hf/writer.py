@@ -45,8 +45,8 @@ def express(config: ModelConfig, *, exactly: bool = True) -> dict[str, Any] | No
 
 
 def _structure(config: ModelConfig):
-    """Of the parameters, in as few segments as possible."""
-    names = ("segments", "encoder_segments", "decoder_segments")
+    """Of the parameters, in as few layer groups as possible."""
+    names = ("layer_groups", "encoder_layer_groups", "decoder_layer_groups")
     blank = {name: () for name in names if hasattr(config, name)}
     return jax.tree.structure(nn.abstract(dataclasses.replace(config, **blank))[1])
 
@@ -186,9 +186,9 @@ def _place(ours: Mapping[str, Any], config: ModelConfig, path: str, layer: int |
         path = "embed/table"
     if layer is not None:
         prefix, rest_of_path = layer_path(path)
-        for segment, run in enumerate(layers_of(config, prefix.rstrip("/"))):
+        for layer_group, run in enumerate(layers_of(config, prefix.rstrip("/"))):
             if layer in run:
-                return f"{prefix}layers/{segment}/{rest_of_path}", (layer - run[0], *rest)
+                return f"{prefix}layers/{layer_group}/{rest_of_path}", (layer - run[0], *rest)
     return path, ()
 
 

@@ -122,7 +122,7 @@ class DecoderConfig(StackConfig):
 
     kind: Literal["decoder"] = "decoder"
     layers: int = 6
-    segments: tuple[int, ...] = ()  # layers in each scanned run; () is as few runs as layers of equal shape allow
+    layer_groups: tuple[int, ...] = ()  # layers in each scanned run; () is as few runs as layers of equal shape allow
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class Seq2SeqConfig(StackConfig):
     kind: Literal["seq2seq"] = "seq2seq"
     encoder_layers: int = 6
     decoder_layers: int = 6
-    encoder_segments: tuple[int, ...] = ()
-    decoder_segments: tuple[int, ...] = ()
+    encoder_layer_groups: tuple[int, ...] = ()
+    decoder_layer_groups: tuple[int, ...] = ()
     decoder_heads: int = 0  # 0: as the encoder
     decoder_ffn: int = 0
     src_vocab_size: int = 0  # 0: one vocabulary and one embedding for both sides

@@ -29,41 +29,41 @@ class DecoderLM(nnx.Module):
         self,
         tokens_BxT: jax.Array,
         *,
-        segments_BxT: jax.Array | None = None,
+        segment_ids_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Logits ``[B, T, V]`` in float32: ``forward`` without the routing."""
-        return self.forward(tokens_BxT, segments_BxT=segments_BxT, positions_BxT=positions_BxT, key=key)[0]
+        return self.forward(tokens_BxT, segment_ids_BxT=segment_ids_BxT, positions_BxT=positions_BxT, key=key)[0]
 
     def forward(
         self,
         tokens_BxT: jax.Array,
         *,
-        segments_BxT: jax.Array | None = None,
+        segment_ids_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing | None]:
         """Logits ``[B, T, V]`` in float32, and what the routers did, where there are experts.
 
-        Where several documents share a row, ``segments`` numbers them (they do not see each other) and ``positions``
+        Where several documents share a row, ``segment_ids`` numbers them (they do not see each other) and ``positions``
         restarts in each. Dropout needs a ``key``.
         """
         x_BxTxD = embed(self.embed, tokens_BxT, self.config)
-        x_BxTxD, routing, _ = self.decoder(x_BxTxD, segments_BxT=segments_BxT, positions_BxT=positions_BxT, key=key)
+        x_BxTxD, routing, _ = self.decoder(x_BxTxD, segment_ids_BxT=segment_ids_BxT, positions_BxT=positions_BxT, key=key)
         return head_logits(self, x_BxTxD), routing
 
     def with_states(
         self,
         tokens_BxT: jax.Array,
         *,
-        segments_BxT: jax.Array | None = None,
+        segment_ids_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Logits as of a call, and what each layer gave, ``[L, B, T, D]``."""
         x_BxTxD, _, states_LxBxTxD = self.decoder(
-            embed(self.embed, tokens_BxT, self.config), segments_BxT=segments_BxT, positions_BxT=positions_BxT, key=key,
+            embed(self.embed, tokens_BxT, self.config), segment_ids_BxT=segment_ids_BxT, positions_BxT=positions_BxT, key=key,
             states=True,
         )
         return head_logits(self, x_BxTxD), states_LxBxTxD

@@ -25,16 +25,16 @@ State = tuple[jax.Array, jax.Array | None]  # what layers pass on: [B, T, D], an
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Place:
-    """Where a layer's parameters are: in row ``row`` of those of a segment."""
+    """Where a layer's parameters are: in row ``row`` of those of a layer_group."""
 
     side: Literal["encoder", "decoder"] = field(metadata={"static": True})
-    segment: int = field(metadata={"static": True})
+    layer_group: int = field(metadata={"static": True})
     row: jax.Array | int
 
     @property
     def prefix(self) -> str:
-        """Of the paths of the segment."""
-        return f"{self.side}/layers/{self.segment}/"
+        """Of the paths of the layer_group."""
+        return f"{self.side}/layers/{self.layer_group}/"
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class LayerwiseModel:
 
     def places(self) -> Iterator[Place]:
         for side in ("encoder", "decoder") if self.config.kind == "seq2seq" else ("decoder",):
-            for segment, run in enumerate(layers_of(self.config, side)):
-                yield from (Place(side, segment, row) for row in range(len(run)))
+            for layer_group, run in enumerate(layers_of(self.config, side)):
+                yield from (Place(side, layer_group, row) for row in range(len(run)))
 
     def enter(self, params: Params, batch: Batch) -> State:
         """What the first layer is given."""
@@ -66,9 +66,9 @@ class LayerwiseModel:
         model = nnx.merge(self.graphdef, params)
         _, view, _ = _inputs(model, place.side, batch)
         stack = getattr(model, place.side)
-        graphdef, like = nnx.split(stack.layers[place.segment])
+        graphdef, like = nnx.split(stack.layers[place.layer_group])
         block = nnx.merge(graphdef, unflatten(like, dict(layer)))
-        traits = jax.tree.map(lambda each: each[place.row], stack.traits(place.segment))
+        traits = jax.tree.map(lambda each: each[place.row], stack.traits(place.layer_group))
         x_BxTxD, memory = state
         return stack.layer(block, x_BxTxD, view, traits, memory=memory)[0], memory
 

@@ -4,7 +4,7 @@ All devices run one program: the layers are an array ``[stages, layers of a stag
 one ``[stages, rows, ...]``, both sharded over ``stage``. At each tick every stage runs its layers on its microbatch
 (``vmap``), and the array of microbatches shifts by one stage, which is a collective permute (GPipe, arXiv:1811.06965).
 
-A stack of R segments goes around R times: a device holds R runs of layers far apart from each other, and a microbatch
+A stack of R layer groups goes around R times: a device holds R runs of layers far apart from each other, and a microbatch
 leaving the last stage re-enters the first, until it has seen all of them. That divides the time during which stages
 wait by R (the interleaved schedule of Megatron-LM, arXiv:2104.04473, section 2.2). Microbatches go around in groups of
 as many as there are stages, so that one that re-enters finds its place free.
@@ -63,17 +63,17 @@ def stages_in_use() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get("stage", 1)
 
 
-def make_schedule(segments: Sequence[Sequence[int]], stages: int, microbatches: int) -> Schedule:
-    """The schedule of a stack with these layers in its segments, which are its repeats; ``microbatches`` 0: as many as
+def make_schedule(layer_groups: Sequence[Sequence[int]], stages: int, microbatches: int) -> Schedule:
+    """The schedule of a stack with these layers in its layer groups, which are its repeats; ``microbatches`` 0: as many as
     there are stages. UserError where layers or microbatches do not divide."""
     if microbatches < 0:
         raise UserError(f"model.microbatches is {microbatches}; it must not be negative")
     microbatches = microbatches or stages
-    sizes = [len(run) for run in segments]
+    sizes = [len(run) for run in layer_groups]
     if len(set(sizes)) > 1 or sizes[0] % stages:
         fitting = math.ceil(sum(sizes) / stages) * stages
         raise UserError(
-            f"segments of {' and '.join(map(str, sizes))} layers do not divide among {stages} stages; make them equal "
+            f"layer groups of {' and '.join(map(str, sizes))} layers do not divide among {stages} stages; make them equal "
             f"multiples of {stages}, such as one of {fitting}, or choose another mesh.stage"
         )
     if len(sizes) > 1 and microbatches % stages:
@@ -90,7 +90,7 @@ def flow(
 ) -> tuple[jax.Array, Any]:
     """The output of all layers for ``x``, and what they count, summed over the microbatches.
 
-    ``repeats`` has, a segment, a tree of arrays ``[layers, ...]``. ``along`` is a tree of activations ``[B, ., D]``
+    ``repeats`` has, a layer group, a tree of arrays ``[layers, ...]``. ``along`` is a tree of activations ``[B, ., D]``
     that each microbatch takes with it, and ``view`` one of arrays ``[B, ...]``, or ``[1, ...]`` where all rows share
     it, that are looked up (a gradient through those of B rows would cost more than taking them along).
 

@@ -1,6 +1,6 @@
-"""A stack of Transformer layers: encoder or decoder, full sequence or cached, scanned in segments.
+"""A stack of Transformer layers: encoder or decoder, full sequence or cached, scanned in layer_groups.
 
-A segment is a run of layers of one shape and one representation. It is a ``Block`` whose every parameter has a
+A layer group is a run of layers of one shape and one representation. It is a ``Block`` whose every parameter has a
 leading layer dimension; ``lax.scan`` walks it, so that compile time does not grow with depth.
 """
 
@@ -131,7 +131,7 @@ class Block(nnx.Module):
         return norm(x) if position == "post" else x
 
 
-def segment(config: StackConfig, layers: int, *, cross: bool, experts: bool, depth: int, rngs: nnx.Rngs) -> Block:
+def layer_group(config: StackConfig, layers: int, *, cross: bool, experts: bool, depth: int, rngs: nnx.Rngs) -> Block:
     """A Block whose parameters are those of ``layers`` layers, stacked."""
 
     def block(rngs):
@@ -143,22 +143,22 @@ def segment(config: StackConfig, layers: int, *, cross: bool, experts: bool, dep
     return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: block(nnx.Rngs(0)))), state)
 
 
-def runs(config: StackConfig, layers: int, segments: tuple[int, ...] = ()) -> list[range]:
-    """The layers of each segment: as asked for, else as few segments as layers with and without experts allow."""
-    if not segments:
+def runs(config: StackConfig, layers: int, layer_groups: tuple[int, ...] = ()) -> list[range]:
+    """The layers of each layer group: as asked for, else as few layer groups as layers with and without experts allow."""
+    if not layer_groups:
         kinds = [has_experts(config, layer) for layer in range(layers)]
-        segments = tuple(len(list(run)) for _, run in itertools.groupby(kinds))
-    ends = list(itertools.accumulate(segments))
-    return [range(end - count, end) for end, count in zip(ends, segments, strict=True)]
+        layer_groups = tuple(len(list(run)) for _, run in itertools.groupby(kinds))
+    ends = list(itertools.accumulate(layer_groups))
+    return [range(end - count, end) for end, count in zip(ends, layer_groups, strict=True)]
 
 
 def layers_of(config: DecoderConfig | Seq2SeqConfig, side: Literal["encoder", "decoder"]) -> list[range]:
-    """The layers of each segment of the model's encoder or decoder."""
+    """The layers of each layer group of the model's encoder or decoder."""
     if isinstance(config, DecoderConfig):
-        return runs(config, config.layers, config.segments)
+        return runs(config, config.layers, config.layer_groups)
     if side == "encoder":
-        return runs(config, config.encoder_layers, config.encoder_segments)
-    return runs(config, config.decoder_layers, config.decoder_segments)
+        return runs(config, config.encoder_layers, config.encoder_layer_groups)
+    return runs(config, config.decoder_layers, config.decoder_layer_groups)
 
 
 def has_experts(config: StackConfig, layer: int) -> bool:
@@ -168,16 +168,16 @@ def has_experts(config: StackConfig, layer: int) -> bool:
 class Stack(nnx.Module):
     """Layers with what surrounds them: absolute positions before, the final norm after."""
 
-    def __init__(self, config: StackConfig, segments: list[range], *, causal: bool, cross: bool, rngs: nnx.Rngs):
-        self.config, self.causal, self.segments = config, causal, tuple(segments)
+    def __init__(self, config: StackConfig, layer_groups: list[range], *, causal: bool, cross: bool, rngs: nnx.Rngs):
+        self.config, self.causal, self.layer_groups = config, causal, tuple(layer_groups)
         learned, rows = config.positions == "learned", config.max_positions + config.position_offset
         self.pos = Embedding(rows, config.width, ("positions", "embed"), rngs=rngs) if learned else None
         self.rel = RelativeBias(config, bidirectional=not causal) if config.positions == "relative" else None
         self.embed_norm = Norm(config.width, config) if config.embed_norm else None
-        depth = segments[-1].stop
+        depth = layer_groups[-1].stop
         self.layers = nnx.List([
-            segment(config, len(run), cross=cross, experts=has_experts(config, run[0]), depth=depth, rngs=rngs)
-            for run in segments
+            layer_group(config, len(run), cross=cross, experts=has_experts(config, run[0]), depth=depth, rngs=rngs)
+            for run in layer_groups
         ])
         self.final_norm = Norm(config.width, config) if config.norm_position != "post" else None
 
@@ -185,7 +185,7 @@ class Stack(nnx.Module):
         self,
         x_BxTxD: jax.Array,
         *,
-        segments_BxT: jax.Array | None = None,
+        segment_ids_BxT: jax.Array | None = None,
         real_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
         memory_BxMxD: jax.Array | None = None,
@@ -199,7 +199,7 @@ class Stack(nnx.Module):
         Tokens see those of their own segment that are real, besides causality.
         """
         x_BxTxD, view, keys = self.enter(
-            x_BxTxD, segments_BxT=segments_BxT, real_BxT=real_BxT, positions_BxT=positions_BxT,
+            x_BxTxD, segment_ids_BxT=segment_ids_BxT, real_BxT=real_BxT, positions_BxT=positions_BxT,
             memory_mask_BxM=memory_mask_BxM, key=key,
         )
         schedule = self.schedule(stages_in_use())
@@ -224,15 +224,15 @@ class Stack(nnx.Module):
             return None
         if len({jax.tree.structure(nnx.state(block)) for block in self.layers}) > 1:
             raise UserError("a pipeline needs layers that are all alike (with experts or without); set mesh.stage=1")
-        return make_schedule(self.segments, stages, self.config.microbatches)
+        return make_schedule(self.layer_groups, stages, self.config.microbatches)
 
     def enter(
-        self, x_BxTxD, *, segments_BxT=None, real_BxT=None, positions_BxT=None, memory_mask_BxM=None, key=None
+        self, x_BxTxD, *, segment_ids_BxT=None, real_BxT=None, positions_BxT=None, memory_mask_BxM=None, key=None
     ):
-        """What the first layer is given, of the arguments of a call: its input, the view, and a key a segment."""
+        """What the first layer is given, of the arguments of a call: its input, the view, and a key a layer_group."""
         T = x_BxTxD.shape[1]
         slots = jnp.arange(T)[None]
-        mask_spec = MaskSpec(slots, slots, segments_BxT, segments_BxT, real_BxT, causal=self.causal)
+        mask_spec = MaskSpec(slots, slots, segment_ids_BxT, segment_ids_BxT, real_BxT, causal=self.causal)
         mask_BxTxS = None if uses_ring(self.config, T, T) else mask_spec.mask()
         positions = slots if positions_BxT is None else positions_BxT
         view = self._view(mask_spec, positions, mask_BxTxS, memory_mask_BxM)
@@ -252,27 +252,27 @@ class Stack(nnx.Module):
         cache, mask_spec, mask, positions = cache.extend(T)
         view = self._view(mask_spec, positions, mask, cache.memory_mask)
         x_BxTxD = self._enter(x_BxTxD, positions, None)
-        segments = []
-        for i in range(len(self.segments)):
+        layer_groups = []
+        for i in range(len(self.layer_groups)):
             memory = cache.memory[i] if cache.memory else None
-            x_BxTxD, past, _ = self._run(i, x_BxTxD, view, past=cache.segment(i), memory_kv=memory)
-            segments.append(past)
-        return self.leave(x_BxTxD), cache.written(segments, T)
+            x_BxTxD, past, _ = self._run(i, x_BxTxD, view, past=cache.layer_group(i), memory_kv=memory)
+            layer_groups.append(past)
+        return self.leave(x_BxTxD), cache.written(layer_groups, T)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``length`` slots."""
-        config, layers = self.config, tuple(map(len, self.segments))
+        config, layers = self.config, tuple(map(len, self.layer_groups))
         return Cache.empty(layers, batch, config.n_kv_heads, length, config.d_head, config.kv_cache, config.dtype)
 
     def init_pages(self, pages: int, size: int) -> PagePool:
         """An empty pool of ``pages`` pages with ``size`` slots each."""
-        config, layers = self.config, tuple(map(len, self.segments))
+        config, layers = self.config, tuple(map(len, self.layer_groups))
         return PagePool.empty(layers, pages, config.n_kv_heads, size, config.d_head, config.kv_cache, config.dtype)
 
     def memory_key_values(self, memory_BxMxD: jax.Array) -> tuple[KeyValue, ...]:
-        """Cross-attention keys and values of every layer, ``[L, B, G, M, K]`` a segment."""
+        """Cross-attention keys and values of every layer, ``[L, B, G, M, K]`` a layer_group."""
 
-        def of_segment(block):
+        def of_layer_group(block):
             graphdef, params = nnx.split(block.cross)
 
             def of_layer(layer):
@@ -280,7 +280,7 @@ class Stack(nnx.Module):
 
             return jax.lax.map(of_layer, params)
 
-        return tuple(of_segment(block) for block in self.layers)
+        return tuple(of_layer_group(block) for block in self.layers)
 
     def _view(self, mask_spec: MaskSpec, positions, mask_BxTxS, memory_mask_BxM) -> LayerContext:
         config = self.config
@@ -306,8 +306,8 @@ class Stack(nnx.Module):
         return constrain(dropout(x_BxTxD, config.dropout, key), ACTIVATION_AXES)
 
     def traits(self, i: int) -> Traits:
-        """What tells the layers of segment i apart besides their parameters, ``[L]`` each."""
-        run, cycle = self.segments[i], self.config.windows
+        """What tells the layers of layer group i apart besides their parameters, ``[L]`` each."""
+        run, cycle = self.layer_groups[i], self.config.windows
         windows = jnp.array([cycle[layer % len(cycle)] for layer in run]) if any(cycle) else None
         return windows, jnp.array(run) + 1 if self.config.attention_scale_by_layer else None
 
@@ -333,11 +333,11 @@ class Stack(nnx.Module):
         )
 
     def _run(self, i: int, x_BxTxD, view: LayerContext, *, past=None, memory=None, memory_kv=None, key=None, states=False):
-        """Walks segment i, whose cache is ``past``: its output, its cache, and of each layer (routing, output where
+        """Walks layer group i, whose cache is ``past``: its output, its cache, and of each layer (routing, output where
         ``states``). A memory is given whole (``memory``, projected in each layer) or already projected
         (``memory_kv``)."""
         graphdef, params = nnx.split(self.layers[i])
-        count, traits = len(self.segments[i]), self.traits(i)
+        count, traits = len(self.layer_groups[i]), self.traits(i)
         keys = None if key is None else jax.random.split(key, count)
 
         def body(carry, xs):
@@ -368,9 +368,9 @@ class Stack(nnx.Module):
         return carry, jax.tree.map(lambda *each: jnp.stack(each), *ys)
 
     def _pipeline(self, x_BxTxD, view: LayerContext, schedule: Schedule, memory, key):
-        """Walks all segments; see ``nn.pipeline``. Dropout has a key a layer and microbatch."""
+        """Walks all layer groups; see ``nn.pipeline``. Dropout has a key a layer and microbatch."""
         graphdefs, params = zip(*map(nnx.split, self.layers), strict=True)
-        traits = [(self.traits(i), jnp.array(run)) for i, run in enumerate(self.segments)]
+        traits = [(self.traits(i), jnp.array(run)) for i, run in enumerate(self.layer_groups)]
 
         def stage(layers, others, here, x, memory, view, microbatch):
             def body(x, xs):
@@ -383,7 +383,7 @@ class Stack(nnx.Module):
                 x, _, routing = self.layer(block, x, view, layer_traits, memory=memory, key=layer_key)
                 return x, routing
 
-            count = len(self.segments[0]) // schedule.stages
+            count = len(self.layer_groups[0]) // schedule.stages
             body = rematerialised(body, self.config.remat, mapped=True, chosen=others is not None)
             return self._walk(body, x, (layers, others), count)
 

@@ -25,7 +25,7 @@ from jaxlm.training.metrics import read_metrics
 
 __all__ = ["album"]
 
-_OTHER_SEGMENT = re.compile(r"layers/[1-9]\d*/")
+_OTHER_LAYER_GROUP = re.compile(r"layers/[1-9]\d*/")
 
 
 def album(
@@ -90,8 +90,8 @@ def _mesh(params: Params, preset: str, devices: int) -> Picture:
     lies = flatten(shardings(params, there))
     drawn = {}
     for path, leaf in flatten(params).items():
-        if _OTHER_SEGMENT.search(path) or len(leaf.shape) < 2 or "norm" in path:
-            continue  # other segments lie as the first does, and norms everywhere
+        if _OTHER_LAYER_GROUP.search(path) or len(leaf.shape) < 2 or "norm" in path:
+            continue  # other layer groups lie as the first does, and norms everywhere
         part = next((name for name in ("codes", "base", "a") if is_leaf(leaf) and hasattr(leaf, name)), None)
         array, place = (leaf, lies[path]) if part is None else (getattr(leaf, part), getattr(lies[path], part))
         drawn[path.removesuffix("/kernel")] = (tuple(array.shape), place)

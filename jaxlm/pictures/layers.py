@@ -111,7 +111,7 @@ def heatmap(grid: LayerGrid) -> Figure:
 
 
 def _parts(params: Params) -> dict[str, list[Leaf]]:
-    """Kernel -> its stacks of layers, segment after segment."""
+    """Kernel -> its stacks of layers, layer group after layer_group."""
     found: dict[str, dict[int, Leaf]] = {}
     matched = [(match, leaf) for path, leaf in flatten(params).items() if (match := _KERNEL.fullmatch(path))]
     sides = {match[1] for match, _ in matched}

@@ -63,7 +63,7 @@ def train_batch(config: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
             )
         shape, names = (data.batch_size, data.seq_len), ("inputs", "targets")
         packed = data.packing == "documents" or any(f"{form}:" in data.train for form in ("chat", "instruct"))
-        names += ("segments", "positions") if packed else ()
+        names += ("segment_ids", "positions") if packed else ()
     types = dict.fromkeys(names, jnp.int32) | {"weights": jnp.float32}
     layout = batch_sharding(mesh)
     if config.dpo.beta:

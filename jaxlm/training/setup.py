@@ -179,7 +179,7 @@ def _fill(model: ModelConfig, tokenizer: Tokenizer, translates: bool) -> ModelCo
 def _check_unchanged(config: Experiment, run: Path) -> None:
     stored = json.loads((run / "experiment.json").read_text())
     try:
-        stored = json.loads(json.dumps(to_dict(from_dict(Experiment, stored))))  # fields newer than it: their defaults
+        stored = json.loads(json.dumps(to_dict(from_dict(Experiment, stored, stored=True))))  # fields newer than it: their defaults
     except UserError:
         pass  # fields that are no more: the comparison names them
     before, now = _leaves(stored), _leaves(json.loads(json.dumps(to_dict(config))))

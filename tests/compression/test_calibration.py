@@ -153,7 +153,7 @@ def test_joining_untouched_layers_changes_nothing():
         jax.tree.map(np.testing.assert_array_equal, after, params)
 
 
-def test_layers_of_several_representations_become_segments():
+def test_layers_of_several_representations_become_layer_groups():
     config, params, calibration = make("seq2seq")
     walk = walk_of(config)
     bits = iter([4, 3, 8, 8])
@@ -163,7 +163,7 @@ def test_layers_of_several_representations_become_segments():
         kernel = quantize(layer["mlp/up/kernel"], bits=next(bits))
         layers.append((place, layer | {"mlp/up/kernel": kernel}))
     mixed, after = join(config, params, layers)
-    assert (mixed.encoder_segments, mixed.decoder_segments) == ((1, 1), ())
+    assert (mixed.encoder_layer_groups, mixed.decoder_layer_groups) == ((1, 1), ())
     flat = flatten(after)
     assert flat["encoder/layers/1/mlp/up/kernel"].bits == 3 and flat["decoder/layers/0/mlp/up/kernel"].shape[0] == 2
     assert isinstance(flat["encoder/layers/0/mlp/up/kernel"], QArray)

@@ -21,7 +21,7 @@ from jaxlm.core.tree import flatten
 from jaxlm.hf.directory import weight_bytes
 from jaxlm.model import LM, load
 
-DECODER = nn.DecoderConfig(vocab_size=50, width=128, heads=4, kv_heads=2, ffn=160, layers=3, segments=(2, 1))
+DECODER = nn.DecoderConfig(vocab_size=50, width=128, heads=4, kv_heads=2, ffn=160, layers=3, layer_groups=(2, 1))
 CONFIGS = {
     "decoder": DECODER,
     "unrolled": dataclasses.replace(DECODER, scan_layers=False),

@@ -272,7 +272,7 @@ def _rope(rng: random.Random) -> dict[str, Any]:
 
 
 def _runtime(rng: random.Random) -> dict[str, Any]:
-    names = ["dtype", "scan_layers", "remat", "dropout", "segments", "encoder_segments", "decoder_segments", "x"]
+    names = ["dtype", "scan_layers", "remat", "dropout", "layer_groups", "encoder_layer_groups", "decoder_layer_groups", "x"]
     values = [[1, 2], [3], [1, 1, 1], [2, 2], [10**9], [-1, 4], "float32", "full", odd(rng, [1, 2])]
     return {"runtime": {rng.choice(names): rng.choice(values)}}
 

@@ -28,7 +28,7 @@ from jaxlm.training.config import Experiment
 
 TOKENIZER = Tokenizer.train(["the cat sat on the mat"], "char")
 CONFIGS = [
-    DecoderConfig(vocab_size=24, width=32, heads=4, layers=3, segments=(2, 1), windows=(4, 0)),
+    DecoderConfig(vocab_size=24, width=32, heads=4, layers=3, layer_groups=(2, 1), windows=(4, 0)),
     Seq2SeqConfig(vocab_size=24, width=16, heads=2, encoder_layers=1, decoder_layers=2, tie_embeddings=False),
     LSTMConfig(vocab_size=24, width=16),
 ]
@@ -75,7 +75,7 @@ def test_round_trip(tmp_path, config):
 
 def test_a_dense_llama_is_written_as_one(tmp_path):
     config = DecoderConfig(
-        vocab_size=24, width=32, heads=4, layers=3, segments=(2, 1), dropout=0.1, remat="full", kv_cache="int4"
+        vocab_size=24, width=32, heads=4, layers=3, layer_groups=(2, 1), dropout=0.1, remat="full", kv_cache="int4"
     )
     params = random_params(config)
     path = write_model(tmp_path / "m", config, params, TOKENIZER, info={"note": [1]})
@@ -91,9 +91,9 @@ def test_a_dense_llama_is_written_as_one(tmp_path):
     weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
     with pytest.raises(UserError, match=r"model\.safetensors: tensor '.*' is damaged \(its checksum is wrong\)"):
         read_model(path)
-    fields["jaxlm"]["runtime"]["segments"] = [2, 2]
+    fields["jaxlm"]["runtime"]["layer_groups"] = [2, 2]
     (path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"segments = \(2, 2\) are not 3 layers"):
+    with pytest.raises(UserError, match=r"layer_groups = \(2, 2\) are not 3 layers"):
         read_model(path)
 
 

@@ -18,7 +18,7 @@ GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": 
 
 
 def decoder_logits(config, weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
-    """Logits ``[T, V]``; ``weights`` maps parameter paths to float64 arrays, layers stacked in segments."""
+    """Logits ``[T, V]``; ``weights`` maps parameter paths to float64 arrays, layers stacked in layer_groups."""
     scale = np.sqrt(config.width) if config.embed_scale else 1.0
     x = weights["embed/table"][tokens] * scale
     positions = np.arange(len(tokens)) + config.position_offset
@@ -32,9 +32,9 @@ def decoder_logits(config, weights: dict[str, np.ndarray], tokens: list[int]) ->
         x = norm(config, x, weights, "decoder/embed_norm")
     number = 0
     kinds = [config.experts > 0 and i not in config.dense_layers for i in range(config.layers)]
-    segments = config.segments or [len(list(run)) for _, run in itertools.groupby(kinds)]
-    for segment, count in enumerate(segments):
-        prefix = f"decoder/layers/{segment}/"
+    layer_groups = config.layer_groups or [len(list(run)) for _, run in itertools.groupby(kinds)]
+    for layer_group, count in enumerate(layer_groups):
+        prefix = f"decoder/layers/{layer_group}/"
         for i in range(count):
             layer = {k.removeprefix(prefix): v[i] for k, v in weights.items() if k.startswith(prefix)}
             window = config.windows[number % len(config.windows)] if config.windows else 0

@@ -32,9 +32,9 @@ VARIANTS = {
     "relative": dict(positions="relative", activation="geglu_tanh", relative_buckets=8, relative_max_distance=12),
     "gemma": dict(
         qk_norm="head", attention_softcap=5.0, logit_softcap=3.0, windows=(3, 0), head_dim=8, activation="geglu",
-        attention_scale=0.3, embed_scale=True, segments=(1, 2), rope_theta=100.0,
+        attention_scale=0.3, embed_scale=True, layer_groups=(1, 2), rope_theta=100.0,
     ),
-    "scaled-by-layer": dict(attention_scale_by_layer=True, attention_softcap=5.0, segments=(1, 2)),
+    "scaled-by-layer": dict(attention_scale_by_layer=True, attention_softcap=5.0, layer_groups=(1, 2)),
     "reglu-silu": dict(activation="reglu", norm_eps=1e-2, windows=(4,)),
     "silu": dict(activation="silu", scan_layers=False),
     "neox": dict(
@@ -144,7 +144,7 @@ def test_packed_documents_equal_each_alone():
             graphdef,
             params,
             jnp.concatenate([a, b, jnp.zeros((1, 2), int)], 1),
-            segments_BxT=jnp.array([[1] * 6 + [2] * 4 + [0] * 2]),
+            segment_ids_BxT=jnp.array([[1] * 6 + [2] * 4 + [0] * 2]),
             positions_BxT=jnp.array([[*range(6), *range(4), 0, 0]]),
         )
         np.testing.assert_allclose(packed[:, :6], forward(graphdef, params, a), atol=1e-5)
@@ -176,13 +176,13 @@ def test_scan_and_remat_change_nothing_but_the_schedule(changes):
 
 
 def test_segments_of_one_stack_equal_the_stack():
-    config, graphdef, params = make(segments=(1, 2))
+    config, graphdef, params = make(layer_groups=(1, 2))
     flat = flatten(params)
     whole = {
         path: np.concatenate([leaf, flat[path.replace("layers/0/", "layers/1/")]])
         for path, leaf in flat.items() if "layers/0/" in path
     }
-    one_graphdef, like = nn.abstract(dataclasses.replace(config, segments=()))
+    one_graphdef, like = nn.abstract(dataclasses.replace(config, layer_groups=()))
     one = map_params(lambda path, _: jnp.asarray(whole.get(path, flat.get(path))), like)
     batch = tokens()
     np.testing.assert_allclose(forward(one_graphdef, one, batch), forward(graphdef, params, batch), atol=1e-5)

@@ -19,7 +19,7 @@ DECODER = nn.DecoderConfig(vocab_size=31, width=16, heads=4, kv_heads=2, ffn=24,
 SEQ2SEQ = nn.preset("tiny", vocab_size=31, width=16, heads=4, ffn=24, encoder_layers=2, decoder_layers=3)
 CONFIGS = {
     "decoder": DECODER,
-    "windows": dataclasses.replace(DECODER, windows=(3, 0), rope_local_theta=100.0, segments=(2, 1)),
+    "windows": dataclasses.replace(DECODER, windows=(3, 0), rope_local_theta=100.0, layer_groups=(2, 1)),
     "moe": dataclasses.replace(DECODER, experts=4, dense_layers=(0,), norm_position="sandwich"),
     "learned": dataclasses.replace(DECODER, positions="learned", embed_norm=True, scan_layers=False, parallel=True),
     "seq2seq": SEQ2SEQ,

@@ -24,9 +24,9 @@ from jaxlm.training.step import Step, abstract_state, init_state, make_step
 from tests.training.test_step import DECODER, SEQ2SEQ, VOCABULARY, assert_same, batches
 
 ONCE = dataclasses.replace(DECODER, layers=4, microbatches=4, windows=(3, 0), positions="relative")
-TWICE = dataclasses.replace(DECODER, layers=4, segments=(2, 2), microbatches=4, scan_layers=False)
+TWICE = dataclasses.replace(DECODER, layers=4, layer_groups=(2, 2), microbatches=4, scan_layers=False)
 TRANSLATION = dataclasses.replace(
-    SEQ2SEQ, encoder_layers=2, decoder_layers=4, decoder_segments=(2, 2), dropout=0.0, microbatches=2, remat="full"
+    SEQ2SEQ, encoder_layers=2, decoder_layers=4, decoder_layer_groups=(2, 2), dropout=0.0, microbatches=2, remat="full"
 )
 CASES = {
     "once around": (ONCE, dict(stage=4, data=1)),
@@ -43,7 +43,7 @@ def packed(config, count):
             rows, length = batch["inputs"].shape
             cut = np.random.default_rng(0).integers(1, length + 1, (rows, 1))
             place = np.arange(length)[None]
-            batch["segments"] = (place >= cut).astype(np.int32)
+            batch["segment_ids"] = (place >= cut).astype(np.int32)
             batch["positions"] = np.where(place < cut, place, place - cut)
     return data
 
@@ -107,19 +107,19 @@ def outputs(config, stages, rows=8, key=None):
 
 
 def test_dropout_differs_by_layer_and_microbatch_not_by_stage():
-    config = dataclasses.replace(TWICE, dropout=0.0, ffn_dropout=0.5, scan_layers=True, segments=())
+    config = dataclasses.replace(TWICE, dropout=0.0, ffn_dropout=0.5, scan_layers=True, layer_groups=())
     by_two, by_four = (outputs(config, stages, key=jax.random.key(1)) for stages in (2, 4))
     np.testing.assert_allclose(by_two, by_four, atol=1e-5)
     assert len({row.tobytes() for row in by_two}) == 8  # all rows are the same text
 
 
-@pytest.mark.parametrize("segments", [(), (2, 2)])
-def test_remat_in_a_pipeline_keeps_what_its_name_says(segments):
+@pytest.mark.parametrize("layer_groups", [(), (2, 2)])
+def test_remat_in_a_pipeline_keeps_what_its_name_says(layer_groups):
     """Products with parameters differ from stage to stage there, and are kept all the same."""
     tokens = np.zeros((4, 6), np.int32)
 
     def products(remat):
-        config = dataclasses.replace(TWICE, segments=segments, microbatches=2, remat=remat, scan_layers=True)
+        config = dataclasses.replace(TWICE, layer_groups=layer_groups, microbatches=2, remat=remat, scan_layers=True)
         graphdef, like = nn.abstract(config)
         with jax.set_mesh(make_mesh(stage=2, data=4)):
             gradient = jax.grad(lambda params: nnx.merge(graphdef, params)(tokens).sum())
@@ -151,17 +151,17 @@ def test_decoding_on_a_mesh_with_stages():
 
 
 @pytest.mark.parametrize(
-    ("segments", "microbatches", "message"),
+    ("layer_groups", "microbatches", "message"),
     [
-        ((6,), 0, "segments of 6 layers do not divide among 4 stages; .* such as one of 8"),
-        ((4, 8), 0, "segments of 4 and 8 layers do not divide"),
+        ((6,), 0, "layer groups of 6 layers do not divide among 4 stages; .* such as one of 8"),
+        ((4, 8), 0, "layer groups of 4 and 8 layers do not divide"),
         ((4,), -1, "model.microbatches is -1; it must not be negative"),
         ((4, 4), 6, "6 microbatches do not go 2 times around 4 stages; make model.microbatches a multiple of 4"),
     ],
 )
-def test_what_does_not_divide_is_told_in_one_line(segments, microbatches, message):
+def test_what_does_not_divide_is_told_in_one_line(layer_groups, microbatches, message):
     with pytest.raises(UserError, match=message):
-        make_schedule([range(size) for size in segments], 4, microbatches)
+        make_schedule([range(size) for size in layer_groups], 4, microbatches)
 
 
 def test_preparing_a_pipelined_training(tmp_path):
@@ -173,7 +173,7 @@ def test_preparing_a_pipelined_training(tmp_path):
         data = DataConfig(train=f"text:{text}", tokenizer_kind="char", seq_len=8, batch_size=rows)
         return prepare(Experiment(model=model, data=data, mesh=MeshConfig(**sizes)), tmp_path / "run")
 
-    model = nn.DecoderConfig(width=16, heads=2, layers=8, segments=(4, 4), microbatches=8)
+    model = nn.DecoderConfig(width=16, heads=2, layers=8, layer_groups=(4, 4), microbatches=8)
     ready = setup(model, stage=4)
     assert "pipeline of the decoder: 8 microbatches x 2, bubble 15.8%" in ready.report
     with pytest.raises(UserError, match="batch_size 20 cannot be shared evenly by 16"):  # 2 rows x 8 microbatches

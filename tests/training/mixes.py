@@ -87,7 +87,7 @@ def batches(model: str) -> list[dict[str, np.ndarray]]:
             batch["src"] = np.where(np.arange(LENGTH) < ends, source, 0).astype(np.int32)
         else:
             second = np.arange(LENGTH) >= ends
-            batch["segments"] = 1 + second.astype(np.int32)
+            batch["segment_ids"] = 1 + second.astype(np.int32)
             batch["positions"] = (np.arange(LENGTH) - ends * second).astype(np.int32)
         found.append(batch)
     return found

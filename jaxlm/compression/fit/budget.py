@@ -218,7 +218,7 @@ class Fit:
         if (at := self.front.within(limit - beside)) is None:
             least = budget.tell(beside + int(self.front.size[0]), weights)
             raise UserError(f"nothing fits into {budget.tell(limit, weights)}; the least possible is {least}")
-        for _ in range(_ATTEMPTS):  # headers and segments depend on the choice
+        for _ in range(_ATTEMPTS):  # headers and layer groups depend on the choice
             closer = self.front.within(limit - self._beside(at, weigh))
             if closer in (at, None):
                 break
@@ -289,7 +289,7 @@ class Fit:
         return weigh(*join(self.config, self.params, layers)) - alone
 
     def expand(self, model: Compressed) -> Params:
-        """A model's parameters dense, and in the segments of the model at first: one compiled program does for all."""
+        """A model's parameters dense, and in the layer groups of the model at first: one compiled program does for all."""
         places = self.calibration.walk(self.config).places()
         walk, params = self.calibration.walk(model.config), dequantize_tree(model.params)
         layers = [(old, layer_of(params, new)) for old, new in zip(places, walk.places(), strict=True)]

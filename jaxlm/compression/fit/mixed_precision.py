@@ -30,7 +30,7 @@ class Choice:
     """What to do to one kernel: prune the share ``sparsity``, or all but ``n`` of every ``m`` inputs, if any; and round
     it to ``bits``, if any, with zero points, a grid for each ``group`` of inputs (0: an output channel).
 
-    ``kernel`` is its name, ``decoder/3/mlp/up``: the layers of a side are numbered, whatever segments they are in.
+    ``kernel`` is its name, ``decoder/3/mlp/up``: the layers of a side are numbered, whatever layer groups they are in.
     """
 
     kernel: str
@@ -57,7 +57,7 @@ class Choice:
 def kernel_name(walk: LayerwiseModel, place: Any, name: str) -> str:
     """What ``Choice`` calls the kernel ``name`` of the layer at ``place``."""
     of_side = [each for each in walk.places() if each.side == place.side]
-    number = [(each.segment, each.row) for each in of_side].index((place.segment, int(place.row)))
+    number = [(each.layer_group, each.row) for each in of_side].index((place.layer_group, int(place.row)))
     return f"{place.side}/{number}/{name.removesuffix('/kernel')}"
 
 

@@ -59,11 +59,11 @@ def drop_layers(
     flat = []
     for path, variable in nnx.to_flat_state(params):
         if match := where.fullmatch(path_str(path)):
-            segment = int(match[1])
-            if segment not in numbers:
+            layer_group = int(match[1])
+            if layer_group not in numbers:
                 continue
-            path = (*path[:2], numbers[segment], *path[3:])
-            variable = variable.replace(variable.get_value()[np.array(inside[segment])])
+            path = (*path[:2], numbers[layer_group], *path[3:])
+            variable = variable.replace(variable.get_value()[np.array(inside[layer_group])])
         flat.append((path, variable))
     counts = tuple(len(inside[old]) for old in numbers)
     return _with_layers(config, kept, counts, side), nnx.from_flat_state(flat)
@@ -91,6 +91,6 @@ def _with_layers(config: ModelConfig, kept: list[int], counts: tuple[int, ...], 
         "dense_layers": tuple(i for i, (_, is_dense) in enumerate(told) if is_dense),
     }
     runs = tuple(len(list(run)) for _, run in itertools.groupby(kinds, lambda kind: config.experts > 0 and not kind[1]))
-    explicit = getattr(config, f"{prefix}segments")
-    changes[f"{prefix}segments"] = counts if explicit or counts != runs else ()
+    explicit = getattr(config, f"{prefix}layer_groups")
+    changes[f"{prefix}layer_groups"] = counts if explicit or counts != runs else ()
     return dataclasses.replace(config, **changes)

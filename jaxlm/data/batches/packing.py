@@ -83,7 +83,7 @@ class Windows:
 
 
 class PackedDocuments:
-    """Whole documents side by side in rows, none seeing another: ``segments`` numbers them from 1 in each row (0 is
+    """Whole documents side by side in rows, none seeing another: ``segment_ids`` numbers them from 1 in each row (0 is
     padding), ``positions`` counts from 0 in each.
 
     A document of n ids has n - 1 targets; one with more than ``length`` goes in pieces of ``length`` (counted as
@@ -132,7 +132,7 @@ class PackedDocuments:
         return self._count
 
     def take(self, epoch: int, rows_B: np.ndarray) -> Batch:
-        """``inputs``, ``targets``, ``segments``, ``positions`` [B, T] int32 and ``weights`` [B, T] float32 of some
+        """``inputs``, ``targets``, ``segment_ids``, ``positions`` [B, T] int32 and ``weights`` [B, T] float32 of some
         rows; row -1 is all padding. Every epoch has the same rows."""
         n_B = np.where(rows_B < 0, 0, self._first[rows_B + 1] - self._first[rows_B])
         number_P = _within(n_B)  # of a piece in its row
@@ -151,7 +151,7 @@ class PackedDocuments:
         return {
             "inputs": spread(self._ids[at_N], self._pad_id), "targets": spread(self._ids[at_N + 1], self._pad_id),
             "weights": spread(1 if self._learned is None else self._learned[at_N + 1], 0, np.float32),
-            "segments": spread(np.repeat(number_P + 1, size_P)), "positions": spread(position_N),
+            "segment_ids": spread(np.repeat(number_P + 1, size_P)), "positions": spread(position_N),
         }
 
     def report(self) -> dict[str, int | float]:

@@ -80,7 +80,7 @@ class Tensor:
 class Family:
     """How the models of one ``model_type`` are told.
 
-    ``tensors`` maps our paths to theirs; in our paths ``layers/`` stands for ``layers/SEGMENT/``, whose tensors are
+    ``tensors`` maps our paths to theirs; in our paths ``layers/`` stands for ``layers/GROUP/``, whose tensors are
     stacked over layers (and experts). Paths that a configuration does not have are not asked for.
     """
 

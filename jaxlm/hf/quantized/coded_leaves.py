@@ -1,4 +1,4 @@
-"""Quantized matrices of a Hugging Face directory as leaves of ours: cut, stacked, and in segments of one grid."""
+"""Quantized matrices of a Hugging Face directory as leaves of ours: cut, stacked, and in layer groups of one grid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxlm.hf.quantized.matrices import Matrix, Values, matrix_values
 from jaxlm.nn.config import DecoderConfig, ModelConfig
 from jaxlm.nn.stack import layers_of
 
-__all__ = ["coded_leaf", "dense_part", "outputs_first", "split_segments"]
+__all__ = ["coded_leaf", "dense_part", "outputs_first", "split_layer_groups"]
 
 
 def outputs_first(path: str, tensor: Tensor) -> bool:
@@ -26,8 +26,8 @@ def outputs_first(path: str, tensor: Tensor) -> bool:
     return tensor.transposed or path.endswith("/table")
 
 
-def split_segments(config: ModelConfig, grids: Mapping[tuple[str, int], Any]) -> ModelConfig:
-    """The configuration with a segment for every run of layers that are quantized alike.
+def split_layer_groups(config: ModelConfig, grids: Mapping[tuple[str, int], Any]) -> ModelConfig:
+    """The configuration with a layer group for every run of layers that are quantized alike.
 
     ``grids`` tells for each side ("decoder/", "encoder/") and layer how.
     """
@@ -38,11 +38,11 @@ def split_segments(config: ModelConfig, grids: Mapping[tuple[str, int], Any]) ->
     for side, found in sides.items():
         lengths = [
             len(list(run))
-            for segment in layers_of(config, side.rstrip("/"))
-            for _, run in itertools.groupby(segment, key=lambda layer, found=found: found[layer])
+            for layer_group in layers_of(config, side.rstrip("/"))
+            for _, run in itertools.groupby(layer_group, key=lambda layer, found=found: found[layer])
         ]
         if len(lengths) > len(layers_of(config, side.rstrip("/"))):
-            name = "segments" if isinstance(config, DecoderConfig) else f"{side.rstrip('/')}_segments"
+            name = "layer_groups" if isinstance(config, DecoderConfig) else f"{side.rstrip('/')}_layer_groups"
             changes[name] = tuple(lengths)
     return dataclasses.replace(config, **changes)
 

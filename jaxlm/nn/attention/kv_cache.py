@@ -216,11 +216,11 @@ class Cache:
     what it remembers in each slot. So giving a beam another past copies nothing, and a memory is there once a sentence.
     """
 
-    keys: tuple[Kept, ...]  # a segment: [L, B, G, beams, slots, K]
+    keys: tuple[Kept, ...]  # a layer group: [L, B, G, beams, slots, K]
     values: tuple[Kept, ...]
     index: jax.Array  # int32 scalar, the next slot to write
     start: jax.Array  # int32 [B], each sentence's first real slot
-    memory: tuple[KeyValue, ...] = ()  # cross-attention keys and values a segment, each [L, B, G, M, K]
+    memory: tuple[KeyValue, ...] = ()  # cross-attention keys and values a layer group, each [L, B, G, M, K]
     memory_mask: jax.Array | None = None  # bool [B, M]
     writer: jax.Array | None = None  # int32 [B, beams, slots]; None: one beam
 
@@ -228,10 +228,10 @@ class Cache:
     def empty(
         cls, layers: tuple[int, ...], batch: int, heads: int, slots: int, size: int, kind: KVCache, dtype: str
     ) -> Cache:
-        """A cache of ``batch`` rows for segments of so many layers with ``heads`` key/value heads of ``size``."""
+        """A cache of ``batch`` rows for layer groups of so many layers with ``heads`` key/value heads of ``size``."""
 
-        segments = [empty((count, batch, heads, 1, slots, size), kind, dtype) for count in layers]
-        keys, values = zip(*segments, strict=True)
+        layer_groups = [empty((count, batch, heads, 1, slots, size), kind, dtype) for count in layers]
+        keys, values = zip(*layer_groups, strict=True)
         return cls(keys, values, jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
     def replace(self, **changes: Any) -> Cache:
@@ -254,13 +254,13 @@ class Cache:
         positions = jnp.maximum(new_T - jnp.repeat(self.start, beams)[:, None], 0)
         return cache, MaskSpec(slots_q, slots_k), mask, positions
 
-    def segment(self, i: int) -> LayerCache:
-        """That of the first layer of a segment."""
+    def layer_group(self, i: int) -> LayerCache:
+        """That of the first layer of a layer_group."""
         return LayerCache(self.keys[i], self.values[i], jnp.int32(0), self.index)
 
-    def written(self, segments: list[LayerCache], count: int) -> Cache:
+    def written(self, layer_groups: list[LayerCache], count: int) -> Cache:
         """With what the layers wrote: ``count`` slots."""
-        keys, values = (tuple(getattr(each, name) for each in segments) for name in ("keys", "values"))
+        keys, values = (tuple(getattr(each, name) for each in layer_groups) for name in ("keys", "values"))
         return replace(self, keys=keys, values=values, index=self.index + count)
 
     def fork(self, beams: int) -> Cache:
@@ -295,7 +295,7 @@ class Cache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's place in a segment's cache. The whole cache is carried through the scan and written in place:
+    """One layer's place in a layer group's cache. The whole cache is carried through the scan and written in place:
     as scanned inputs and outputs it would be copied at every step."""
 
     keys: Kept  # [L, B, G, beams, slots, K]

@@ -28,16 +28,16 @@ _SPAN = 128  # slots that several queries, or the rows of an accelerator, look a
 class PagePool:
     """Keys and values of all sequences."""
 
-    keys: tuple[Kept, ...]  # a segment: [L, pages, slots of a page, G, K]
+    keys: tuple[Kept, ...]  # a layer group: [L, pages, slots of a page, G, K]
     values: tuple[Kept, ...]
 
     @classmethod
     def empty(
         cls, layers: tuple[int, ...], pages: int, heads: int, size: int, d_head: int, kind: KVCache, dtype: str
     ) -> PagePool:
-        """A pool for segments of so many layers with ``heads`` key/value heads of size ``d_head``."""
-        segments = [empty((count, pages, size, heads, d_head), kind, dtype) for count in layers]
-        keys, values = zip(*segments, strict=True)
+        """A pool for layer groups of so many layers with ``heads`` key/value heads of size ``d_head``."""
+        layer_groups = [empty((count, pages, size, heads, d_head), kind, dtype) for count in layers]
+        keys, values = zip(*layer_groups, strict=True)
         return cls(keys, values)
 
     @property
@@ -72,8 +72,8 @@ class PagedCache:
         slots = jnp.arange(self.table.shape[1] * self.pool.size)[None]
         return self, MaskSpec(new_BxT, slots), None, jnp.where(self.real, new_BxT, 0)
 
-    def segment(self, i: int) -> LayerPages:
-        """That of the first layer of a segment."""
+    def layer_group(self, i: int) -> LayerPages:
+        """That of the first layer of a layer_group."""
         size = self.pool.size
         new_BxT = self.index[:, None] + jnp.arange(self.real.shape[1])
         page_BxT = jnp.take_along_axis(self.table, jnp.clip(new_BxT // size, 0, self.table.shape[1] - 1), axis=1)
@@ -83,16 +83,16 @@ class PagedCache:
             new_BxT % size, end_B,
         )
 
-    def written(self, segments: list[LayerPages], count: int) -> PagedCache:
+    def written(self, layer_groups: list[LayerPages], count: int) -> PagedCache:
         """With what the layers wrote, of ``count`` tokens a row."""
-        keys, values = (tuple(getattr(each, name) for each in segments) for name in ("keys", "values"))
+        keys, values = (tuple(getattr(each, name) for each in layer_groups) for name in ("keys", "values"))
         return replace(self, pool=PagePool(keys, values), index=self.index + count)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerPages:
-    """One layer's place in a segment's pool, which is carried through the scan and written in place.
+    """One layer's place in a layer group's pool, which is carried through the scan and written in place.
 
     A slot has all its heads together: what is written to it is one piece of memory, and what says where are the leading
     dimensions. With heads before slots XLA on TPU copies the whole pool at every layer.

@@ -33,8 +33,8 @@ class MaskSpec:
 
     slots_q: jax.Array  # [B or 1, T]
     slots_k: jax.Array  # [B or 1, S]
-    segments_q: jax.Array | None = None  # [B, T]: only keys of the same segment are seen
-    segments_k: jax.Array | None = None  # [B, S]
+    segment_ids_q: jax.Array | None = None  # [B, T]: only keys of the same segment are seen
+    segment_ids_k: jax.Array | None = None  # [B, S]
     real_k: jax.Array | None = None  # [B, S]: keys that are there at all
     window: jax.Array | None = None  # keys less than so many slots away; 0: any
     causal: bool = field(default=False, metadata={"static": True})  # keys not after the query
@@ -44,8 +44,8 @@ class MaskSpec:
         parts = []
         if self.causal:
             parts.append(causal_mask(self.slots_q, self.slots_k))
-        if self.segments_q is not None:
-            parts.append(self.segments_q[:, :, None] == self.segments_k[:, None, :])
+        if self.segment_ids_q is not None:
+            parts.append(self.segment_ids_q[:, :, None] == self.segment_ids_k[:, None, :])
         if self.real_k is not None:
             parts.append(self.real_k[:, None, :])
         if self.window is not None:
@@ -87,7 +87,7 @@ class _Keys(NamedTuple):
     k: jax.Array  # [B, G, s, K]
     v: jax.Array
     slots: jax.Array
-    segments: jax.Array | None
+    segment_ids: jax.Array | None
     real: jax.Array | None
     part: jax.Array  # [1]: which part it is
 
@@ -97,7 +97,7 @@ class _Queries(NamedTuple):
 
     q: jax.Array  # [B, t, H, K]
     slots: jax.Array
-    segments: jax.Array | None
+    segment_ids: jax.Array | None
     window: jax.Array | None
     bias: jax.Array | None  # [B or 1, H, t, S]: of these queries with all keys
 
@@ -126,8 +126,8 @@ def _ring(q, k, v, bias, mask_spec, scale, cap):
 
 def _split(q, k, v, bias, mask_spec: MaskSpec) -> tuple[_Queries, _Keys]:
     parts = jnp.arange(ways("length"))
-    return (_Queries(q, mask_spec.slots_q, mask_spec.segments_q, mask_spec.window, bias),
-            _Keys(k, v, mask_spec.slots_k, mask_spec.segments_k, mask_spec.real_k, parts))
+    return (_Queries(q, mask_spec.slots_q, mask_spec.segment_ids_q, mask_spec.window, bias),
+            _Keys(k, v, mask_spec.slots_k, mask_spec.segment_ids_k, mask_spec.real_k, parts))
 
 
 def _specs(values, specs):
@@ -149,7 +149,7 @@ def _logits(q, k, bias, queries: _Queries, keys: _Keys, causal: bool, scale: flo
     logits = softcap(logits, cap)
     if bias is not None:
         logits += bias.reshape(bias.shape[0], k.shape[1], -1, *bias.shape[2:])
-    mask_spec = MaskSpec(queries.slots, keys.slots, queries.segments, keys.segments, keys.real, queries.window, causal)
+    mask_spec = MaskSpec(queries.slots, keys.slots, queries.segment_ids, keys.segment_ids, keys.real, queries.window, causal)
     mask = mask_spec.mask()
     return logits if mask is None else jnp.where(mask[:, None, None], logits, NEGATIVE)
 

@@ -56,7 +56,7 @@ def distill_loss(
     ``seq2seq_loss``. Sums, besides "nll" and "weight": "divergence", and "difference" where it counts.
     """
     inputs = (batch["src"], batch["inputs"]) if "src" in batch else (batch["inputs"],)
-    packing = {f"{name}_BxT": batch[name] for name in ("segments", "positions") if name in batch}
+    packing = {f"{name}_BxT": batch[name] for name in ("segment_ids", "positions") if name in batch}
     if config.hidden:
         student_BxTxV, ours_LxBxTxD = model.with_states(*inputs, key=key, **packing)
         teacher_BxTxV, theirs_LxBxTxD = jax.lax.stop_gradient(teacher.model.with_states(*inputs, **packing))

@@ -121,12 +121,12 @@ def lm_loss(
     model, batch: Batch, key: Array | None = None, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
     router: Router | None = None,
 ) -> tuple[Array, Sums]:
-    """Next-token loss. ``batch``: inputs, targets, weights ``[B, T]``; segments, positions if documents are packed.
+    """Next-token loss. ``batch``: inputs, targets, weights ``[B, T]``; segment_ids, positions if documents are packed.
 
     With ``router`` the ``router_loss`` of the batch is added to each token's, and where experts have a capacity the
     sums have ``"dropped"``: the share of choices that found no slot, times the weight.
     """
-    packing = {f"{name}_BxT": batch[name] for name in ("segments", "positions") if name in batch}
+    packing = {f"{name}_BxT": batch[name] for name in ("segment_ids", "positions") if name in batch}
     return _summed(model, (batch["inputs"],), batch, label_smoothing, z_loss, router, key=key, **packing)
 
 

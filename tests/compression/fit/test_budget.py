@@ -189,10 +189,10 @@ def test_a_model_fits_and_its_recipe_makes_it_again(name):
     if name == "decoder":  # mixed in one model: as chosen, and it runs
         for row in done.rows:
             number, kernel = row.kernel.removeprefix("decoder/").split("/", 1)
-            segments = done.model.config.segments or (2,)
-            starts = np.cumsum([0, *segments])
-            segment = int(np.searchsorted(starts, int(number), side="right")) - 1
-            leaf = flatten(done.model.params)[f"decoder/layers/{segment}/{kernel}/kernel"]
+            layer_groups = done.model.config.layer_groups or (2,)
+            starts = np.cumsum([0, *layer_groups])
+            layer_group = int(np.searchsorted(starts, int(number), side="right")) - 1
+            leaf = flatten(done.model.params)[f"decoder/layers/{layer_group}/{kernel}/kernel"]
             assert leaf.bits == row.choice.bits and leaf.group == row.choice.group
         graphdef = nn.initializer(done.model.config)[0]
         assert jnp.isfinite(nnx.merge(graphdef, done.model.params)(calibration.batches[0][0])).all()
@@ -231,7 +231,7 @@ def test_impossible_budgets_say_what_is_possible():
 
 
 def test_the_smallest_model_that_keeps_a_loss():
-    """A loss that rises three times as fast as predicted; judged in the segments of the dense model."""
+    """A loss that rises three times as fast as predicted; judged in the layer groups of the dense model."""
     best, (graphdef, params, calibration) = fitting("decoder"), make("decoder")
     tried = []
 
@@ -256,7 +256,7 @@ def test_what_a_mixed_step_leaves_alone_and_what_it_refuses():
     step = Mixed((Choice("decoder/0/mlp/up", 3), Choice("decoder/1/mlp/up", 4, 8, sparsity=0.5)), 1.0, 0, 2)
     config, after = step(DECODER, params, calibration, [])
     flat = flatten(after)
-    assert config.segments == (1, 1)
+    assert config.layer_groups == (1, 1)
     assert [path for path, leaf in flat.items() if isinstance(leaf, QArray)] == [
         "decoder/layers/0/mlp/up/kernel", "decoder/layers/1/mlp/up/kernel",
     ]  # fmt: skip

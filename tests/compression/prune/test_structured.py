@@ -84,7 +84,7 @@ def test_query_heads_go_evenly(name):
     scale = np.ones((3, 6, 4), np.float32)
     for layer, heads in enumerate(gone):
         scale[layer, heads] = 0
-    # Two layers or segments of them: the same rows.
+    # Two layers or layer groups of them: the same rows.
     ends = iter(scale.reshape(3, 24, 1))
     params = map_params(
         lambda path, leaf: leaf * np.stack([next(ends) for _ in leaf]) if path.endswith("/o/kernel") else leaf, params
@@ -221,8 +221,8 @@ def test_layers_that_add_nothing_go_and_nothing_changes(name, side, layers):
     config, params = make(name)
     starts, last = {}, 0
     for path, leaf in flatten(params).items():
-        if path.startswith(f"{side}/layers/") and (segment := path.split("/")[2]) not in starts:
-            starts[segment] = last
+        if path.startswith(f"{side}/layers/") and (layer_group := path.split("/")[2]) not in starts:
+            starts[layer_group] = last
             last += len(leaf)
 
     def of(path, leaf):

@@ -67,7 +67,7 @@ def test_packed_equals_unpacked_in_loss_and_gradients(instruct):
         for name, values in batch.items():
             packed.setdefault(name, []).append(values)
     packed = {name: np.concatenate(values) for name, values in packed.items()}
-    assert packed["segments"].max() > 2
+    assert packed["segment_ids"].max() > 2
     apart = {name: np.zeros((len(ROWS), 20), np.int32) for name in ("inputs", "targets", "weights")}
     for row, (prompt, reply) in enumerate(ROWS):
         n = len(ids(prompt, reply)) - 1
@@ -79,7 +79,7 @@ def test_packed_equals_unpacked_in_loss_and_gradients(instruct):
     for path, grad in want_grads.items():
         np.testing.assert_allclose(got_grads[path], grad, rtol=2e-4, atol=2e-5, err_msg=path)
     # and it can fail: with attention across documents it is another loss
-    blurred = gradient(packed | {"segments": (packed["segments"] > 0).astype(np.int32)})[0]
+    blurred = gradient(packed | {"segment_ids": (packed["segment_ids"] > 0).astype(np.int32)})[0]
     assert abs(float(blurred["nll"] - want["nll"])) > 1e-3 * float(want["nll"])
 
 
@@ -90,8 +90,8 @@ def test_every_reply_is_learned_once_an_epoch(instruct):
         batch = loader.batch(index)
         for row in range(4 if index < loader.batches_per_epoch - 1 else loader.examples_per_epoch % 4 or 4):
             learned = batch["weights"][row] > 0
-            for segment in range(1, batch["segments"][row].max() + 1):
-                found.append(batch["targets"][row][learned & (batch["segments"][row] == segment)].tolist())
+            for segment in range(1, batch["segment_ids"][row].max() + 1):
+                found.append(batch["targets"][row][learned & (batch["segment_ids"][row] == segment)].tolist())
     assert sorted(found) == sorted([*TOKENIZER.encode(reply), TOKENIZER.eos_id] for _, reply in ROWS)
     report = loader.report()
     assert report["learned"] == sum(map(len, found)) and report["cut"] == report["split"] == report["empty"] == 0

@@ -109,10 +109,10 @@ def test_what_mixtures_are_written_like(tmp_path, monkeypatch):
     assert list(source.texts) == ["abc a", "cab", "bac"]
     tokenizer = tokenizer_for(DataConfig(tokenizer_kind="char"), source)
     batch = make_loader(DataConfig(seq_len=2, batch_size=2), source, tokenizer, train=True).batch(0)
-    assert batch["inputs"].shape == (2, 2) and "segments" not in batch
+    assert batch["inputs"].shape == (2, 2) and "segment_ids" not in batch
     with_dialogues = open_source("mix:3x text:a + 1x instruct:c")
     batch = make_loader(DataConfig(seq_len=4, batch_size=2), with_dialogues, tokenizer, train=True).batch(0)
-    assert batch["segments"].shape == (2, 4)
+    assert batch["segment_ids"].shape == (2, 4)
     pairs = open_source("mix:2x bitext:a,a + 1x bitext:b,b")
     assert isinstance(pairs, Bitext) and pairs.src == ["abc abc abc"] * 2 + open("b").read().splitlines()
     for spec, message in {

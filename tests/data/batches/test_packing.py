@@ -96,14 +96,14 @@ def test_epochs_differ_and_repeat():
 def documents_in(batch: dict[str, np.ndarray]) -> list[list[int]]:
     """The ids of every segment: its inputs and its last target."""
     found = []
-    for row in range(len(batch["segments"])):
-        segments = batch["segments"][row]
-        for segment in range(1, segments.max(initial=0) + 1):
-            at = np.flatnonzero(segments == segment)
+    for row in range(len(batch["segment_ids"])):
+        segment_ids = batch["segment_ids"][row]
+        for segment in range(1, segment_ids.max(initial=0) + 1):
+            at = np.flatnonzero(segment_ids == segment)
             assert (np.diff(at) == 1).all() and batch["positions"][row, at].tolist() == list(range(len(at)))
             assert batch["targets"][row, at[:-1]].tolist() == batch["inputs"][row, at[1:]].tolist()
             found.append([*batch["inputs"][row, at].tolist(), int(batch["targets"][row, at[-1]])])
-    padding = batch["segments"] == 0
+    padding = batch["segment_ids"] == 0
     assert (batch["weights"] == ~padding).all()
     for key in ("inputs", "targets", "positions"):
         assert not batch[key][padding].any()

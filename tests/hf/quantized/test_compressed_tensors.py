@@ -165,8 +165,8 @@ def test_a_model_comes_back_leaf_for_leaf(name, tmp_path):
     assert bits < {"int4-group": 8, "int4-symmetric": 7, "int5-channel": 7.5}.get(name, 11)
 
 
-def test_layers_in_other_bits_are_segments(tmp_path):
-    config = dataclasses.replace(CONFIG, segments=(1, 2))
+def test_layers_in_other_bits_are_layer_groups(tmp_path):
+    config = dataclasses.replace(CONFIG, layer_groups=(1, 2))
     two = on_kernels(RECIPES["int8-group"], model(config), "/layers/0/")
     small = on_kernels(RECIPES["int4-symmetric"], two, "/layers/1/")
     small = small.replace(params=map_params(
@@ -178,7 +178,7 @@ def test_layers_in_other_bits_are_segments(tmp_path):
     layout = json.loads((path / "config.json").read_text())["quantization_config"]
     assert len(layout["config_groups"]) == 2 and "model.layers.1.self_attn.o_proj" in layout["ignore"]
     back = jaxlm.load(path, expand=False)
-    assert back.config.segments == (1, 2)
+    assert back.config.layer_groups == (1, 2)
     same_leaves(back.params, small.params)
 
 
@@ -292,7 +292,7 @@ def test_transformers_reads_what_we_write(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
     if name == "mixed":
-        config = dataclasses.replace(CONFIG, segments=(1, 2))
+        config = dataclasses.replace(CONFIG, layer_groups=(1, 2))
         small = on_kernels(RECIPES["int4-symmetric"], model(config), "/layers/0/")
         small = on_kernels(RECIPES["w8a8"], small, "/layers/1/")
     else:

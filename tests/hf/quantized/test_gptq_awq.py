@@ -144,7 +144,7 @@ def test_a_layer_that_cannot_stay_in_codes_is_a_segment_and_a_note(tmp_path):
         return g_idx[::-1].copy() if layer == 1 and name == "mlp.down_proj" else g_idx
 
     coded, dense = (jaxlm.load(path, expand=False) for path in llama(tmp_path, "gptq", change))
-    assert coded.config.segments == (1, 1)
+    assert coded.config.layer_groups == (1, 1)
     leaves = flatten(coded.params)
     assert isinstance(leaves["decoder/layers/0/mlp/down/kernel"], QArray)
     assert not isinstance(leaves["decoder/layers/1/mlp/down/kernel"], QArray)

@@ -102,7 +102,7 @@ def test_training_on_a_mesh_goes_by_blocks(monkeypatch, config):
     if config.kind == "seq2seq":
         batch["src"] = batch["inputs"][:, ::-1].at[:, 240:].set(0)
     else:
-        batch["segments"] = jnp.asarray(1 + (np.arange(length) > 100) * np.ones((rows, 1)), jnp.int32)
+        batch["segment_ids"] = jnp.asarray(1 + (np.arange(length) > 100) * np.ones((rows, 1)), jnp.int32)
     loss = make_loss(config)
 
     def value():

@@ -129,7 +129,7 @@ def test_a_model_trains_with_the_cache_it_will_have(remat):
 @pytest.mark.parametrize("kind, size", [("full", 32), ("int8", 10), ("int4", 8), ("fp8", 10)])
 def test_bytes_a_token_are_those_of_the_cache(kind, size):
     """Of 8 numbers a head."""
-    config = dataclasses.replace(CONFIG, head_dim=8, kv_cache=kind, segments=(1, 2))
+    config = dataclasses.replace(CONFIG, head_dim=8, kv_cache=kind, layer_groups=(1, 2))
     model = nnx.merge(*nn.build(config, jax.random.key(0)))
 
     def cached(slots):

@@ -42,13 +42,13 @@ def close(left, right, tolerance=1e-5):
 def test_a_ring_is_attention(kind):
     random, q, k, v, bias = arrays()
     slots = jnp.arange(T)[None], jnp.arange(S)[None]
-    segments = [jnp.asarray(random.integers(0, 3, (B, n))) for n in (T, S)]
+    segment_ids = [jnp.asarray(random.integers(0, 3, (B, n))) for n in (T, S)]
     real = jnp.asarray(random.random((B, S)) < 0.7).at[0].set(False)  # a row that may look at nothing
     mask_spec = {
         "all": MaskSpec(*slots),
         "causal": MaskSpec(*slots, causal=True),
-        "packed": MaskSpec(*slots, *segments, real),
-        "everything": MaskSpec(*slots, *segments, real, window=jnp.array(5), causal=True),
+        "packed": MaskSpec(*slots, *segment_ids, real),
+        "everything": MaskSpec(*slots, *segment_ids, real, window=jnp.array(5), causal=True),
     }[kind]
     if kind != "everything":
         bias = None
@@ -83,9 +83,9 @@ def batch_of(config):
     batch["weights"] = jnp.asarray(random.random((4, T)) < 0.8, jnp.float32)
     if config.kind == "seq2seq":
         return batch | {"src": jnp.asarray(random.integers(0, 6, (4, S)))}  # 0 is padding
-    segments = jnp.asarray(np.sort(random.integers(0, 3, (4, T)), -1))
-    starts = jnp.argmax(segments[:, :, None] == segments[:, None, :], -1)
-    return batch | {"segments": segments, "positions": jnp.arange(T) - starts}
+    segment_ids = jnp.asarray(np.sort(random.integers(0, 3, (4, T)), -1))
+    starts = jnp.argmax(segment_ids[:, :, None] == segment_ids[:, None, :], -1)
+    return batch | {"segment_ids": segment_ids, "positions": jnp.arange(T) - starts}
 
 
 @pytest.mark.parametrize("ring_min_keys", [1, 10**6], ids=["ring", "gather"])

@@ -117,6 +117,6 @@ def test_packed_documents_reach_the_model():
 
     loss = make_loss(config)
     together = loss(
-        model, batch(np.concatenate([a, b], 1), segments=[1] * 3 + [2] * 4, positions=[0, 1, 2, 0, 1, 2, 3]), None
+        model, batch(np.concatenate([a, b], 1), segment_ids=[1] * 3 + [2] * 4, positions=[0, 1, 2, 0, 1, 2, 3]), None
     )[0]
     np.testing.assert_allclose(together, loss(model, batch(a), None)[0] + loss(model, batch(b), None)[0], rtol=1e-6)
