@@ -28,7 +28,7 @@ from jaxlm.data.calibration import calibration_batches, hold_out
 from jaxlm.hf.directory import weight_bytes, write_model
 from jaxlm.model import LM
 from jaxlm.nn.config import ModelConfig
-from jaxlm.nn.layerwise import Walk
+from jaxlm.nn.layerwise import LayerwiseModel
 
 __all__ = ["compress"]
 
@@ -162,6 +162,6 @@ def _calibration(lm: LM, spec: str, samples: int, context: int, seed: int, progr
     if (largest := max(int(part.max()) for batch in batches for part in batch)) >= lm.config.vocab_size:
         raise UserError(f"{spec!r} holds the id {largest} and the model knows {lm.config.vocab_size}")
     return Calibration(
-        batches, lambda config: Walk(config, nn.initializer(config)[0]), seed,
+        batches, lambda config: LayerwiseModel(config, nn.initializer(config)[0]), seed,
         progress,
     )

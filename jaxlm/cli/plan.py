@@ -55,7 +55,7 @@ def run(args) -> None:
             print()
         _print(forecast)
     if any(forecast["time"] for forecast in found["forecasts"]):
-        from jaxlm.planning.cost import ASSUMPTIONS
+        from jaxlm.planning.roofline import ASSUMPTIONS
 
         print()
         for line in (f"figures of the chip: {topology.chip.source}", *ASSUMPTIONS):

@@ -1,4 +1,4 @@
-"""``forecast``: compiles a program ahead of time, and says what it will take: memory, arithmetic, messages, time."""
+"""``forecast``: compiles a program ahead of time and predicts its memory, arithmetic, messages and time."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.planning.cost import Place, Roofline, roofline
-from jaxlm.planning.hlo import parse
-from jaxlm.planning.hlo_costs import Counts, count
-from jaxlm.planning.programs import Program
+from jaxlm.planning.hlo import parse_hlo
+from jaxlm.planning.hlo_costs import Collective, HloCosts, count_costs
+from jaxlm.planning.programs import ForecastProgram
+from jaxlm.planning.roofline import DeviceCoordinates, Roofline, roofline
 from jaxlm.planning.topology import Topology
 from jaxlm.training.config import Experiment
 
@@ -23,13 +23,13 @@ __all__ = ["Forecast", "Memory", "forecast"]
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device.
+    """Bytes of memory on one device.
 
     Attributes:
-        held: by what it is: "parameters", "optimizer", "gradients", "batch", "cache".
-        activations: everything else that the program needs while it runs.
-        peak: in all; the compiler's own figure.
-        capacity: what a device has; None on CPU.
+        held: by kind: "parameters", "optimizer", "gradients", "batch", "cache", ...
+        activations: activations and other temporaries: the rest of the peak.
+        peak: the most that is in use at once, as the compiler reports it.
+        capacity: the memory of the device; None for a CPU.
     """
 
     held: dict[str, float]
@@ -39,26 +39,28 @@ class Memory:
 
     @property
     def over(self) -> float:
-        """Bytes by which it does not fit; 0 where it does."""
+        """Bytes that are missing; 0 if the program fits."""
         return max(0.0, self.peak - self.capacity) if self.capacity else 0.0
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a program will take, on each device.
+    """The predicted cost of a program.
 
     Attributes:
         program: "train step", "prefill" or "decode".
-        topology: its name.
-        devices: how many.
-        mesh: sizes of the axes.
-        parameters: of the dense model.
-        counts, time: None where it does not fit, for then there is no program; time also on CPU.
-        tokens: that one run takes, of all devices.
-        flops: that the model needs for them, of all devices (``training.flops.FLOP_CONVENTION``).
-        total_tokens: of the whole training; 0 when serving.
-        peak_flops: of all devices, a second; None on CPU.
-        notes: on shapes.
+        topology: the name of the topology.
+        devices: the number of devices.
+        mesh: sizes of the mesh axes.
+        parameters: the number of parameters of the dense model.
+        memory: of one device.
+        costs: of one device; None if the program does not fit, because then it is not compiled.
+        time: of one device; None if the program does not fit, and on CPU.
+        tokens: tokens that one run processes on all devices together.
+        flops: FLOPs that the model needs for these tokens (``training.flops.FLOP_CONVENTION``).
+        total_tokens: tokens of the whole training; 0 for serving.
+        peak_flops: FLOP/s of all devices together; None on CPU.
+        notes: what the user should know about the shapes.
     """
 
     program: str
@@ -67,7 +69,7 @@ class Forecast:
     mesh: dict[str, int]
     parameters: int
     memory: Memory
-    counts: Counts | None
+    costs: HloCosts | None
     time: Roofline | None
     tokens: int
     flops: float
@@ -77,15 +79,17 @@ class Forecast:
 
     @property
     def tokens_per_second(self) -> float | None:
+        """At most, on all devices together."""
         return self.tokens / self.time.step if self.time else None
 
     @property
     def mfu(self) -> float | None:
-        """The most that model FLOPs utilization can be (arXiv:2204.02311, appendix B)."""
+        """The largest possible model FLOPs utilization (arXiv:2204.02311, appendix B)."""
         return self.flops / (self.time.step * self.peak_flops) if self.time else None
 
     @property
     def days(self) -> float | None:
+        """Of the whole training, at least."""
         return self.total_tokens / self.tokens_per_second / 86400 if self.time and self.total_tokens else None
 
     @property
@@ -93,21 +97,23 @@ class Forecast:
         return None if self.days is None else self.days * 24 * self.devices
 
     def to_json(self) -> dict[str, Any]:
+        """What ``jaxlm plan --json`` writes for a program."""
         data = dataclasses.asdict(self)
-        if self.counts:
+        data["counts"] = data.pop("costs")
+        if self.costs:
             rows = [{"kind": each.kind, "axes": list(each.axes), "bytes": each.sent, "times": each.times}
-                    for each in _by_axes(self.counts)]
-            data["counts"] = {"flops": dict(self.counts.flops), "traffic": self.counts.traffic, "collectives": rows}
+                    for each in _by_axes(self.costs)]
+            data["counts"] = {"flops": dict(self.costs.flops), "traffic": self.costs.traffic, "collectives": rows}
         if self.time:
             data["time"] |= {"step": self.time.step, "serial": self.time.serial, "bound": self.time.bound}
         derived = ("tokens_per_second", "mfu", "days", "chip_hours")
         return data | {"over": self.memory.over} | {name: getattr(self, name) for name in derived}
 
 
-def _by_axes(counts: Counts):
-    """Collectives of one kind along the same axes as one, wherever their groups lie."""
-    found: dict[tuple, Any] = {}
-    for each in counts.collectives:
+def _by_axes(costs: HloCosts) -> list[Collective]:
+    """Collectives of the same kind and axes summed over the positions of their groups, the largest first."""
+    found: dict[tuple[str, tuple[str, ...]], Collective] = {}
+    for each in costs.collectives:
         key = (each.kind, each.axes)
         before = found.get(key)
         found[key] = each if before is None else dataclasses.replace(
@@ -116,12 +122,12 @@ def _by_axes(counts: Counts):
     return sorted(found.values(), key=lambda each: -each.sent)
 
 
-def forecast(program: Program, config: Experiment, topology: Topology) -> Forecast:
-    """Compiles the program; seconds to minutes."""
+def forecast(program: ForecastProgram, config: Experiment, topology: Topology) -> Forecast:
+    """Compiles a program and predicts its cost. Takes seconds to minutes."""
     mesh = program.mesh
     total = config.train.steps * program.tokens if program.name == "train step" else 0
     chip = topology.chip
-    whole = dict(
+    common = dict(
         program=program.name, topology=topology.name, devices=mesh.size, mesh=dict(mesh.shape),
         parameters=program.parameters, tokens=program.tokens, flops=program.flops, total_tokens=total,
         peak_flops=chip.flops * mesh.size if chip else None, notes=program.notes,
@@ -130,28 +136,26 @@ def forecast(program: Program, config: Experiment, topology: Topology) -> Foreca
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        used = _used(str(error))
-        if used is None:
+        found = _out_of_memory(str(error))
+        if found is None:
             raise
-        peak, limit = used
-        memory = _memory(program, peak, limit)
-        return Forecast(memory=memory, counts=None, time=None, **whole)
+        return Forecast(memory=_memory(program, *found), costs=None, time=None, **common)
     analysis = compiled.memory_analysis()
     if chip:
         peak = analysis.peak_memory_in_bytes
-    else:  # on CPU all temporaries are one allocation
+    else:  # on CPU all temporaries are a single allocation
         peak = (
             analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
             + analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
         )
-    counts = count(parse(compiled.as_text()), mesh.shape)
-    time = roofline(counts, topology, places_of(mesh))
-    return Forecast(memory=_memory(program, peak, capacity), counts=counts, time=time, **whole)
+    costs = count_costs(parse_hlo(compiled.as_text()), mesh.shape)
+    time = roofline(costs, topology, device_coordinates(mesh))
+    return Forecast(memory=_memory(program, peak, capacity), costs=costs, time=time, **common)
 
 
-def _memory(program: Program, peak: float, capacity: float | None) -> Memory:
+def _memory(program: ForecastProgram, peak: float, capacity: float | None) -> Memory:
     held = dict(program.held)
-    if "gradients" in held:  # some may share memory with what they replace
+    if "gradients" in held:  # some may share memory with the arrays that they replace
         rest = peak - sum(size for name, size in held.items() if name != "gradients")
         held["gradients"] = max(min(held["gradients"], rest), 0.0)
     return Memory(held, max(peak - sum(held.values()), 0.0), float(peak), capacity)
@@ -160,8 +164,9 @@ def _memory(program: Program, peak: float, capacity: float | None) -> Memory:
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def _used(message: str) -> tuple[float, float] | None:
-    """What compilers for TPUs, older and newer, say when a program does not fit: bytes used, and bytes there are."""
+def _out_of_memory(message: str) -> tuple[float, float] | None:
+    """Bytes needed and bytes available, from the message of an older or newer TPU compiler when a program does not fit.
+    None for any other message."""
     found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message) or re.search(
         r"total memory required .*\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", message
     )
@@ -170,10 +175,11 @@ def _used(message: str) -> tuple[float, float] | None:
     return float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
 
 
-def places_of(mesh: Mesh) -> list[Place]:
-    """Where the mesh's devices are, in order; CPU devices are on a line."""
-    def place(number: int, device: jax.Device) -> Place:
-        coordinates = getattr(device, "coords", None)
-        return Place(getattr(device, "slice_index", 0) or 0, tuple(coordinates) if coordinates else (number,))
+def device_coordinates(mesh: Mesh) -> list[DeviceCoordinates]:
+    """The positions of the mesh's devices, in the order of the mesh; CPU devices form a line."""
 
-    return [place(i, device) for i, device in enumerate(np.asarray(mesh.devices).flat)]
+    def position(number: int, device: jax.Device) -> DeviceCoordinates:
+        chip = tuple(getattr(device, "coords", None) or (number,))
+        return DeviceCoordinates(getattr(device, "slice_index", 0) or 0, chip)
+
+    return [position(i, device) for i, device in enumerate(np.asarray(mesh.devices).flat)]

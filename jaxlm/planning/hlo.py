@@ -1,6 +1,6 @@
-"""Compiled HLO as data: modules of computations of instructions, read from the text that XLA prints.
+"""``parse_hlo``: compiled HLO as data, read from the text that XLA prints: a module of computations of instructions.
 
-Only what counting needs is understood (``planning.hlo_costs``); everything else is kept as text.
+Only what ``planning.hlo_costs`` counts is parsed; all other attributes are kept as text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-__all__ = ["Computation", "Instruction", "Module", "Shape", "parse"]
+__all__ = ["Computation", "Instruction", "Module", "Shape", "parse_hlo", "replica_groups"]
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "s4": 4, "u4": 4, "s2": 2, "u2": 2}
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\](\{[^{}]*\})?|token\[\]")
@@ -24,14 +24,16 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 
 @dataclass(frozen=True)
 class Shape:
-    """An array. ``near`` says that it lies in memory close to the processor (VMEM on a TPU) and not in the main one."""
+    """The dtype and dimensions of an array. ``on_chip`` arrays lie in the processor's own memory (VMEM on a TPU),
+    others in main memory."""
 
     dtype: str
     dims: tuple[int, ...]
-    near: bool = False
+    on_chip: bool = False
 
     @property
     def size(self) -> int:
+        """The number of elements."""
         return math.prod(self.dims)
 
     @property
@@ -42,14 +44,22 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line: ``name = shapes opcode(operands), attributes``. A tuple's shapes are those of its leaves, in order."""
+    """One line of HLO, ``name = shapes opcode(operands), attributes``.
+
+    Attributes:
+        name, opcode, operands: without "%".
+        shapes: of the result; for a tuple, of its leaves in order.
+        attributes: the text after the parentheses.
+        argument: the text between the parentheses.
+        root: whether it is the result of its computation.
+    """
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
     attributes: str
-    argument: str  # what stands between the parentheses
+    argument: str
     root: bool
 
     @property
@@ -58,11 +68,11 @@ class Instruction:
 
     @property
     def bytes(self) -> float:
-        """Of the result, in main memory."""
-        return sum(shape.bytes for shape in self.shapes if not shape.near)
+        """Bytes of the result that lie in main memory."""
+        return sum(shape.bytes for shape in self.shapes if not shape.on_chip)
 
     def called(self, *keys: str) -> list[str]:
-        """The computations that these attributes name."""
+        """The names of the computations under these attribute keys."""
         found = []
         for key in keys:
             for one, many in re.findall(rf"\b{key}=(?:%?([\w.\-]+)|\{{([^}}]*)\}})", self.attributes):
@@ -70,31 +80,36 @@ class Instruction:
         return found
 
     def numbers(self, key: str) -> tuple[int, ...]:
-        """``key={1,2}`` as numbers; () where it is not there."""
+        """The attribute ``key={1,2}`` as numbers; () if it is absent."""
         found = re.search(rf"\b{key}=\{{([0-9,]*)\}}", self.attributes)
         return tuple(map(int, found.group(1).split(","))) if found and found.group(1) else ()
 
     def number(self, key: str, default: int) -> int:
-        """``key=3``."""
+        """The attribute ``key=3`` as a number; ``default`` if it is absent."""
         found = re.search(rf"\b{key}=(\d+)", self.attributes)
         return int(found.group(1)) if found else default
 
 
 @dataclass(frozen=True)
 class Computation:
+    """Instructions by name, in the order of the text."""
+
     name: str
     instructions: dict[str, Instruction]
 
     @cached_property
     def root(self) -> Instruction:
+        """The instruction whose value is the result."""
         return next(each for each in self.instructions.values() if each.root)
 
     @cached_property
     def parameters(self) -> dict[int, Instruction]:
+        """Parameter instructions by number."""
         return {int(each.argument): each for each in self.instructions.values() if each.opcode == "parameter"}
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
+        """For each name the instructions that have it as an operand."""
         found: dict[str, list[Instruction]] = {}
         for each in self.instructions.values():
             for operand in dict.fromkeys(each.operands):
@@ -102,17 +117,24 @@ class Computation:
         return found
 
     def operands(self, instruction: Instruction) -> Iterator[Instruction]:
+        """The instructions that compute the operands."""
         return (self.instructions[name] for name in instruction.operands if name in self.instructions)
 
 
 @dataclass(frozen=True)
 class Module:
+    """All computations of a program by name, and the one that it starts with."""
+
     computations: dict[str, Computation]
     entry: Computation
 
 
-def parse(text: str) -> Module:
-    """The module of ``compiled.as_text()``. ValueError if that is no HLO."""
+def parse_hlo(text: str) -> Module:
+    """The module in ``compiled.as_text()``.
+
+    Raises:
+        ValueError: when the text is not HLO.
+    """
     computations: dict[str, Computation] = {}
     entry, lines, name, is_entry = None, None, "", False
     for line in text.splitlines():
@@ -120,7 +142,7 @@ def parse(text: str) -> Module:
         if lines is None:
             if head := _HEAD.match(line):
                 is_entry, name, lines = bool(head.group(1)), head.group(2), {}
-        elif line.startswith("}"):  # more may follow: }, execution_thread="sparsecore"
+        elif line.startswith("}"):  # attributes may follow: }, execution_thread="sparsecore"
             computations[name] = Computation(name, lines)
             entry = computations[name] if is_entry else entry
             lines = None
@@ -146,7 +168,7 @@ def _instruction(root: str | None, name: str, rest: str) -> Instruction:
 
 
 def _closing(text: str, at: int) -> int:
-    """Where the parenthesis that opens at ``at`` closes."""
+    """The index of the parenthesis that closes the one at ``at``."""
     depth = 0
     for i in range(at, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -156,7 +178,7 @@ def _closing(text: str, at: int) -> int:
 
 
 def _split(text: str) -> Iterator[str]:
-    """At the commas outside of brackets."""
+    """The parts between the commas that are outside brackets."""
     depth, start = 0, 0
     for i, char in enumerate(text):
         depth += (char in "([{") - (char in ")]}")
@@ -177,9 +199,13 @@ def _shapes(text: str) -> Iterator[Shape]:
         yield Shape(dtype, sizes, space is not None and space.group(1) == "1")
 
 
-def groups(instruction: Instruction, devices: int) -> np.ndarray:
-    """The devices that take part in a collective together, a row a group: ``[groups, members]``, as positions in the
-    mesh. Of a permutation, a row for each pair (source, target)."""
+def replica_groups(instruction: Instruction, devices: int) -> np.ndarray:
+    """The devices of a collective, one row per group: int array [groups, members] of positions in the mesh. For a
+    permutation, one row per pair (source, target).
+
+    Raises:
+        ValueError: when the groups are in an unknown notation.
+    """
     text = instruction.attributes
     if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", text):
         return np.array([_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs.group(1))])
@@ -190,7 +216,7 @@ def groups(instruction: Instruction, devices: int) -> np.ndarray:
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", text):
         return np.array([_numbers(row) for row in re.findall(r"\{([\d,]+)\}", listed.group(1))])
     if "replica_groups=" in text and "replica_groups={}" not in text:
-        raise ValueError(f"{instruction.name}: replica groups in a notation that is not known: {text[:200]}")
+        raise ValueError(f"{instruction.name}: unknown notation of replica groups: {text[:200]}")
     return np.arange(devices)[None]
 
 
@@ -203,7 +229,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """``[2,4]T(1,0)``: counted up in that shape, and transposed."""
+    """The device ids of ``[2,4]T(1,0)``: 0, 1, 2, ... in that shape, transposed."""
     shape, _, order = text.rstrip(")").partition("]T(")
     shape = _numbers(shape.strip("[]"))
     ids = np.arange(math.prod(shape)).reshape(shape)
@@ -211,22 +237,22 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _mesh_groups(axes: str, ids: str | None, along: str) -> np.ndarray:
-    """Groups along some axes of a mesh, ``mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}``; a part of an axis is
-    ``'b':(2)2``, of size 2 after parts of size 2."""
+    """The groups along some axes of a mesh, ``mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}``. ``'b':(2)2`` is a
+    part of axis ``b``: of size 2, after parts whose sizes multiply to 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     total = math.prod(sizes.values())
     order = np.arange(total) if ids is None else _iota(ids) if ids.startswith("[") else np.array(_numbers(ids))
     chosen: dict[str, list[tuple[int, int]]] = {}
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along):
         chosen.setdefault(name, []).append((int(before or 1), int(size or sizes[name])))
-    shape, ours = [], []  # every axis in the parts that are its own
+    shape, selected = [], []  # the sizes of the parts of every axis, and which parts the groups span
     for name, extent in sizes.items():
         cuts = sorted({1, extent, *(cut for before, size in chosen.get(name, ()) for cut in (before, before * size))})
         for low, high in zip(cuts, cuts[1:], strict=False):
             if any(before <= low and high <= before * size for before, size in chosen.get(name, ())):
-                ours.append(len(shape))
+                selected.append(len(shape))
             shape.append(high // low)
     grid = order.reshape(shape)
-    rest = [i for i in range(grid.ndim) if i not in ours]
-    members = math.prod(shape[i] for i in ours)
-    return grid.transpose(rest + ours).reshape(-1, members)
+    rest = [i for i in range(grid.ndim) if i not in selected]
+    members = math.prod(shape[i] for i in selected)
+    return grid.transpose(rest + selected).reshape(-1, members)

@@ -1,7 +1,7 @@
-"""What one device does in one run of a compiled program, counted in its HLO: arithmetic, memory traffic, messages.
+"""``count_costs``: the arithmetic, memory traffic and messages of one device in one run of a compiled program.
 
-XLA's own cost analysis counts the body of a loop once, so it cannot be used for scanned layers; here everything in a
-loop counts as often as the loop goes round.
+They are counted in the program's HLO. XLA's own cost analysis counts the body of a loop once, whatever its trip count,
+so it is wrong for scanned layers; here the body of a loop counts once per iteration.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxlm.planning.hlo import Computation, Instruction, Module, groups
+from jaxlm.planning.hlo import Computation, Instruction, Module, replica_groups
 
-__all__ = ["Collective", "Counts", "count"]
+__all__ = ["Collective", "HloCosts", "count_costs"]
 
-# What a device sends, as a multiple of its operands' bytes, where n take part; the optimal algorithms on a ring
-# (Thakur et al. 2005, section 4).
+# Bytes that each of n devices sends, as a multiple of its operands' bytes, by the optimal algorithms on a ring (Thakur
+# et al. 2005, section 4).
 _SENT = {
     "all-gather": lambda n: n - 1,
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -34,20 +34,20 @@ _FREE = frozenset([  # no data moves
     "opt-barrier", "domain", "add-dependency", "async-update", "async-start",
 ])  # fmt: skip
 
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # done in place: which operand is what is new
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # in place: the index of the operand with the new values
 
 
 @dataclass(frozen=True)
 class Collective:
-    """All messages of one kind along the same axes.
+    """The sum of all messages of one kind along the same mesh axes.
 
     Attributes:
-        kind: as HLO names it.
-        axes: of the mesh, that tell the members of a group apart.
-        group: positions in the mesh of the members of the first group; of permutations, of a pair that is as far apart
-            as most.
+        kind: the HLO opcode.
+        axes: the mesh axes along which the members of a group differ.
+        group: positions in the mesh of the members of the first group; for permutations, of a pair (source, target)
+            whose distance is the most frequent one.
         sent: bytes that a device sends.
-        times: how often.
+        times: the number of messages.
     """
 
     kind: str
@@ -58,14 +58,14 @@ class Collective:
 
 
 @dataclass
-class Counts:
-    """Of one device.
+class HloCosts:
+    """The costs of one device.
 
     Attributes:
-        flops: of matrix products and convolutions, two a multiply-add, by "int8" and "float".
-        traffic: bytes read from and written to main memory: operands and results of everything that is not fused, of
-            what a fusion slices or updates only that part, and nothing of messages that it carries on.
-        collectives: sums by kind, axes and place.
+        flops: FLOPs of matrix products and convolutions (two a multiply-add), by "int8" and "float".
+        traffic: bytes read from and written to main memory: operands and results of everything that is not fused; of an
+            operand that a fusion only slices or updates, that part; nothing for messages that a fusion continues.
+        collectives: messages summed by kind, axes and group.
     """
 
     flops: Counter[str] = field(default_factory=Counter)
@@ -77,7 +77,7 @@ class Counts:
         return sum(self.flops.values())
 
     def sent(self, *kinds: str) -> dict[tuple[str, ...], float]:
-        """Bytes sent by axes; of all kinds, or of these."""
+        """Bytes sent, by axes; of these kinds of collectives, or of all."""
         found: dict[tuple[str, ...], float] = {}
         for each in self.collectives:
             if not kinds or each.kind in kinds:
@@ -85,38 +85,41 @@ class Counts:
         return found
 
 
-def count(module: Module, mesh: Mapping[str, int]) -> Counts:
-    """Counts a program that runs on every device of a mesh, given as the sizes of its axes in order."""
-    walk = _Walk(module, mesh)
-    walk.computation(module.entry, 1)
+def count_costs(module: Module, mesh: Mapping[str, int]) -> HloCosts:
+    """The costs of a program that runs on every device of a mesh with axes of these sizes, in order."""
+    counter = _CostCounter(module, mesh)
+    counter.computation(module.entry, 1)
     summed: dict[tuple, list[float]] = {}
-    for kind, axes, group, sent, times in walk.messages:
+    for kind, axes, group, sent, times in counter.messages:
         total = summed.setdefault((kind, axes, group), [0.0, 0])
         total[0] += sent * times
         total[1] += times
     collectives = [Collective(*key, sent, int(times)) for key, (sent, times) in summed.items()]
-    return Counts(walk.flops, walk.traffic, sorted(collectives, key=lambda each: -each.sent))
+    return HloCosts(counter.flops, counter.traffic, sorted(collectives, key=lambda each: -each.sent))
 
 
-class _Walk:
+class _CostCounter:
+    """Adds up costs while it walks through a module."""
+
     def __init__(self, module: Module, mesh: Mapping[str, int]):
         self._module, self._mesh = module, mesh
         self._devices = math.prod(mesh.values())
-        self._channels: set[int] = set()  # of messages in fusions
+        self._channels: set[int] = set()  # channel ids of messages that were found in fusions
         self.flops: Counter[str] = Counter()
         self.traffic = 0.0
         self.messages: list[tuple[str, tuple[str, ...], tuple[int, ...], float, int]] = []
 
     def computation(self, computation: Computation, times: int, *, fused: bool = False) -> None:
+        """Adds the costs of ``times`` runs of a computation."""
         for each in computation.instructions.values():
             self._instruction(computation, each, times, fused)
 
     def _instruction(self, inside: Computation, each: Instruction, times: int, fused: bool) -> None:
         opcode = each.opcode
         if opcode == "while":
-            rounds = times * trip_count(self._module, inside, each)
+            iterations = times * trip_count(self._module, inside, each)
             for name in each.called("body"):
-                self.computation(self._module.computations[name], rounds)
+                self.computation(self._module.computations[name], iterations)
             return
         if opcode == "conditional":
             names = each.called("branch_computations", "true_computation", "false_computation")
@@ -128,8 +131,8 @@ class _Walk:
             return
         kind = opcode.removesuffix("-start")
         if kind in _SENT:
-            # XLA on TPU spreads a message over fusions: one that starts it, others that go on with it while they
-            # compute, one that ends it. All of them show it, by the same channel.
+            # XLA on TPU spreads a message over several fusions: one starts it, others continue it while they compute,
+            # one ends it. The message appears in each of them, with the same channel id.
             channel = each.number("channel_id", 0) if fused else 0
             if channel not in self._channels:
                 self._message(inside, each, kind, times)
@@ -145,22 +148,23 @@ class _Walk:
             self.traffic += times * self._traffic(inside, each)
 
     def _work(self, computation: Computation) -> float:
-        walk = _Walk(self._module, self._mesh)
-        walk.computation(computation, 1)
-        return walk.flops.total() + walk.traffic
+        counter = _CostCounter(self._module, self._mesh)
+        counter.computation(computation, 1)
+        return counter.flops.total() + counter.traffic
 
     def _message(self, inside: Computation, each: Instruction, kind: str, times: int) -> None:
-        members = groups(each, self._devices)
+        members = replica_groups(each, self._devices)
         axes = self._axes(members, kind)
         size = 2 if kind == "collective-permute" else members.shape[1]
         if size < 2 or not axes:
             return
-        # XLA on TPU fuses a sum with the slice of it that a device keeps: what is sent is that of a reduce-scatter.
+        # XLA on TPU fuses an all-reduce with the slice of the sum that a device keeps: this sends what a reduce-scatter
+        # does.
         users = inside.users.get(each.name, ())
         if kind == "all-reduce" and users and all(user.opcode == "dynamic-slice" for user in users):
             kind = "reduce-scatter"
         operand_bytes = sum(shape.bytes for operand in inside.operands(each) for shape in operand.shapes)
-        group = tuple(members[_typical(members) if size == 2 else 0].tolist())
+        group = tuple(members[_most_frequent_shift(members) if size == 2 else 0].tolist())
         self.messages.append((kind, axes, group, _SENT[kind](size) * operand_bytes, times))
 
     def _axes(self, members: np.ndarray, kind: str) -> tuple[str, ...]:
@@ -169,36 +173,37 @@ class _Walk:
         return tuple(name for name, differs in zip(self._mesh, differ, strict=True) if differs)
 
     def _traffic(self, inside: Computation, each: Instruction) -> float:
-        """Bytes to and from main memory."""
+        """Bytes that an instruction reads from and writes to main memory."""
         opcode = each.opcode
         if opcode in _FREE or opcode.endswith("-done") or "ConcatBitcast" in each.attributes:
             return 0.0
         operands = list(inside.operands(each))
         if opcode in ("slice", "dynamic-slice", "gather"):
             return 2 * each.bytes
-        if opcode in ("slice-start", "dynamic-slice-start"):  # its results are the operands, the slice and a flag
+        if opcode in ("slice-start", "dynamic-slice-start"):  # the results are the operands, the slice and a flag
             part = each.shapes[len(operands)]
-            return part.bytes * (2 - part.near)
+            return part.bytes * (2 - part.on_chip)
         if opcode in _UPDATES:
             return 2 * operands[_UPDATES[opcode]].bytes
         if opcode == "fusion":
             called = self._module.computations[each.called("calls")[0]]
             read = sum(self._read(called, i, operand.bytes) for i, operand in enumerate(operands))
             return read + self._written(called, each)
-        if opcode == "copy-start":  # its result repeats the operand
-            return each.shapes[0].bytes * (not each.shapes[0].near) + operands[0].bytes
+        if opcode == "copy-start":  # the result repeats the operand
+            return each.shapes[0].bytes * (not each.shapes[0].on_chip) + operands[0].bytes
         return sum(operand.bytes for operand in operands) + each.bytes
 
     def _read(self, called: Computation, index: int, full: float) -> float:
-        """What a fusion reads of an operand: slices, where it only slices it; nothing, where it updates it in place."""
+        """Bytes that a fusion reads of an operand: only the slices, if it only slices it; none, if it updates it in
+        place."""
         if not full or index not in called.parameters:
             return full
         sliced, whole = self._sliced(called, called.parameters[index])
         return full if whole else min(sliced, full)
 
     def _sliced(self, called: Computation, parameter: Instruction) -> tuple[float, bool]:
-        """Bytes of the slices that a computation takes of a parameter, and whether anything else there, or what gets
-        the computation's result, sees the whole."""
+        """Bytes of the slices that a computation takes of a parameter, and whether another instruction, or a user of
+        the computation's result, reads the whole parameter."""
         total, pending = 0.0, [parameter]
         while pending:
             value = pending.pop()
@@ -211,25 +216,26 @@ class _Walk:
                 elif user.opcode in ("dynamic-slice", "gather") and first:
                     total += sum(shape.bytes for shape in user.shapes)
                 elif user.opcode in _UPDATES and first or user.opcode == "tuple":
-                    continue  # done in place, or what a message on its way goes into
+                    continue  # an update in place, or the state of a message under way
                 elif user.opcode == "fusion":
                     inner = self._module.computations[user.called("calls")[0]]
-                    for place in (i for i, operand in enumerate(user.operands) if operand == value.name):
-                        part, whole = self._sliced(inner, inner.parameters[place])
+                    for index in (i for i, operand in enumerate(user.operands) if operand == value.name):
+                        part, whole = self._sliced(inner, inner.parameters[index])
                         total += part
-                        if whole:  # a fusion that only lays it out anew gives the whole to its own users
+                        if whole:  # a fusion that only changes the layout passes the whole on to its users
                             pending.append(user)
                 else:
                     return total, True
         return total, False
 
     def _written(self, called: Computation, each: Instruction) -> float:
-        if each.shapes and all(shape.near for shape in each.shapes):
+        """Bytes that a fusion writes: only the new values, of a result that is updated in place."""
+        if each.shapes and all(shape.on_chip for shape in each.shapes):
             return 0.0
         shapes = each.shapes
         if called.root.opcode == "tuple" and len(called.root.operands) == len(shapes):
-            passed = [called.instructions[name].opcode for name in called.root.operands]
-            shapes = [shape for shape, opcode in zip(shapes, passed, strict=True)
+            sources = [called.instructions[name].opcode for name in called.root.operands]
+            shapes = [shape for shape, opcode in zip(shapes, sources, strict=True)
                       if opcode != "parameter" and opcode not in _SENT]
         updates = [user for user in called.instructions.values() if user.opcode in _UPDATES]
         replaced = {}
@@ -237,35 +243,35 @@ class _Walk:
             part = called.instructions.get(update.operands[_UPDATES[update.opcode]])
             if part is not None:
                 replaced[update.shape.dims] = sum(shape.bytes for shape in part.shapes)
-        return sum(replaced.get(shape.dims, shape.bytes) for shape in shapes if not shape.near)
+        return sum(replaced.get(shape.dims, shape.bytes) for shape in shapes if not shape.on_chip)
 
 
-def _typical(pairs: np.ndarray) -> int:
-    """A pair that is as far apart as most: of a shift around a ring not the one that closes it."""
+def _most_frequent_shift(pairs: np.ndarray) -> int:
+    """The index of a pair with the most frequent distance: in a shift around a ring, not the pair that wraps around."""
     _, first, times = np.unique(pairs[:, 1] - pairs[:, 0], return_index=True, return_counts=True)
     return int(first[np.argmax(times)])
 
 
 def trip_count(module: Module, inside: Computation, loop: Instruction) -> int:
-    """How often a loop goes round: as XLA found out, else from a condition ``i < constant`` and a start at 0; 1 where
-    neither tells."""
+    """The number of iterations of a loop: what XLA notes, or else the constant of a condition ``i < constant`` for a
+    loop that starts at 0; 1 if there is neither."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(known.group(1))
     condition = module.computations[loop.called("condition")[0]]
-    limits = [int(each.argument) for each in _everything(module, condition)
+    limits = [int(each.argument) for each in _all_instructions(module, condition)
               if each.opcode == "constant" and each.shape.dtype in ("s32", "u32", "s64") and not each.shape.dims]
     return max(limits, default=1)
 
 
-def _everything(module: Module, computation: Computation) -> Iterator[Instruction]:
+def _all_instructions(module: Module, computation: Computation) -> Iterator[Instruction]:
     for each in computation.instructions.values():
         yield each
         for name in each.called("calls", "to_apply"):
-            yield from _everything(module, module.computations[name])
+            yield from _all_instructions(module, module.computations[name])
 
 
 def _flops(inside: Computation, each: Instruction) -> float:
-    """Of a product; 0 for anything else."""
+    """FLOPs of a matrix product or convolution; 0 for any other instruction."""
     if each.opcode not in ("dot", "convolution", "ragged-dot"):
         return 0.0
     left, right = list(inside.operands(each))[:2]
@@ -278,8 +284,8 @@ def _flops(inside: Computation, each: Instruction) -> float:
 
 
 def _convolution_flops(each: Instruction, left: Instruction, right: Instruction) -> float:
-    """Two for each product that is not with padding. TPUs do matrix products as convolutions, batches of them with
-    windows and dilations that make most products ones with padding."""
+    """Two FLOPs for each product whose factors are not padding. TPUs run matrix products as convolutions, and batched
+    ones with windows and dilations that make most factors padding."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", each.attributes)
     lhs, rhs, out = labels.groups()
     spatial = sum(label.isdigit() for label in lhs)

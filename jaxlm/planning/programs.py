@@ -1,4 +1,4 @@
-"""The programs that a forecast compiles: the training step as it is trained, a prompt read, a token decoded."""
+"""``forecast_programs``: the programs that a forecast compiles: the training step, or a server's prefill and decode."""
 
 from __future__ import annotations
 
@@ -19,27 +19,32 @@ from jaxlm.compression.names import load_recipe
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import batch_sharding, batch_ways, bytes_per_device, make_mesh, mesh_sizes, shardings
 from jaxlm.core.tree import count_params, flatten
-from jaxlm.planning.abstract import (
-    cache_layout,
-    complete_model,
-    compressed,
-    train_batch,
-    trained_model,
-    with_layout,
+from jaxlm.planning.abstract_models import (
+    abstract_batch,
+    abstract_compressed,
+    abstract_trained,
+    cache_shardings,
+    with_shardings,
+    with_vocab_size,
 )
-from jaxlm.planning.topology import Topology, devices_of
+from jaxlm.planning.topology import Topology, topology_devices
 from jaxlm.training.config import Experiment
 from jaxlm.training.flops import rows_of, step_flops
 from jaxlm.training.objectives.reference_model import reference_model_of
 from jaxlm.training.program import make_program
 
-__all__ = ["Program", "Serving", "programs_of"]
+__all__ = ["ForecastProgram", "ServingShape", "forecast_programs"]
 
 
 @dataclass(frozen=True)
-class Serving:
-    """What to serve instead of training: ``batch`` rows of up to ``context`` tokens (0: as the model says), in
-    bfloat16, or by a recipe (its name)."""
+class ServingShape:
+    """The shape of a server to forecast.
+
+    Attributes:
+        recipe: the name of the recipe that compresses the weights; "" for bfloat16.
+        batch: rows that are decoded together.
+        context: tokens of a row, prompt and continuation; 0 for the model's maximum.
+    """
 
     recipe: str = ""
     batch: int = 8
@@ -47,19 +52,20 @@ class Serving:
 
 
 @dataclass(frozen=True)
-class Program:
-    """One program to compile.
+class ForecastProgram:
+    """A program to compile.
 
     Attributes:
         name: "train step", "prefill" or "decode".
-        lower: traces and lowers it, for the mesh.
-        arguments: what it is called with, abstract.
-        mesh: over the devices of the topology.
-        held: bytes a device has of what goes in, by what it is; gradients too, which the program makes.
-        tokens: that one run takes, of all devices.
-        flops: that the model needs for them, by ``training.flops.FLOP_CONVENTION``.
-        parameters: of the dense model.
-        notes: what the user should know of the shapes.
+        lower: traces and lowers the program for the mesh.
+        arguments: abstract arguments of the program.
+        mesh: the mesh over the devices of the topology.
+        held: bytes on one device of each kind of argument ("parameters", "optimizer", "cache", ...), and of
+            "gradients", which the program makes itself.
+        tokens: tokens that one run processes on all devices together.
+        flops: FLOPs that the model needs for these tokens, by ``training.flops.FLOP_CONVENTION``.
+        parameters: the number of parameters of the dense model.
+        notes: what the user should know about the shapes.
     """
 
     name: str
@@ -73,16 +79,24 @@ class Program:
     notes: tuple[str, ...] = ()
 
 
-def programs_of(config: Experiment, topology: Topology, serving: Serving | None = None) -> list[Program]:
-    """UserError on what cannot be: a mesh that does not fit, a batch that cannot be shared."""
-    config = dataclasses.replace(config, model=complete_model(config))
-    mesh = make_mesh(**mesh_sizes(config.mesh.preset, config.mesh.sizes, topology.size), devices=devices_of(topology))
+def forecast_programs(
+    config: Experiment, topology: Topology, serving: ServingShape | None = None
+) -> list[ForecastProgram]:
+    """The training step of an experiment, or with ``serving`` the prefill and the decoding step of a server.
+
+    Raises:
+        UserError: when the mesh does not fit the devices, the mesh cannot share the batch, or the model cannot be
+            served.
+    """
+    config = dataclasses.replace(config, model=with_vocab_size(config))
+    sizes = mesh_sizes(config.mesh.preset, config.mesh.sizes, topology.size)
+    mesh = make_mesh(**sizes, devices=topology_devices(topology))
     return [_train_step(config, mesh, topology)] if serving is None else _serving(config, mesh, topology, serving)
 
 
-def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> Program:
-    graphdef, like = trained_model(config, platform_of(topology))
-    batch = train_batch(config, mesh)
+def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> ForecastProgram:
+    graphdef, like = abstract_trained(config, platform_name(topology))
+    batch = abstract_batch(config, mesh)
     reference = reference_model_of(config, graphdef, like, None)
     with jax.set_mesh(mesh):
         program = make_program(config, graphdef, like, mesh, reference)
@@ -98,12 +112,12 @@ def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> Program:
     rows, length = rows_of(shapes)
     notes: tuple[str, ...] = ()
     if config.model.kind == "seq2seq" and len(config.data.buckets) > 1:
-        notes = (f"batches are those of the longest bucket, {rows} pairs of {length} tokens, all of them counted",)
+        notes = (f"batches of the longest bucket: {rows} pairs of {length} tokens, all of them counted",)
     if config.mesh.offload_optimizer or getattr(config.model, "remat", "").startswith("offload"):
-        notes += ("what goes to the host's memory and back is not in the times",)
+        notes += ("times leave out transfers to and from host memory",)
     if mesh.shape["expert"] > 1 and getattr(config.model, "expert_routing", "") == "dropless":
-        notes += ("dropless routing: as many rounds are counted as the most crowded expert could need; balanced "
-                  "routers need one or two",)
+        notes += ("dropless routing: the rounds of the most crowded expert possible are counted; balanced routers need "
+                  "one or two",)
 
     def lower() -> jax.stages.Lowered:
         with jax.set_mesh(mesh):
@@ -111,53 +125,55 @@ def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> Program:
 
     flops = step_flops(config.model, flatten(like), shapes)
     arguments, count = (program.state, batch), count_params(like)
-    return Program("train step", lower, arguments, mesh, held, rows * length, flops, count, notes)
+    return ForecastProgram("train step", lower, arguments, mesh, held, rows * length, flops, count, notes)
 
 
-def platform_of(topology: Topology) -> str:
-    """What ``compression.platforms`` calls its devices."""
+def platform_name(topology: Topology) -> str:
+    """The name of the devices' platform in ``compression.platforms``."""
     return "cpu" if topology.chip is None else "tpu"
 
 
-def _serving(config: Experiment, mesh: Mesh, topology: Topology, serving: Serving) -> list[Program]:
+def _serving(config: Experiment, mesh: Mesh, topology: Topology, serving: ServingShape) -> list[ForecastProgram]:
     if config.model.kind != "decoder":
-        raise UserError(f"--serve forecasts language models, and this is a {config.model.kind}")
+        raise UserError(f"--serve forecasts decoder language models, and this model is a {config.model.kind}")
     if serving.batch < 1 or serving.batch % batch_ways(mesh):
-        raise UserError(f"--batch {serving.batch} cannot be shared by {batch_ways(mesh)} devices; make it a multiple")
+        raise UserError(
+            f"--batch {serving.batch} does not divide evenly into {batch_ways(mesh)} shards; make it a multiple"
+        )
     like = nn.abstract(config.model)[1]
     recipe = load_recipe(serving.recipe) if serving.recipe else None
-    model, params = compressed(recipe, config.model, like, "bfloat16", platform_of(topology))
+    model, params = abstract_compressed(recipe, config.model, like, "bfloat16", platform_name(topology))
     graphdef = nn.initializer(model)[0]
     batch, context = serving.batch, serving.context or model.max_positions
     rows = batch_sharding(mesh)
-    params = with_layout(params, shardings(params, mesh))
+    params = with_shardings(params, shardings(params, mesh))
     cache = jax.eval_shape(lambda params: nnx.merge(graphdef, params).init_cache(batch, context), params)
-    cache = with_layout(cache, cache_layout(cache, mesh))
+    cache = with_shardings(cache, cache_shardings(cache, mesh))
     layout = jax.tree.map(lambda x: x.sharding, cache)
-    # How keys and values lie in memory is the compiler's choice, as it is in the loop over tokens of ``generate``.
+    # The compiler chooses the memory layout of keys and values, as it does in the loop over tokens of ``generate``.
     free = jax.tree.map(lambda x: Format(Layout.AUTO, x.sharding) if x.ndim > 1 else x.sharding, cache)
     held = {"parameters": bytes_per_device(params), "cache": bytes_per_device(cache)}
 
     def prefill(params, tokens_BxT):
         module = nnx.merge(graphdef, params)
-        return module.decode(tokens_BxT, module.init_cache(batch, context))[1]  # logits are left to decode
+        return module.decode(tokens_BxT, module.init_cache(batch, context))[1]  # decode computes the logits
 
     def decode(params, tokens_B, cache):
         logits_Bx1xV, cache = nnx.merge(graphdef, params).decode(tokens_B[:, None], cache)
         return jnp.argmax(logits_Bx1xV[:, -1], -1).astype(jnp.int32), cache
 
-    def program(name: str, fn: Callable, shape: tuple[int, ...], *rest: Any, **options: Any) -> Program:
+    def program(name: str, fn: Callable, shape: tuple[int, ...], *rest: Any, **options: Any) -> ForecastProgram:
         arguments = (params, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows), *rest)
 
         def lower() -> jax.stages.Lowered:
             with jax.set_mesh(mesh):
                 return jax.jit(fn, **options).lower(*arguments)
 
-        # A third of what a training step computes is the forward pass, and each token looks at all of the context.
+        # The forward pass is a third of a training step, and each token attends to the whole context.
         tokens = math.prod(shape)
         flops = step_flops(model, flatten(like), {"inputs": (batch, context)}) / 3 * tokens / (batch * context)
-        notes = (f"{batch} rows, a cache of {context:,} tokens each",)
-        return Program(name, lower, arguments, mesh, held, tokens, flops, count_params(like), notes)
+        notes = (f"{batch} rows with a cache of {context:,} tokens each",)
+        return ForecastProgram(name, lower, arguments, mesh, held, tokens, flops, count_params(like), notes)
 
     return [
         program("prefill", prefill, (batch, context), out_shardings=layout),

@@ -1,4 +1,7 @@
-"""Which mesh and which remat policy suit an experiment best: closed forms first, then the compiler for a few."""
+"""``search``: finds the mesh and the remat policy that suit an experiment best.
+
+All candidates are ranked by analytic estimates, and the most promising of them are compiled.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,18 @@ from jaxlm.core.errors import UserError
 from jaxlm.nn.config import DecoderConfig
 from jaxlm.planning.analytic import Estimate, estimate, mesh_shapes
 from jaxlm.planning.forecast import Forecast, forecast
-from jaxlm.planning.programs import programs_of
+from jaxlm.planning.programs import forecast_programs
 from jaxlm.planning.topology import Topology
 from jaxlm.training.config import Experiment
 
 __all__ = ["Candidate", "search"]
 
-_SHOWN = 10
+_SHOWN = 10  # candidates that are returned
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An experiment with another mesh and remat policy; ``forecast`` is there if it was compiled."""
+    """An experiment with another mesh and remat policy. ``forecast`` is None if it was not compiled."""
 
     config: Experiment
     estimate: Estimate
@@ -31,11 +34,12 @@ class Candidate:
 
     @property
     def peak(self) -> float:
+        """Bytes on one device."""
         return self.forecast.memory.peak if self.forecast else self.estimate.peak
 
     @property
     def seconds(self) -> float:
-        """Of a step; endless where the compiler found no room for it."""
+        """Of a step; infinite if the compiler found that the program does not fit."""
         if self.forecast is None:
             return self.estimate.step
         return self.forecast.time.step if self.forecast.time else float("inf")
@@ -54,31 +58,42 @@ class Candidate:
 def search(
     config: Experiment, topology: Topology, compiled: int, progress: Callable[[str, int, int], None]
 ) -> list[Candidate]:
-    """The best ten, best first: those that fit before those that do not, the fastest first. The ``compiled`` best by
-    closed form are compiled. UserError where there is nothing to search: on CPU, of whose speed nothing is known, and
-    for an LSTM, which has no remat policies."""
+    """The best ten candidates, best first: those that fit before those that do not, then by speed.
+
+    Args:
+        config: the experiment; its mesh and remat policy are replaced.
+        topology: the devices.
+        compiled: how many of the best candidates by analytic estimate are compiled.
+        progress: called with (what, done, total).
+
+    Raises:
+        UserError: on CPU devices, whose speed is not known; for an LSTM, which has no remat policies; and when no mesh
+            can share the batch.
+    """
     if topology.chip is None:
-        raise UserError("--search compares by time, and nothing is known of the speed of a CPU; give a TPU topology")
+        raise UserError("--search ranks meshes by time, and the speed of a CPU is not known; give a TPU topology")
     if config.model.kind == "lstm":
-        raise UserError("--search chooses a mesh and a remat policy for Transformers, and this is an LSTM")
+        raise UserError("--search chooses a mesh and a remat policy for a Transformer, and this model is an LSTM")
     found = []
     for each in _variants(config, topology):
         try:
             found.append(Candidate(each, estimate(each, topology)))
-        except UserError:  # a batch that such a mesh cannot share
+        except UserError:  # this mesh cannot share the batch
             continue
     if not found:
-        raise UserError(f"no mesh of {topology.size} devices can share the batch; make data.batch_size a multiple")
+        raise UserError(
+            f"no mesh of {topology.size} devices can share the batch; make data.batch_size a multiple of their number"
+        )
 
     def order(candidate: Candidate) -> tuple:
         return not candidate.fits(topology), candidate.seconds, candidate.peak
 
     found.sort(key=order)
     for i, candidate in enumerate(found[:compiled]):
-        progress("compiling the best by closed form", i, compiled)
-        (program,) = programs_of(candidate.config, topology)
+        progress("compiling the best candidates", i, compiled)
+        (program,) = forecast_programs(candidate.config, topology)
         found[i] = dataclasses.replace(candidate, forecast=forecast(program, candidate.config, topology))
-    progress("compiling the best by closed form", compiled, compiled)
+    progress("compiling the best candidates", compiled, compiled)
     return sorted(found, key=lambda each: (each.forecast is None, order(each)))[:_SHOWN]
 
 
@@ -92,5 +107,5 @@ def _variants(config: Experiment, topology: Topology) -> Iterator[Experiment]:
             axis: size for axis, size in sizes.sizes.items() if size
         })
         for remat in policies:
-            if not remat.startswith("offload"):  # their way to the host and back is not in the times
+            if not remat.startswith("offload"):  # the time of transfers to the host is not estimated
                 yield dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(model, remat=remat))

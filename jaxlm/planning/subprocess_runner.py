@@ -1,7 +1,8 @@
-"""Forecasts in a process of their own, ``python -m jaxlm.planning.subprocess_runner``: JAX must know before it starts that there
-are to be N devices, and a compiler that aborts or writes to standard error ends or litters only that.
+"""Runs a forecast in a process of its own: ``python -m jaxlm.planning.subprocess_runner``.
 
-The request is JSON on standard input, the answers are lines of JSON on standard output.
+JAX must know the number of simulated CPU devices before it starts, and a compiler that aborts or writes to standard
+error then affects only that process. The request is JSON on standard input; the replies are lines of JSON on standard
+output.
 """
 
 from __future__ import annotations
@@ -25,37 +26,47 @@ __all__ = ["run_forecast"]
 def run_forecast(
     config: Experiment, topology: Topology, serving: dict[str, Any] | None, search: int, progress: Progress
 ) -> dict[str, Any]:
-    """``{"forecasts": [...], "search": [...]}``, see ``Forecast.to_json`` and ``Candidate.to_json``; each forecast with
-    ``advice``. ``serving`` has the fields of ``Serving``; ``search`` is how many meshes to compile, 0 for no search.
+    """Forecasts an experiment in a new process.
+
+    Args:
+        config: the experiment.
+        topology: the devices to compile for.
+        serving: the fields of ``ServingShape`` to forecast a server; None to forecast training.
+        search: how many meshes of a search to compile; 0 for no search.
+        progress: called with (what, done, total).
+
+    Returns:
+        ``{"forecasts": [...], "search": [...]}``: lists of ``Forecast.to_json``, each with suggestions under
+        ``advice``, and of ``Candidate.to_json``.
 
     Raises:
-        UserError: as the functions that make the forecast.
-        RuntimeError: the process ended without an answer; the end of what it wrote.
+        UserError: as the functions that make the forecast raise it.
+        RuntimeError: when the process ended without a reply; the message has the end of its standard error.
     """
     request = {"config": to_dict(config), "topology": topology.name, "serving": serving, "search": search}
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
+    command = [sys.executable, "-m", "jaxlm.planning.subprocess_runner"]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "jaxlm.planning.subprocess_runner"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise,
-            text=True, env=_environment(topology),
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(topology)
         )
         try:
             with child.stdin as pipe:
                 json.dump(request, pipe)
-            answer = None
+            reply = None
             for line in child.stdout:
-                answer = json.loads(line)
-                if "progress" in answer:
-                    progress(*answer["progress"])
+                reply = json.loads(line)
+                if "progress" in reply:
+                    progress(*reply["progress"])
             child.wait()
         finally:
             child.kill()
             child.stdout.close()
-        if child.returncode or answer is None:
-            noise.seek(0)
-            raise RuntimeError(f"the forecast failed with status {child.returncode}:\n{noise.read()[-4000:]}")
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer
+        if child.returncode or reply is None:
+            log.seek(0)
+            raise RuntimeError(f"the forecast failed with status {child.returncode}:\n{log.read()[-4000:]}")
+    if "error" in reply:
+        raise UserError(reply["error"])
+    return reply
 
 
 def _environment(topology: Topology) -> dict[str, str]:
@@ -65,45 +76,45 @@ def _environment(topology: Topology) -> dict[str, str]:
     return os.environ | {
         "XLA_FLAGS": flags,
         "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # what comes from there does not tell its memory
-        "TPU_SKIP_MDS_QUERY": "1",  # nobody answers where there are no TPUs
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # none is opened
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache does not report its memory
+        "TPU_SKIP_MDS_QUERY": "1",  # a machine without TPUs has no metadata server
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu opens no device here
     }
 
 
 def _main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr
+    stdout, sys.stdout = sys.stdout, sys.stderr
 
-    def answer(data: dict[str, Any]) -> None:
-        print(json.dumps(data), file=answers, flush=True)
+    def send(data: dict[str, Any]) -> None:
+        print(json.dumps(data), file=stdout, flush=True)
 
     def progress(what: str, done: int, total: int) -> None:
-        answer({"progress": [what, done, total]})
+        send({"progress": [what, done, total]})
 
     request = json.load(sys.stdin)
     try:
-        answer(_answer(request, progress))
+        send(_reply(request, progress))
     except UserError as error:
-        answer({"error": str(error)})
+        send({"error": str(error)})
 
 
-def _answer(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _reply(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from jaxlm.planning.forecast import forecast
-    from jaxlm.planning.programs import Serving, programs_of
+    from jaxlm.planning.programs import ServingShape, forecast_programs
     from jaxlm.planning.search import search
-    from jaxlm.planning.suggestions import advise
+    from jaxlm.planning.suggestions import suggest_changes
 
     config, topology = from_dict(Experiment, request["config"]), parse_topology(request["topology"])
-    serving = Serving(**request["serving"]) if request["serving"] else None
+    serving = ServingShape(**request["serving"]) if request["serving"] else None
     if request["search"]:
         found = search(config, topology, request["search"], progress)
         best = [each.forecast.to_json() | {"advice": []} for each in found[:1] if each.forecast]
         return {"forecasts": best, "search": [each.to_json() for each in found]}
-    programs, results = programs_of(config, topology, serving), []
+    programs, results = forecast_programs(config, topology, serving), []
     for i, program in enumerate(programs):
         progress(f"compiling the {program.name}", i, len(programs))
         result = forecast(program, config, topology)
-        results.append(result.to_json() | {"advice": advise(result, config, topology, serving)})
+        results.append(result.to_json() | {"advice": suggest_changes(result, config, topology, serving)})
     progress("compiling", len(programs), len(programs))
     return {"forecasts": results, "search": []}
 

@@ -1,6 +1,6 @@
-"""Devices that are not there: ``v5e:16x16``, ``v5p:8x8x4*2`` (two slices), ``cpu:8``.
+"""Names of device topologies to compile for: ``v5e:16x16``, ``v5p:8x8x4*2`` (two slices), ``cpu:8``.
 
-TPUs are those that libtpu knows; it compiles for them on any machine. CPUs are devices that JAX makes up.
+The devices need not exist: libtpu compiles for every TPU it knows on any machine, and JAX simulates CPU devices.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ import jax
 from jaxlm.core.errors import UserError
 from jaxlm.core.hardware import CHIPS, Chip
 
-__all__ = ["Topology", "devices_of", "parse_topology"]
+__all__ = ["Topology", "parse_topology", "topology_devices"]
 
 _TPUS = {chip.name: chip for chip in CHIPS if chip.name}
-_HOST = (2, 2, 1)  # chips of a host along each dimension, as libtpu assumes; a smaller slice is a smaller host
+_HOST = (2, 2, 1)  # chips of one host along each dimension, as libtpu assumes; a smaller slice has a smaller host
 
 
 @dataclass(frozen=True)
 class Topology:
-    """``slices`` tori of this shape, connected by the data centre's network. ``chip`` is None for CPU devices."""
+    """``slices`` tori of one shape, connected by the data centre network.
+
+    Attributes:
+        name: what the user wrote.
+        chip: figures of the chip; None for CPU devices.
+        shape: chips of one slice along each dimension of the torus.
+        slices: the number of slices.
+    """
 
     name: str
     chip: Chip | None
@@ -33,16 +40,21 @@ class Topology:
 
     @property
     def size(self) -> int:
+        """The number of devices."""
         return math.prod(self.shape) * self.slices
 
-    def closes(self, dimension: int) -> bool:
-        """Whether the links along a dimension make a ring."""
+    def wraps_around(self, dimension: int) -> bool:
+        """Whether the links along a dimension of the torus form a ring."""
         extent = self.shape[dimension]
         return self.chip is not None and extent >= self.chip.wraps and extent % self.chip.wraps == 0
 
 
 def parse_topology(name: str) -> Topology:
-    """UserError on a name that means nothing, with the nearest that does."""
+    """The topology that a name such as ``v5e:16x16`` means.
+
+    Raises:
+        UserError: when the name is unknown; the message has the nearest known one.
+    """
     kind, _, rest = name.partition(":")
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", rest):
         return Topology(name, None, (int(rest),))
@@ -56,7 +68,7 @@ def parse_topology(name: str) -> Topology:
     chip = _TPUS[kind]
     if len(shape) != chip.dimensions:
         raise UserError(
-            f"topology {name!r}: {kind} chips lie in {chip.dimensions} dimensions; write it as {_example(chip)}"
+            f"topology {name!r}: {kind} chips form a torus of {chip.dimensions} dimensions; write {_example(chip)}"
         )
     return Topology(name, chip, shape, int(found.group(2) or 1))
 
@@ -65,15 +77,17 @@ def _example(chip: Chip) -> str:
     return f"{chip.name}:{'x'.join(['4'] * chip.dimensions)}"
 
 
-def devices_of(topology: Topology) -> list[jax.Device]:
-    """The devices to compile for. UserError where libtpu is not installed or does not know the topology.
+def topology_devices(topology: Topology) -> list[jax.Device]:
+    """The devices to compile for. JAX simulates CPU devices only if XLA_FLAGS asks for them before JAX starts, as
+    ``planning.subprocess_runner`` does.
 
-    CPU devices are made by XLA_FLAGS, which must say so before JAX starts (``planning.subprocess_runner``).
+    Raises:
+        UserError: when libtpu is not installed or does not know the topology.
     """
     if topology.chip is None:
         return jax.devices("cpu")[: topology.size]
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("forecasts for TPUs need libtpu, which compiles for them: pip install jaxlm[plan]")
+        raise UserError("a forecast for TPUs is compiled by libtpu, which is not installed: pip install jaxlm[plan]")
     from jax.experimental import topologies
 
     shape = "x".join(map(str, topology.shape))

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxlm.planning.hlo import groups, parse
-from jaxlm.planning.hlo_costs import count
+from jaxlm.planning.hlo import parse_hlo, replica_groups
+from jaxlm.planning.hlo_costs import count_costs
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -21,7 +21,7 @@ def mesh():
 
 def counted(fn, *shapes, mesh=None):
     compiled = jax.jit(fn).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)).compile()
-    return count(parse(compiled.as_text()), dict(mesh.shape) if mesh else {"data": 1})
+    return count_costs(parse_hlo(compiled.as_text()), dict(mesh.shape) if mesh else {"data": 1})
 
 
 def test_products_in_nested_loops_count_as_often_as_they_run():
@@ -44,8 +44,8 @@ def test_integers_are_counted_apart():
         return jax.lax.dot_general(x, y, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
 
     shape = jax.ShapeDtypeStruct((64, 64), jnp.int8)
-    counts = count(parse(jax.jit(fn).lower(shape, shape).compile().as_text()), {"data": 1})
-    assert counts.total_flops == 2 * 64**3
+    costs = count_costs(parse_hlo(jax.jit(fn).lower(shape, shape).compile().as_text()), {"data": 1})
+    assert costs.total_flops == 2 * 64**3
 
 
 def test_a_gradient_has_three_products():
@@ -71,11 +71,11 @@ def test_messages_are_those_of_their_axes(mesh, axes):
         spec = PartitionSpec(AXES)
         return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
-    counts = counted(fn, (8 * rows, columns), mesh=mesh)
-    assert {each.axes for each in counts.collectives} == {axes}
-    assert counts.sent("all-gather")[axes] == (n - 1) * size
+    costs = counted(fn, (8 * rows, columns), mesh=mesh)
+    assert {each.axes for each in costs.collectives} == {axes}
+    assert costs.sent("all-gather")[axes] == (n - 1) * size
     # a sum of one part; and a scattered sum of n parts, which XLA on CPU may do as a sum of all of them
-    assert counts.sent("all-reduce", "reduce-scatter")[axes] in (
+    assert costs.sent("all-reduce", "reduce-scatter")[axes] in (
         2 * (n - 1) / n * size + (n - 1) * size, 2 * (n - 1) / n * size + 2 * (n - 1) * size
     )
 
@@ -89,9 +89,9 @@ def test_permutations_and_exchanges(mesh):
         spec = PartitionSpec(AXES)
         return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)(x)
 
-    counts = counted(fn, (64, 16), mesh=mesh)
-    assert counts.sent("collective-permute") == {("tensor",): 4 * 8 * 16}
-    assert counts.sent("all-to-all") == {("data",): 4 * 8 * 16 / 2}
+    costs = counted(fn, (64, 16), mesh=mesh)
+    assert costs.sent("collective-permute") == {("tensor",): 4 * 8 * 16}
+    assert costs.sent("all-to-all") == {("data",): 4 * 8 * 16 / 2}
 
 
 def test_a_shift_around_a_ring_is_as_far_as_most_of_its_pairs():
@@ -117,9 +117,9 @@ def test_messages_in_a_loop_count_as_often_as_it_goes_round(mesh):
     shapes = jax.ShapeDtypeStruct((4, 16), jnp.float32, sharding=whole), jax.ShapeDtypeStruct(
         (7, 16, 16), jnp.float32, sharding=rows
     )
-    counts = count(parse(jax.jit(fn).lower(*shapes).compile().as_text()), dict(mesh.shape))
-    assert counts.sent("all-gather") == {("fsdp",): 7 * 4 * 16 * 16 / 2}
-    assert counts.total_flops == 7 * 2 * 4 * 16 * 16
+    costs = count_costs(parse_hlo(jax.jit(fn).lower(*shapes).compile().as_text()), dict(mesh.shape))
+    assert costs.sent("all-gather") == {("fsdp",): 7 * 4 * 16 * 16 / 2}
+    assert costs.total_flops == 7 * 2 * 4 * 16 * 16
 
 
 def test_traffic_of_a_product_is_its_operands_and_result():
@@ -150,14 +150,15 @@ GROUPS = {
 
 @pytest.mark.parametrize("text", GROUPS)
 def test_groups_in_every_notation(text):
-    module = parse(f"ENTRY %main (p: f32[2]) -> f32[2] {{\n ROOT %r = f32[2]{{0}} all-reduce(%p), {text}\n}}\n")
-    np.testing.assert_array_equal(groups(module.entry.root, 8), GROUPS[text])
+    module = parse_hlo(f"ENTRY %main (p: f32[2]) -> f32[2] {{\n ROOT %r = f32[2]{{0}} all-reduce(%p), {text}\n}}\n")
+    np.testing.assert_array_equal(replica_groups(module.entry.root, 8), GROUPS[text])
 
 
 def test_a_notation_of_groups_that_is_not_known_is_an_error():
-    module = parse("ENTRY %main (p: f32[2]) -> f32[2] {\n ROOT %r = f32[2]{0} all-reduce(%p), replica_groups=new\n}\n")
+    text = "ENTRY %main (p: f32[2]) -> f32[2] {\n ROOT %r = f32[2]{0} all-reduce(%p), replica_groups=new\n}\n"
+    module = parse_hlo(text)
     with pytest.raises(ValueError, match="notation"):
-        groups(module.entry.root, 8)
+        replica_groups(module.entry.root, 8)
 
 
 TPU = """
@@ -288,16 +289,16 @@ def test_what_only_programs_for_tpus_have():
     """Products as convolutions, batches of them as windows, memory near the core, a sum fused with its slice, a
     message in the fusions that start, carry and end it, a loop whose rounds only its condition tells, an operand that
     is laid out anew in a fusion of its own, a slice that is fetched ahead, and rows put into an array where it lies."""
-    module = parse(TPU)
-    counts = count(module, {"data": 2, "fsdp": 4})
-    assert counts.total_flops == 2 * 8 * 128 * 256 + 2 * 3 * 8 * 64 * 16 + 2 * 64 * 4 * 32
-    assert counts.sent("reduce-scatter") == {("fsdp",): 3 / 4 * 4 * 16 * 128}
-    assert counts.sent("all-gather") == {("data",): 2 * 8 * 128}
-    assert len(counts.collectives) == 2
+    module = parse_hlo(TPU)
+    costs = count_costs(module, {"data": 2, "fsdp": 4})
+    assert costs.total_flops == 2 * 8 * 128 * 256 + 2 * 3 * 8 * 64 * 16 + 2 * 64 * 4 * 32
+    assert costs.sent("reduce-scatter") == {("fsdp",): 3 / 4 * 4 * 16 * 128}
+    assert costs.sent("all-gather") == {("data",): 2 * 8 * 128}
+    assert len(costs.collectives) == 2
     read_slice, copied = 2 * 8 * 128, 2 * 128 * 256
     scattered = 4 * 16 * 128 + 4 * 4 * 128
     scores = 2 * (3 * 8 * 64 + 3 * 64 * 16) + 4 * 3 * 8 * 16
     index = 2 * 4  # two fusions read it
     put, negated = 2 * 4 * 2 * 128, 2 * 2 * 3 * 64
     fetched, product, spread = 2 * 4 * 32, 2 * 4 * 64 + 2 * 64 * 32, 4 + 2 * 64 * 32
-    assert counts.traffic == sum([read_slice, copied, scattered, scores, index, put, negated, fetched, product, spread])
+    assert costs.traffic == sum([read_slice, copied, scattered, scores, index, put, negated, fetched, product, spread])

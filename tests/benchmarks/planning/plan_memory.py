@@ -46,7 +46,7 @@ def main() -> None:
 
     from jaxlm import nn
     from jaxlm.planning.forecast import forecast
-    from jaxlm.planning.programs import programs_of
+    from jaxlm.planning.programs import forecast_programs
     from jaxlm.planning.topology import parse_topology
     from jaxlm.training.config import DataConfig, Experiment, MeshConfig, OptimConfig, TrainConfig
     from jaxlm.training.program import make_program
@@ -60,7 +60,7 @@ def main() -> None:
         train=TrainConfig(accumulate=args.accumulate), mesh=MeshConfig(-1, args.fsdp, args.tensor),
     )
     topology = parse_topology("cpu:8")
-    (program,) = programs_of(config, topology)
+    (program,) = forecast_programs(config, topology)
     said = forecast(program, config, topology).memory
     graphdef, like = nn.abstract(model)
     init = nn.initializer(model)[1]

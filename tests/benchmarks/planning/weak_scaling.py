@@ -5,8 +5,8 @@
 
 Fully sharded data parallelism ("fsdp") has two rows a chip; tensor parallelism ("tensor") has eight rows in all. State
 is parameters and optimizer, of which the minimum is 12 bytes a parameter over all chips. Messages are those along the
-axis, their minimum that of ``least_fsdp`` and ``least_tensor`` in ``planning.analytic``. A mesh takes a compilation for
-TPU v5e, half a minute to some minutes of one core. Needs libtpu.
+axis, their minimum that of ``min_fsdp_bytes`` and ``min_tensor_bytes`` in ``planning.analytic``. A mesh takes a
+compilation for TPU v5e, half a minute to some minutes of one core. Needs libtpu.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from jaxlm import nn
 from jaxlm.core.tree import count_params
-from jaxlm.planning.analytic import least_fsdp, least_tensor
+from jaxlm.planning.analytic import min_fsdp_bytes, min_tensor_bytes
 from jaxlm.planning.subprocess_runner import run_forecast
 from jaxlm.planning.topology import parse_topology
 from jaxlm.training.config import DataConfig, Experiment, MeshConfig
@@ -47,9 +47,9 @@ def row(kind: str, chips: int) -> dict[str, float | str]:
     state, least_state = held["parameters"] + held["optimizer"], 12 * weights / chips
     sent = sum(each["bytes"] for each in found["counts"]["collectives"] if kind in each["axes"])
     if kind == "fsdp":
-        least = least_fsdp(weights, chips, 2)
+        least = min_fsdp_bytes(weights, chips, 2)
     else:
-        least = least_tensor(config.model, 8 * LENGTH, chips, 2)
+        least = min_tensor_bytes(config.model, 8 * LENGTH, chips, 2)
     return {"split": kind, "chips": chips, "state": state, "least_state": least_state,
             "peak": found["memory"]["peak"], "sent": sent, "least_sent": least}
 

@@ -8,21 +8,21 @@ import pytest
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.hardware import CHIPS, chip_of
-from jaxlm.planning.cost import Place, group_bandwidth, roofline
-from jaxlm.planning.hlo_costs import Collective, Counts
+from jaxlm.planning.hlo_costs import Collective, HloCosts
+from jaxlm.planning.roofline import DeviceCoordinates, group_bandwidth, roofline
 from jaxlm.planning.topology import parse_topology
 
 
-def places(topology):
+def coordinates(topology):
     torus = [chip[::-1] for chip in itertools.product(*(range(size) for size in topology.shape[::-1]))]
-    return [Place(number, chip) for number in range(topology.slices) for chip in torus]
+    return [DeviceCoordinates(number, chip) for number in range(topology.slices) for chip in torus]
 
 
 def bandwidth(name, members, kind="all-gather"):
     topology = parse_topology(name)
-    at = {place: i for i, place in enumerate(places(topology))}
-    group = tuple(at[Place(*member)] for member in members)
-    return group_bandwidth(Collective(kind, ("fsdp",), group, 1.0, 1), topology, places(topology)) / topology.chip.link
+    devices = coordinates(topology)
+    group = tuple(devices.index(DeviceCoordinates(*member)) for member in members)
+    return group_bandwidth(Collective(kind, ("fsdp",), group, 1.0, 1), topology, devices) / topology.chip.link
 
 
 LINKS = {
@@ -57,15 +57,15 @@ def test_between_slices_is_the_data_centre():
 def test_a_roofline():
     topology = parse_topology("v5e:16x16")
     chip = topology.chip
-    counts = Counts(traffic=chip.bandwidth)
-    counts.flops.update(float=chip.flops, int8=chip.int8)
+    costs = HloCosts(traffic=chip.bandwidth)
+    costs.flops.update(float=chip.flops, int8=chip.int8)
     row = tuple(range(16))
-    counts.collectives = [Collective("all-gather", ("fsdp",), row, 4 * chip.link, 1),
+    costs.collectives = [Collective("all-gather", ("fsdp",), row, 4 * chip.link, 1),
                           Collective("all-reduce", ("fsdp",), row, 2 * chip.link, 1)]
-    time = roofline(counts, topology, places(topology))
+    time = roofline(costs, topology, coordinates(topology))
     assert (time.compute, time.memory, time.network) == (2, 1, {"fsdp": 3})
     assert (time.step, time.serial, time.bound) == (3, 6, "network")
-    assert roofline(counts, parse_topology("cpu:8"), []) is None
+    assert roofline(costs, parse_topology("cpu:8"), []) is None
 
 
 def test_every_chip_of_a_topology_has_all_figures():
@@ -79,7 +79,7 @@ def test_every_chip_of_a_topology_has_all_figures():
 def test_topologies():
     topology = parse_topology("v5p:4x4x8*2")
     assert (topology.shape, topology.slices, topology.size) == ((4, 4, 8), 2, 256)
-    assert topology.closes(2) and not parse_topology("v5p:2x2x1").closes(0)
+    assert topology.wraps_around(2) and not parse_topology("v5p:2x2x1").wraps_around(0)
     assert parse_topology("cpu:8").size == 8
 
 

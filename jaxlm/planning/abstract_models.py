@@ -1,4 +1,4 @@
-"""Models without weights: what a forecast compiles, as shapes, types and layouts."""
+"""Models and batches without values: the shapes, dtypes and shardings that a forecast compiles."""
 
 from __future__ import annotations
 
@@ -32,24 +32,35 @@ from jaxlm.training.config import Experiment
 from jaxlm.training.lora import adapt, freeze
 from jaxlm.training.setup import with_model
 
-__all__ = ["cache_layout", "complete_model", "compressed", "train_batch", "trained_model", "with_layout"]
+__all__ = [
+    "abstract_batch", "abstract_compressed", "abstract_trained", "cache_shardings", "with_shardings", "with_vocab_size",
+]
 
 _CACHE_AXES = ("layers", "batch", "kv_heads", None, None, None)  # [L, B, G, beams, slots, K]
 
 
-def complete_model(config: Experiment) -> ModelConfig:
-    """The model with its vocabulary, which training takes from the tokenizer. UserError where only that knows it."""
+def with_vocab_size(config: Experiment) -> ModelConfig:
+    """The configuration of the model with the vocabulary size that training takes from the tokenizer.
+
+    Raises:
+        UserError: when the size is known only after the tokenizer is loaded.
+    """
     config = with_model(config)
     model, data = config.model, config.data
     if model.vocab_size:
         return model
     if data.tokenizer or data.tokenizer_kind != "bpe":
-        raise UserError("the vocabulary's size is known only with the tokenizer; give it: --model.vocab_size N")
+        raise UserError("the vocabulary size is known only once the tokenizer is loaded: set --model.vocab_size N")
     return dataclasses.replace(model, vocab_size=data.vocab_size)
 
 
-def train_batch(config: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch as the loader makes it; of translation data the one of the longest bucket."""
+def abstract_batch(config: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch with the fields and shapes that the loader makes: arrays [B, T]. For translation data it is a batch of
+    the longest bucket.
+
+    Raises:
+        UserError: when ``data.batch_size`` is not a multiple of the batch shards times ``train.accumulate``.
+    """
     multiple = batch_ways(mesh) * config.train.accumulate
     data: DataConfig = config.data
     if config.model.kind == "seq2seq":
@@ -58,8 +69,8 @@ def train_batch(config: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
     else:
         if data.batch_size % multiple:
             raise UserError(
-                f"data.batch_size {data.batch_size} cannot be shared evenly by {multiple} devices or micro-batches; "
-                "make it a multiple"
+                f"data.batch_size {data.batch_size} does not divide evenly into {multiple} shards and micro-batches; "
+                f"make it a multiple of {multiple}"
             )
         shape, names = (data.batch_size, data.seq_len), ("inputs", "targets")
         packed = data.packing == "documents" or any(f"{form}:" in data.train for form in ("chat", "instruct"))
@@ -71,8 +82,9 @@ def train_batch(config: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruc
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in types.items()}
 
 
-def trained_model(config: Experiment, platform: str) -> tuple[nnx.GraphDef, Params]:
-    """The model of an experiment as its training holds it, abstract: relocated, with adapters on a compressed base."""
+def abstract_trained(config: Experiment, platform: str) -> tuple[nnx.GraphDef, Params]:
+    """The model that training holds in memory, without values: with the shardings that ``mesh.rules`` override, and for
+    LoRA with adapters on a frozen, possibly compressed, base."""
     graphdef, like = nn.abstract(config.model)
 
     def make(params: Params) -> Params:
@@ -83,28 +95,33 @@ def trained_model(config: Experiment, platform: str) -> tuple[nnx.GraphDef, Para
     return graphdef, jax.eval_shape(make, like)
 
 
-def with_layout(tree: Any, layout: Any) -> Any:
-    """Abstract arrays with the shardings of a tree of the same structure."""
+def with_shardings(tree: Any, layout: Any) -> Any:
+    """The abstract arrays of ``tree`` with the shardings of ``layout``, a tree of the same structure."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, layout)
 
 
-def cache_layout(cache: Any, mesh: Mesh) -> Any:
-    """Shardings for a decoding cache: rows and heads are split as those of activations, the rest is on every device."""
+def cache_shardings(cache: Any, mesh: Mesh) -> Any:
+    """Shardings for a decoding cache: rows and heads are split like those of activations, all else is replicated."""
 
-    def of_kept(x):
+    def keys_or_values(x):
         return NamedSharding(mesh, spec(x.shape, _CACHE_AXES[: x.ndim], mesh))
 
-    def of_rows(x):
+    def per_row(x):
         return NamedSharding(mesh, spec(x.shape, ("batch",) + (None,) * (x.ndim - 1) if x.ndim else (), mesh))
 
-    layout = jax.tree.map(of_rows, cache)
-    return layout.replace(keys=jax.tree.map(of_kept, cache.keys), values=jax.tree.map(of_kept, cache.values))
+    layout = jax.tree.map(per_row, cache)
+    return layout.replace(
+        keys=jax.tree.map(keys_or_values, cache.keys), values=jax.tree.map(keys_or_values, cache.values)
+    )
 
 
-def compressed(recipe: Recipe | None, config: ModelConfig, like: Params, dtype: str, platform: str):
-    """Configuration and abstract parameters of a model as a server holds it: compressed by a recipe, the rest in
-    ``dtype``, placed for the platform. A calibrated step counts by the shape of its result. UserError where that
-    depends on data."""
+def abstract_compressed(recipe: Recipe | None, config: ModelConfig, like: Params, dtype: str, platform: str):
+    """Configuration and abstract parameters of the model that a server holds in memory: compressed by a recipe, dense
+    weights in ``dtype``, lowered for the platform. Of a calibrated step only the shapes of its result are computed.
+
+    Raises:
+        UserError: when the shapes of the result depend on the weights.
+    """
     found: dict[str, ModelConfig] = {}
 
     def make(params: Params) -> Params:
@@ -119,7 +136,9 @@ def compressed(recipe: Recipe | None, config: ModelConfig, like: Params, dtype: 
     try:
         abstract = jax.eval_shape(make, like)
     except jax.errors.ConcretizationTypeError:
-        raise UserError(f"what recipe {recipe.name} makes depends on the weights; forecast the model it made") from None
+        raise UserError(
+            f"the shapes that recipe {recipe.name} makes depend on the weights; forecast the compressed model instead"
+        ) from None
     return found["config"], abstract
 
 
