@@ -99,9 +99,9 @@ def _main() -> None:
 
 
 def _reply(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    from jaxlm.planning.forecast import forecast
+    from jaxlm.planning.forecasting import forecast
+    from jaxlm.planning.mesh_search import search
     from jaxlm.planning.programs import ServingShape, forecast_programs
-    from jaxlm.planning.search import search
     from jaxlm.planning.suggestions import suggest_changes
 
     config, topology = from_dict(Experiment, request["config"]), parse_topology(request["topology"])

@@ -7,7 +7,7 @@ import math
 
 from jaxlm.core.errors import UserError
 from jaxlm.planning.analytic import estimate, state_bytes
-from jaxlm.planning.forecast import Forecast
+from jaxlm.planning.forecasting import Forecast
 from jaxlm.planning.programs import ServingShape
 from jaxlm.planning.topology import Topology
 from jaxlm.training.config import Experiment, MeshConfig

@@ -19,7 +19,7 @@ from jaxlm.core.sharding import bytes_per_device
 from jaxlm.core.tree import count_params, flatten
 from jaxlm.planning.abstract_models import abstract_compressed
 from jaxlm.planning.analytic import estimate, mesh_shapes
-from jaxlm.planning.forecast import _out_of_memory, forecast
+from jaxlm.planning.forecasting import _out_of_memory, forecast
 from jaxlm.planning.hlo import parse_hlo
 from jaxlm.planning.hlo_costs import count_costs
 from jaxlm.planning.programs import ServingShape, forecast_programs

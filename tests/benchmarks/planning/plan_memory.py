@@ -45,7 +45,7 @@ def main() -> None:
     import jax.numpy as jnp
 
     from jaxlm import nn
-    from jaxlm.planning.forecast import forecast
+    from jaxlm.planning.forecasting import forecast
     from jaxlm.planning.programs import forecast_programs
     from jaxlm.planning.topology import parse_topology
     from jaxlm.training.config import DataConfig, Experiment, MeshConfig, OptimConfig, TrainConfig

@@ -14,7 +14,7 @@ from typing import Any
 from jaxlm.core.errors import UserError
 from jaxlm.nn.config import DecoderConfig
 from jaxlm.planning.analytic import Estimate, estimate, mesh_shapes
-from jaxlm.planning.forecast import Forecast, forecast
+from jaxlm.planning.forecasting import Forecast, forecast
 from jaxlm.planning.programs import forecast_programs
 from jaxlm.planning.topology import Topology
 from jaxlm.training.config import Experiment
