@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.bitext import Pairs
+from jaxlm.data.batches.bitext import SentencePairs
 from jaxlm.data.batches.packing import token_stream
 from jaxlm.data.batches.shuffle import random_state
-from jaxlm.data.sources.spec import Bitext, Tokens, open_source
+from jaxlm.data.sources.spec import open_source
+from jaxlm.data.sources.types import Bitext, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["calibration_batches", "hold_out"]
@@ -77,7 +78,7 @@ def _pairs(source: Bitext, tokenizer: Tokenizer, samples: int, seed: int) -> lis
     if len(source.src) > wanted:
         chosen = np.sort(random_state(seed, 0).choice(len(source.src), wanted, replace=False))
         source = Bitext(source.spec, [source.src[i] for i in chosen], [source.tgt[i] for i in chosen])
-    pairs = Pairs(source, tokenizer, _BUCKETS, _BATCH_TOKENS, keep_all=True)
+    pairs = SentencePairs(source, tokenizer, _BUCKETS, _BATCH_TOKENS, keep_all=True)
     plan = pairs.plan(None, 0)
     batches = (pairs.take(plan, k) for k in range(len(plan.bucket)))
     return [(batch["src"], batch["inputs"]) for batch in batches]

@@ -7,7 +7,7 @@ from typing import Any
 
 from sacrebleu.metrics import BLEU, CHRF
 
-from jaxlm.data.sources.spec import Bitext
+from jaxlm.data.sources.types import Bitext
 from jaxlm.inference.translate import translate
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.progress import Progress
-from jaxlm.data.sources.spec import Bitext, Dialogues, open_source
+from jaxlm.data.sources.spec import open_source
+from jaxlm.data.sources.types import Bitext, Dialogues
 from jaxlm.evaluation.perplexity import bitext_perplexity, dialogue_perplexity, perplexity
 from jaxlm.evaluation.speed import tokens_per_second
 from jaxlm.inference.translate import beam_settings

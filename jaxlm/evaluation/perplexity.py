@@ -18,10 +18,12 @@ from jax import Array
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.progress import Progress
-from jaxlm.data.batches.bitext import Pairs
-from jaxlm.data.batches.encoding import encode
-from jaxlm.data.batches.packing import Batch, PackedDocuments, token_stream
-from jaxlm.data.sources.spec import Bitext, Dialogues, Documents, Tokens, text_size
+from jaxlm.data.batches.batch import Batch
+from jaxlm.data.batches.bitext import SentencePairs
+from jaxlm.data.batches.encoding import encode_documents
+from jaxlm.data.batches.packing import PackedDocuments, token_stream
+from jaxlm.data.sources.text_chunks import count_words_and_bytes
+from jaxlm.data.sources.types import Bitext, Dialogues, Documents, Tokens
 from jaxlm.inference.translate import decoder_start_token, generation_for_language
 from jaxlm.inference.translate import target_language as language_into
 
@@ -102,7 +104,7 @@ def pair_batches(
     if lm.tokenizer is None:
         raise UserError("the model has no tokenizer: put a tokenizer.json beside its config.json")
     tokens = (rows or _rows(lm, 64)) * 64
-    pairs = Pairs(
+    pairs = SentencePairs(
         source, lm.tokenizer, _BUCKETS, tokens, keep_all=True, source_language=source_language,
         target_language=language_into(lm, target_language),
         start_id=decoder_start_token(lm.config, generation_for_language(lm, target_language)),
@@ -170,7 +172,7 @@ def dialogue_perplexity(
     if lm.tokenizer is None:
         raise UserError("the model has no tokenizer: put a tokenizer.json beside its config.json")
     context = context or min(getattr(lm.config, "max_positions", _LONGEST_CONTEXT), _LONGEST_CONTEXT)
-    packed = PackedDocuments(encode(source, lm.tokenizer), context, lm.tokenizer.pad_id or 0)
+    packed = PackedDocuments(encode_documents(source, lm.tokenizer), context, lm.tokenizer.pad_id or 0)
     rows = min(batch_size or _rows(lm, context), len(packed))
     row_N = np.arange(-(-len(packed) // rows) * rows)
     batches = [packed.take(0, row_B) for row_B in np.where(row_N < len(packed), row_N, -1).reshape(-1, rows)]
@@ -219,7 +221,7 @@ def figures(nll: float, tokens: int, text_tokens: int, texts) -> dict[str, float
     """From nats over scored tokens to figures; ``text_tokens`` is how many ``texts`` has (None: unknown text)."""
     loss = nll / tokens
     out = {"loss": loss, "perplexity": _exp(loss)}
-    words, size = text_size(texts) if texts is not None else (0, 0)
+    words, size = count_words_and_bytes(texts) if texts is not None else (0, 0)
     out["word_perplexity"] = _exp(loss * text_tokens / words) if words else None
     out["byte_perplexity"] = _exp(loss * text_tokens / size) if size else None
     out["bits_per_byte"] = loss * text_tokens / size / math.log(2) if size else None

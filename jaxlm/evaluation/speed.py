@@ -9,8 +9,8 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from jaxlm.data.batches.encoding import encode
-from jaxlm.data.sources.spec import Bitext, Dialogues, Source
+from jaxlm.data.batches.encoding import encode_documents
+from jaxlm.data.sources.types import Bitext, Dialogues, Source
 from jaxlm.evaluation.perplexity import pair_batches, row_nll, stream, window_batches
 
 Name = TypeVar("Name", bound=Hashable)
@@ -31,7 +31,8 @@ def tokens_per_second(
         batch = max(pair_batches(first, source, rows, **languages), key=lambda batch: batch["weights"].sum())
     else:
         context = context or 256
-        ids_N = encode(source, first.tokenizer).ids if isinstance(source, Dialogues) else stream(first, source)
+        dialogues = isinstance(source, Dialogues)
+        ids_N = encode_documents(source, first.tokenizer).ids if dialogues else stream(first, source)
         ids_N = np.resize(ids_N, rows * context)
         batch = next(window_batches(ids_N, context, context, rows))
     batch = jax.device_put(batch)

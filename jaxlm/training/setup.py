@@ -21,9 +21,11 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import batch_ways, describe, make_mesh, mesh_sizes, override_sharding, require_host_memory
 from jaxlm.core.tree import Params, Transform, count_params, flatten
 from jaxlm.data.batches.loader import Loader, make_loader
-from jaxlm.data.leaks import find_leaks
-from jaxlm.data.sources.spec import Bitext, Preferences, Source, open_source
-from jaxlm.data.tokenizers.tokenizer import Tokenizer, tokenizer_for
+from jaxlm.data.contamination import find_contamination
+from jaxlm.data.sources.spec import open_source
+from jaxlm.data.sources.types import Bitext, Preferences, Source
+from jaxlm.data.tokenizers.from_config import tokenizer_from_config
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.model import load, model_config, model_tokenizer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.pipeline import Schedule
@@ -146,7 +148,7 @@ def with_model(config: Experiment) -> Experiment:
 def _tokenizer(config: Experiment, source: Source) -> Tokenizer:
     """That of ``data.tokenizer``, else of ``init_from``, else one made for the data."""
     found = model_tokenizer(config.init_from) if config.init_from and not config.data.tokenizer else None
-    return found or tokenizer_for(config.data, source)
+    return found or tokenizer_from_config(config.data, source)
 
 
 def _schedules(graphdef: nnx.GraphDef, like: Params, mesh: Mesh) -> dict[str, Schedule]:
@@ -220,7 +222,8 @@ def _leaks(data: DataConfig, tokenizer: Tokenizer, loader: Loader, valid_loader:
         test = open_source(data.test, "test", data.bad_rows)
         held["test"] = make_loader(data, test, tokenizer, train=False)
     found = {
-        name: find_leaks(loader.documents(), other.documents(), tokenizer) for name, other in held.items() if other
+        name: find_contamination(loader.documents(), other.documents(), tokenizer)
+        for name, other in held.items() if other
     }
     for name, leaks in found.items():
         if data.leaks == "fail" and leaks.exact + leaks.near:

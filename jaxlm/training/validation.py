@@ -13,7 +13,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.host_memory import on_host
 from jaxlm.core.sharding import make_mesh
 from jaxlm.core.tree import unflatten
-from jaxlm.data.sources.spec import Bitext
+from jaxlm.data.sources.types import Bitext
 from jaxlm.inference.translate import translate
 from jaxlm.model import LM
 from jaxlm.training.multihost.distributed import gathered

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import sacrebleu
 
-from jaxlm.data.sources.spec import Bitext
+from jaxlm.data.sources.types import Bitext
 from jaxlm.evaluation.bleu import bleu, translate_corpus
 from jaxlm.inference.translate import translate
 from tests.inference.models import seq2seq

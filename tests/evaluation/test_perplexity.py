@@ -11,7 +11,8 @@ import pytest
 
 import jaxlm
 from jaxlm.core.errors import UserError
-from jaxlm.data.sources.spec import Bitext, Documents, Tokens, open_source
+from jaxlm.data.sources.spec import open_source
+from jaxlm.data.sources.types import Bitext, Documents, Tokens
 from jaxlm.evaluation.perplexity import bitext_perplexity, dialogue_perplexity, perplexity, windows
 from tests.inference.models import decoder, full_logits, lstm, seq2seq
 

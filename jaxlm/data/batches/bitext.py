@@ -7,24 +7,23 @@ A pair goes to the smallest bucket that holds both of its sides with their eos; 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.buckets import Plan, bucket_rows, plan_epoch
-from jaxlm.data.batches.encoding import Encoded
-from jaxlm.data.batches.packing import Batch
-from jaxlm.data.batches.token_cache import digest, kept, write_parts
-from jaxlm.data.leaks import joined_pairs
-from jaxlm.data.sources.spec import Bitext
+from jaxlm.data.batches.batch import Batch
+from jaxlm.data.batches.buckets import EpochPlan, bucket_rows, plan_epoch
+from jaxlm.data.batches.encoding import EncodedDocuments
+from jaxlm.data.batches.token_cache import hash_texts, load_or_build, write_arrays
+from jaxlm.data.sources.types import Bitext
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 _AT_A_TIME = 1 << 14  # sentences encoded
 
 
-class Pairs:
+class SentencePairs:
     """Encoded pairs, their buckets, and the batches made of them."""
 
     def __init__(
@@ -86,10 +85,10 @@ class Pairs:
         used = np.unique(self._bucket_of[self._kept])
         return [(self._rows[b], self._buckets[b]) for b in used]
 
-    def plan(self, seed: int | None, epoch: int) -> Plan:
+    def plan(self, seed: int | None, epoch: int) -> EpochPlan:
         return plan_epoch(self._bucket_of, self._kept, self._rows, seed, epoch)
 
-    def take(self, plan: Plan, k: int, part: int = 0, parts: int = 1) -> Batch:
+    def take(self, plan: EpochPlan, k: int, part: int = 0, parts: int = 1) -> Batch:
         """Rows ``part`` of ``parts`` of batch k: ``src``, ``inputs`` (start + target), ``targets`` (target + eos) int32
         and ``weights`` float32, each [rows, length].
 
@@ -117,11 +116,11 @@ class Pairs:
             "source_tokens": src, "target_tokens": tgt, "batches": len(plan.bucket), "efficiency": (src + tgt) / padded,
         }
 
-    def documents(self) -> Iterator[Encoded]:
+    def documents(self) -> Iterator[EncodedDocuments]:
         """Each pair as one document, some at a time, those that are left out of batches too."""
         for at in range(0, len(self._bucket_of), _AT_A_TIME):
             stop = min(at + _AT_A_TIME, len(self._bucket_of))
-            yield joined_pairs(side.some(at, stop) for side in (self._src, self._tgt))
+            yield join_pairs(side.some(at, stop) for side in (self._src, self._tgt))
 
     def notes(self) -> list[str]:
         total, kept = len(self._bucket_of), len(self._kept)
@@ -140,14 +139,15 @@ class _Side:
         """``name`` says how ``encode`` encodes, for the ``cache``."""
         texts = [*texts, ""]
 
-        def parts() -> Iterator[Encoded]:
+        def parts() -> Iterator[EncodedDocuments]:
             for at in range(0, len(texts), _AT_A_TIME):  # Python's numbers take ten times the room
                 rows = encode(texts[at : at + _AT_A_TIME])
-                yield Encoded(np.fromiter(itertools.chain.from_iterable(rows), np.int32), np.array([*map(len, rows)]))
+                ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32)
+                yield EncodedDocuments(ids, np.array([*map(len, rows)]))
 
         encoded = (
-            kept(cache, f"{name} {digest(texts)}", lambda new: write_parts(parts(), new)) if cache
-            else Encoded.joined(parts())
+            load_or_build(cache, f"{name} {hash_texts(texts)}", lambda new: write_arrays(parts(), new)) if cache
+            else EncodedDocuments.joined(parts())
         )
         self.ids, self.lengths = encoded.ids, encoded.lengths
         self._starts = np.cumsum(self.lengths) - self.lengths
@@ -162,3 +162,14 @@ class _Side:
         mask_BxL = offset_L < self.lengths[rows_B][:, None]
         at_BxL = np.minimum(self._starts[rows_B][:, None] + offset_L, len(self.ids) - 1)
         return np.where(mask_BxL, self.ids[at_BxL], pad).astype(np.int32), mask_BxL
+
+
+def join_pairs(sides: Iterable[tuple[np.ndarray, np.ndarray]]) -> EncodedDocuments:
+    """Sentences and their translations as one document each; a side is ids end to end and lengths."""
+    sides = list(sides)
+    order = np.argsort(np.concatenate([np.arange(len(lengths)) for _, lengths in sides]), kind="stable")
+    lengths = np.concatenate([lengths for _, lengths in sides])
+    starts = np.cumsum(lengths) - lengths
+    sizes = lengths[order]
+    at = np.repeat(starts[order] - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+    return EncodedDocuments(np.concatenate([ids for ids, _ in sides])[at], lengths.reshape(len(sides), -1).sum(0))

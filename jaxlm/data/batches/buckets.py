@@ -20,7 +20,7 @@ def bucket_rows(length: int, batch_tokens: int, multiple: int) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """An epoch: batch k holds the examples ``order[starts[k]:starts[k + 1]]``, in bucket ``bucket[k]``."""
 
     order: np.ndarray  # [examples]
@@ -28,7 +28,7 @@ class Plan:
     bucket: np.ndarray  # [batches]
 
 
-def plan_epoch(bucket_of: np.ndarray, order: np.ndarray, rows: list[int], seed: int | None, epoch: int) -> Plan:
+def plan_epoch(bucket_of: np.ndarray, order: np.ndarray, rows: list[int], seed: int | None, epoch: int) -> EpochPlan:
     """The batches of an epoch: shuffled examples in shuffled batches, or all in order, bucket by bucket, without
     ``seed``. The last batch of a bucket may be partial. The number of batches is the same in every epoch.
 
@@ -53,4 +53,4 @@ def plan_epoch(bucket_of: np.ndarray, order: np.ndarray, rows: list[int], seed: 
         size = np.diff(start, append=begin)[shuffle]
         order = order[np.repeat(start[shuffle] - (np.cumsum(size) - size), size) + np.arange(begin)]
         start, bucket = np.cumsum(size) - size, bucket[shuffle]
-    return Plan(order, np.append(start, begin), bucket)
+    return EpochPlan(order, np.append(start, begin), bucket)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.replies import ReplyEncoder
-from jaxlm.data.sources.jsonl import RowError, Rows
-from jaxlm.data.sources.spec import Bitext, Dialogues, Documents, Mixture, Preferences, Source, Tokens
+from jaxlm.data.batches.dialogue_encoder import DialogueEncoder
+from jaxlm.data.sources.jsonl import JsonlRows, RowError
+from jaxlm.data.sources.types import Bitext, Dialogues, Documents, Mixture, Preferences, Source, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 _CHARACTERS = 1 << 22  # of texts encoded at a time
@@ -19,7 +19,7 @@ _DIALOGUES = 1 << 10
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedDocuments:
     """Documents as ids; of preferences two for each row, the preferred one first.
 
     Attributes:
@@ -35,14 +35,14 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def joined(cls, parts: Iterable[Encoded], notes: Iterable[str] = ()) -> Encoded:
+    def joined(cls, parts: Iterable[EncodedDocuments], notes: Iterable[str] = ()) -> EncodedDocuments:
         parts = list(parts)
         learned = None if parts[0].learned is None else np.concatenate([part.learned for part in parts])
         ids, lengths = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "lengths"))
         return cls(ids, lengths, learned, tuple(notes))
 
 
-def encode(source: Source, tokenizer: Tokenizer) -> Encoded:
+def encode_documents(source: Source, tokenizer: Tokenizer) -> EncodedDocuments:
     """A source of a language model as ids: documents each followed by eos, a text file as the one that it is, given ids
     cut after each eos, dialogues up to their last token to be learned.
 
@@ -57,34 +57,34 @@ def encode(source: Source, tokenizer: Tokenizer) -> Encoded:
         raise UserError(f"{source.spec!r} is a mixture; give one of its sources")
     if isinstance(source, Tokens):
         return _given(source, tokenizer)
-    parts = list(encode_parts(source, tokenizer))
-    check_any(source, parts)
+    parts = list(encode_in_chunks(source, tokenizer))
+    check_not_empty(source, parts)
     rows = source.texts if isinstance(source, Documents) else source.rows
-    return Encoded.joined(parts, rows.notes() if isinstance(rows, Rows) else ())
+    return EncodedDocuments.joined(parts, rows.notes() if isinstance(rows, JsonlRows) else ())
 
 
-def check_any(source: Documents | Dialogues | Preferences, parts: Iterable[Encoded]) -> None:
+def check_not_empty(source: Documents | Dialogues | Preferences, parts: Iterable[EncodedDocuments]) -> None:
     """UserError where nothing is left of a source."""
     ends = isinstance(source, Documents) and source.ends
     if not any(len(part.ids) > ends * len(part.lengths) for part in parts):
         raise UserError(f"{source.spec!r} holds no text; name a file with documents in it")
 
 
-def encode_parts(source: Documents | Dialogues | Preferences, tokenizer: Tokenizer) -> Iterator[Encoded]:
+def encode_in_chunks(source: Documents | Dialogues | Preferences, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
     """The documents of a source in order, some at a time, in memory that does not grow with it."""
     if isinstance(source, Documents):
         return _texts(source, tokenizer)
     return _dialogues(source, tokenizer)
 
 
-def _texts(source: Documents, tokenizer: Tokenizer) -> Iterator[Encoded]:
+def _texts(source: Documents, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
     if source.ends and tokenizer.eos_id is None:
         raise UserError(f"the tokenizer has no eos token to end the documents of {source.spec!r} with; use another")
     for texts in _batches(source.texts):
         ids, lengths = tokenizer.encode_flat(texts)
         if source.ends:
             ids, lengths = np.insert(ids, np.cumsum(lengths), tokenizer.eos_id), lengths + 1
-        yield Encoded(ids, lengths)
+        yield EncodedDocuments(ids, lengths)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -99,8 +99,8 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _dialogues(source: Dialogues | Preferences, tokenizer: Tokenizer) -> Iterator[Encoded]:
-    encoder, dtype = ReplyEncoder(tokenizer), tokenizer.dtype
+def _dialogues(source: Dialogues | Preferences, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
+    encoder, dtype = DialogueEncoder(tokenizer), tokenizer.dtype
     paired = isinstance(source, Preferences)
 
     def encoded() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
@@ -113,10 +113,10 @@ def _dialogues(source: Dialogues | Preferences, tokenizer: Tokenizer) -> Iterato
     rows = encoded()
     while some := list(itertools.chain.from_iterable(itertools.islice(rows, _DIALOGUES))):
         ids, learned = (np.concatenate(part) for part in zip(*some, strict=True))
-        yield Encoded(ids.astype(dtype), np.array([len(part) for part, _ in some]), learned)
+        yield EncodedDocuments(ids.astype(dtype), np.array([len(part) for part, _ in some]), learned)
 
 
-def _given(source: Tokens, tokenizer: Tokenizer) -> Encoded:
+def _given(source: Tokens, tokenizer: Tokenizer) -> EncodedDocuments:
     ids = source.ids
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= tokenizer.vocab_size:
@@ -125,4 +125,4 @@ def _given(source: Tokens, tokenizer: Tokenizer) -> Encoded:
             f"{tokenizer.vocab_size:,} tokens; name the tokenizer that made the ids"
         )
     ends = np.flatnonzero(ids == tokenizer.eos_id) + 1 if tokenizer.eos_id is not None else []
-    return Encoded(ids, np.diff(np.unique([0, *ends, len(ids)])))
+    return EncodedDocuments(ids, np.diff(np.unique([0, *ends, len(ids)])))

@@ -17,16 +17,17 @@ import grain
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.bitext import Pairs
-from jaxlm.data.batches.buckets import Plan
-from jaxlm.data.batches.encoding import Encoded
+from jaxlm.data.batches.batch import Batch
+from jaxlm.data.batches.bitext import SentencePairs
+from jaxlm.data.batches.buckets import EpochPlan
+from jaxlm.data.batches.encoding import EncodedDocuments
 from jaxlm.data.batches.mixture import MixedRows
-from jaxlm.data.batches.packing import Batch, PackedDocuments, Windows
+from jaxlm.data.batches.packing import PackedDocuments, Windows
 from jaxlm.data.batches.preferences import PreferencePairs
-from jaxlm.data.batches.shuffle import Order
-from jaxlm.data.batches.token_cache import cached
+from jaxlm.data.batches.shuffle import ShuffledOrder
+from jaxlm.data.batches.token_cache import encode_cached
 from jaxlm.data.config import DataConfig
-from jaxlm.data.sources.spec import Bitext, Dialogues, Mixture, Preferences, Source
+from jaxlm.data.sources.types import Bitext, Dialogues, Mixture, Preferences, Source
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 
@@ -56,7 +57,7 @@ def make_loader(
     place = (process_index, process_count)
     multiple = math.lcm(row_multiple, process_count)
     if isinstance(source, Bitext):
-        pairs = Pairs(
+        pairs = SentencePairs(
             source, tokenizer, config.buckets, config.batch_tokens, keep_all=not train, multiple=multiple,
             cache=config.cache,
         )
@@ -69,7 +70,7 @@ def make_loader(
             "processes; make it a multiple"
         )
     sources = source.sources if isinstance(source, Mixture) else (source,)
-    encoded, pad = [cached(each, tokenizer, config.cache) for each in sources], tokenizer.pad_id or 0
+    encoded, pad = [encode_cached(each, tokenizer, config.cache) for each in sources], tokenizer.pad_id or 0
     if isinstance(source, Preferences):
         preferences = PreferencePairs(encoded[0], config.seq_len, config.batch_size, pad)
         return PairLoader(preferences, seed, config.prefetch, *place)
@@ -117,7 +118,7 @@ class Loader(abc.ABC):
         """Sentences about the data that the user should see: what was left out, what was cut."""
 
     @abc.abstractmethod
-    def documents(self) -> Iterable[Encoded]:
+    def documents(self) -> Iterable[EncodedDocuments]:
         """All that batches are made of, source by source, to look for leaks in."""
 
     @abc.abstractmethod
@@ -158,15 +159,15 @@ class RowLoader(Loader):
     with rows of weight 0."""
 
     def __init__(
-        self, rows: Windows | PackedDocuments | MixedRows, encoded: Sequence[Encoded], batch_size: int, length: int,
-        seed: int | None, prefetch: int, process_index: int = 0, process_count: int = 1,
+        self, rows: Windows | PackedDocuments | MixedRows, encoded: Sequence[EncodedDocuments], batch_size: int,
+        length: int, seed: int | None, prefetch: int, process_index: int = 0, process_count: int = 1,
     ):
         super().__init__(seed, prefetch, process_index, process_count)
         self._rows, self._encoded, self._size = rows, encoded, batch_size
         self.shapes = [(batch_size, length)]
         self.examples_per_epoch = len(rows)
         self.batches_per_epoch = -(-len(rows) // batch_size)
-        self._order = Order(len(rows), seed) if self.train else None
+        self._order = ShuffledOrder(len(rows), seed) if self.train else None
 
     def batch(self, index: int) -> Batch:
         per = self._size // self._parts
@@ -193,7 +194,7 @@ class RowLoader(Loader):
     def notes(self) -> list[str]:
         return self._rows.notes()
 
-    def documents(self) -> Iterable[Encoded]:
+    def documents(self) -> Iterable[EncodedDocuments]:
         return self._encoded
 
 
@@ -201,7 +202,7 @@ class PairLoader(Loader):
     """Bucketed batches of pairs; see ``jaxlm.data.batches.bitext`` and ``jaxlm.data.batches.preferences``."""
 
     def __init__(
-        self, pairs: Pairs | PreferencePairs, seed: int | None, prefetch: int, process_index: int = 0,
+        self, pairs: SentencePairs | PreferencePairs, seed: int | None, prefetch: int, process_index: int = 0,
         process_count: int = 1,
     ):
         super().__init__(seed, prefetch, process_index, process_count)
@@ -211,7 +212,7 @@ class PairLoader(Loader):
         self._plan = functools.lru_cache(maxsize=2)(self._plan)
         self.batches_per_epoch = len(self._plan(0).bucket)
 
-    def _plan(self, epoch: int) -> Plan:
+    def _plan(self, epoch: int) -> EpochPlan:
         return self._pairs.plan(self._seed, epoch)
 
     def batch(self, index: int) -> Batch:
@@ -232,5 +233,5 @@ class PairLoader(Loader):
     def notes(self) -> list[str]:
         return self._pairs.notes()
 
-    def documents(self) -> Iterable[Encoded]:
+    def documents(self) -> Iterable[EncodedDocuments]:
         return self._pairs.documents()

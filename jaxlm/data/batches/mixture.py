@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.packing import Batch, PackedDocuments, Windows
-from jaxlm.data.batches.shuffle import Order
-from jaxlm.data.sources.spec import Mixture
+from jaxlm.data.batches.batch import Batch
+from jaxlm.data.batches.packing import PackedDocuments, Windows
+from jaxlm.data.batches.shuffle import ShuffledOrder
+from jaxlm.data.sources.types import Mixture
 
 
 class MixedRows:
@@ -34,7 +35,7 @@ class MixedRows:
         self._counts, self._ends = counts, np.cumsum(counts)
         self._orders = None
         if seed is not None:  # each part has a randomness of its own
-            self._orders = [Order(len(part), seed + ((i + 1) << 32)) for i, part in enumerate(parts)]
+            self._orders = [ShuffledOrder(len(part), seed + ((i + 1) << 32)) for i, part in enumerate(parts)]
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -12,12 +12,12 @@ from __future__ import annotations
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.encoding import Encoded, encode
+from jaxlm.data.batches.batch import Batch
+from jaxlm.data.batches.encoding import EncodedDocuments, encode_documents
 from jaxlm.data.batches.shuffle import random_state
-from jaxlm.data.sources.spec import Dialogues, Preferences, Source
+from jaxlm.data.sources.types import Dialogues, Preferences, Source
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
 _AT_A_TIME = 1 << 16  # documents
 
 
@@ -28,7 +28,7 @@ def token_stream(source: Source, tokenizer: Tokenizer) -> np.ndarray:
     """
     if isinstance(source, Dialogues | Preferences):
         raise UserError(f"{source.spec!r} is dialogues; a stream of text is text:, jsonl: or tokens:")
-    return encode(source, tokenizer).ids
+    return encode_documents(source, tokenizer).ids
 
 
 class Windows:
@@ -93,7 +93,7 @@ class PackedDocuments:
     arXiv:2107.02027).
     """
 
-    def __init__(self, encoded: Encoded, length: int, pad_id: int):
+    def __init__(self, encoded: EncodedDocuments, length: int, pad_id: int):
         """``length``: tokens in a row."""
         lengths = np.asarray(encoded.lengths)
         starts, targets = np.cumsum(lengths) - lengths, lengths - 1

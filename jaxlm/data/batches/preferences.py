@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.buckets import Plan, plan_epoch
-from jaxlm.data.batches.encoding import Encoded
-from jaxlm.data.batches.packing import Batch, count_learned
+from jaxlm.data.batches.batch import Batch
+from jaxlm.data.batches.buckets import EpochPlan, plan_epoch
+from jaxlm.data.batches.encoding import EncodedDocuments
+from jaxlm.data.batches.packing import count_learned
 
 _SIDES = ("chosen", "rejected")
 
@@ -21,7 +22,7 @@ class PreferencePairs:
     before that is left out and counted.
     """
 
-    def __init__(self, encoded: Encoded, length: int, batch_size: int, pad_id: int):
+    def __init__(self, encoded: EncodedDocuments, length: int, batch_size: int, pad_id: int):
         self._encoded, self._pad_id, self._rows = encoded, pad_id, batch_size
         lengths_Px2 = encoded.lengths.reshape(-1, 2)
         self._starts_Px2 = (np.cumsum(encoded.lengths) - encoded.lengths).reshape(-1, 2)
@@ -45,10 +46,10 @@ class PreferencePairs:
         """(rows, length) of the batches that occur, shortest first."""
         return [(self._rows, self._lengths[bucket]) for bucket in np.unique(self._bucket_of[self._kept])]
 
-    def plan(self, seed: int | None, epoch: int) -> Plan:
+    def plan(self, seed: int | None, epoch: int) -> EpochPlan:
         return plan_epoch(self._bucket_of, self._kept, [self._rows] * len(self._lengths), seed, epoch)
 
-    def take(self, plan: Plan, k: int, part: int = 0, parts: int = 1) -> Batch:
+    def take(self, plan: EpochPlan, k: int, part: int = 0, parts: int = 1) -> Batch:
         """Rows ``part`` of ``parts`` of batch k: for both sides ``chosen_inputs`` and ``chosen_targets`` int32 and
         ``chosen_weights`` float32 (1 on the tokens of the reply), and the same of ``rejected``, each [rows, length].
 
@@ -80,7 +81,7 @@ class PreferencePairs:
             "tokens": tokens, "batches": len(plan.bucket), "efficiency": tokens / padded,
         }
 
-    def documents(self) -> Iterable[Encoded]:
+    def documents(self) -> Iterable[EncodedDocuments]:
         return (self._encoded,)
 
     def notes(self) -> list[str]:

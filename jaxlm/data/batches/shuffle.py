@@ -16,7 +16,7 @@ def random_state(seed: int, epoch: int) -> np.random.RandomState:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
 
 
-class Order:
+class ShuffledOrder:
     """``count`` rows in shuffled order, of any epoch, in memory that hardly grows with their number.
 
     Up to a million rows are permuted. Of more, blocks of 1,024 rows are: groups of 1,024 blocks then have their rows

@@ -25,9 +25,9 @@ import numpy as np
 
 from jaxlm.core.disk import replaced_directory, room_for
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.encoding import Encoded, check_any, encode, encode_parts
-from jaxlm.data.sources.jsonl import Rows
-from jaxlm.data.sources.spec import Bitext, Documents, Source, Tokens
+from jaxlm.data.batches.encoding import EncodedDocuments, check_not_empty, encode_documents, encode_in_chunks
+from jaxlm.data.sources.jsonl import JsonlRows
+from jaxlm.data.sources.types import Bitext, Documents, Source, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 _VERSION = 1  # of what is stored: another number, another name
@@ -35,25 +35,25 @@ _FOR_A_WORKER = 1 << 23  # bytes of rows
 _ARRAYS = ("ids", "lengths", "learned")
 
 
-def cached(source: Source, tokenizer: Tokenizer, directory: str) -> Encoded:
+def encode_cached(source: Source, tokenizer: Tokenizer, directory: str) -> EncodedDocuments:
     """``encode``, from a cache directory where that is not "": made there if need be. UserError as ``encode``, and when
     the disk is full."""
     if not directory or isinstance(source, Tokens | Bitext):
-        return encode(source, tokenizer)
+        return encode_documents(source, tokenizer)
     rows = source.texts if isinstance(source, Documents) else source.rows
-    content = rows.content + rows.bad_rows if isinstance(rows, Rows) else digest(rows)
+    content = rows.content + rows.bad_rows if isinstance(rows, JsonlRows) else hash_texts(rows)
 
     def make(new: Path) -> None:
-        workers = min(_cores(), rows.size // _FOR_A_WORKER) if isinstance(rows, Rows) else 1
+        workers = min(_cores(), rows.size // _FOR_A_WORKER) if isinstance(rows, JsonlRows) else 1
         if workers > 1:
             notes = _in_processes(source, tokenizer, new, workers)
         else:
-            write_parts(encode_parts(source, tokenizer), new)
-            notes = rows.notes() if isinstance(rows, Rows) else []
+            write_arrays(encode_in_chunks(source, tokenizer), new)
+            notes = rows.notes() if isinstance(rows, JsonlRows) else []
         (new / "notes.json").write_text(json.dumps(notes))
 
-    encoded = kept(directory, f"{type(source).__name__} {content} {tokenizer.fingerprint()}", make)
-    check_any(source, [encoded])
+    encoded = load_or_build(directory, f"{type(source).__name__} {content} {tokenizer.fingerprint()}", make)
+    check_not_empty(source, [encoded])
     return encoded
 
 
@@ -62,7 +62,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def digest(texts: Iterable[str]) -> str:
+def hash_texts(texts: Iterable[str]) -> str:
     """Of the content of some texts."""
     found = hashlib.blake2b(digest_size=16)
     for text in texts:
@@ -71,8 +71,8 @@ def digest(texts: Iterable[str]) -> str:
     return found.hexdigest()
 
 
-def kept(directory: str, content: str, make: Callable[[Path], None]) -> Encoded:
-    """What the cache has of some content, or what ``make`` writes into a new directory (``write_parts``)."""
+def load_or_build(directory: str, content: str, make: Callable[[Path], None]) -> EncodedDocuments:
+    """What the cache has of some content, or what ``make`` writes into a new directory (``write_arrays``)."""
     root = Path(directory).expanduser()
     place = root / hashlib.blake2b(f"{_VERSION} {content}".encode(), digest_size=16).hexdigest()
     found = _read(place)
@@ -97,7 +97,7 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def write_parts(parts: Iterable[Encoded], directory: Path, prefix: str = "") -> None:
+def write_arrays(parts: Iterable[EncodedDocuments], directory: Path, prefix: str = "") -> None:
     """Appends to ids, lengths and learned, each a file of numbers, and says in ``about.json`` of what type they are."""
     types: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -115,7 +115,7 @@ def write_parts(parts: Iterable[Encoded], directory: Path, prefix: str = "") -> 
     (directory / f"{prefix}about.json").write_text(json.dumps({"types": types, "sizes": sizes}))
 
 
-def _read(place: Path) -> Encoded | None:
+def _read(place: Path) -> EncodedDocuments | None:
     """None where it is not there, or not whole."""
     try:
         about = json.loads((place / "about.json").read_text())
@@ -130,7 +130,7 @@ def _read(place: Path) -> Encoded | None:
         for name, dtype in about["types"].items()
     }
     empty = {"ids": np.zeros(0, np.int32), "lengths": np.zeros(0, np.int64)}
-    return Encoded(**{**empty, **arrays, "notes": tuple(notes)})
+    return EncodedDocuments(**{**empty, **arrays, "notes": tuple(notes)})
 
 
 def _in_processes(source: Source, tokenizer: Tokenizer, new: Path, workers: int) -> list[str]:
@@ -194,7 +194,7 @@ def _work() -> None:
     rows = source.texts if isinstance(source, Documents) else source.rows
     try:
         with room_for(f"the tokenized text in {new.parent}"):
-            write_parts(encode_parts(source, Tokenizer.load(new / "tokenizer")), new, f"{k}.")
+            write_arrays(encode_in_chunks(source, Tokenizer.load(new / "tokenizer")), new, f"{k}.")
         told = {"bad": rows.bad}
     except UserError as error:
         told = {"error": str(error)}

@@ -39,7 +39,7 @@ class RowError(Exception):
         self.what, self.remedy = what, remedy
 
 
-class Rows(Generic[T]):
+class JsonlRows(Generic[T]):
     """The rows of a file, read one after another, as often as asked.
 
     Iteration skips blank lines, and, where ``bad_rows`` is "report", those that ``read`` or a later reader rejects:
@@ -81,12 +81,12 @@ class Rows(Generic[T]):
         """Bytes."""
         return int(self._bound(self._stop) - self._bound(self._first))
 
-    def part(self, k: int, n: int) -> Rows[T]:
+    def part(self, k: int, n: int) -> JsonlRows[T]:
         """Part k of n: lines in a row, of about as many bytes each; together they are all."""
         starts = self._index.starts[self._first : self._stop]
         goal = self._bound(self._first) + self.size * np.array([k, k + 1]) / n
         low, high = (self._first + int(at) for at in np.searchsorted(starts, goal))
-        rows = object.__new__(Rows)
+        rows = object.__new__(JsonlRows)
         rows.__dict__ |= self.__dict__ | {"bad": {}, "_first": low, "_stop": self._stop if k == n - 1 else high}
         rows.__dict__.pop("_data", None)
         return rows

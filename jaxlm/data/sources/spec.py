@@ -21,20 +21,19 @@ bitext), ids (tokens) or pairs (builtin).
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.sources.dialogues import Dialogue, chat_row, instruct_row, preference_row
-from jaxlm.data.sources.jsonl import BadRows, RowError, Rows
+from jaxlm.data.sources.dialogues import chat_row, instruct_row, preference_row
+from jaxlm.data.sources.jsonl import BadRows, JsonlRows, RowError
+from jaxlm.data.sources.slices import Slicer, parse_slice
 from jaxlm.data.sources.text_files import read_lines, read_text
+from jaxlm.data.sources.types import Bitext, Dialogues, Documents, Mixture, Preferences, Source, Tokens
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -51,85 +50,6 @@ _FORMS = {
     "builtin": "builtin:phrasebook",
     "mix": "mix:70% SPEC + 30% SPEC",
 }
-_PIECE = 1 << 16  # characters
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Texts for a language model. ``ends`` tells whether each text is a document with an end the model should learn;
-    a text file is not: it is a stretch of one stream."""
-
-    spec: str
-    texts: Iterable[str]
-    ends: bool
-    synthetic: str = ""  # says so, where the text was made up
-
-
-@dataclass(frozen=True)
-class Dialogues:
-    """Texts and conversations of which a language model is to learn the replies."""
-
-    spec: str
-    rows: Rows[Dialogue]
-    synthetic: str = ""
-
-
-@dataclass(frozen=True)
-class Preferences:
-    """Dialogues in twos: the same prompt, with a reply that is preferred to another, and the other."""
-
-    spec: str
-    rows: Rows[tuple[Dialogue, Dialogue]]
-    synthetic: str = ""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One stream of token ids, integers of any width [N]."""
-
-    spec: str
-    ids: np.ndarray
-    synthetic: str = ""
-
-
-@dataclass(frozen=True)
-class Bitext:
-    """Sentence pairs: ``tgt[i]`` translates ``src[i]``."""
-
-    spec: str
-    src: Sequence[str]
-    tgt: Sequence[str]
-    synthetic: str = ""
-
-    @property
-    def texts(self) -> list[str]:
-        """Both sides: what a joint tokenizer is trained on."""
-        return [*self.src, *self.tgt]
-
-
-Plain = Documents | Dialogues | Preferences | Tokens | Bitext
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Sources that language models read, with their ``weights``: shares that add up to 1, or epochs."""
-
-    spec: str
-    sources: tuple[Documents | Dialogues | Tokens, ...]
-    weights: tuple[float, ...]
-    shares: bool
-
-    @property
-    def texts(self) -> Iterator[str]:
-        """Of those that have plain text."""
-        return itertools.chain.from_iterable(getattr(source, "texts", ()) for source in self.sources)
-
-    @property
-    def synthetic(self) -> str:
-        return "; ".join(dict.fromkeys(source.synthetic for source in self.sources if source.synthetic))
-
-
-Source = Plain | Mixture
 
 
 def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -> Source:
@@ -138,7 +58,7 @@ def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -
     Args:
         spec: what to read.
         split: the part of a builtin corpus meant when the SPEC names none.
-        bad_rows: what rows that are no good are: a mistake, or left out and counted (``Rows``).
+        bad_rows: what rows that are no good are: a mistake, or left out and counted (``JsonlRows``).
 
     Raises:
         UserError: the SPEC, a file or a line in it is not what it should be; the message names it.
@@ -151,80 +71,19 @@ def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -
         raise UserError(f"unknown data source {spec!r}: write {', '.join(_FORMS.values())}{hint}")
     if scheme == "mix":
         return _mixture(spec, rest, split, bad_rows)
-    body, cut = _parse_slice(spec, rest)
+    body, cut = parse_slice(spec, rest)
     if not body:
         raise UserError(f"{spec!r} names no file; write {_FORMS[scheme]}")
     if scheme in _PARTED:
         return _PARTED[scheme](spec, body, split, cut)
     if scheme in _ROWS:
         kind, read = _ROWS[scheme]
-        rows = Rows(body, read, cut, bad_rows)
+        rows = JsonlRows(body, read, cut, bad_rows)
         return Documents(spec, rows, ends=True) if kind is Documents else kind(spec, rows)
     return {"text": _text, "tokens": _tokens, "bitext": _bitext}[scheme](spec, body, cut)
 
 
-def pieces(text: str, size: int = _PIECE) -> Iterator[str]:
-    """Cuts a text into consecutive pieces of at least ``size`` characters, always just before a newline that follows
-    something other than white space.
-
-    There every word ends, and so does every match of GPT-2's pre-tokenizer: its pattern takes white space only at the
-    start of a word, and looks ahead only from white space. Encoding or counting piece by piece changes nothing.
-    """
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + size)
-        while end > 0 and text[end - 1].isspace():
-            end = text.find("\n", end + 1)
-        if end < 0:
-            end = len(text)
-        yield text[start:end]
-        start = end
-
-
-def text_size(texts: Iterable[str]) -> tuple[int, int]:
-    """(words, bytes) of some texts, for perplexity a word or byte: runs of non-white-space, and UTF-8 length."""
-    words = n_bytes = 0
-    for text in texts:
-        for piece in pieces(text):
-            words += len(piece.split())
-            n_bytes += len(piece.encode())
-    return words, n_bytes
-
-
-# --- slices
-
-
-Cut = Callable[[int], slice]
-
-
-def _parse_slice(spec: str, rest: str) -> tuple[str, Cut]:
-    """Splits ``x.txt[:90%]`` into ``x.txt`` and the function from a length to the slice that is meant."""
-    if not rest.endswith("]"):
-        return rest, lambda n: slice(0, n)
-    body, _, inside = rest[:-1].rpartition("[")
-    bound = r"\s*(-?\d+|\d+(?:\.\d+)?%)?\s*"
-    match = re.fullmatch(f"{bound}:{bound}", inside)
-    if not match:
-        raise UserError(f"bad slice [{inside}] in {spec!r}; write [a:b] with integers or percentages, such as [:90%]")
-
-    def resolve(n: int) -> slice:
-        def at(written: str | None) -> int | None:
-            if written is None:
-                return None
-            return int(n * Fraction(written[:-1]) / 100) if written.endswith("%") else int(written)
-
-        start, stop, _ = slice(at(match[1]), at(match[2])).indices(n)
-        if start >= stop:
-            raise UserError(f"the slice [{inside}] of {spec!r} is empty: there are {n:,} to choose from")
-        return slice(start, stop)
-
-    return body, resolve
-
-
-# --- schemes
-
-
-def _text(spec: str, path: str, cut: Cut) -> Documents:
+def _text(spec: str, path: str, cut: Slicer) -> Documents:
     text = read_text(path)
     return Documents(spec, (text[cut(len(text))],), ends=False)
 
@@ -241,7 +100,7 @@ _ROWS = {
 }
 
 
-def _tokens(spec: str, path: str, cut: Cut) -> Tokens:
+def _tokens(spec: str, path: str, cut: Slicer) -> Tokens:
     try:
         ids = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -256,7 +115,7 @@ def _tokens(spec: str, path: str, cut: Cut) -> Tokens:
     return Tokens(spec, ids[cut(len(ids))])
 
 
-def _bitext(spec: str, paths: str, cut: Cut) -> Bitext:
+def _bitext(spec: str, paths: str, cut: Slicer) -> Bitext:
     names = paths.split(",")
     if len(names) != 2 or not all(names):
         raise UserError(f"{spec!r} names {sum(map(bool, names))} files; write bitext:SRC,TGT")
@@ -270,7 +129,7 @@ def _bitext(spec: str, paths: str, cut: Cut) -> Bitext:
     return Bitext(spec, src[chosen], tgt[chosen])
 
 
-def _builtin(spec: str, body: str, split: Split, cut: Cut) -> Bitext:
+def _builtin(spec: str, body: str, split: Split, cut: Slicer) -> Bitext:
     name, _, part = body.partition(":")
     if name != "phrasebook":
         raise UserError(f"no builtin data {name!r}; there is builtin:phrasebook")
@@ -283,7 +142,7 @@ def _builtin(spec: str, body: str, split: Split, cut: Cut) -> Bitext:
     return Bitext(spec, src, tgt, synthetic="synthetic sentences from jaxlm's phrasebook generator, not natural text")
 
 
-def _wmt14(spec: str, body: str, split: Split, cut: Cut) -> Bitext:
+def _wmt14(spec: str, body: str, split: Split, cut: Slicer) -> Bitext:
     from jaxlm.data.sources.wmt14 import read
 
     src, tgt = read(body, split)
@@ -291,7 +150,7 @@ def _wmt14(spec: str, body: str, split: Split, cut: Cut) -> Bitext:
     return Bitext(spec, src[chosen], tgt[chosen])
 
 
-def _tfds(spec: str, body: str, split: Split, cut: Cut) -> Bitext | Documents:
+def _tfds(spec: str, body: str, split: Split, cut: Slicer) -> Bitext | Documents:
     from jaxlm.data.sources.tfds import read
 
     features = read(body, split)

@@ -16,7 +16,7 @@ from tokenizers import models, pre_tokenizers
 from jaxlm.core.errors import UserError
 
 
-class Engine(Protocol):
+class TokenizerBackend(Protocol):
     """Text to ids and back, before any question of what a model reads around the text.
 
     Attributes:
@@ -48,8 +48,8 @@ class Engine(Protocol):
         """Writes the files that it can be read from again."""
 
 
-class FastEngine:
-    """An ``Engine`` over a ``tokenizers.Tokenizer``: one file, tokenizer.json."""
+class FastBackend:
+    """A ``TokenizerBackend`` over a ``tokenizers.Tokenizer``: one file, tokenizer.json."""
 
     def __init__(self, raw: tokenizers.Tokenizer):
         raw.no_truncation()
@@ -104,7 +104,7 @@ def _hide(raw: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class PieceSide:
+class PieceModel:
     """One language side: a SentencePiece processor that makes pieces, and the ids of pieces."""
 
     processor: Any
@@ -115,16 +115,16 @@ class PieceSide:
         return {index: token for token, index in self.vocabulary.items()}
 
 
-class PieceEngine:
-    """An ``Engine`` for models that look pieces up in a vocabulary of their own: Marian (Junczys-Dowmunt et al.,
-    arXiv:1804.00344) and M2M-100. A piece that the vocabulary lacks is unknown; so is a special token spelled in text.
-    ``files`` are those it was made from, by name.
+class PieceBackend:
+    """A ``TokenizerBackend`` for models that look pieces up in a vocabulary of their own: Marian (Junczys-Dowmunt et
+    al., arXiv:1804.00344) and M2M-100. A piece that the vocabulary lacks is unknown; so is a special token spelled in
+    text. ``files`` are those it was made from, by name.
     """
 
     bpe = False  # as far as cleaning up is concerned
 
     def __init__(
-        self, source: PieceSide, target: PieceSide, specials: Mapping[str, int], unknown: int,
+        self, source: PieceModel, target: PieceModel, specials: Mapping[str, int], unknown: int,
         files: Mapping[str, bytes], marian: bool,
     ):
         self.vocabulary = source.vocabulary
@@ -145,7 +145,7 @@ class PieceEngine:
         pieces = side.processor.encode(bodies, out_type=str) if bodies else []
         return ([self._id(side, piece) for piece in (*head, *body)] for head, body in zip(heads, pieces, strict=True))
 
-    def _id(self, side: PieceSide, piece: str) -> int:
+    def _id(self, side: PieceModel, piece: str) -> int:
         return self._unknown if piece in self.specials else side.vocabulary.get(piece, self._unknown)
 
     def encode_framed(self, texts: Sequence[str]) -> None:

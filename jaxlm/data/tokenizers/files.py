@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.tokenizers.backends import Engine, FastEngine, add_named_tokens
+from jaxlm.data.tokenizers.backends import FastBackend, TokenizerBackend, add_named_tokens
 
 _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # SentencePiece
 _MARIAN = ("source.spm", "target.spm", "vocab.json")
@@ -49,7 +49,7 @@ def find_tokenizer(directory: Path) -> str | None:
     return "merges.txt" if there(*_MERGES) else None
 
 
-def read_tokenizer(path: Path) -> tuple[Engine, dict[str, Any], str]:
+def read_tokenizer(path: Path) -> tuple[TokenizerBackend, dict[str, Any], str]:
     """The engine, tokenizer_config.json with what other files add to it, and the class (without "Fast", "" where the
     files name none) of a directory's tokenizer or of one file's.
 
@@ -71,7 +71,7 @@ def read_tokenizer(path: Path) -> tuple[Engine, dict[str, Any], str]:
         raise UserError(f"{directory}: its tokenizer_config.json makes no sense ({line}); copy it again") from error
 
 
-def _read(directory: Path, name: str) -> tuple[Engine, dict[str, Any], str]:
+def _read(directory: Path, name: str) -> tuple[TokenizerBackend, dict[str, Any], str]:
     config = read_json(directory / "tokenizer_config.json")
     model = read_json(directory / "config.json")
     family = _family(directory, name, config, model)
@@ -84,7 +84,7 @@ def _read(directory: Path, name: str) -> tuple[Engine, dict[str, Any], str]:
     _check(directory, config)
     engine = _engine(directory / name, family, config)
     _name_roles(config, model, engine.vocabulary, converted)
-    if isinstance(engine, FastEngine) and engine.raw.post_processor is None:
+    if isinstance(engine, FastBackend) and engine.raw.post_processor is None:
         _add_frame(engine, config, begins=name == "tokenizer.model")
     return engine, config, family
 
@@ -119,9 +119,9 @@ def _family(directory: Path, name: str, config: Mapping[str, Any], model: Mappin
     return _BY_MODEL.get(str(model.get("model_type")), default.get(name, ""))
 
 
-def _engine(file: Path, family: str, config: Mapping[str, Any]) -> Engine:
+def _engine(file: Path, family: str, config: Mapping[str, Any]) -> TokenizerBackend:
     if file.name == "merges.txt":
-        return FastEngine(_byte_level(file, family, config))
+        return FastBackend(_byte_level(file, family, config))
     if file.suffix in (".model", ".spm"):
         from jaxlm.data.tokenizers import sentencepiece  # protobuf, which only this needs
 
@@ -131,7 +131,7 @@ def _engine(file: Path, family: str, config: Mapping[str, Any]) -> Engine:
             return sentencepiece.read_m2m(file.parent, config)
         return sentencepiece.convert(file, family, config)
     try:
-        return FastEngine(tokenizers.Tokenizer.from_file(str(file)))
+        return FastBackend(tokenizers.Tokenizer.from_file(str(file)))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{file} is not a tokenizer.json ({error}); save it again") from None
 
@@ -217,7 +217,7 @@ def _name_roles(
             config[f"{role}_token"] = next(known, None)
 
 
-def _add_frame(engine: FastEngine, config: Mapping[str, Any], begins: bool) -> None:
+def _add_frame(engine: FastBackend, config: Mapping[str, Any], begins: bool) -> None:
     """A post-processor for what tokenizer_config.json says in flags; ``begins``: the default for the bos token, which
     the models that come as a SentencePiece tokenizer.model were all trained with."""
     roles = {"bos": config.get("add_bos_token", begins), "eos": config.get("add_eos_token")}

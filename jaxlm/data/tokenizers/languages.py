@@ -46,7 +46,7 @@ _WMT21 = "en ha is ja cs ru zh de"  # the M2M models of that evaluation, languag
 
 
 @dataclass(frozen=True)
-class Languages:
+class LanguageConvention:
     """How one kind of model spells languages.
 
     Attributes:
@@ -70,18 +70,18 @@ class Languages:
 
 
 _FAMILIES = {
-    "NllbTokenizer": Languages(tuple(_NLLB.split()), "eng_Latn", r"([a-z]{3}_[A-Z][a-z]{3})"),
-    "M2M100Tokenizer": Languages(tuple(_M2M.split()), "en", r"__(\w+?)__"),
-    "MBartTokenizer": Languages(tuple(_MBART.split()), "en_XX", r"([a-z]{2}_[A-Z]{2})", False, True),
-    "MBart50Tokenizer": Languages(tuple(_MBART50.split()), "en_XX", r"([a-z]{2}_[A-Z]{2})"),
+    "NllbTokenizer": LanguageConvention(tuple(_NLLB.split()), "eng_Latn", r"([a-z]{3}_[A-Z][a-z]{3})"),
+    "M2M100Tokenizer": LanguageConvention(tuple(_M2M.split()), "en", r"__(\w+?)__"),
+    "MBartTokenizer": LanguageConvention(tuple(_MBART.split()), "en_XX", r"([a-z]{2}_[A-Z]{2})", False, True),
+    "MBart50Tokenizer": LanguageConvention(tuple(_MBART50.split()), "en_XX", r"([a-z]{2}_[A-Z]{2})"),
 }
 
 
-def languages_of(family: str, config: Mapping[str, Any]) -> Languages | None:
+def language_convention(family: str, config: Mapping[str, Any]) -> LanguageConvention | None:
     """The languages of a tokenizer class (without "Fast") with its tokenizer_config.json; None where it has none."""
     languages = _FAMILIES.get(family)
     if family == "NllbTokenizer" and config.get("legacy_behaviour"):
-        return Languages(languages.codes, languages.default, languages.pattern, first=False)
+        return LanguageConvention(languages.codes, languages.default, languages.pattern, first=False)
     if family == "M2M100Tokenizer" and config.get("language_codes") == "wmt21":
-        return Languages(tuple(_WMT21.split()), languages.default, languages.pattern)
+        return LanguageConvention(tuple(_WMT21.split()), languages.default, languages.pattern)
     return languages

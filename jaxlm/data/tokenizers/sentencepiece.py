@@ -17,8 +17,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.tokenizers.backends import FastEngine, PieceEngine, PieceSide, add_named_tokens, read_vocabulary
-from jaxlm.data.tokenizers.languages import languages_of
+from jaxlm.data.tokenizers.backends import FastBackend, PieceBackend, PieceModel, add_named_tokens, read_vocabulary
+from jaxlm.data.tokenizers.languages import language_convention
 
 _SPACE = "▁"  # what stands for a space in pieces
 _BPE, _UNIGRAM = 2, 1  # trainer_spec.model_type
@@ -28,7 +28,7 @@ _FAIRSEQ_FAMILIES = ("NllbTokenizer", "MBartTokenizer", "MBart50Tokenizer")
 _SENTINELS = 100  # of T5, where extra_ids does not say
 
 
-def convert(file: Path, family: str, config: Mapping[str, Any]) -> FastEngine:
+def convert(file: Path, family: str, config: Mapping[str, Any]) -> FastBackend:
     """A tokenizer from a SentencePiece model.
 
     Args:
@@ -45,7 +45,7 @@ def convert(file: Path, family: str, config: Mapping[str, Any]) -> FastEngine:
             f"{file}: which ids {family or 'a class that no file names'} gives to pieces is not known here; save the "
             "tokenizer with transformers, which writes a tokenizer.json"
         )
-    return FastEngine(_guarded(file, lambda: _convert(read_model(file), family, config)))
+    return FastBackend(_guarded(file, lambda: _convert(read_model(file), family, config)))
 
 
 def _guarded(file: Path, make: Callable[[], Any]) -> Any:
@@ -87,7 +87,7 @@ def processor(file: Path) -> Any:
 
 def _convert(model: Any, family: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
     fairseq = family in _FAIRSEQ_FAMILIES
-    languages = languages_of(family, config)
+    languages = language_convention(family, config)
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     kinds = [piece.type for piece in model.pieces]
     if fairseq:
@@ -182,7 +182,7 @@ def _prefixed(spec: Any, config: Mapping[str, Any]) -> bool:
     return spec.add_dummy_prefix if prefix is None else prefix
 
 
-def read_marian(directory: Path, config: Mapping[str, Any]) -> PieceEngine:
+def read_marian(directory: Path, config: Mapping[str, Any]) -> PieceBackend:
     """Marian's tokenizer: source.spm, target.spm and vocab.json (and target_vocab.json where the sides differ)."""
     names = ["source.spm", "target.spm", "vocab.json"]
     separate = bool(config.get("separate_vocabs"))
@@ -191,17 +191,17 @@ def read_marian(directory: Path, config: Mapping[str, Any]) -> PieceEngine:
     if separate:
         names.append("target_vocab.json")
         target_vocabulary = read_vocabulary(directory / "target_vocab.json")
-    source = PieceSide(processor(directory / "source.spm"), vocabulary)
-    target = PieceSide(processor(directory / "target.spm"), target_vocabulary)
+    source = PieceModel(processor(directory / "source.spm"), vocabulary)
+    target = PieceModel(processor(directory / "target.spm"), target_vocabulary)
     return _piece_engine(directory, names, source, target, config, marian=True)
 
 
-def read_m2m(directory: Path, config: Mapping[str, Any]) -> PieceEngine:
+def read_m2m(directory: Path, config: Mapping[str, Any]) -> PieceBackend:
     """M2M-100's tokenizer: sentencepiece.bpe.model and vocab.json, with the languages' ids after the vocabulary's."""
     vocabulary = read_vocabulary(directory / "vocab.json")
     first = len(vocabulary)
-    codes = [f"__{code}__" for code in languages_of("M2M100Tokenizer", config).codes]
-    side = PieceSide(
+    codes = [f"__{code}__" for code in language_convention("M2M100Tokenizer", config).codes]
+    side = PieceModel(
         processor(directory / "sentencepiece.bpe.model"),
         vocabulary | {code: first + i for i, code in enumerate(codes)},
     )
@@ -209,9 +209,9 @@ def read_m2m(directory: Path, config: Mapping[str, Any]) -> PieceEngine:
 
 
 def _piece_engine(
-    directory: Path, names: Sequence[str], source: PieceSide, target: PieceSide, config: Mapping[str, Any],
+    directory: Path, names: Sequence[str], source: PieceModel, target: PieceModel, config: Mapping[str, Any],
     codes: Sequence[str] = (), marian: bool = False,
-) -> PieceEngine:
+) -> PieceBackend:
     listed = [*(config.get("additional_special_tokens") or ()), *(config.get("extra_special_tokens") or ())]
     named = [config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
     tokens = [token["content"] if isinstance(token, dict) else token for token in (*named, *listed) if token]
@@ -222,4 +222,4 @@ def _piece_engine(
     tokens += ["<unk>", "</s>", "<pad>", *codes]
     specials = {token: vocabulary[token] for token in tokens if token in vocabulary}
     files = {name: (directory / name).read_bytes() for name in names}
-    return PieceEngine(source, target, specials, vocabulary["<unk>"], files, marian)
+    return PieceBackend(source, target, specials, vocabulary["<unk>"], files, marian)

@@ -21,12 +21,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.config import DataConfig
-from jaxlm.data.sources.spec import Dialogues, Documents, Mixture, Preferences, Source, Tokens, pieces
-from jaxlm.data.tokenizers.backends import Engine, FastEngine
+from jaxlm.data.sources.text_chunks import text_chunks
+from jaxlm.data.tokenizers.backends import FastBackend, TokenizerBackend
 from jaxlm.data.tokenizers.chat_template import choose, marked_spans, render
 from jaxlm.data.tokenizers.files import read_tokenizer
-from jaxlm.data.tokenizers.languages import languages_of
+from jaxlm.data.tokenizers.languages import language_convention
 from jaxlm.data.tokenizers.token_bytes import token_bytes
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -44,18 +43,18 @@ class Tokenizer:
     ``vocab_size`` counts ids from 0 to the largest, and ``languages`` has the ids of the language codes, if any.
     """
 
-    def __init__(self, engine: Engine, config: dict[str, Any], family: str = ""):
+    def __init__(self, engine: TokenizerBackend, config: dict[str, Any], family: str = ""):
         """``config`` is what tokenizer_config.json holds: at least the names of the special tokens there are.
         ``family`` is the class it is for (without "Fast"), which decides where language codes go."""
         self._engine = engine
         self._config = config
-        self._splittable = isinstance(engine, FastEngine) and _splittable(engine.raw)
+        self._splittable = isinstance(engine, FastBackend) and _splittable(engine.raw)
         vocabulary = engine.vocabulary
         self.vocab_size: int = max(vocabulary.values()) + 1
         self.pad_id, self.bos_id, self.eos_id = (
             None if name is None else vocabulary[name] for name in map(self._special, ("pad", "bos", "eos"))
         )
-        self._convention = languages_of(family, config)
+        self._convention = language_convention(family, config)
         self.languages: Mapping[str, int] = self._convention.of(engine.specials) if self._convention else {}
 
     def _special(self, role: str) -> str | None:
@@ -133,7 +132,7 @@ class Tokenizer:
         owners: list[int] = []
         size = 0
         for owner, text in enumerate(texts):
-            for piece in pieces(text) if self._splittable else (text,):
+            for piece in text_chunks(text) if self._splittable else (text,):
                 batch.append(piece)
                 owners.append(owner)
                 size += len(piece) + 64  # short lines have a cost of their own
@@ -154,7 +153,7 @@ class Tokenizer:
         )
 
     def _is_character_level(self) -> bool:
-        return isinstance(self._engine, FastEngine) and isinstance(self._engine.raw.model, models.WordLevel)
+        return isinstance(self._engine, FastBackend) and isinstance(self._engine.raw.model, models.WordLevel)
 
     def encode_prompt(self, text: str, specials: bool = False) -> list[int]:
         """The ids of a prompt, with what a decoder of this kind reads around it (Llama's <s>; GPT-2: nothing).
@@ -248,7 +247,7 @@ class Tokenizer:
     def token_bytes(self) -> list[bytes | None]:
         """The bytes that each token stands for, by id; None for those that are no text. UserError where tokens are
         pieces of SentencePiece, of which that cannot be said."""
-        if not isinstance(self._engine, FastEngine):
+        if not isinstance(self._engine, FastBackend):
             raise UserError("what the tokens of this tokenizer stand for depends on their neighbours; use another")
         return token_bytes(self._engine.raw)
 
@@ -333,7 +332,7 @@ class Tokenizer:
                 "char" has a token for each character seen and no other.
             vocab_size: of "bpe"; at least 259 (256 bytes and 3 specials).
         """
-        parts = (piece for text in texts for piece in pieces(text))
+        parts = (piece for text in texts for piece in text_chunks(text))
         if kind == "char":
             alphabet = sorted(set().union(*parts))
             vocabulary = {token: i for i, token in enumerate((*_SPECIALS, *alphabet))}
@@ -351,23 +350,10 @@ class Tokenizer:
             raw.train_from_iterator(parts, trainers.BpeTrainer(
                 vocab_size=vocab_size, special_tokens=list(_SPECIALS), initial_alphabet=_ALPHABET, show_progress=False,
             ))
-        return cls(FastEngine(raw), {
+        return cls(FastBackend(raw), {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
             "pad_token": PAD, "bos_token": BOS, "eos_token": EOS,
         })
-
-
-def tokenizer_for(config: DataConfig, source: Source) -> Tokenizer:
-    """The tokenizer that a configuration names, or one trained on ``source``. UserError if neither can be had."""
-    if config.tokenizer:
-        return Tokenizer.load(config.tokenizer)
-    if isinstance(source, Tokens):
-        raise UserError(f"{source.spec!r} holds ids, not text to train a tokenizer on; name theirs in data.tokenizer")
-    if isinstance(source, Mixture) and not all(isinstance(each, Documents) for each in source.sources):
-        raise UserError(f"{source.spec!r} is not all text to train a tokenizer on; name one in data.tokenizer")
-    if isinstance(source, Dialogues | Preferences):
-        raise UserError(f"{source.spec!r} is no data to train a tokenizer on; name the model's in data.tokenizer")
-    return Tokenizer.train(source.texts, config.tokenizer_kind, config.vocab_size)
 
 
 def _splittable(raw: tokenizers.Tokenizer) -> bool:

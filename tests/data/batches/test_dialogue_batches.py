@@ -12,7 +12,7 @@ from flax import nnx
 from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten
-from jaxlm.data.batches.encoding import Encoded, encode
+from jaxlm.data.batches.encoding import EncodedDocuments, encode_documents
 from jaxlm.data.batches.loader import make_loader
 from jaxlm.data.batches.packing import PackedDocuments
 from jaxlm.data.batches.preferences import PreferencePairs
@@ -101,7 +101,7 @@ def test_long_dialogues_are_cut_and_what_teaches_nothing_is_left_out():
     lengths = np.array([5, 12, 9, 1])
     learned = np.zeros(27, bool)
     learned[3:5] = learned[7:17] = learned[25:26] = True  # of the third only the last token
-    packed = PackedDocuments(Encoded(np.arange(27), lengths, learned), 6, 99)
+    packed = PackedDocuments(EncodedDocuments(np.arange(27), lengths, learned), 6, 99)
     batch = packed.take(0, np.arange(len(packed)))
     assert sorted(batch["targets"][batch["weights"] > 0].tolist()) == [3, 4, 7, 8, 9, 10, 11]
     assert packed.report() == {
@@ -113,7 +113,7 @@ def test_long_dialogues_are_cut_and_what_teaches_nothing_is_left_out():
         "1 of 4 dialogues are longer than 6 tokens and are cut there; raise data.seq_len to keep them whole",
     ]
     with pytest.raises(UserError, match="no dialogue has a reply within 2 tokens; raise data.seq_len"):
-        PackedDocuments(Encoded(np.arange(27), lengths, learned & (np.arange(27) > 8)), 2, 99)
+        PackedDocuments(EncodedDocuments(np.arange(27), lengths, learned & (np.arange(27) > 8)), 2, 99)
 
 
 def test_preferences_come_side_by_side(preference):
@@ -150,29 +150,29 @@ def test_preferences_come_side_by_side(preference):
 
 def test_pairs_without_a_reply_in_reach_are_left_out():
     learned = np.array([0, 1, 0, 1, 0, 0, 0, 1, 0, 1], bool)
-    pairs = PreferencePairs(Encoded(np.arange(10), np.array([2, 2, 4, 2]), learned), 2, 1, 0)
+    pairs = PreferencePairs(EncodedDocuments(np.arange(10), np.array([2, 2, 4, 2]), learned), 2, 1, 0)
     assert len(pairs) == 1 and pairs.report()["unlearnable"] == 1
     assert pairs.notes() == ["1 of 2 pairs are without two replies within 2 tokens and are left out"]
     with pytest.raises(UserError, match="no pair has two replies within 2 tokens; raise data.seq_len"):
-        PreferencePairs(Encoded(np.arange(6), np.array([4, 2]), learned[4:]), 2, 1, 0)
+        PreferencePairs(EncodedDocuments(np.arange(6), np.array([4, 2]), learned[4:]), 2, 1, 0)
 
 
 def test_a_real_distribution_packs_tightly():
     """Lengths of a log-normal, as those of chats are, in rows of 2,048: no more than a twentieth is padding."""
     lengths = np.clip(np.random.default_rng(1).lognormal(5.5, 0.9, 4000).astype(int), 8, 5000)
     learned = np.ones(lengths.sum(), bool)
-    packed = PackedDocuments(Encoded(np.zeros(lengths.sum(), np.uint16), lengths, learned), 2048, 0)
+    packed = PackedDocuments(EncodedDocuments(np.zeros(lengths.sum(), np.uint16), lengths, learned), 2048, 0)
     assert packed.report()["efficiency"] > 0.99
 
 
 def test_dialogues_are_no_stream_and_train_no_tokenizer(instruct):
     from jaxlm.data.batches.packing import token_stream
-    from jaxlm.data.tokenizers.tokenizer import tokenizer_for
+    from jaxlm.data.tokenizers.from_config import tokenizer_from_config
 
     source = open_source(instruct)
     with pytest.raises(UserError, match="is dialogues; a stream of text is text:, jsonl: or tokens:"):
         token_stream(source, TOKENIZER)
     with pytest.raises(UserError, match="is no data to train a tokenizer on; name the model's in data.tokenizer"):
-        tokenizer_for(DataConfig(), source)
+        tokenizer_from_config(DataConfig(), source)
     with pytest.raises(UserError, match="is sentence pairs; a language model reads"):
-        encode(open_source("builtin:phrasebook"), TOKENIZER)
+        encode_documents(open_source("builtin:phrasebook"), TOKENIZER)

@@ -12,32 +12,34 @@ from hypothesis import strategies as st
 from jaxlm.core.errors import UserError
 from jaxlm.data.batches.loader import make_loader
 from jaxlm.data.batches.mixture import MixedRows
-from jaxlm.data.batches.shuffle import Order, random_state
+from jaxlm.data.batches.shuffle import ShuffledOrder, random_state
 from jaxlm.data.config import DataConfig
-from jaxlm.data.sources.spec import Bitext, Documents, Mixture, open_source
-from jaxlm.data.tokenizers.tokenizer import Tokenizer, tokenizer_for
+from jaxlm.data.sources.spec import open_source
+from jaxlm.data.sources.types import Bitext, Documents, Mixture
+from jaxlm.data.tokenizers.from_config import tokenizer_from_config
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 9), st.integers(0, 3))
 def test_orders_are_permutations_in_pieces_or_whole(count, block, group, epoch):
-    order = Order(count, 5, block, group)
+    order = ShuffledOrder(count, 5, block, group)
     whole = order(epoch, np.arange(count))
     assert sorted(whole) == list(range(count))
     places = np.random.default_rng(0).permutation(count)
     assert (order(epoch, places) == whole[places]).all()
-    assert (Order(count, 5, block, group)(epoch, places[:3]) == whole[places[:3]]).all()
+    assert (ShuffledOrder(count, 5, block, group)(epoch, places[:3]) == whole[places[:3]]).all()
 
 
 def test_orders_differ_by_epoch_and_few_rows_are_permuted_as_ever():
-    order = Order(1000, 3, 8, 4)
+    order = ShuffledOrder(1000, 3, 8, 4)
     first, second = (order(epoch, np.arange(1000)) for epoch in (0, 1))
     assert (first != second).mean() > 0.9 and (first != np.arange(1000)).mean() > 0.9
-    assert (Order(1000, 3)(2, np.arange(1000)) == random_state(3, 2).permutation(1000)).all()
+    assert (ShuffledOrder(1000, 3)(2, np.arange(1000)) == random_state(3, 2).permutation(1000)).all()
 
 
 def test_blocks_are_read_together():
     """32 rows in a row of the order lie in no more than 4 runs of 8 (and one, where the file ends)."""
-    rows = Order(1000, 3, 8, 4)(0, np.arange(1000)).reshape(-1, 8)[:120].reshape(-1, 32)
+    rows = ShuffledOrder(1000, 3, 8, 4)(0, np.arange(1000)).reshape(-1, 8)[:120].reshape(-1, 32)
     runs = [len(set(((group - group[0]) % 1000) // 8)) for group in rows]
     assert max(runs) <= 9 and np.mean([len(np.unique(group // 8)) for group in rows]) < 9
 
@@ -107,7 +109,7 @@ def test_what_mixtures_are_written_like(tmp_path, monkeypatch):
     source = open_source("mix:25% text:a[:50%] + 75% jsonl:b")
     assert isinstance(source, Mixture) and source.weights == (0.25, 0.75) and source.shares
     assert list(source.texts) == ["abc a", "cab", "bac"]
-    tokenizer = tokenizer_for(DataConfig(tokenizer_kind="char"), source)
+    tokenizer = tokenizer_from_config(DataConfig(tokenizer_kind="char"), source)
     batch = make_loader(DataConfig(seq_len=2, batch_size=2), source, tokenizer, train=True).batch(0)
     assert batch["inputs"].shape == (2, 2) and "segment_ids" not in batch
     with_dialogues = open_source("mix:3x text:a + 1x instruct:c")
@@ -127,7 +129,7 @@ def test_what_mixtures_are_written_like(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message.replace("+", r"\+")):
             open_source(spec)
     with pytest.raises(UserError, match="is not all text to train a tokenizer on"):
-        tokenizer_for(DataConfig(), with_dialogues)
+        tokenizer_from_config(DataConfig(), with_dialogues)
 
 
 def test_two_mixtures_of_text_are_the_same_for_all():

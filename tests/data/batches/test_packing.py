@@ -8,10 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.encoding import Encoded, encode
+from jaxlm.data.batches.encoding import EncodedDocuments, encode_documents
 from jaxlm.data.batches.packing import PackedDocuments, Windows, token_stream
 from jaxlm.data.batches.shuffle import random_state
-from jaxlm.data.sources.spec import Bitext, Documents, Tokens
+from jaxlm.data.sources.types import Bitext, Documents, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["abc xyz"], "char")
@@ -116,9 +116,9 @@ def test_segments_restore_each_document(lengths, capacity):
     documents = [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
     if max(lengths) < 2:
         with pytest.raises(UserError, match="no document has two tokens"):
-            PackedDocuments(Encoded(ids, np.array(lengths)), capacity, 0)
+            PackedDocuments(EncodedDocuments(ids, np.array(lengths)), capacity, 0)
         return
-    packed = PackedDocuments(Encoded(ids, np.array(lengths)), capacity, 0)
+    packed = PackedDocuments(EncodedDocuments(ids, np.array(lengths)), capacity, 0)
     expected = [
         document[i:i + capacity + 1] for document in documents for i in range(0, len(document) - 1, capacity)
     ]
@@ -132,7 +132,7 @@ def test_segments_restore_each_document(lengths, capacity):
 
 
 def test_rows_do_not_depend_on_their_batch():
-    packed = PackedDocuments(Encoded(np.arange(60), np.array([5, 9, 2, 20, 7, 7, 10])), 12, 0)
+    packed = PackedDocuments(EncodedDocuments(np.arange(60), np.array([5, 9, 2, 20, 7, 7, 10])), 12, 0)
     whole = rows(packed)
     for row in range(len(packed)):
         batch = packed.take(1, np.array([-1, row]))
@@ -141,16 +141,16 @@ def test_rows_do_not_depend_on_their_batch():
 
 
 def test_what_is_left_out_or_cut_is_said():
-    packed = PackedDocuments(encode(source("abc", "", "abcabcabc"), TOKENIZER), 4, 0)
+    packed = PackedDocuments(encode_documents(source("abc", "", "abcabcabc"), TOKENIZER), 4, 0)
     assert packed.notes() == [
         "1 of 3 documents are empty and are left out",
         "1 of 3 documents are longer than 4 tokens and go in pieces; raise data.seq_len to keep them whole",
     ]
-    assert PackedDocuments(encode(source("abc"), TOKENIZER), 4, 0).notes() == []
+    assert PackedDocuments(encode_documents(source("abc"), TOKENIZER), 4, 0).notes() == []
 
 
 def test_given_ids_are_documents_up_to_each_eos():
     ids = np.array([5, 6, 2, 7, 2, 2, 8, 3], np.uint16)
-    packed = PackedDocuments(encode(Tokens("tokens:x", ids), TOKENIZER), 8, 0)
+    packed = PackedDocuments(encode_documents(Tokens("tokens:x", ids), TOKENIZER), 8, 0)
     assert sorted(documents_in(rows(packed))) == [[5, 6, 2], [7, 2], [8, 3]]
     assert packed.report()["empty"] == 1

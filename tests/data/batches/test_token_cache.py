@@ -16,17 +16,18 @@ import pytest
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.batches import token_cache
-from jaxlm.data.batches.encoding import Encoded, encode
-from jaxlm.data.batches.token_cache import cached, kept
-from jaxlm.data.sources.jsonl import Rows
-from jaxlm.data.sources.spec import Documents, Tokens, open_source
+from jaxlm.data.batches.encoding import EncodedDocuments, encode_documents
+from jaxlm.data.batches.token_cache import encode_cached, load_or_build
+from jaxlm.data.sources.jsonl import JsonlRows
+from jaxlm.data.sources.spec import open_source
+from jaxlm.data.sources.types import Documents, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["the cat sat on the mat"], vocab_size=262)
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
-def same(a: Encoded, b: Encoded) -> bool:
+def same(a: EncodedDocuments, b: EncodedDocuments) -> bool:
     arrays = all(
         getattr(a, name).dtype == getattr(b, name).dtype and np.array_equal(getattr(a, name), getattr(b, name))
         for name in ("ids", "lengths", "learned") if getattr(b, name) is not None
@@ -59,15 +60,15 @@ SPECS = ["jsonl:x.jsonl", "instruct:x.jsonl[1:]", "text:x.txt", "tokens:t.npy"]
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_cache_is_what_it_keeps(spec, monkeypatch):
     np.save("t.npy", np.arange(9))
-    fresh = encode(open_source(spec, bad_rows="report"), TOKENIZER)
-    assert same(cached(open_source(spec, bad_rows="report"), TOKENIZER, ""), fresh)
-    assert same(cached(open_source(spec, bad_rows="report"), TOKENIZER, "cache"), fresh)
+    fresh = encode_documents(open_source(spec, bad_rows="report"), TOKENIZER)
+    assert same(encode_cached(open_source(spec, bad_rows="report"), TOKENIZER, ""), fresh)
+    assert same(encode_cached(open_source(spec, bad_rows="report"), TOKENIZER, "cache"), fresh)
     if spec.startswith("tokens"):
         assert not Path("cache").exists()
         return
     assert len(names()) == 1
-    monkeypatch.setattr(token_cache, "encode_parts", lambda *_: pytest.fail("encoded again"))
-    again = cached(open_source(spec, bad_rows="report"), TOKENIZER, "cache")
+    monkeypatch.setattr(token_cache, "encode_in_chunks", lambda *_: pytest.fail("encoded again"))
+    again = encode_cached(open_source(spec, bad_rows="report"), TOKENIZER, "cache")
     assert same(again, fresh) and isinstance(again.ids, np.memmap)
 
 
@@ -79,21 +80,21 @@ def test_another_content_or_tokenizer_has_another_name(monkeypatch):
         ("jsonl:x.jsonl[:9]", TOKENIZER, 1), ("jsonl:x.jsonl[:9]", again, 1), ("jsonl:x.jsonl[:8]", again, 2),
         ("jsonl:x.jsonl[:9]", other, 3), ("instruct:x.jsonl[1:6]", TOKENIZER, 4), ("text:x.txt", TOKENIZER, 5),
     ):
-        cached(open_source(source), tokenizer, "cache")
+        encode_cached(open_source(source), tokenizer, "cache")
         assert len(names()) == count
     Path("x.txt").write_text("the cat")
-    cached(open_source("text:x.txt"), TOKENIZER, "cache")
+    encode_cached(open_source("text:x.txt"), TOKENIZER, "cache")
     assert len(names()) == 6
     with pytest.raises(UserError, match="x.jsonl:41: not an object"):
-        cached(open_source("jsonl:x.jsonl"), TOKENIZER, "cache")
+        encode_cached(open_source("jsonl:x.jsonl"), TOKENIZER, "cache")
     assert len(names()) == 6
 
 
 @pytest.mark.parametrize("spec", SPECS[:2])
 def test_several_processes_make_what_one_makes(spec, two_workers, monkeypatch):
-    fresh = encode(open_source(spec, bad_rows="report"), TOKENIZER)
-    monkeypatch.setattr(token_cache, "encode_parts", lambda *_: pytest.fail("encoded here"))
-    assert same(cached(open_source(spec, bad_rows="report"), TOKENIZER, "cache"), fresh)
+    fresh = encode_documents(open_source(spec, bad_rows="report"), TOKENIZER)
+    monkeypatch.setattr(token_cache, "encode_in_chunks", lambda *_: pytest.fail("encoded here"))
+    assert same(encode_cached(open_source(spec, bad_rows="report"), TOKENIZER, "cache"), fresh)
     assert "of x.jsonl are left out" in fresh.notes[0] and "lines" in fresh.notes[0] or "line 41" in fresh.notes[0]
     place = Path("cache", *names())
     assert {file.name for file in place.iterdir()} <= {"ids", "lengths", "learned", "about.json", "notes.json"}
@@ -101,11 +102,11 @@ def test_several_processes_make_what_one_makes(spec, two_workers, monkeypatch):
 
 def test_mistakes_of_processes_are_told_as_those_of_one(two_workers):
     with pytest.raises(UserError, match="^x.jsonl:41: not an object; write one object a line$"):
-        cached(open_source("jsonl:x.jsonl"), TOKENIZER, "cache")
+        encode_cached(open_source("jsonl:x.jsonl"), TOKENIZER, "cache")
     assert names() == []
-    rows = Rows("x.jsonl", exits, lambda n: slice(0, n))
+    rows = JsonlRows("x.jsonl", exits, lambda n: slice(0, n))
     with pytest.raises(RuntimeError, match="a process that tokenizes failed:\nexits"):
-        cached(Documents("x", rows, ends=True), TOKENIZER, "cache")
+        encode_cached(Documents("x", rows, ends=True), TOKENIZER, "cache")
     assert names() == []
 
 
@@ -119,27 +120,27 @@ def exits(row) -> str:
                                     lambda place: (place / "lengths").unlink()])
 def test_what_is_not_whole_is_made_again(damage):
     source = open_source("text:x.txt")
-    fresh = encode(source, TOKENIZER)
-    cached(source, TOKENIZER, "cache")
+    fresh = encode_documents(source, TOKENIZER)
+    encode_cached(source, TOKENIZER, "cache")
     damage(Path("cache", *names()))
-    assert same(cached(source, TOKENIZER, "cache"), fresh) and len(names()) == 1
+    assert same(encode_cached(source, TOKENIZER, "cache"), fresh) and len(names()) == 1
 
 
 BUILD = """
 import sys, time
 from pathlib import Path
 import numpy as np
-from jaxlm.data.batches.encoding import Encoded
-from jaxlm.data.batches.token_cache import kept, write_parts
+from jaxlm.data.batches.encoding import EncodedDocuments
+from jaxlm.data.batches.token_cache import load_or_build, write_arrays
 
 def parts():
     for i in range(3):
-        yield Encoded(np.full(5, i), np.array([5]))
+        yield EncodedDocuments(np.full(5, i), np.array([5]))
         if i == 1:
             Path(f"busy-{sys.argv[1]}").touch()
             time.sleep(float(sys.argv[2]))
 
-print(kept("cache", "content", lambda new: write_parts(parts(), new)).ids.sum())
+print(load_or_build("cache", "content", lambda new: write_arrays(parts(), new)).ids.sum())
 """
 
 
@@ -168,7 +169,7 @@ def test_a_killed_builder_leaves_nothing_that_is_believed():
     killed.communicate()
     assert waiting.communicate(timeout=60)[0] == b"15\n"
     assert Path("busy-b").exists() and len(names()) == 1, "what was half done is gone"
-    assert kept("cache", "content", lambda new: pytest.fail("made again")).ids.sum() == 15
+    assert load_or_build("cache", "content", lambda new: pytest.fail("made again")).ids.sum() == 15
 
 
 def slow(row) -> str:
@@ -181,13 +182,13 @@ def slow(row) -> str:
 PARENT = """
 import os
 from jaxlm.data.batches import token_cache
-from jaxlm.data.sources.jsonl import Rows
-from jaxlm.data.sources.spec import Documents
+from jaxlm.data.sources.jsonl import JsonlRows
+from jaxlm.data.sources.types import Documents
 from tests.data.batches.test_token_cache import TOKENIZER, slow
 
 token_cache._FOR_A_WORKER = 1
 os.sched_getaffinity = lambda _: {0, 1}
-token_cache.cached(Documents("x", Rows("x.jsonl", slow, lambda n: slice(0, 40)), True), TOKENIZER, "cache")
+token_cache.encode_cached(Documents("x", JsonlRows("x.jsonl", slow, lambda n: slice(0, 40)), True), TOKENIZER, "cache")
 """
 
 
@@ -211,13 +212,13 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(workers, monkeypatch
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
     try:
         with pytest.raises(UserError, match="^no space left for the tokenized text in .*; free some and run again"):
-            cached(source, TOKENIZER, "cache")
+            encode_cached(source, TOKENIZER, "cache")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names() == []
-    assert same(cached(source, TOKENIZER, "cache"), encode(source, TOKENIZER))
+    assert same(encode_cached(source, TOKENIZER, "cache"), encode_documents(source, TOKENIZER))
 
 
 def test_ids_that_are_given_are_not_kept():
     source = Tokens("tokens:x", np.arange(5))
-    assert cached(source, TOKENIZER, "cache").ids is source.ids and not Path("cache").exists()
+    assert encode_cached(source, TOKENIZER, "cache").ids is source.ids and not Path("cache").exists()

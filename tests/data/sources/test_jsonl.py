@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.encoding import encode
+from jaxlm.data.batches.encoding import encode_documents
 from jaxlm.data.sources import jsonl
-from jaxlm.data.sources.jsonl import Rows
+from jaxlm.data.sources.jsonl import JsonlRows
 from jaxlm.data.sources.spec import open_source, text_row
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
@@ -34,8 +34,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def rows(path: str, cut=lambda n: slice(0, n), bad_rows="fail") -> Rows[str]:
-    return Rows(path, text_row, cut, bad_rows)
+def rows(path: str, cut=lambda n: slice(0, n), bad_rows="fail") -> JsonlRows[str]:
+    return JsonlRows(path, text_row, cut, bad_rows)
 
 
 def write(name: str, lines: list[bytes], end: bytes = b"\n") -> str:
@@ -66,17 +66,17 @@ def test_bad_rows_are_fatal_or_counted(line, why, monkeypatch):
 def test_bad_rows_reach_whoever_trains():
     write("x", [b'{"text": "ab"}', b"{", b"{", *[b"3"] * 7])
     tokenizer = Tokenizer.train(["ab"], "char")
-    found = encode(open_source("jsonl:x", bad_rows="report"), tokenizer)
+    found = encode_documents(open_source("jsonl:x", bad_rows="report"), tokenizer)
     assert found.ids.tolist() == [*tokenizer.encode("ab"), tokenizer.eos_id] and found.lengths.tolist() == [3]
     assert found.notes == (
         "9 of 10 rows of x are left out: 7 not an object (lines 4, 5, 6, 7, 8, ...); 2 not JSON (Expecting property "
         "name enclosed in double quotes) (lines 2, 3)",
     )
     with pytest.raises(UserError, match="x:2: not JSON"):
-        encode(open_source("jsonl:x"), tokenizer)
+        encode_documents(open_source("jsonl:x"), tokenizer)
     write("x", [b"{", b'{"text": ""}'])
     with pytest.raises(UserError, match="'jsonl:x' holds no text; name a file with documents in it"):
-        encode(open_source("jsonl:x", bad_rows="report"), tokenizer)
+        encode_documents(open_source("jsonl:x", bad_rows="report"), tokenizer)
 
 
 def test_line_ends_may_mix_and_a_mark_may_come_first():
@@ -134,5 +134,7 @@ def test_what_is_read_has_a_name():
     write("x", numbered(9))
     write("y", numbered(9))
     assert rows("x").content == rows("y").content
-    others = [rows("x", lambda n: slice(1, n)), Rows("x", dict, lambda n: slice(0, n)), rows(write("z", numbered(8)))]
+    others = [
+        rows("x", lambda n: slice(1, n)), JsonlRows("x", dict, lambda n: slice(0, n)), rows(write("z", numbered(8)))
+    ]
     assert len({each.content for each in (rows("x"), *others)}) == 4

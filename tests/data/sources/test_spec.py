@@ -14,7 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.sources.spec import Bitext, Documents, _parse_slice, open_source, pieces, text_size
+from jaxlm.data.sources.slices import parse_slice
+from jaxlm.data.sources.spec import open_source
+from jaxlm.data.sources.text_chunks import count_words_and_bytes, text_chunks
+from jaxlm.data.sources.types import Bitext, Documents
 
 TEXT = "Zwölf Boxkämpfer\r\njagen Viktor\u2028quer über\n\nden großen Deich.\n"
 
@@ -112,7 +115,7 @@ def test_slices(cut, expected):
 @given(st.integers(1, 10**9), st.integers(0, 100))
 def test_percent_slices_partition(n, percent):
     """[:p%] and [p%:] share no element and miss none, for any length: exact arithmetic, rounded down."""
-    head, tail = (_parse_slice("", cut)[1] for cut in (f"[:{percent}%]", f"[{percent}%:]"))
+    head, tail = (parse_slice("", cut)[1] for cut in (f"[:{percent}%]", f"[{percent}%:]"))
     k = n * percent // 100
     if 0 < k < n:
         assert head(n) == slice(0, k) and tail(n) == slice(k, n)
@@ -128,7 +131,7 @@ def test_slice_of_unicode_counts_characters():
 
 @given(st.text(alphabet=st.sampled_from("ab.'s1 \n\r\t\u2028\u00a0é"), max_size=200), st.integers(1, 20))
 def test_pieces_join_and_break_only_before_a_newline_after_a_word(text, size):
-    parts = list(pieces(text, size))
+    parts = list(text_chunks(text, size))
     assert "".join(parts) == text
     for left, right in zip(parts, parts[1:], strict=False):
         assert right.startswith("\n") and not left[-1].isspace() and len(left) >= size
@@ -136,7 +139,7 @@ def test_pieces_join_and_break_only_before_a_newline_after_a_word(text, size):
 
 @given(st.lists(st.text(alphabet=st.sampled_from("ab ä\n\t\u3000"))))
 def test_text_size(texts):
-    assert text_size(texts) == (sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
+    assert count_words_and_bytes(texts) == (sum(len(t.split()) for t in texts), sum(len(t.encode()) for t in texts))
 
 
 # --- mistakes

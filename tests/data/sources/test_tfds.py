@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.sources.spec import Bitext, Documents, open_source
+from jaxlm.data.sources.spec import open_source
+from jaxlm.data.sources.types import Bitext, Documents
 
 tfds = pytest.importorskip("tensorflow_datasets")
 

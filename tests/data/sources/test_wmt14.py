@@ -10,7 +10,8 @@ import pytest
 
 from jaxlm.core.config import load_config, override
 from jaxlm.core.errors import UserError
-from jaxlm.data.sources.spec import Bitext, open_source
+from jaxlm.data.sources.spec import open_source
+from jaxlm.data.sources.types import Bitext
 
 EUROPARL = [("Resumption of it\u2028now", "Wiederaufnahme davon\u2028nun"), ("", "Leer"), ("Two", "Zwei")]
 CRAWL = [("Three &amp; more", "Drei &amp; mehr"), ("Four", "   ")]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from jaxlm.data.tokenizers.languages import languages_of
+from jaxlm.data.tokenizers.languages import language_convention
 
 ENGLISH = [
     "A man in a blue shirt is standing on a ladder cleaning a window.", "Two young girls are playing in the garden.",
@@ -68,7 +68,7 @@ def write(directory: Path, files: dict[str, bytes], **config) -> Path:
 
 def nllb_tokens() -> dict[str, dict]:
     first = len(processor(BPE)) + 1
-    codes = languages_of("NllbTokenizer", {}).codes
+    codes = language_convention("NllbTokenizer", {}).codes
     plain = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
     tokens = {str(first + i): {"content": code, **plain} for i, code in enumerate(codes)}
     return tokens | {str(first + len(codes)): {"content": "<mask>", **plain, "normalized": True, "lstrip": True}}
@@ -85,7 +85,7 @@ FAMILIES = {
         {"sentencepiece.bpe.model": BPE, "vocab.json": vocabulary(BPE)},
         {
             "src_lang": "de", "tgt_lang": "fr",
-            "additional_special_tokens": [f"__{code}__" for code in languages_of("M2M100Tokenizer", {}).codes],
+            "additional_special_tokens": [f"__{code}__" for code in language_convention("M2M100Tokenizer", {}).codes],
         },
     ),
     "MarianTokenizer": (

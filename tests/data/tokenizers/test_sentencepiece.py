@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.tokenizers.languages import languages_of
+from jaxlm.data.tokenizers.languages import language_convention
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from tests.data.tokenizers.pieces import (
     BPE,
@@ -91,7 +91,7 @@ def test_a_language_can_be_named(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     ours = Tokenizer.load(family(name, tmp_path))
     theirs = getattr(transformers, name).from_pretrained(tmp_path)
-    assert set(ours.languages) == set(languages_of(name, {}).codes)
+    assert set(ours.languages) == set(language_convention(name, {}).codes)
     for language in (list(ours.languages)[0], list(ours.languages)[-1]):
         theirs.src_lang = theirs.tgt_lang = language
         assert ours.encode_source(ENGLISH, language) == theirs(ENGLISH)["input_ids"]

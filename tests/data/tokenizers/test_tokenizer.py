@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.config import DataConfig
-from jaxlm.data.sources.spec import Documents, Tokens, pieces
-from jaxlm.data.tokenizers.tokenizer import Tokenizer, tokenizer_for
+from jaxlm.data.sources.text_chunks import text_chunks
+from jaxlm.data.sources.types import Documents, Tokens
+from jaxlm.data.tokenizers.from_config import tokenizer_from_config
+from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 CORPUS = [
     "the cat sat on the mat. the cat's hat, it'll do!\n\nThe  rat ran   after\tthe cat\n" * 20,
@@ -70,7 +72,7 @@ def test_unknown_characters_are_named():
 def test_pieces_do_not_change_tokens(text):
     """What makes encoding a large text in parallel exact."""
     for tokenizer in (BPE, Tokenizer.train([text], "char")):
-        apart = [i for piece in pieces(text, 1) for i in tokenizer.encode(piece)]
+        apart = [i for piece in text_chunks(text, 1) for i in tokenizer.encode(piece)]
         assert apart == tokenizer.encode(text)
 
 
@@ -280,12 +282,12 @@ def test_deepseek(shared, tmp_path):
 
 def test_tokenizer_for(tmp_path):
     source = Documents("text:x", CORPUS, ends=False)
-    assert tokenizer_for(DataConfig(vocab_size=280), source).vocab_size == 280
-    assert tokenizer_for(DataConfig(tokenizer_kind="char"), source).vocab_size == CHAR.vocab_size
+    assert tokenizer_from_config(DataConfig(vocab_size=280), source).vocab_size == 280
+    assert tokenizer_from_config(DataConfig(tokenizer_kind="char"), source).vocab_size == CHAR.vocab_size
     BPE.save(tmp_path)
-    assert tokenizer_for(DataConfig(tokenizer=str(tmp_path)), source).vocab_size == 300
+    assert tokenizer_from_config(DataConfig(tokenizer=str(tmp_path)), source).vocab_size == 300
     with pytest.raises(UserError, match="'tokens:x.npy' holds ids, not text to train a tokenizer on"):
-        tokenizer_for(DataConfig(), Tokens("tokens:x.npy", np.arange(9)))
+        tokenizer_from_config(DataConfig(), Tokens("tokens:x.npy", np.arange(9)))
 
 
 def test_books_tokenizer_reproduces_the_given_ids():

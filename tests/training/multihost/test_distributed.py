@@ -16,7 +16,7 @@ from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import AXES, make_mesh
 from jaxlm.core.tree import flatten
-from jaxlm.data.sources.spec import Bitext
+from jaxlm.data.sources.types import Bitext
 from jaxlm.training import validation
 from jaxlm.training.config import DataConfig, EvalConfig, Experiment
 from jaxlm.training.multihost.distributed import Place, find_place, gathered, joined, row_share

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.batches.encoding import encode
-from jaxlm.data.batches.replies import ReplyEncoder
+from jaxlm.data.batches.dialogue_encoder import DialogueEncoder
+from jaxlm.data.batches.encoding import encode_documents
 from jaxlm.data.sources.dialogues import Chat, Completion, chat_row, instruct_row, preference_row
 from jaxlm.data.sources.jsonl import RowError
 from jaxlm.data.sources.spec import open_source
@@ -40,7 +40,7 @@ def made(template, directory) -> Tokenizer:
 
 def learned(found: Tokenizer, row) -> list[str]:
     """The runs of tokens that are learned, as text."""
-    ids, mask = ReplyEncoder(found)(row)
+    ids, mask = DialogueEncoder(found)(row)
     assert mask[-1] and ids.dtype == np.int32
     runs = np.split(ids, np.flatnonzero(np.diff(mask)) + 1)
     return [found.decode(run, skip_special=False) for run in runs[0 if mask[0] else 1 :: 2]]
@@ -57,7 +57,7 @@ def test_replies_and_their_ends_are_learned_and_nothing_else(template, end, tmp_
     thought = "<think></think>" if template is THINKING else ""
     assert learned(found, Chat(TURNS)) == [TURNS[1]["content"] + end, thought + last + end]
     assert learned(found, Chat([TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]])) == [thought + last + end]
-    ids, mask = ReplyEncoder(found)(Chat(TURNS))
+    ids, mask = DialogueEncoder(found)(Chat(TURNS))
     whole = found.encode_prompt(found.chat(TURNS, add_generation_prompt=False), specials=True)
     assert ids.tolist() == whole[: len(ids)]
     prompt = found.encode_prompt(found.chat(TURNS[:1]), specials=True)
@@ -70,7 +70,7 @@ def test_marked_replies_are_those_of_transformers(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         SYSTEM + TURNS, return_assistant_tokens_mask=True, return_dict=True
     )
-    ids, mask = ReplyEncoder(found)(Chat(SYSTEM + TURNS))
+    ids, mask = DialogueEncoder(found)(Chat(SYSTEM + TURNS))
     n = len(ids)
     assert ids.tolist() == theirs["input_ids"][:n] and mask.tolist() == theirs["assistant_masks"][:n]
     assert not any(theirs["assistant_masks"][n:])
@@ -78,11 +78,11 @@ def test_marked_replies_are_those_of_transformers(tmp_path):
 
 def test_completions_follow_prompts_as_they_are_given(tmp_path):
     found = made(CHATML, tmp_path)
-    ids, mask = ReplyEncoder(found)(Completion("Is it 3?", " Yes"))
+    ids, mask = DialogueEncoder(found)(Completion("Is it 3?", " Yes"))
     assert ids.tolist() == [*found.encode("Is it 3?"), *found.encode(" Yes"), found.eos_id]
     assert mask.tolist() == [False] * 8 + [True] * (len(ids) - 8)
     joining = Tokenizer.train(["ab " * 9], vocab_size=262)
-    ids, mask = ReplyEncoder(joining)(Completion("a", "b"))  # "ab" is one token, which the prompt does not end in
+    ids, mask = DialogueEncoder(joining)(Completion("a", "b"))  # "ab" is one token, which the prompt does not end in
     assert ids.tolist() == [*joining.encode("a"), *joining.encode("b"), joining.eos_id] and mask.tolist() == [0, 1, 1]
 
 
@@ -90,7 +90,7 @@ def test_instructions_with_a_template_and_without(tmp_path):
     row = instruct_row({"instruction": "Add.", "input": "1 1", "output": "2"})
     assert learned(made(CHATML, tmp_path / "a"), row) == ["2<|im_end|>"]
     plain = made(None, tmp_path / "b")
-    ids, mask = ReplyEncoder(plain)(row)
+    ids, mask = DialogueEncoder(plain)(row)
     assert plain.decode(ids[~mask]) == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
         "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### "
@@ -99,7 +99,7 @@ def test_instructions_with_a_template_and_without(tmp_path):
     assert plain.decode(ids[mask]) == "2"
     assert "Input" not in instruct_row({"instruction": "Add.", "output": "2"}).plain.prompt
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
-        ReplyEncoder(plain)(Chat(TURNS))
+        DialogueEncoder(plain)(Chat(TURNS))
 
 
 def test_forms_of_rows():
@@ -151,20 +151,20 @@ def test_what_a_template_refuses_is_a_bad_row(tmp_path):
     rows = [TURNS, TURNS[1:], [{"role": "user", "content": "a</s>"}, *TURNS[1:]], TURNS]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    encoded = encode(open_source(f"chat:{path}", bad_rows="report"), found)
-    one, mask = ReplyEncoder(found)(Chat(TURNS))
+    encoded = encode_documents(open_source(f"chat:{path}", bad_rows="report"), found)
+    one, mask = DialogueEncoder(found)(Chat(TURNS))
     assert encoded.ids.tolist() == [*one, *one] and encoded.learned.tolist() == [*mask, *mask]
     assert "the chat template refuses this conversation: roles must take turns, user first (line 2)" in encoded.notes[0]
     assert "a message that spells the special token </s> (line 3)" in encoded.notes[0]
     with pytest.raises(UserError, match="x.jsonl:2: the chat template refuses this conversation: roles must take"):
-        encode(open_source(f"chat:{path}"), found)
+        encode_documents(open_source(f"chat:{path}"), found)
 
 
 def test_templates_that_cannot_be_followed(tmp_path):
     shouting = "{% for m in messages %}{{ m.content ~ messages | length }}</s>{% endfor %}"
     with pytest.raises(RowError, match="an earlier turn that the chat template writes otherwise once more follow"):
-        ReplyEncoder(made(shouting, tmp_path))(Chat(TURNS))
+        DialogueEncoder(made(shouting, tmp_path))(Chat(TURNS))
     once = "{% if loop.last %}{% generation %}x{% endgeneration %}{% endif %}"
     half = UNMARKED.replace("{{ message.content }}", once + "{{ message.content }}", 1)
     with pytest.raises(RowError, match="2 replies of which the chat template marks 1"):
-        ReplyEncoder(made(half, tmp_path))(Chat(TURNS))
+        DialogueEncoder(made(half, tmp_path))(Chat(TURNS))

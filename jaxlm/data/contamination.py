@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxlm.data.batches.encoding import Encoded
+from jaxlm.data.batches.encoding import EncodedDocuments
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 _RUN = 40  # letters: about eight words
@@ -27,7 +27,7 @@ _INVERSE = np.uint64(pow(int(_FACTOR), -1, 1 << 64))
 
 
 @dataclass(frozen=True)
-class Leaks:
+class Contamination:
     """What of ``documents``, long ones in pieces, is in the training data: ``exact`` ones word for word, ``near`` ones
     in large part."""
 
@@ -46,7 +46,9 @@ class Leaks:
         )
 
 
-def find_leaks(train: Iterable[Encoded], held: Iterable[Encoded], tokenizer: Tokenizer) -> Leaks:
+def find_contamination(
+    train: Iterable[EncodedDocuments], held: Iterable[EncodedDocuments], tokenizer: Tokenizer
+) -> Contamination:
     """Of ``held`` documents, those that are in ``train``; both encoded by ``tokenizer``. Memory grows with ``held``
     alone."""
     letters = _Letters(tokenizer)
@@ -74,7 +76,7 @@ def find_leaks(train: Iterable[Encoded], held: Iterable[Encoded], tokenizer: Tok
         " ".join(tokenizer.decode(ids[starts[i] : starts[i] + min(lengths[i], 40)]).split())[:60]
         for i in np.flatnonzero(exact | near)[:_SHOWN]
     )
-    return Leaks(len(lengths), int(exact.sum()), int(near.sum()), examples)
+    return Contamination(len(lengths), int(exact.sum()), int(near.sum()), examples)
 
 
 class _Letters:
@@ -127,7 +129,7 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def _pieces(part: Encoded, size: int, overlap: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pieces(part: EncodedDocuments, size: int, overlap: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Documents in pieces of ``size`` tokens, each with what ``overlap`` tokens more hold; some at a time, as ids end
     to end and lengths."""
     lengths = np.asarray(part.lengths)
@@ -155,14 +157,3 @@ def _without_common(hashes: np.ndarray, owners: np.ndarray, documents: int) -> t
     common = names[counts > max(3, _COMMON * documents)]
     keep = ~np.isin(hashes, common)
     return hashes[keep], owners[keep]
-
-
-def joined_pairs(sides: Iterable[tuple[np.ndarray, np.ndarray]]) -> Encoded:
-    """Sentences and their translations as one document each; a side is ids end to end and lengths."""
-    sides = list(sides)
-    order = np.argsort(np.concatenate([np.arange(len(lengths)) for _, lengths in sides]), kind="stable")
-    lengths = np.concatenate([lengths for _, lengths in sides])
-    starts = np.cumsum(lengths) - lengths
-    sizes = lengths[order]
-    at = np.repeat(starts[order] - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
-    return Encoded(np.concatenate([ids for ids, _ in sides])[at], lengths.reshape(len(sides), -1).sum(0))

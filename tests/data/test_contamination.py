@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data import leaks
-from jaxlm.data.batches.encoding import Encoded, encode
+from jaxlm.data import contamination
+from jaxlm.data.batches.bitext import join_pairs
+from jaxlm.data.batches.encoding import EncodedDocuments, encode_documents
 from jaxlm.data.batches.loader import make_loader
 from jaxlm.data.config import DataConfig
-from jaxlm.data.leaks import find_leaks, joined_pairs
-from jaxlm.data.sources.spec import Bitext, Documents
+from jaxlm.data.contamination import find_contamination
+from jaxlm.data.sources.types import Bitext, Documents
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 RANDOM = np.random.default_rng(0)
@@ -28,8 +29,8 @@ TOKENIZER = Tokenizer.train([*TRAIN, *FRESH, " ".join(TRAIN).title()], vocab_siz
 
 
 def found(held: list[str], train: list[str] = TRAIN, tokenizer: Tokenizer = TOKENIZER):
-    sides = [[encode(Documents("jsonl:x", texts, ends=True), tokenizer)] for texts in (train, held)]
-    return find_leaks(*sides, tokenizer)
+    sides = [[encode_documents(Documents("jsonl:x", texts, ends=True), tokenizer)] for texts in (train, held)]
+    return find_contamination(*sides, tokenizer)
 
 
 def test_fresh_documents_are_no_leaks():
@@ -65,13 +66,13 @@ def test_what_many_share_says_nothing():
 def test_streams_are_judged_in_pieces(monkeypatch):
     train, held = " ".join(TRAIN), " ".join(FRESH)
     inside = held[:3000] + " ".join(TRAIN[50:90]) + held[3000:]
-    sides = [[encode(Documents("text:x", [text], ends=False), TOKENIZER)] for text in (train, inside)]
-    whole = find_leaks(*sides, TOKENIZER)
+    sides = [[encode_documents(Documents("text:x", [text], ends=False), TOKENIZER)] for text in (train, inside)]
+    whole = find_contamination(*sides, TOKENIZER)
     planted = len(TOKENIZER.encode(" ".join(TRAIN[50:90]))) / 512
     assert whole.documents == -(-len(sides[1][0].ids) // 512)
     assert planted - 2 <= whole.exact + whole.near <= planted + 2
-    monkeypatch.setattr(leaks, "_AT_A_TIME", 100)  # and training data some at a time
-    assert find_leaks(*sides, TOKENIZER) == whole
+    monkeypatch.setattr(contamination, "_AT_A_TIME", 100)  # and training data some at a time
+    assert find_contamination(*sides, TOKENIZER) == whole
 
 
 def test_tokenizers_make_no_difference():
@@ -89,15 +90,15 @@ def test_pairs_are_documents():
 
     train, held = loader(pairs), loader([(sentence(9), sentence(9)), pairs[3], (pairs[4][0], sentence(9))])
     assert sum(len(part.lengths) for part in train.documents()) == 30
-    result = find_leaks(train.documents(), held.documents(), TOKENIZER)
+    result = find_contamination(train.documents(), held.documents(), TOKENIZER)
     assert result.documents == 3 and result.exact == 1
-    joint = joined_pairs([(np.array([1, 2, 3]), np.array([2, 1])), (np.array([7, 8, 9]), np.array([1, 2]))])
+    joint = join_pairs([(np.array([1, 2, 3]), np.array([2, 1])), (np.array([7, 8, 9]), np.array([1, 2]))])
     assert joint.ids.tolist() == [1, 2, 7, 3, 8, 9] and joint.lengths.tolist() == [3, 3]
 
 
 def test_nothing_to_compare():
-    empty = Encoded(np.array([TOKENIZER.eos_id]), np.array([1]))
-    assert find_leaks([empty], [empty], TOKENIZER).exact == 0
+    empty = EncodedDocuments(np.array([TOKENIZER.eos_id]), np.array([1]))
+    assert find_contamination([empty], [empty], TOKENIZER).exact == 0
 
 
 @pytest.mark.parametrize("policy", ["report", "fail", "off"])

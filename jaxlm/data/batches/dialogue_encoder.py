@@ -20,7 +20,7 @@ from jaxlm.data.tokenizers.tokenizer import Tokenizer
 Spans = list[tuple[int, int]]  # of characters
 
 
-class ReplyEncoder:
+class DialogueEncoder:
     """``ids [N]`` of a dialogue, up to its last token to be learned, and ``learned [N]``, bool."""
 
     def __init__(self, tokenizer: Tokenizer):
