@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from jaxlm.compression.calibration import Block, Layer, Reading, gram, moments
 from jaxlm.compression.prune.scores import wanda
-from jaxlm.compression.quantize.gptq import Info, Solution, solve
-from jaxlm.compression.quantize.rtn import Integers
+from jaxlm.compression.prune.sparsegpt import sparsegpt
+from jaxlm.compression.quantize.column_solver import SolverInfo
+from jaxlm.compression.quantize.gptq import gptq
+from jaxlm.compression.quantize.rtn import IntegerGrid
 from jaxlm.compression.steps import BLOCKS, BlockStep, check_grid, check_sparsity
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray
@@ -69,7 +71,7 @@ def hessian(block: Block, name: str, reading: Reading, what: str) -> jax.Array:
     return experts_alone(block, name, reading, what, h) if reading["count"].ndim else h
 
 
-def note_failures(block: Block, names: Sequence[str], info: Info, what: str) -> None:
+def note_failures(block: Block, names: Sequence[str], info: SolverInfo, what: str) -> None:
     where = ", ".join(block.path(name) for name in names)
     if bool(jnp.any(info.failed)):
         block.notes.append(f"{where}: the Hessian cannot be factored: {what} without error feedback")
@@ -126,8 +128,8 @@ class Gptq(BlockStep):
         w_OxI = jnp.concatenate(kernels, -2).astype(jnp.float32)
         group = 0 if self.group >= w_OxI.shape[-1] else self.group
         clip = {2: 0.6, 3: 0.8}.get(self.bits, 1.0) if self.clip is None else self.clip
-        found: Solution = solve(
-            w_OxI, h, w_OxI != 0, grid=Integers(self.bits, self.symmetric, clip), group=group,
+        found = gptq(
+            w_OxI, h, w_OxI != 0, grid=IntegerGrid(self.bits, self.symmetric, clip), group=group,
             act_order=self.act_order, static_groups=self.static_groups, damping=self.damping, sweeps=self.sweeps,
         )
         note_failures(block, names, found.info, what)
@@ -147,7 +149,7 @@ class SparseGpt(BlockStep):
         n, m: ``n`` kept of every ``m`` inputs.
         bits, group, symmetric: the grid of what remains; 0 bits: it stays dense.
         damping: added to the Hessian's diagonal, as a share of its mean.
-        search: iterations that choose the weights to drop over the whole matrix beforehand (``admm.support``); 0: a
+        search: iterations that choose the weights to drop over the whole matrix beforehand (``admm.search_mask``); 0: a
             block of columns at a time, as in the paper.
         sweeps: passes of coordinate descent over the result.
     """
@@ -178,10 +180,10 @@ class SparseGpt(BlockStep):
         kernel = block.layer[name]
         w_OxI = kernel.swapaxes(-1, -2).astype(jnp.float32)
         group = 0 if self.group >= w_OxI.shape[-1] else self.group
-        found = solve(
-            w_OxI, h, grid=Integers(self.bits, self.symmetric) if self.bits else None, group=group,
-            sparsity=(self.n, self.m) if self.m else self.sparsity, search=self.search, act_order=False,
-            damping=self.damping, sweeps=self.sweeps,
+        found = sparsegpt(
+            w_OxI, h, sparsity=(self.n, self.m) if self.m else self.sparsity, search=self.search,
+            grid=IntegerGrid(self.bits, self.symmetric) if self.bits else None, group=group, damping=self.damping,
+            sweeps=self.sweeps,
         )
         note_failures(block, [name], found.info, "pruned")
         if self.bits:

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 
 from jaxlm.compression.calibration import Block, Calibration, Layer, LayerwiseModel, gram, solve_blocks
 from jaxlm.compression.layer_groups import join
-from jaxlm.compression.quantize.gptq import Info, solve
-from jaxlm.compression.quantize.rtn import Integers
+from jaxlm.compression.prune.sparsegpt import sparsegpt
+from jaxlm.compression.quantize.column_solver import SolverInfo
+from jaxlm.compression.quantize.gptq import gptq
+from jaxlm.compression.quantize.rtn import IntegerGrid
 from jaxlm.compression.solvers import hessian, note_failures, read_inputs
 from jaxlm.compression.steps import BLOCKS, BlockStep, check_grid, check_sparsity, targets
 from jaxlm.core.errors import UserError
@@ -63,32 +65,34 @@ def kernel_name(walk: LayerwiseModel, place: Any, name: str) -> str:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Grid(Integers):
-    """Integers whose number of bits is an array, so that one program solves for them all."""
+class _Grid(IntegerGrid):
+    """IntegerGrid whose number of bits is an array, so that one program solves for them all."""
 
     bits: jax.Array
     symmetric: bool = field(default=False, metadata={"static": True})
-    least: float = field(default=1.0, metadata={"static": True})
+    min_clip: float = field(default=1.0, metadata={"static": True})
 
 
 @dataclass(frozen=True)
 class Solver:
-    """How kernels are solved for; see ``gptq.solve``. ``clip`` is its ``least``."""
+    """How kernels are solved for; see ``gptq.gptq`` and ``sparsegpt.sparsegpt``. ``clip`` is ``min_clip`` of the grid."""
 
     clip: float = 0.6
     sweeps: int = 3
     search: int = 30
     damping: float = 0.01
 
-    def __call__(self, kernel_IxO: jax.Array, h_IxI: jax.Array, choice: Choice) -> tuple[Leaf, Info]:
+    def __call__(self, kernel_IxO: jax.Array, h_IxI: jax.Array, choice: Choice) -> tuple[Leaf, SolverInfo]:
         w_OxI = kernel_IxO.swapaxes(-1, -2).astype(jnp.float32)
         group = 0 if choice.group >= w_OxI.shape[-1] else choice.group
-        options = {"kept_OxI": w_OxI != 0} if bool(jnp.any(w_OxI == 0)) else {}
+        grid = _Grid(jnp.full(w_OxI.shape[:-2], choice.bits), min_clip=self.clip) if choice.bits else None
+        options = {"grid": grid, "group": group, "damping": self.damping, "sweeps": self.sweeps}
         if choice.sparse:
             sparsity = (choice.n, choice.m) if choice.m else choice.sparsity
-            options = {"sparsity": sparsity, "search": self.search, "act_order": self.search > 0}
-        grid = _Grid(jnp.full(w_OxI.shape[:-2], choice.bits), least=self.clip) if choice.bits else None
-        found = solve(w_OxI, h_IxI, grid=grid, group=group, damping=self.damping, sweeps=self.sweeps, **options)
+            act_order = self.search > 0
+            found = sparsegpt(w_OxI, h_IxI, sparsity=sparsity, search=self.search, act_order=act_order, **options)
+        else:
+            found = gptq(w_OxI, h_IxI, w_OxI != 0 if bool(jnp.any(w_OxI == 0)) else None, **options)
         if grid is None:
             return found.weights_OxI.swapaxes(-1, -2).astype(kernel_IxO.dtype), found.info
         return QArray(found.codes_OxI, *found.params, choice.bits, group), found.info

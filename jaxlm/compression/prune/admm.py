@@ -1,7 +1,7 @@
 """Which weights to keep, chosen over the whole matrix at once by ADMM, as in ALPS (arXiv:2406.07831).
 
 SparseGPT chooses a block's mask for good before it has seen the next. Here dense weights B, near W in ``tr((W - B) H (W
-- B)^T)``, and sparse ones D, a projection, are drawn together by a penalty that grows, until the support of D stands
+- B)^T)``, and sparse ones D, a projection, are drawn together by a penalty that grows, until the mask of D stands
 still. At 80% the loss is a half to a fifth of SparseGPT's, most where a few inputs matter far more than others.
 """
 
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.compression.prune.scores import pattern, smallest
-from jaxlm.compression.quantize.hessian import factor, revive
+from jaxlm.compression.quantize.hessian import factorize, fix_dead_inputs
 
 PENALTY = (0.1, 3.0)  # first and last, for a Hessian of unit diagonal
 
 
-def support(
+def search_mask(
     w_OxI: jax.Array, h_IxI: jax.Array, sparsity: float | tuple[int, int], iterations: int, damping: float = 0.01
 ) -> jax.Array:
     """A mask of the weights to keep, ``[out, in]``: all but the ``sparsity`` share, or n of every m inputs.
@@ -24,9 +24,9 @@ def support(
     An iteration is a Cholesky and two triangular solves: twice the work of ``obs.sweep`` and more. 30 are enough.
     Where ``H`` cannot be factored, the mask is that of the sizes alone.
     """
-    w_OxI, h_IxI = revive(w_OxI, h_IxI)
+    w_OxI, h_IxI = fix_dead_inputs(w_OxI, h_IxI)
     eye_IxI = jnp.eye(h_IxI.shape[0])
-    factored = factor(h_IxI, damping)
+    factored = factorize(h_IxI, damping)
     h_IxI = factored.damp(h_IxI)
     # In units of the inputs' sizes the Hessian has a unit diagonal, and magnitude is Wanda's score.
     size_I = jnp.sqrt(jnp.maximum(jnp.abs(jnp.diagonal(h_IxI)), jnp.finfo(jnp.float32).tiny))

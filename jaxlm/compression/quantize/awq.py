@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxlm.compression.calibration import Block, Layer, gram, moments
 from jaxlm.compression.quantize.fold import Fold, fold, folds
-from jaxlm.compression.quantize.rtn import Integers
+from jaxlm.compression.quantize.rtn import IntegerGrid
 from jaxlm.compression.solvers import by_input, hessian, read_inputs
 from jaxlm.compression.steps import BLOCKS, BlockStep, check_grid
 from jaxlm.core.leaves import QArray
@@ -70,7 +70,7 @@ class Awq(BlockStep):
     def _round(self, kernel: jax.Array, h: jax.Array) -> QArray:
         w_OxI = kernel.swapaxes(-1, -2).astype(jnp.float32)
         group = 0 if self.group >= w_OxI.shape[-1] else self.group
-        grid = Integers(self.bits, self.symmetric, self.clip)
+        grid = IntegerGrid(self.bits, self.symmetric, self.clip)
         scale, zero = grid.fit(w_OxI, group, jnp.diagonal(h, axis1=-2, axis2=-1))
         return QArray(grid.codes(w_OxI, (scale, zero), group), scale, zero, self.bits, group)
 
@@ -90,7 +90,7 @@ def best_scale(
     """
     n_in = size_I.shape[-1]
     group = 0 if group >= n_in else group
-    grid = Integers(bits, symmetric)
+    grid = IntegerGrid(bits, symmetric)
     w_OxI = jnp.concatenate(kernels, -2).astype(jnp.float32)
     size_I = jnp.maximum(what.tie(size_I, jnp.mean), 1e-4)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 ATTEMPTS = 6  # from a damping of 1% of the mean diagonal up to 1000 times it, where only the diagonal is left
 
 
-class Factor(NamedTuple):
+class HessianFactor(NamedTuple):
     """Upper triangular ``r_IxI`` with ``r @ r.T = H + damping * mean(diag(H)) * I``.
 
     ``retries`` counts the Choleskys that failed before; where all did, ``failed`` is true and ``r`` the identity, which
@@ -31,7 +31,7 @@ class Factor(NamedTuple):
         return h_IxI + self.damping * jnp.mean(jnp.diagonal(h_IxI)) * jnp.eye(h_IxI.shape[0])
 
 
-def revive(w_OxI: jax.Array, h_IxI: jax.Array) -> tuple[jax.Array, jax.Array]:
+def fix_dead_inputs(w_OxI: jax.Array, h_IxI: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inputs that are never active get weight 0 and the mean diagonal of the others, so that ``H`` can be factored.
 
     A Hessian with NaN or infinities becomes the identity.
@@ -44,7 +44,7 @@ def revive(w_OxI: jax.Array, h_IxI: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(dead_I, 0, w_OxI), h_IxI + jnp.diag(lift_I)
 
 
-def factor(h_IxI: jax.Array, damping: float, order_I: jax.Array | None = None) -> Factor:
+def factorize(h_IxI: jax.Array, damping: float, order_I: jax.Array | None = None) -> HessianFactor:
     """Factors ``H`` with rows and columns in ``order_I``, under ten times the damping after every failure.
 
     The factor of the authors, upper triangular ``U`` with ``U.T @ U = inv(H)``, is ``inv(r)``: a Cholesky of ``H`` read
@@ -68,4 +68,4 @@ def factor(h_IxI: jax.Array, damping: float, order_I: jax.Array | None = None) -
     retries, lower_IxI = jax.lax.while_loop(unfinished, attempt, attempt((jnp.int32(-1), backwards_IxI)))
     failed = ~jnp.isfinite(lower_IxI).all()
     r_IxI = jnp.where(failed, jnp.eye(n_in), lower_IxI[::-1, ::-1])
-    return Factor(r_IxI, damping * 10.0**retries, retries, failed)
+    return HessianFactor(r_IxI, damping * 10.0**retries, retries, failed)

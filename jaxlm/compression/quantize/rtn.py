@@ -29,7 +29,7 @@ def quantize(
 
 
 def grid(
-    w_OxI: jax.Array, bits: int, group: int, symmetric: bool, weight_I: jax.Array | None = None, least: float = 1.0
+    w_OxI: jax.Array, bits: int, group: int, symmetric: bool, weight_I: jax.Array | None = None, min_clip: float = 1.0
 ) -> tuple[jax.Array, jax.Array | None]:
     """The scale and zero, ``[..., out, groups]``, of ``2**bits`` points that span each group's values and 0.
 
@@ -37,7 +37,7 @@ def grid(
     values lie half a step outside (compressed-tensors and GPTQ do the same; at 3 bits perplexity is 2% better than
     with ``2**bits - 1`` points). A group of zeros gets scale 1.
 
-    With ``least < 1`` each group's span is shrunk, at most to ``least`` of it, where clipping the outermost values
+    With ``min_clip < 1`` each group's span is shrunk, at most to ``min_clip`` of it, where clipping the outermost values
     costs less than a finer grid saves: to the least ``sum_i weight_i (w_i - q_i)**2``. ``weight_I``, ``[..., in]``, is
     ``E[x**2]``, the diagonal of the Hessian (None: all alike).
     """
@@ -47,7 +47,7 @@ def grid(
         scale, zero = points(by * low, by * high, bits, symmetric)
         return scale, None if zero is None else zero.astype(jnp.int8)
 
-    if least == 1:
+    if min_clip == 1:
         return shrunk(1)
     groups = _cut(w_OxI, group)
     weight = 1 if weight_I is None else _cut(weight_I, group)[..., None, :, :]
@@ -63,7 +63,7 @@ def grid(
         return jax.tree.map(lambda old, new: jnp.where(now[0] < best[0], new, old), best, now), None
 
     start = shrunk(1)
-    shrinks = jnp.linspace(1, least, max(2, round((1 - least) * 100)) + 1)[1:]
+    shrinks = jnp.linspace(1, min_clip, max(2, round((1 - min_clip) * 100)) + 1)[1:]
     return jax.lax.scan(keep_better, (cost(*start), start), shrinks)[0][1]
 
 
@@ -106,15 +106,15 @@ def round_to(w_OxI: jax.Array, scale: jax.Array, zero: jax.Array | None, bits: i
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class Integers:
-    """The grid of a ``QArray`` as solvers see it (``gptq.Grid``); parameters are ``(scale, zero)``."""
+class IntegerGrid:
+    """The grid of a ``QArray`` as solvers see it (``column_solver.Grid``); parameters are ``(scale, zero)``."""
 
     bits: int
     symmetric: bool = False
-    least: float = 1.0
+    min_clip: float = 1.0
 
     def fit(self, w_OxI: jax.Array, group: int, weight_I: jax.Array | None = None) -> tuple:
-        return grid(w_OxI, self.bits, group, self.symmetric, weight_I, self.least)
+        return grid(w_OxI, self.bits, group, self.symmetric, weight_I, self.min_clip)
 
     def codes(self, w_OxI: jax.Array, params: tuple, group: int = 0) -> jax.Array:
         return round_to(w_OxI, *params, self.bits, group)

@@ -19,8 +19,9 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from jaxlm.compression.quantize.gptq import gptq, sparsegpt
-from jaxlm.compression.quantize.rtn import Integers
+from jaxlm.compression.prune.sparsegpt import sparsegpt
+from jaxlm.compression.quantize.gptq import gptq
+from jaxlm.compression.quantize.rtn import IntegerGrid
 
 
 def problem(n_out: int, n_in: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,9 +39,10 @@ def ours(w: np.ndarray, h: np.ndarray, prune: bool) -> Callable[[], jax.Array]:
 
     def run():
         if prune:
-            return jax.block_until_ready(sparsegpt(w, h, sparsity=0.5)[0])
-        codes, scale, zero, _ = gptq(w, h, bits=4, group=128)
-        return jax.block_until_ready(Integers(4).values(codes, (scale, zero), 128))
+            return jax.block_until_ready(sparsegpt(w, h, sparsity=0.5).weights_OxI)
+        grid = IntegerGrid(4)
+        found = gptq(w, h, grid=grid, group=128)
+        return jax.block_until_ready(grid.values(found.codes_OxI, found.params, 128))
 
     return run
 

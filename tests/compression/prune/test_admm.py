@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.compression.prune.admm import support
-from jaxlm.compression.quantize.gptq import solve
-from jaxlm.compression.quantize.rtn import Integers
+from jaxlm.compression.prune.admm import search_mask
+from jaxlm.compression.prune.sparsegpt import sparsegpt
+from jaxlm.compression.quantize.rtn import IntegerGrid
 from tests.compression import naive
 
 
@@ -22,7 +22,7 @@ def test_it_is_near_the_best_of_all_masks(sparsity):
     # one row each, ten inputs: all masks can be tried
     problems = [naive.problem(1, 10, seed) for seed in range(20)]
     w, h = (np.stack(x) for x in zip(*problems, strict=True))
-    kept = np.asarray(jax.vmap(lambda w, h: support(w, h, sparsity, 30))(w, h))[:, 0]
+    kept = np.asarray(jax.vmap(lambda w, h: search_mask(w, h, sparsity, 30))(w, h))[:, 0]
     pattern = isinstance(sparsity, tuple)
     assert np.all(kept.reshape(20, -1, 5 if pattern else 10).sum(-1) == (2 if pattern else 4))
     masks = np.array(list(itertools.product([False, True], repeat=10)))
@@ -38,14 +38,14 @@ def test_it_is_near_the_best_of_all_masks(sparsity):
 
 
 @pytest.mark.parametrize("sparsity", [0.8, (2, 4)])
-@pytest.mark.parametrize("grid", [None, Integers(4)])
+@pytest.mark.parametrize("grid", [None, IntegerGrid(4)])
 def test_a_solver_with_search_beats_one_without(sparsity, grid):
     w, h = naive.problem(24, 72)
     h[5], h[:, 5] = 0, 0
     w64, h64 = naive.prepared(w, h)
     losses = []
     for search in (0, 30):
-        solution = solve(w, h, grid=grid, sparsity=sparsity, search=search, act_order=False, sweeps=5, block=32)
+        solution = sparsegpt(w, h, grid=grid, sparsity=sparsity, search=search, sweeps=5, block=32)
         q = solution.weights_OxI if grid is None else grid.values(solution.codes_OxI, solution.params)
         kept = np.asarray(solution.kept_OxI)
         assert not np.asarray(q)[~kept].any() and round((~kept).mean(), 2) == (0.5 if sparsity == (2, 4) else 0.8)
@@ -56,5 +56,5 @@ def test_a_solver_with_search_beats_one_without(sparsity, grid):
 
 def test_a_hopeless_hessian_leaves_the_inputs_sizes():
     w = np.random.default_rng(0).normal(size=(4, 16)).astype(np.float32)
-    kept = support(w, -np.ones((16, 16), np.float32), 0.5, 5)
+    kept = search_mask(w, -np.ones((16, 16), np.float32), 0.5, 5)
     np.testing.assert_array_equal(kept, np.abs(w) > np.median(np.abs(w)))

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 from jaxlm.compression.prune.scores import magnitude, n_of_m, wanda
-from jaxlm.compression.quantize.gptq import solve, sparsegpt
-from jaxlm.compression.quantize.rtn import Integers
+from jaxlm.compression.prune.sparsegpt import sparsegpt
+from jaxlm.compression.quantize.gptq import gptq
+from jaxlm.compression.quantize.rtn import IntegerGrid
 from tests.compression import naive
 
 
@@ -12,8 +13,8 @@ from tests.compression import naive
 def test_sparsegpt_against_optimal_brain_surgeon_in_float64(sparsity, pattern):
     w, h = naive.problem(24, 70)
     h[5], h[:, 5] = 0, 0
-    n, m = pattern or (0, 0)
-    pruned, kept, info = sparsegpt(w, h, sparsity=sparsity, n=n, m=m, block=32)
+    solution = sparsegpt(w, h, sparsity=pattern or sparsity, block=32)
+    pruned, kept, info = solution.weights_OxI, solution.kept_OxI, solution.info
     w64, h64 = naive.prepared(w, h)
     expected, mask = naive.sparsegpt(w64, h64, sparsity, pattern, block=32)
     np.testing.assert_array_equal(kept, mask)
@@ -26,7 +27,7 @@ def test_sparsegpt_against_optimal_brain_surgeon_in_float64(sparsity, pattern):
 @pytest.mark.parametrize("group", [0, 32])
 def test_joint_quantization(sparsity, group):
     w, h = naive.problem(24, 72)
-    solution = solve(w, h, grid=Integers(4), group=group, sparsity=sparsity, act_order=False, block=32)
+    solution = sparsegpt(w, h, grid=IntegerGrid(4), group=group, sparsity=sparsity, block=32)
     w64, h64 = naive.prepared(w, h)
     grids = [naive.grid(w64[:, i : i + (group or 72)], 4, False) for i in range(0, 72, group or 72)]
 
@@ -36,7 +37,7 @@ def test_joint_quantization(sparsity, group):
 
     one, pattern = (None, sparsity) if isinstance(sparsity, tuple) else (sparsity, None)
     expected, mask = naive.sparsegpt(w64, h64, one, pattern, 32, fix)
-    q = np.asarray(Integers(4).values(solution.codes_OxI, solution.params, group))
+    q = np.asarray(IntegerGrid(4).values(solution.codes_OxI, solution.params, group))
     same = np.isclose(q, expected, atol=1e-4)
     assert np.mean(solution.kept_OxI == mask) > 0.99 and same.mean() > 0.97  # what lies halfway may go either way
     assert not q[~np.asarray(solution.kept_OxI)].any()
@@ -48,7 +49,7 @@ def test_it_beats_wanda_beats_magnitude():
     norms = np.sqrt(np.diag(h))
     by_size = np.asarray(magnitude(jnp.asarray(w.T), sparsity=58 / 96)).T
     losses = [naive.loss(w, np.asarray(q), h) for q in (by_size, wanda(w, norms, sparsity=58 / 96))]
-    losses.append(naive.loss(w, np.asarray(sparsegpt(w, h, sparsity=58 / 96)[0]), h))
+    losses.append(naive.loss(w, np.asarray(sparsegpt(w, h, sparsity=58 / 96).weights_OxI), h))
     assert losses[2] < 0.6 * losses[1] < 0.6 * losses[0]
 
 
@@ -61,7 +62,7 @@ def test_masks_of_other_methods_survive_and_are_made_up_for(prune):
         "2:4": lambda: n_of_m(jnp.asarray(w), n=2, m=4, axis=-1),
     }[prune]()
     kept = np.asarray(pruned) != 0
-    solution = solve(w, h, kept)
+    solution = gptq(w, h, kept)
     assert not np.asarray(solution.weights_OxI)[~kept].any()
     assert naive.loss(w, np.asarray(solution.weights_OxI), h) < 0.9 * naive.loss(w, np.asarray(pruned), h)
 
@@ -81,13 +82,12 @@ def test_wanda_against_a_sort(n, m):
 
 def test_sweeps_end_at_least_squares_over_the_kept_weights():
     w, h = naive.problem(12, 40)
-    first, kept, before = sparsegpt(w, h, sparsity=0.6, block=32)
-    refined, same, info = sparsegpt(w, h, sparsity=0.6, block=32, sweeps=200)
-    np.testing.assert_array_equal(kept, same)
+    first, swept = (sparsegpt(w, h, sparsity=0.6, block=32, sweeps=sweeps) for sweeps in (0, 200))
+    np.testing.assert_array_equal(first.kept_OxI, swept.kept_OxI)
     w64, h64 = naive.prepared(w, h)
     best = np.zeros_like(w64)
-    for o, keep in enumerate(np.asarray(kept)):
+    for o, keep in enumerate(np.asarray(first.kept_OxI)):
         best[o, keep] = np.linalg.solve(h64[np.ix_(keep, keep)], h64[keep] @ w64[o])
-    np.testing.assert_allclose(info.loss, naive.loss(w64, best, h64), rtol=1e-3)
-    np.testing.assert_allclose(refined, best, atol=0.02)
-    assert info.loss < 0.97 * before.loss
+    np.testing.assert_allclose(swept.info.loss, naive.loss(w64, best, h64), rtol=1e-3)
+    np.testing.assert_allclose(swept.weights_OxI, best, atol=0.02)
+    assert swept.info.loss < 0.97 * first.info.loss

@@ -6,14 +6,21 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.compression.quantize.gptq import gptq, solve
-from jaxlm.compression.quantize.rtn import Integers, grid, round_to
+from jaxlm.compression.prune.sparsegpt import sparsegpt
+from jaxlm.compression.quantize.gptq import gptq
+from jaxlm.compression.quantize.rtn import IntegerGrid, grid, round_to
 from jaxlm.core.errors import UserError
 from tests.compression import naive
 
 
+def gptq_integers(w, h, kept=None, *, bits, symmetric=False, **options):
+    """Codes, scale, zero and the solver's info."""
+    found = gptq(w, h, kept, grid=IntegerGrid(bits, symmetric), **options)
+    return found.codes_OxI, *found.params, found.info
+
+
 def dense(codes, scale, zero, group):
-    return np.asarray(Integers(8).values(codes, (scale, zero), group), np.float64)
+    return np.asarray(IntegerGrid(8).values(codes, (scale, zero), group), np.float64)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +38,7 @@ def test_gptq_against_optimal_brain_surgeon_in_float64(bits, group, symmetric, a
     w, h = naive.problem(24, 72, seed=bits)
     w[3], h[5], h[:, 5], h[40], h[:, 40] = 0, 0, 0, 0, 0  # an output of nothing, and two dead inputs
     kept = np.random.default_rng(1).random(w.shape) < 0.5 if masked else None
-    codes, scale, zero, info = gptq(
+    codes, scale, zero, info = gptq_integers(
         w, h, kept, bits=bits, group=group, symmetric=symmetric, act_order=act_order, static_groups=static, block=32
     )
     w64, h64 = naive.prepared(w, h)
@@ -59,7 +66,7 @@ def test_it_beats_rounding():
     w, h = naive.problem(32, 96)
     scale, zero = grid(jnp.asarray(w), 2, 32, False)
     rounded = naive.loss(w, dense(round_to(w, scale, zero, 2, 32), scale, zero, 32), h)
-    assert gptq(w, h, bits=2, group=32)[3].loss < 0.7 * rounded
+    assert gptq_integers(w, h, bits=2, group=32)[3].loss < 0.7 * rounded
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -81,7 +88,7 @@ def test_the_search_for_clips_finds_the_best_of_all_shrinks(symmetric):
 
 def test_without_correlations_it_is_rounding_to_nearest():
     w, _ = naive.problem(16, 48)
-    codes, scale, zero, _ = gptq(w, np.diag(np.linspace(1, 2, 48, dtype=np.float32)), bits=3, group=16)
+    codes, scale, zero, _ = gptq_integers(w, np.diag(np.linspace(1, 2, 48, dtype=np.float32)), bits=3, group=16)
     expected = grid(jnp.asarray(w), 3, 16, False)
     np.testing.assert_allclose(scale, expected[0], rtol=1e-6)
     np.testing.assert_array_equal(codes, round_to(w, *expected, 3, 16))
@@ -90,7 +97,7 @@ def test_without_correlations_it_is_rounding_to_nearest():
 def test_the_scale_of_the_hessian_does_not_matter():
     w, h = naive.problem(16, 48)
     h[7], h[:, 7] = 0, 0
-    one, other = (gptq(w, h * by, bits=3, group=16)[0] for by in (1, 2.0**12))
+    one, other = (gptq_integers(w, h * by, bits=3, group=16)[0] for by in (1, 2.0**12))
     np.testing.assert_array_equal(one, other)
 
 
@@ -101,10 +108,10 @@ def test_a_hessian_that_is_not_positive_definite_gets_ten_times_the_damping(leas
     values = np.r_[least_eigenvalue, rng.uniform(0.5, 1.5, 31)]
     h = (basis * (values / values.mean()) @ basis.T).astype(np.float32)
     w = rng.normal(size=(8, 32)).astype(np.float32)
-    codes, scale, zero, info = gptq(w, h, bits=4, group=16)
+    codes, scale, zero, info = gptq_integers(w, h, bits=4, group=16)
     assert info.retries == retries and not info.failed and jnp.isfinite(info.loss)
     np.testing.assert_allclose(info.damping, 0.01 * 10**retries, rtol=1e-5)
-    again = gptq(w, h, bits=4, group=16, damping=0.01 * 10**retries)
+    again = gptq_integers(w, h, bits=4, group=16, damping=0.01 * 10**retries)
     np.testing.assert_array_equal(codes, again[0])
 
 
@@ -112,7 +119,7 @@ def test_a_hessian_that_is_not_positive_definite_gets_ten_times_the_damping(leas
 def test_a_hopeless_hessian_means_rounding_to_nearest(broken):
     w, _ = naive.problem(8, 32)
     h = {"negative": -np.ones((32, 32)), "nan": np.full((32, 32), np.nan), "zero": np.zeros((32, 32))}[broken]
-    codes, scale, zero, info = gptq(w, h.astype(np.float32), bits=4, group=16)
+    codes, scale, zero, info = gptq_integers(w, h.astype(np.float32), bits=4, group=16)
     assert info.failed == (broken == "negative") and jnp.isfinite(info.loss)
     expected = grid(jnp.asarray(w), 4, 16, False)
     if broken == "zero":  # every input is dead
@@ -125,16 +132,18 @@ def test_stacks_are_solved_at_once_each_with_its_own_hessian():
     problems = [naive.problem(8, 40, seed) for seed in range(3)]
     problems[1][1][:] = problems[1][1] - 2 * np.eye(40)  # needs more damping than the others
     w, h = (np.stack(x) for x in zip(*problems, strict=True))
-    stacked = gptq(w, h, bits=3, group=16)
+    stacked = gptq_integers(w, h, bits=3, group=16)
     assert stacked[3].retries.shape == (3,) and stacked[3].retries[1] > 0 == stacked[3].retries[0]
     for i in range(3):
-        alone = gptq(w[i], h[i], bits=3, group=16)
+        alone = gptq_integers(w[i], h[i], bits=3, group=16)
         for one, together in zip(jax.tree.leaves(alone), jax.tree.leaves(stacked), strict=True):
             np.testing.assert_allclose(one, together[i], rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"grid": Integers(4), "group": 16}, {"sparsity": 0.5, "act_order": False}])
-def test_rows_may_be_sharded(options):
+@pytest.mark.parametrize(
+    "solve,options", [(gptq, {"grid": IntegerGrid(4), "group": 16}), (sparsegpt, {"sparsity": 0.5})]
+)
+def test_rows_may_be_sharded(solve, options):
     w, h = naive.problem(32, 48)
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.device_put(w, NamedSharding(mesh, PartitionSpec("rows")))
@@ -166,7 +175,7 @@ class Table:
 def test_any_grid_will_do():
     w, h = naive.problem(16, 48)
     table = jnp.array([-1.5, -0.6, -0.2, 0, 0.3, 0.9, 1.6])
-    solution = solve(w, h, grid=Table(table), group=16)
+    solution = gptq(w, h, grid=Table(table), group=16)
     assert solution.codes_OxI.dtype == jnp.uint8 and solution.codes_OxI.max() == 6
     scale = np.repeat(np.asarray(solution.params), 16, 1)
     q = np.asarray(table)[solution.codes_OxI] * scale
@@ -175,17 +184,16 @@ def test_any_grid_will_do():
 
 
 @pytest.mark.parametrize(
-    "options,says",
+    "solve,options,says",
     [
-        ({"grid": Integers(4), "group": 8, "static_groups": False}, "act-order"),
-        ({"sparsity": (2, 4)}, "N:M"),
-        ({"sparsity": (4, 4), "act_order": False}, "impossible"),
-        ({"sparsity": 1.0}, "impossible"),
-        ({"sparsity": 0.5, "kept_OxI": np.ones((4, 16), bool)}, "mask"),
-        ({}, "nothing to solve"),
+        (gptq, {"grid": IntegerGrid(4), "group": 8, "static_groups": False}, "act-order"),
+        (gptq, {}, "mask"),
+        (sparsegpt, {"sparsity": (2, 4), "act_order": True}, "N:M"),
+        (sparsegpt, {"sparsity": (4, 4)}, "4, 4"),
+        (sparsegpt, {"sparsity": 1.0}, "1.0"),
     ],
 )
-def test_mistakes(options, says):
+def test_mistakes(solve, options, says):
     with pytest.raises(UserError, match=says):
         solve(np.ones((4, 16), np.float32), np.eye(16, dtype=np.float32), **options)
 
@@ -196,7 +204,7 @@ def test_sweeps_end_where_no_code_can_be_better(options):
     kept = np.random.default_rng(1).random(w.shape) < 0.7
     losses = []
     for sweeps in (0, 1, 30):
-        codes, scale, zero, info = gptq(w, h, kept, bits=3, group=16, sweeps=sweeps, block=32, **options)
+        codes, scale, zero, info = gptq_integers(w, h, kept, bits=3, group=16, sweeps=sweeps, block=32, **options)
         w64, h64 = naive.prepared(w, h)
         q = dense(codes, scale, zero, 16)
         np.testing.assert_allclose(info.loss, naive.loss(w64, q, h64), rtol=1e-3)
