@@ -48,7 +48,7 @@ def run(args) -> None:
     from jaxlm.compression.platforms import place
     from jaxlm.core.config import to_dict
     from jaxlm.core.tree import count_bytes, count_params, flatten
-    from jaxlm.nn.attention.kv_cache import bytes_a_token
+    from jaxlm.nn.attention.kv_cache import cache_bytes_per_token
 
     lm = jaxlm.load(args.model, expand=False)
     placed, notes = place(lm.params, jax.default_backend())
@@ -57,7 +57,7 @@ def run(args) -> None:
         "parameters": count_params(lm.params),
         "bytes_on_disk": lm.info.get("bytes_on_disk"),
         "bytes_in_memory": count_bytes(placed),
-        "bytes_a_cached_token": bytes_a_token(lm.config),
+        "bytes_a_cached_token": cache_bytes_per_token(lm.config),
         "recipe": lm.recipe.name if lm.recipe else None,
         "vocabulary": lm.tokenizer.vocab_size if lm.tokenizer else None,
         "generation": lm.generation.to_json(lm.config),

@@ -64,10 +64,10 @@ def run(args) -> None:
 
 
 def _print(forecast) -> None:
-    from jaxlm.core.sharding import describe
+    from jaxlm.core.sharding import describe_mesh
 
     memory, counts, time = forecast["memory"], forecast["counts"], forecast["time"]
-    mesh = describe(forecast["mesh"])
+    mesh = describe_mesh(forecast["mesh"])
     print_fields({
         "program": forecast["program"], "devices": f"{forecast['devices']:,} ({forecast['topology']}): {mesh}",
         "parameters": forecast["parameters"], **({"shapes": "; ".join(forecast["notes"])} if forecast["notes"] else {}),

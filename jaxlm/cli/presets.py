@@ -39,7 +39,7 @@ def run(args) -> None:
     import math
 
     from jaxlm import nn
-    from jaxlm.core.sharding import abstract_mesh, describe
+    from jaxlm.core.sharding import abstract_mesh, describe_mesh
     from jaxlm.core.tree import flatten
 
     def row(name: str, meaning: str) -> dict[str, object]:
@@ -52,5 +52,5 @@ def run(args) -> None:
 
     print_table([row(*each) for each in MODELS.items()])
     print()
-    print_table([{"mesh": name, f"{_DEVICES} devices": describe(abstract_mesh(name, {}, _DEVICES).shape),
+    print_table([{"mesh": name, f"{_DEVICES} devices": describe_mesh(abstract_mesh(name, {}, _DEVICES).shape),
                   "what it does": meaning} for name, meaning in MESHES.items()])

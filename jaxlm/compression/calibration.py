@@ -35,12 +35,12 @@ class LayerwiseModel(Protocol):
 
     config: Any
 
-    def places(self) -> Iterable[Any]: ...
-    def enter(self, params: Params, batch: Batch) -> Any: ...
-    def turn(self, params: Params, batch: Batch, state: Any) -> Any: ...
-    def layer(self, params: Params, place: Any, layer: Layer, batch: Batch, state: Any) -> Any: ...
-    def leave(self, params: Params, state: Any) -> jax.Array: ...
-    def weight(self, place: Any, name: str, batch: Batch) -> jax.Array | None: ...
+    def layer_positions(self) -> Iterable[Any]: ...
+    def embed(self, params: Params, batch: Batch) -> Any: ...
+    def enter_decoder(self, params: Params, batch: Batch, state: Any) -> Any: ...
+    def run_layer(self, params: Params, place: Any, layer: Layer, batch: Batch, state: Any) -> Any: ...
+    def logits(self, params: Params, state: Any) -> jax.Array: ...
+    def row_weights(self, place: Any, name: str, batch: Batch) -> jax.Array | None: ...
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,10 @@ def _through(walk: LayerwiseModel, params: Params, place: Any, layer: Layer, bat
 def _read(walk: LayerwiseModel, how: Measure, names: tuple[str, ...], params, place, layer: Layer, batch, state):
     def total(readings):
         tapped = {
-            name: Observer(leaf, readings[name], walk.weight(place, name, batch), how) if name in names else leaf
+            name: Observer(leaf, readings[name], walk.row_weights(place, name, batch), how) if name in names else leaf
             for name, leaf in layer.items()
         }
-        return jnp.sum(walk.layer(params, place, tapped, batch, state)[0].astype(jnp.float32))
+        return jnp.sum(walk.run_layer(params, place, tapped, batch, state)[0].astype(jnp.float32))
 
     def zeros(leaf):
         *experts, n_in, _ = leaf.shape
@@ -186,9 +186,9 @@ def _read(walk: LayerwiseModel, how: Measure, names: tuple[str, ...], params, pl
     return jax.grad(total)({name: zeros(layer[name]) for name in names})
 
 
-_enter = jax.jit(lambda walk, *args: walk.enter(*args), static_argnums=0)
-_turn = jax.jit(lambda walk, *args: walk.turn(*args), static_argnums=0)
-_advance = jax.jit(lambda walk, *args: walk.layer(*args), static_argnums=0)
+_enter = jax.jit(lambda walk, *args: walk.embed(*args), static_argnums=0)
+_turn = jax.jit(lambda walk, *args: walk.enter_decoder(*args), static_argnums=0)
+_advance = jax.jit(lambda walk, *args: walk.run_layer(*args), static_argnums=0)
 
 
 def layer_of(params: Params, place: Any) -> Layer:
@@ -216,7 +216,7 @@ def solve_blocks(
     parameters (see ``layer_groups.join``), and adds to ``notes``.
     """
     walk = calibration.walk(config)
-    places = list(walk.places())
+    places = list(walk.layer_positions())
     batches = calibration.batches
     states = [_enter(walk, params, batch) for batch in batches]
     dense = states if originals else ()

@@ -17,7 +17,7 @@ from jaxlm.compression.prune.scores import smallest
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.steps import Magnitude, NofM, WeightStep, apply_step
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import FakeQuant, QArray, dequantize, is_leaf, spread, straight_through
+from jaxlm.core.leaves import FakeQuant, QArray, dequantize, expand_groups, is_leaf, straight_through
 from jaxlm.core.tree import Leaf, Params, Transform
 
 _PRUNING = (Magnitude, NofM)
@@ -60,7 +60,7 @@ def fake_leaf(dense: jax.Array, compressed: Leaf, active: jax.Array | bool = Tru
     """
     active, inside, compressed = jnp.asarray(active), True, jax.lax.stop_gradient(compressed)
     if isinstance(compressed, QArray) and jnp.issubdtype(compressed.codes.dtype, jnp.integer):
-        step = spread(compressed.scale, compressed.group, compressed.codes.shape[-1])
+        step = expand_groups(compressed.scale, compressed.group, compressed.codes.shape[-1])
         step = step.swapaxes(-1, -2) if compressed.axis == -2 else step
         inside = jnp.abs(dense - dequantize(compressed)) <= 0.501 * step
     values = jnp.where(active, dequantize(compressed, dense.dtype), dense)

@@ -245,22 +245,22 @@ def is_leaf(x: Any) -> bool:
     return isinstance(x, _KINDS)
 
 
-def spread(per_group: jax.Array, group: int, n_in: int) -> jax.Array:
+def expand_groups(per_group: jax.Array, group: int, n_in: int) -> jax.Array:
     """``[..., groups]`` to ``[..., n_in]`` (or ``[..., 1]``, which broadcasts, where there is one group)."""
     if per_group.shape[-1] == 1:
         return per_group
     return jnp.repeat(per_group, group, axis=-1)[..., :n_in]
 
 
-def centred(leaf: QArray, dtype: jnp.dtype) -> jax.Array:
+def centred_codes(leaf: QArray, dtype: jnp.dtype) -> jax.Array:
     """``codes - zero``, ``[..., out, in]``: integers within 255 of zero, exact in every float type from bfloat16 on."""
     codes = leaf.codes.astype(dtype)
     if leaf.zero is None:
         return codes
-    return codes - spread(leaf.zero, leaf.group, leaf.codes.shape[-1]).astype(dtype)
+    return codes - expand_groups(leaf.zero, leaf.group, leaf.codes.shape[-1]).astype(dtype)
 
 
-def look_up(leaf: Codebook) -> jax.Array:
+def codebook_values(leaf: Codebook) -> jax.Array:
     """``table[codes]``, float32 ``[..., out, in]``; by choices, bit by bit, from a short table, for TPUs gather single
     numbers."""
     if leaf.bits <= 4:
@@ -278,8 +278,8 @@ def look_up(leaf: Codebook) -> jax.Array:
 def coded_values(leaf: QArray | Codebook) -> jax.Array:
     """The weights of a coded leaf with the contraction axis last: float32 ``[..., out, in]``."""
     n_in = leaf.codes.shape[-1]
-    values = centred(leaf, jnp.float32) if isinstance(leaf, QArray) else look_up(leaf)
-    return values if leaf.scale is None else values * spread(leaf.scale, leaf.group, n_in)
+    values = centred_codes(leaf, jnp.float32) if isinstance(leaf, QArray) else codebook_values(leaf)
+    return values if leaf.scale is None else values * expand_groups(leaf.scale, leaf.group, n_in)
 
 
 def dequantize(leaf: Any, dtype: jnp.dtype | None = None) -> jax.Array:

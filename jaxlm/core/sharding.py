@@ -90,11 +90,11 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     sizes = dict(zip(AXES, (stage, data, fsdp, expert, sequence, tensor), strict=True))
     if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise UserError(f"a mesh of {describe(sizes)}: sizes are positive, and at most one is -1 (what is left)")
+        raise UserError(f"a mesh of {describe_mesh(sizes)}: sizes are positive, and at most one is -1 (what is left)")
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
         raise UserError(
-            f"a mesh of {describe(sizes)} does not fit {len(devices)} devices; make the product of its sizes that"
+            f"a mesh of {describe_mesh(sizes)} does not fit {len(devices)} devices; make the product of its sizes that"
         )
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -108,12 +108,12 @@ def abstract_mesh(preset: str, explicit: Mapping[str, int], devices: int) -> Abs
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def describe(sizes: Mapping[str, int]) -> str:
+def describe_mesh(sizes: Mapping[str, int]) -> str:
     """The axes that split something: "data 4 x tensor 2"."""
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
 
 
-def batch_ways(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """Of what the rows of a batch must be a multiple."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
@@ -192,7 +192,7 @@ def _parse(override: str) -> tuple[str, Callable, tuple[tuple[str, ...], ...]]:
     return override, matches, axes
 
 
-def fitting(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+def fit_to_shape(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     """The sharding of an array of another shape along the same dimensions: those that do not divide are replicated."""
     mesh = sharding.mesh
     entries = []
@@ -202,17 +202,17 @@ def fitting(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*entries))
 
 
-def spread(sharding: NamedSharding, shape: Sequence[int], axis: str = "data") -> NamedSharding:
+def shard_over(sharding: NamedSharding, shape: Sequence[int], axis: str = "data") -> NamedSharding:
     """The sharding of an array split over one more mesh axis, in the dimension that divides and of which a device has
     most. The same where none divides, or the axis is in use."""
     mesh, parts = sharding.mesh, sharding.mesh.shape[axis]
     entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in sharding.spec]
     entries += [()] * (len(shape) - len(entries))
     local = [size // math.prod(mesh.shape[name] for name in names) for size, names in zip(shape, entries, strict=True)]
-    fitting = [i for i, size in enumerate(local) if size % parts == 0 and size]
-    if parts == 1 or not fitting or any(axis in names for names in entries):
+    divisible = [i for i, size in enumerate(local) if size % parts == 0 and size]
+    if parts == 1 or not divisible or any(axis in names for names in entries):
         return sharding
-    best = max(fitting, key=lambda i: (local[i], not entries[i]))
+    best = max(divisible, key=lambda i: (local[i], not entries[i]))
     entries[best] = (*entries[best], axis)
     return NamedSharding(mesh, PartitionSpec(*map(_entry, entries)))
 
@@ -294,12 +294,12 @@ def bytes_per_device(tree: Any) -> float:
     return float(sum(of(x) for x in jax.tree.leaves(tree)))
 
 
-def on_device(x: jax.Array, lies: NamedSharding) -> jax.Array:
+def on_device(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     """An array that lies so, or a copy on its devices of one that is offloaded to the host; in or out of ``jit``."""
-    return jax.device_put(x, lies.with_memory_kind(None)) if lies.memory_kind == HOST_MEMORY else x
+    return jax.device_put(x, sharding.with_memory_kind(None)) if sharding.memory_kind == HOST_MEMORY else x
 
 
-def ways(axis: str) -> int:
+def num_shards(axis: str) -> int:
     """Into how many parts GSPMD splits what lies along a logical axis, where a mesh is in use; 1 elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _splitting(RULES[axis], mesh))

@@ -117,7 +117,7 @@ def attention(graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: L
 
 def _walk(stack: Stack, x_TxD: Array, masks: dict[str, Array], memory: Array | None = None):
     """Through all layers: the output ``[1, T, D]``, and the weights of their attention, then of cross-attention."""
-    x_1xTxD, view, _ = stack.enter(x_TxD[None], **masks)
+    x_1xTxD, view, _ = stack.start(x_TxD[None], **masks)
     found = []
     for i, block in enumerate(stack.layers):
         graphdef, params = nnx.split(block)
@@ -125,12 +125,12 @@ def _walk(stack: Stack, x_TxD: Array, masks: dict[str, Array], memory: Array | N
         def body(x, xs, graphdef=graphdef):
             layer, traits = xs
             seen: list[Array] = []
-            x, *_ = stack.layer(nnx.merge(graphdef, layer), x, view, traits, memory=memory, seen=seen)
+            x, *_ = stack.run_layer(nnx.merge(graphdef, layer), x, view, traits, memory=memory, seen=seen)
             return x, tuple(weights[0] for weights in seen)
 
-        x_1xTxD, seen = jax.lax.scan(body, x_1xTxD, (params, stack.traits(i)))
+        x_1xTxD, seen = jax.lax.scan(body, x_1xTxD, (params, stack.layer_settings(i)))
         found.append(seen)
-    return stack.leave(x_1xTxD), tuple(jnp.concatenate(each) for each in zip(*found, strict=True))
+    return stack.finish(x_1xTxD), tuple(jnp.concatenate(each) for each in zip(*found, strict=True))
 
 
 @partial(jax.jit, static_argnames=("graphdef",))

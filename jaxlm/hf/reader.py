@@ -30,7 +30,7 @@ from jaxlm.hf.quantized.layouts import open_weights
 from jaxlm.hf.quantized.matrices import Matrix, MatrixFiles
 from jaxlm.hf.validate import check_sizes, layer_counts
 from jaxlm.nn.config import DecoderConfig, ModelConfig
-from jaxlm.nn.stack import layers_of
+from jaxlm.nn.stack import layer_groups_of
 
 __all__ = [
     "RUNTIME", "complete", "convert_config", "family_of", "layer_path", "ours", "pieces", "read_config", "read_hf",
@@ -215,7 +215,7 @@ def pieces(family: Family, config: ModelConfig, path: str, shape: tuple[int, ...
     if match is None:
         yield Piece(tensor, name, (), None)
         return
-    layers = layers_of(config, match[1].rstrip("/"))[int(match[2])]
+    layers = layer_groups_of(config, match[1].rstrip("/"))[int(match[2])]
     for i, layer in enumerate(layers):
         if name.count("{}") == 1:
             yield Piece(tensor, name.format(layer), (i,), layer)

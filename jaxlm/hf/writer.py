@@ -21,7 +21,7 @@ from jaxlm.hf.families.registry import FAMILIES
 from jaxlm.hf.reader import RUNTIME, complete, convert_config, layer_path, pieces
 from jaxlm.hf.tensor_files import Lazy
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, RopeScaling, Seq2SeqConfig, StackConfig
-from jaxlm.nn.stack import layers_of
+from jaxlm.nn.stack import layer_groups_of
 
 __all__ = ["Part", "Plan", "express", "hf_config", "hf_tensors", "joined", "plan"]
 
@@ -186,7 +186,7 @@ def _place(ours: Mapping[str, Any], config: ModelConfig, path: str, layer: int |
         path = "embed/table"
     if layer is not None:
         prefix, rest_of_path = layer_path(path)
-        for layer_group, run in enumerate(layers_of(config, prefix.rstrip("/"))):
+        for layer_group, run in enumerate(layer_groups_of(config, prefix.rstrip("/"))):
             if layer in run:
                 return f"{prefix}layers/{layer_group}/{rest_of_path}", (layer - run[0], *rest)
     return path, ()

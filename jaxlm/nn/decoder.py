@@ -12,7 +12,7 @@ from jaxlm.nn.attention.paged import PagePool
 from jaxlm.nn.config import DecoderConfig, StackConfig
 from jaxlm.nn.layers import Embedding, Linear, softcap
 from jaxlm.nn.moe.routing import Routing
-from jaxlm.nn.stack import C, Stack, layers_of
+from jaxlm.nn.stack import C, Stack, layer_groups_of
 
 
 class DecoderLM(nnx.Module):
@@ -22,7 +22,7 @@ class DecoderLM(nnx.Module):
         self.config = config
         std = config.width**-0.5 if config.embed_scale else 0.02
         self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
-        self.decoder = Stack(config, layers_of(config, "decoder"), causal=True, cross=False, rngs=rngs)
+        self.decoder = Stack(config, layer_groups_of(config, "decoder"), causal=True, cross=False, rngs=rngs)
         self.head, self.logits_bias = head(config, rngs=rngs)
 
     def __call__(

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.core import ops
 from jaxlm.core.leaves import is_leaf
-from jaxlm.core.sharding import constrain, ways
+from jaxlm.core.sharding import constrain, num_shards
 from jaxlm.nn.config import StackConfig
 
 
@@ -70,7 +70,7 @@ class Embedding(nnx.Module):
         # Whole rows, before and (the gradient) after: a lookup of parts of rows would move the activations of all
         # devices around instead. Rows split over "tensor" stay so; each device looks up its own.
         table = constrain(table, (self.table.get_metadata("axes")[0], "features"))
-        if self.table.get_metadata("axes")[0] == "vocab" and ways("vocab") > 1 and len(table) % ways("vocab") == 0:
+        if self.table.get_metadata("axes")[0] == "vocab" and num_shards("vocab") > 1 and len(table) % num_shards("vocab") == 0:
             return _split_lookup(table, ids).astype(dtype)
         return ops.take(table, ids).astype(dtype)
 
@@ -87,7 +87,7 @@ def _split_lookup(table_VxD: jax.Array, ids: jax.Array) -> jax.Array:
         rows = jnp.take(table_VxD, jnp.where(mine, own, 0), axis=0).astype(jnp.float32)
         return jax.lax.psum(jnp.where(mine[..., None], rows, 0), "tensor")
 
-    firsts = jnp.arange(0, len(table_VxD), len(table_VxD) // ways("vocab"))
+    firsts = jnp.arange(0, len(table_VxD), len(table_VxD) // num_shards("vocab"))
     return jax.shard_map(
         of_part, in_specs=(P("tensor"), P(), P("tensor")), out_specs=P(), axis_names={"tensor"}
     )(table_VxD, ids, firsts)

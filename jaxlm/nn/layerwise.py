@@ -13,18 +13,18 @@ from flax import nnx
 from jaxlm.core.tree import Leaf, Params, unflatten
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.decoder import embed, head_logits
-from jaxlm.nn.stack import layers_of
+from jaxlm.nn.stack import layer_groups_of
 
-__all__ = ["Batch", "Layer", "Place", "State", "LayerwiseModel"]
+__all__ = ["LayerParams", "LayerPosition", "LayerState", "LayerwiseModel", "TokenBatch"]
 
-Batch = tuple[jax.Array, ...]  # (tokens [B, T],), or (source [B, S], decoder inputs [B, T])
-Layer = Mapping[str, Leaf]  # path within the layer, as "attn/q/kernel" -> its leaf, without the layer dimension
-State = tuple[jax.Array, jax.Array | None]  # what layers pass on: [B, T, D], and the encoder's output or None
+TokenBatch = tuple[jax.Array, ...]  # (tokens [B, T],), or (source [B, S], decoder inputs [B, T])
+LayerParams = Mapping[str, Leaf]  # path within the layer, as "attn/q/kernel" -> its leaf, without the layer dimension
+LayerState = tuple[jax.Array, jax.Array | None]  # what layers pass on: [B, T, D], and the encoder's output or None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Place:
+class LayerPosition:
     """Where a layer's parameters are: in row ``row`` of those of a layer_group."""
 
     side: Literal["encoder", "decoder"] = field(metadata={"static": True})
@@ -44,23 +44,23 @@ class LayerwiseModel:
     config: ModelConfig
     graphdef: nnx.GraphDef
 
-    def places(self) -> Iterator[Place]:
+    def layer_positions(self) -> Iterator[LayerPosition]:
         for side in ("encoder", "decoder") if self.config.kind == "seq2seq" else ("decoder",):
-            for layer_group, run in enumerate(layers_of(self.config, side)):
-                yield from (Place(side, layer_group, row) for row in range(len(run)))
+            for layer_group, run in enumerate(layer_groups_of(self.config, side)):
+                yield from (LayerPosition(side, layer_group, row) for row in range(len(run)))
 
-    def enter(self, params: Params, batch: Batch) -> State:
+    def embed(self, params: Params, batch: TokenBatch) -> LayerState:
         """What the first layer is given."""
         model = nnx.merge(self.graphdef, params)
         side = "encoder" if len(batch) == 2 else "decoder"
         return _inputs(model, side, batch)[0], None
 
-    def turn(self, params: Params, batch: Batch, state: State) -> State:
+    def enter_decoder(self, params: Params, batch: TokenBatch, state: LayerState) -> LayerState:
         """What the first layer of a decoder is given, from what the last one of the encoder gave."""
         model = nnx.merge(self.graphdef, params)
-        return _inputs(model, "decoder", batch)[0], model.encoder.leave(state[0])
+        return _inputs(model, "decoder", batch)[0], model.encoder.finish(state[0])
 
-    def layer(self, params: Params, place: Place, layer: Layer, batch: Batch, state: State) -> State:
+    def run_layer(self, params: Params, place: LayerPosition, layer: LayerParams, batch: TokenBatch, state: LayerState) -> LayerState:
         """Through the layer at ``place``, with the parameters ``layer``; of ``params`` only those around the layers
         are used."""
         model = nnx.merge(self.graphdef, params)
@@ -68,16 +68,16 @@ class LayerwiseModel:
         stack = getattr(model, place.side)
         graphdef, like = nnx.split(stack.layers[place.layer_group])
         block = nnx.merge(graphdef, unflatten(like, dict(layer)))
-        traits = jax.tree.map(lambda each: each[place.row], stack.traits(place.layer_group))
+        traits = jax.tree.map(lambda each: each[place.row], stack.layer_settings(place.layer_group))
         x_BxTxD, memory = state
-        return stack.layer(block, x_BxTxD, view, traits, memory=memory)[0], memory
+        return stack.run_layer(block, x_BxTxD, view, traits, memory=memory)[0], memory
 
-    def leave(self, params: Params, state: State) -> jax.Array:
+    def logits(self, params: Params, state: LayerState) -> jax.Array:
         """Logits ``[B, T, V]``, from what the last layer gave."""
         model = nnx.merge(self.graphdef, params)
-        return head_logits(model, model.decoder.leave(state[0]))
+        return head_logits(model, model.decoder.finish(state[0]))
 
-    def weight(self, place: Place, name: str, batch: Batch) -> jax.Array | None:
+    def row_weights(self, place: LayerPosition, name: str, batch: TokenBatch) -> jax.Array | None:
         """How much each row counts that the kernel ``name`` of a layer is given: ``[B * T]`` float32, 0 for padding.
 
         None where there is no padding, and for experts, to whom rows come sorted.
@@ -91,11 +91,11 @@ class LayerwiseModel:
         return real.reshape(-1).astype(jnp.float32)
 
 
-def _inputs(model: Any, side: str, batch: Batch):
+def _inputs(model: Any, side: str, batch: TokenBatch):
     """Of a side's first layer: its input, the view and keys; see ``Stack.enter``."""
     if len(batch) == 1:
-        return model.decoder.enter(embed(model.embed, batch[0], model.config))
+        return model.decoder.start(embed(model.embed, batch[0], model.config))
     mask_BxS = model.source_mask(batch[0])
     if side == "encoder":
-        return model.encoder.enter(model.embed_source(batch[0]), real_BxT=mask_BxS)
-    return model.decoder.enter(embed(model.embed, batch[1], model.config), memory_mask_BxM=mask_BxS)
+        return model.encoder.start(model.embed_source(batch[0]), real_BxT=mask_BxS)
+    return model.decoder.start(embed(model.embed, batch[1], model.config), memory_mask_BxM=mask_BxS)

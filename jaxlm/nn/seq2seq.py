@@ -10,7 +10,7 @@ from jaxlm.nn.config import Seq2SeqConfig
 from jaxlm.nn.decoder import embed, head, head_logits
 from jaxlm.nn.layers import Embedding
 from jaxlm.nn.moe.routing import Routing, joined
-from jaxlm.nn.stack import Stack, layers_of
+from jaxlm.nn.stack import Stack, layer_groups_of
 
 
 class Seq2Seq(nnx.Module):
@@ -22,8 +22,8 @@ class Seq2Seq(nnx.Module):
         self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
         rows, axes = config.src_vocab_size, ("vocab", "embed")
         self.src_embed = Embedding(rows, config.width, axes, rngs=rngs, std=std) if rows else None
-        self.encoder = Stack(config.encoder, layers_of(config, "encoder"), causal=False, cross=False, rngs=rngs)
-        self.decoder = Stack(config.decoder, layers_of(config, "decoder"), causal=True, cross=True, rngs=rngs)
+        self.encoder = Stack(config.encoder, layer_groups_of(config, "encoder"), causal=False, cross=False, rngs=rngs)
+        self.decoder = Stack(config.decoder, layer_groups_of(config, "decoder"), causal=True, cross=True, rngs=rngs)
         self.head, self.logits_bias = head(config, rngs=rngs)
 
     def __call__(

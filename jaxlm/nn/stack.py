@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.core.errors import UserError
 from jaxlm.core.ops import dropout
 from jaxlm.core.sharding import constrain
-from jaxlm.nn.attention.kv_cache import Cache, KeyValue, LayerCache, fake_quantize_kv, keep
+from jaxlm.nn.attention.kv_cache import Cache, KeyValue, LayerCache, fake_quantize_kv, quantize_kv
 from jaxlm.nn.attention.layer import Attention
 from jaxlm.nn.attention.paged import LayerPages, PagedCache, PagePool
 from jaxlm.nn.attention.ring import MaskSpec, uses_ring, window_mask
@@ -34,7 +34,7 @@ from jaxlm.nn.remat import LAYER_INPUT, rematerialised
 
 ACTIVATION_AXES = ("batch", "length", "features")
 C = TypeVar("C", Cache, PagedCache)
-Traits = tuple[jax.Array | None, jax.Array | None]  # a layer's window, and its number from 1 where that matters
+LayerSettings = tuple[jax.Array | None, jax.Array | None]  # a layer's window, and its number from 1 where that matters
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +96,7 @@ class Block(nnx.Module):
             if past is None:
                 k, v = fake_quantize_kv(k, v, kv_cache)
             else:
-                past = past.write(*keep(k, v, kv_cache))
+                past = past.write(*quantize_kv(k, v, kv_cache))
                 if isinstance(past, LayerPages):
                     return self.attn.over_pages(q, past, mask_spec, view.bias_BxHxTxS)
                 k, v = past.read()
@@ -131,7 +131,7 @@ class Block(nnx.Module):
         return norm(x) if position == "post" else x
 
 
-def layer_group(config: StackConfig, layers: int, *, cross: bool, experts: bool, depth: int, rngs: nnx.Rngs) -> Block:
+def stacked_block(config: StackConfig, layers: int, *, cross: bool, experts: bool, depth: int, rngs: nnx.Rngs) -> Block:
     """A Block whose parameters are those of ``layers`` layers, stacked."""
 
     def block(rngs):
@@ -143,7 +143,7 @@ def layer_group(config: StackConfig, layers: int, *, cross: bool, experts: bool,
     return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: block(nnx.Rngs(0)))), state)
 
 
-def runs(config: StackConfig, layers: int, layer_groups: tuple[int, ...] = ()) -> list[range]:
+def group_layers(config: StackConfig, layers: int, layer_groups: tuple[int, ...] = ()) -> list[range]:
     """The layers of each layer group: as asked for, else as few layer groups as layers with and without experts allow."""
     if not layer_groups:
         kinds = [has_experts(config, layer) for layer in range(layers)]
@@ -152,13 +152,13 @@ def runs(config: StackConfig, layers: int, layer_groups: tuple[int, ...] = ()) -
     return [range(end - count, end) for end, count in zip(ends, layer_groups, strict=True)]
 
 
-def layers_of(config: DecoderConfig | Seq2SeqConfig, side: Literal["encoder", "decoder"]) -> list[range]:
+def layer_groups_of(config: DecoderConfig | Seq2SeqConfig, side: Literal["encoder", "decoder"]) -> list[range]:
     """The layers of each layer group of the model's encoder or decoder."""
     if isinstance(config, DecoderConfig):
-        return runs(config, config.layers, config.layer_groups)
+        return group_layers(config, config.layers, config.layer_groups)
     if side == "encoder":
-        return runs(config, config.encoder_layers, config.encoder_layer_groups)
-    return runs(config, config.decoder_layers, config.decoder_layer_groups)
+        return group_layers(config, config.encoder_layers, config.encoder_layer_groups)
+    return group_layers(config, config.decoder_layers, config.decoder_layer_groups)
 
 
 def has_experts(config: StackConfig, layer: int) -> bool:
@@ -176,7 +176,7 @@ class Stack(nnx.Module):
         self.embed_norm = Norm(config.width, config) if config.embed_norm else None
         depth = layer_groups[-1].stop
         self.layers = nnx.List([
-            layer_group(config, len(run), cross=cross, experts=has_experts(config, run[0]), depth=depth, rngs=rngs)
+            stacked_block(config, len(run), cross=cross, experts=has_experts(config, run[0]), depth=depth, rngs=rngs)
             for run in layer_groups
         ])
         self.final_norm = Norm(config.width, config) if config.norm_position != "post" else None
@@ -198,7 +198,7 @@ class Stack(nnx.Module):
 
         Tokens see those of their own segment that are real, besides causality.
         """
-        x_BxTxD, view, keys = self.enter(
+        x_BxTxD, view, keys = self.start(
             x_BxTxD, segment_ids_BxT=segment_ids_BxT, real_BxT=real_BxT, positions_BxT=positions_BxT,
             memory_mask_BxM=memory_mask_BxM, key=key,
         )
@@ -207,7 +207,7 @@ class Stack(nnx.Module):
             if states:
                 raise UserError("a pipeline does not keep what its layers give; set mesh.stage=1")
             x_BxTxD, routing = self._pipeline(x_BxTxD, view, schedule, memory_BxMxD, keys[0])
-            return self.leave(x_BxTxD), routing, None
+            return self.finish(x_BxTxD), routing, None
         routings, kept = [], []
         for i, layer_keys in enumerate(keys):
             x_BxTxD, _, (routing, given) = self._run(
@@ -215,7 +215,7 @@ class Stack(nnx.Module):
             )
             routings.append(routing)
             kept.append(given)
-        return self.leave(x_BxTxD), joined(routings), jnp.concatenate(kept) if states else None
+        return self.finish(x_BxTxD), joined(routings), jnp.concatenate(kept) if states else None
 
     def schedule(self, stages: int) -> Schedule | None:
         """How the layers are walked on a mesh of so many stages, by batches whose rows divide into the microbatches;
@@ -226,7 +226,7 @@ class Stack(nnx.Module):
             raise UserError("a pipeline needs layers that are all alike (with experts or without); set mesh.stage=1")
         return make_schedule(self.layer_groups, stages, self.config.microbatches)
 
-    def enter(
+    def start(
         self, x_BxTxD, *, segment_ids_BxT=None, real_BxT=None, positions_BxT=None, memory_mask_BxM=None, key=None
     ):
         """What the first layer is given, of the arguments of a call: its input, the view, and a key a layer_group."""
@@ -242,7 +242,7 @@ class Stack(nnx.Module):
         keys = split_key(key, len(self.layers) + 1)
         return self._enter(x_BxTxD, positions, keys[-1]), view, keys[:-1]
 
-    def leave(self, x_BxTxD: jax.Array) -> jax.Array:
+    def finish(self, x_BxTxD: jax.Array) -> jax.Array:
         """From the last layer's output to that of the stack."""
         return x_BxTxD if self.final_norm is None else self.final_norm(x_BxTxD)
 
@@ -257,7 +257,7 @@ class Stack(nnx.Module):
             memory = cache.memory[i] if cache.memory else None
             x_BxTxD, past, _ = self._run(i, x_BxTxD, view, past=cache.layer_group(i), memory_kv=memory)
             layer_groups.append(past)
-        return self.leave(x_BxTxD), cache.written(layer_groups, T)
+        return self.finish(x_BxTxD), cache.written(layer_groups, T)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``length`` slots."""
@@ -276,7 +276,7 @@ class Stack(nnx.Module):
             graphdef, params = nnx.split(block.cross)
 
             def of_layer(layer):
-                return keep(*nnx.merge(graphdef, layer).key_value(memory_BxMxD, None), self.config.kv_cache)
+                return quantize_kv(*nnx.merge(graphdef, layer).key_value(memory_BxMxD, None), self.config.kv_cache)
 
             return jax.lax.map(of_layer, params)
 
@@ -305,14 +305,14 @@ class Stack(nnx.Module):
             x_BxTxD = self.embed_norm(x_BxTxD)
         return constrain(dropout(x_BxTxD, config.dropout, key), ACTIVATION_AXES)
 
-    def traits(self, i: int) -> Traits:
+    def layer_settings(self, i: int) -> LayerSettings:
         """What tells the layers of layer group i apart besides their parameters, ``[L]`` each."""
         run, cycle = self.layer_groups[i], self.config.windows
         windows = jnp.array([cycle[layer % len(cycle)] for layer in run]) if any(cycle) else None
         return windows, jnp.array(run) + 1 if self.config.attention_scale_by_layer else None
 
-    def layer(
-        self, block: Block, x_BxTxD, view: LayerContext, traits: Traits = (None, None), *, past=None, memory=None,
+    def run_layer(
+        self, block: Block, x_BxTxD, view: LayerContext, traits: LayerSettings = (None, None), *, past=None, memory=None,
         memory_kv=None, key=None, seen=None,
     ):
         """One layer: what its block returns. A memory is given whole (``memory``) or projected (``memory_kv``)."""
@@ -337,14 +337,14 @@ class Stack(nnx.Module):
         ``states``). A memory is given whole (``memory``, projected in each layer) or already projected
         (``memory_kv``)."""
         graphdef, params = nnx.split(self.layers[i])
-        count, traits = len(self.layer_groups[i]), self.traits(i)
+        count, traits = len(self.layer_groups[i]), self.layer_settings(i)
         keys = None if key is None else jax.random.split(key, count)
 
         def body(carry, xs):
             x, kv = carry
             layer, layer_params, layer_traits, layer_key, layer_memory = xs
             layer_past = None if kv is None else replace(past, keys=kv[0], values=kv[1], layer=layer)
-            x, layer_past, routing = self.layer(
+            x, layer_past, routing = self.run_layer(
                 nnx.merge(graphdef, layer_params), x, view, layer_traits, past=layer_past, memory=memory,
                 memory_kv=layer_memory, key=layer_key,
             )
@@ -370,7 +370,7 @@ class Stack(nnx.Module):
     def _pipeline(self, x_BxTxD, view: LayerContext, schedule: Schedule, memory, key):
         """Walks all layer groups; see ``nn.pipeline``. Dropout has a key a layer and microbatch."""
         graphdefs, params = zip(*map(nnx.split, self.layers), strict=True)
-        traits = [(self.traits(i), jnp.array(run)) for i, run in enumerate(self.layer_groups)]
+        traits = [(self.layer_settings(i), jnp.array(run)) for i, run in enumerate(self.layer_groups)]
 
         def stage(layers, others, here, x, memory, view, microbatch):
             def body(x, xs):
@@ -380,7 +380,7 @@ class Stack(nnx.Module):
                 layer, (layer_traits, number) = chosen
                 layer_key = None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), microbatch)
                 block = nnx.merge(graphdefs[0], layer)
-                x, _, routing = self.layer(block, x, view, layer_traits, memory=memory, key=layer_key)
+                x, _, routing = self.run_layer(block, x, view, layer_traits, memory=memory, key=layer_key)
                 return x, routing
 
             count = len(self.layer_groups[0]) // schedule.stages

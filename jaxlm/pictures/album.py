@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import is_leaf
-from jaxlm.core.sharding import abstract_mesh, describe, shardings
+from jaxlm.core.sharding import abstract_mesh, describe_mesh, shardings
 from jaxlm.core.tree import Params, flatten
 from jaxlm.evaluation.compare import Comparison
 from jaxlm.evaluation.insight import inspect_tokens
@@ -96,7 +96,7 @@ def _mesh(params: Params, preset: str, devices: int) -> Picture:
         array, place = (leaf, lies[path]) if part is None else (getattr(leaf, part), getattr(lies[path], part))
         drawn[path.removesuffix("/kernel")] = (tuple(array.shape), place)
     note = (f"Which slice of which weight lies on which of {devices} devices under the preset {preset} "
-            f"({describe(there.shape)}). Compressed weights are drawn as their codes: layers, outputs, inputs.")
+            f"({describe_mesh(there.shape)}). Compressed weights are drawn as their codes: layers, outputs, inputs.")
     return Picture("Sharding", note, [mesh.sharded(drawn)])
 
 

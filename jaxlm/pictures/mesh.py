@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from matplotlib.patches import Rectangle
 
-from jaxlm.core.sharding import describe
+from jaxlm.core.sharding import describe_mesh
 from jaxlm.pictures.style import COLOURS, Figure, new
 
 __all__ = ["sharded"]
@@ -31,7 +31,7 @@ def sharded(weights: Mapping[str, tuple[tuple[int, ...], NamedSharding]]) -> Fig
     for each in axes[len(weights) :]:
         each.axis("off")
     mesh = next(iter(weights.values()))[1].mesh
-    figure.suptitle(f"{describe(mesh.shape)} ({mesh.size} devices)", fontsize=11, x=0.01, ha="left")
+    figure.suptitle(f"{describe_mesh(mesh.shape)} ({mesh.size} devices)", fontsize=11, x=0.01, ha="left")
     return figure
 
 

@@ -23,7 +23,7 @@ from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
 from jaxlm.compression.steps import Float8, Quantize, Step, WeightStep
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LowRank, is_leaf
-from jaxlm.core.sharding import batch_sharding, batch_ways, override_sharding, spec
+from jaxlm.core.sharding import batch_sharding, num_batch_shards, override_sharding, spec
 from jaxlm.core.tree import Leaf, Params, map_params
 from jaxlm.data.batches.buckets import bucket_rows
 from jaxlm.data.config import DataConfig
@@ -61,7 +61,7 @@ def abstract_batch(config: Experiment, mesh: Mesh) -> dict[str, jax.ShapeDtypeSt
     Raises:
         UserError: when ``data.batch_size`` is not a multiple of the batch shards times ``train.accumulate``.
     """
-    multiple = batch_ways(mesh) * config.train.accumulate
+    multiple = num_batch_shards(mesh) * config.train.accumulate
     data: DataConfig = config.data
     if config.model.kind == "seq2seq":
         length = max(data.buckets)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from jax.sharding import AbstractMesh
 
-from jaxlm.core.sharding import abstract_mesh, batch_ways, bytes_per_device
+from jaxlm.core.sharding import abstract_mesh, bytes_per_device, num_batch_shards
 from jaxlm.core.tree import flatten
 from jaxlm.nn.attention.flash import in_blocks
 from jaxlm.nn.config import ModelConfig
@@ -92,7 +92,7 @@ def estimate(config: Experiment, topology: Topology) -> Estimate:
     recompute = {"none": 3, "dots": 3.1}.get(remat, 4) / 3  # of forward + backward, where remat "none" does 3 forwards
     compute = recompute * step_flops(model, flat, shapes) / (topology.size * chip.flops)
 
-    tokens = math.prod(rows_of(shapes)) / (batch_ways(mesh) * mesh.shape["sequence"])
+    tokens = math.prod(rows_of(shapes)) / (num_batch_shards(mesh) * mesh.shape["sequence"])
     item = 2 if model.dtype == "bfloat16" else 4
     parameters, rest = _state(config, mesh)
     ways = mesh.shape
@@ -104,7 +104,7 @@ def estimate(config: Experiment, topology: Topology) -> Estimate:
     }
     network = sum(size / _bandwidth(topology, mesh.shape[axis]) for axis, size in sent.items() if size)
     tokens /= config.train.accumulate
-    rows = max(rows_of(shapes)[0] / (batch_ways(mesh) * config.train.accumulate), 1)
+    rows = max(rows_of(shapes)[0] / (num_batch_shards(mesh) * config.train.accumulate), 1)
     activations = _activations(model, remat, tokens, rows, rows_of(shapes)[1], ways, item) / ways["stage"]
     return Estimate(2 * parameters + rest, activations, compute, network)
 

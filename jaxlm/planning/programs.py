@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxlm import nn
 from jaxlm.compression.names import load_recipe
 from jaxlm.core.errors import UserError
-from jaxlm.core.sharding import batch_sharding, batch_ways, bytes_per_device, make_mesh, mesh_sizes, shardings
+from jaxlm.core.sharding import batch_sharding, bytes_per_device, make_mesh, mesh_sizes, num_batch_shards, shardings
 from jaxlm.core.tree import count_params, flatten
 from jaxlm.planning.abstract_models import (
     abstract_batch,
@@ -136,9 +136,9 @@ def platform_name(topology: Topology) -> str:
 def _serving(config: Experiment, mesh: Mesh, topology: Topology, serving: ServingShape) -> list[ForecastProgram]:
     if config.model.kind != "decoder":
         raise UserError(f"--serve forecasts decoder language models, and this model is a {config.model.kind}")
-    if serving.batch < 1 or serving.batch % batch_ways(mesh):
+    if serving.batch < 1 or serving.batch % num_batch_shards(mesh):
         raise UserError(
-            f"--batch {serving.batch} does not divide evenly into {batch_ways(mesh)} shards; make it a multiple"
+            f"--batch {serving.batch} does not divide evenly into {num_batch_shards(mesh)} shards; make it a multiple"
         )
     like = nn.abstract(config.model)[1]
     recipe = load_recipe(serving.recipe) if serving.recipe else None

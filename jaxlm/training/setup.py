@@ -18,7 +18,14 @@ from jaxlm import nn
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.disk import room_for
 from jaxlm.core.errors import UserError
-from jaxlm.core.sharding import batch_ways, describe, make_mesh, mesh_sizes, override_sharding, require_host_memory
+from jaxlm.core.sharding import (
+    describe_mesh,
+    make_mesh,
+    mesh_sizes,
+    num_batch_shards,
+    override_sharding,
+    require_host_memory,
+)
 from jaxlm.core.tree import Params, Transform, count_params, flatten
 from jaxlm.data.batches.loader import Loader, make_loader
 from jaxlm.data.contamination import find_contamination
@@ -77,7 +84,7 @@ class Setup:
         )
         return (
             f"data: {data}{note}; model: {self.config.model.kind}, {count_params(self.like):,} parameters; "
-            f"mesh: {describe(self.mesh.shape)} ({self.mesh.devices.flat[0].device_kind}){pipeline}"
+            f"mesh: {describe_mesh(self.mesh.shape)} ({self.mesh.devices.flat[0].device_kind}){pipeline}"
         )
 
     def write(self, run: Path) -> None:
@@ -116,7 +123,7 @@ def prepare(config: Experiment, run: Path) -> Setup:
         require_host_memory(mesh)
     graphdef, like = nn.abstract(config.model)
     microbatches = [each.microbatches for each in _schedules(graphdef, like, mesh).values()]
-    ways = batch_ways(mesh) * math.lcm(*microbatches)
+    ways = num_batch_shards(mesh) * math.lcm(*microbatches)
     part, parts = row_share(mesh, jax.process_index())
     place = dict(process_index=part, process_count=parts)
     rows = ways * config.train.accumulate

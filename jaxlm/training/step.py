@@ -14,7 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.core.sharding import HOST_MEMORY, fitting, on_device, require_host_memory, shardings, spread
+from jaxlm.core.sharding import HOST_MEMORY, fit_to_shape, on_device, require_host_memory, shard_over, shardings
 from jaxlm.core.tree import Params, Transform, flatten, unflatten
 from jaxlm.training.config import PrivacyConfig
 from jaxlm.training.multihost.reduce import each_replica, sum_replicas
@@ -79,8 +79,8 @@ def state_shardings(
         name = next((key.key for key in path[::-1] if getattr(key, "key", None) in of_params), None)
         if name is None or leaf.ndim != state.params[name].ndim:
             return replicated
-        sharding = fitting(of_params[name], leaf.shape)  # scales of blocks are shorter than what they are of
-        sharding = spread(sharding, leaf.shape) if shard_optimizer else sharding
+        sharding = fit_to_shape(of_params[name], leaf.shape)  # scales of blocks are shorter than what they are of
+        sharding = shard_over(sharding, leaf.shape) if shard_optimizer else sharding
         return sharding.with_memory_kind(HOST_MEMORY) if offload_optimizer else sharding
 
     moments = jax.tree_util.tree_map_with_path(of_leaf, (state.opt_state, state.average))

@@ -147,7 +147,7 @@ def test_originals_are_what_the_layers_gave_before(name):
 def test_joining_untouched_layers_changes_nothing():
     for name in CONFIGS:
         config, params, _ = make(name)
-        layers = [(place, layer_of(params, place)) for place in walk_of(config).places()]
+        layers = [(place, layer_of(params, place)) for place in walk_of(config).layer_positions()]
         config_after, after = join(config, params, layers)
         assert config_after == config
         jax.tree.map(np.testing.assert_array_equal, after, params)
@@ -158,7 +158,7 @@ def test_layers_of_several_representations_become_layer_groups():
     walk = walk_of(config)
     bits = iter([4, 3, 8, 8])
     layers = []
-    for place in walk.places():
+    for place in walk.layer_positions():
         layer = layer_of(params, place)
         kernel = quantize(layer["mlp/up/kernel"], bits=next(bits))
         layers.append((place, layer | {"mlp/up/kernel": kernel}))

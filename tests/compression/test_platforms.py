@@ -11,7 +11,7 @@ from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.compression.report import report, summary
 from jaxlm.compression.steps import Table
 from jaxlm.core import ops
-from jaxlm.core.leaves import LowRank, dequantize, is_leaf, look_up
+from jaxlm.core.leaves import LowRank, codebook_values, dequantize, is_leaf
 from jaxlm.core.tree import count_bytes, flatten
 
 
@@ -100,7 +100,7 @@ def test_codebooks_in_4_bits_multiply_as_in_8():
     leaf = Table("nf4", 16).weight(dense, -2)
     small = narrow(leaf)
     assert small.codes.dtype == jnp.uint4 and count_bytes(tree(w=small)) < 0.7 * count_bytes(tree(w=leaf))
-    np.testing.assert_array_equal(look_up(small), np.take_along_axis(
+    np.testing.assert_array_equal(codebook_values(small), np.take_along_axis(
         np.asarray(leaf.table), np.asarray(leaf.codes).reshape(2, -1).astype(int), -1).reshape(leaf.codes.shape))
     np.testing.assert_array_equal(dequantize(small), dequantize(leaf))
     x, first = normal(5, 48), (jax.tree.map(lambda part: part[0], each) for each in (leaf, small))

@@ -24,13 +24,13 @@ from jaxlm.core.sharding import (
     RULES,
     batch_sharding,
     constrain,
-    describe,
+    describe_mesh,
     make_mesh,
     mesh_sizes,
     override_sharding,
+    shard_over,
     shardings,
     spec,
-    spread,
 )
 from jaxlm.core.tree import flatten
 from jaxlm.training.config import MeshConfig
@@ -41,11 +41,11 @@ MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=1, tensor=8), dict(data=
 
 
 def test_one_size_may_be_what_is_left():
-    assert describe(make_mesh(data=-1, fsdp=2, tensor=2).shape) == "data 2 x fsdp 2 x tensor 2"
-    assert describe(make_mesh(data=2, stage=-1, expert=2).shape) == "stage 2 x data 2 x expert 2"
+    assert describe_mesh(make_mesh(data=-1, fsdp=2, tensor=2).shape) == "data 2 x fsdp 2 x tensor 2"
+    assert describe_mesh(make_mesh(data=2, stage=-1, expert=2).shape) == "stage 2 x data 2 x expert 2"
     assert dict(make_mesh(devices=jax.devices()[:3]).shape) == {**dict.fromkeys(AXES, 1), "data": 3}
     assert make_mesh().axis_names == AXES
-    assert describe(make_mesh(devices=jax.devices()[:1]).shape) == "one device"
+    assert describe_mesh(make_mesh(devices=jax.devices()[:1]).shape) == "one device"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_presets(preset, devices, explicit, expected):
     sizes = mesh_sizes(preset, explicit, devices)
     known = math.prod(size for size in sizes.values() if size > 0)
     whole = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
-    assert describe(whole) == expected and math.prod(whole.values()) == devices
+    assert describe_mesh(whole) == expected and math.prod(whole.values()) == devices
     if devices == 8:
         assert make_mesh(**sizes).shape == whole
 
@@ -137,7 +137,7 @@ def test_mistakes_in_overrides(override, message):
 )
 def test_moments_are_split_over_data_too(shape, before, after):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    assert spread(NamedSharding(mesh, before), shape) == NamedSharding(mesh, after)
+    assert shard_over(NamedSharding(mesh, before), shape) == NamedSharding(mesh, after)
 
 
 def test_what_does_not_divide_is_replicated():

@@ -40,25 +40,25 @@ def make(name):
 def test_layer_by_layer_is_the_whole_model(name):
     walk, params = make(name)
     batch = (SOURCE, TARGET) if walk.config.kind == "seq2seq" else (TARGET,)
-    places = list(walk.places())
-    state = walk.enter(params, batch)
-    step = jax.jit(walk.layer)
+    places = list(walk.layer_positions())
+    state = walk.embed(params, batch)
+    step = jax.jit(walk.run_layer)
     for before, place in zip([places[0], *places], places, strict=False):
-        state = walk.turn(params, batch, state) if place.side != before.side else state
+        state = walk.enter_decoder(params, batch, state) if place.side != before.side else state
         state = step(params, place, layer_of(params, place), batch, state)
     whole = nnx.merge(walk.graphdef, params)(*batch)
-    np.testing.assert_allclose(walk.leave(params, state), whole, atol=1e-5)
+    np.testing.assert_allclose(walk.logits(params, state), whole, atol=1e-5)
     assert len(places) == (5 if len(batch) == 2 else 3)
 
 
 def test_padding_does_not_count():
     walk, _ = make("seq2seq")
     batch = (SOURCE, jnp.array([[0, 4, 5], [0, 4, 0]]))  # models may start with the padding token
-    encoder, *_, decoder = walk.places()
+    encoder, *_, decoder = walk.layer_positions()
     source, target = [1, 1, 1, 1, 0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]
     for place, name, real in [
         (encoder, "attn/q/kernel", source), (decoder, "cross/v/kernel", source), (decoder, "cross/q/kernel", target),
         (decoder, "mlp/down/kernel", target),
     ]:
-        np.testing.assert_array_equal(walk.weight(place, name, batch), real)
-    assert make("decoder")[0].weight(decoder, "attn/q/kernel", batch[1:]) is None
+        np.testing.assert_array_equal(walk.row_weights(place, name, batch), real)
+    assert make("decoder")[0].row_weights(decoder, "attn/q/kernel", batch[1:]) is None

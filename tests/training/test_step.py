@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.core.sharding import batch_sharding, make_mesh, spread
+from jaxlm.core.sharding import batch_sharding, make_mesh, shard_over
 from jaxlm.core.tree import map_params
 from jaxlm.training.config import OptimConfig
 from jaxlm.training.objectives.loss import lm_loss, make_loss
@@ -96,7 +96,7 @@ def test_where_moments_lie(shard_optimizer):
     state = abstract_state(nn.abstract(DECODER)[1], make_optimizer(OPTIM, 20), mesh, shard_optimizer=shard_optimizer)
     for path, leaf in optax.tree.get(state.opt_state, "mu").items():
         like = state.params[path].sharding
-        assert leaf.sharding == (spread(like, leaf.shape) if shard_optimizer else like)
+        assert leaf.sharding == (shard_over(like, leaf.shape) if shard_optimizer else like)
     assert not state.params["embed/table"].sharding.is_fully_replicated
 
 

@@ -279,7 +279,7 @@ class Fit:
     def _beside(self, at: int, weigh: Weigh) -> int:
         """The size beside that of the kernels each by itself, told from kernels of the same kinds, merely rounded."""
         walk, options, layers, alone = self.calibration.walk(self.config), self.options(at), [], 0
-        for place in walk.places():
+        for place in walk.layer_positions():
             layer = layer_of(self.params, place)
             for name in layer:
                 if option := options.get(kernel_name(walk, place, name)):
@@ -290,9 +290,9 @@ class Fit:
 
     def expand(self, model: Compressed) -> Params:
         """A model's parameters dense, and in the layer groups of the model at first: one compiled program does for all."""
-        places = self.calibration.walk(self.config).places()
+        places = self.calibration.walk(self.config).layer_positions()
         walk, params = self.calibration.walk(model.config), dequantize_tree(model.params)
-        layers = [(old, layer_of(params, new)) for old, new in zip(places, walk.places(), strict=True)]
+        layers = [(old, layer_of(params, new)) for old, new in zip(places, walk.layer_positions(), strict=True)]
         return join(self.config, self.params, layers)[1]
 
 

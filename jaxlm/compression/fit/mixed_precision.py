@@ -58,7 +58,7 @@ class Choice:
 
 def kernel_name(walk: LayerwiseModel, place: Any, name: str) -> str:
     """What ``Choice`` calls the kernel ``name`` of the layer at ``place``."""
-    of_side = [each for each in walk.places() if each.side == place.side]
+    of_side = [each for each in walk.layer_positions() if each.side == place.side]
     number = [(each.layer_group, each.row) for each in of_side].index((place.layer_group, int(place.row)))
     return f"{place.side}/{number}/{name.removesuffix('/kernel')}"
 
@@ -122,7 +122,7 @@ class Mixed(BlockStep):
         walk, paths = calibration.walk(config), set(targets(self, params))
         names = {
             kernel_name(walk, place, path.removeprefix(place.prefix))
-            for place in walk.places() for path in paths if path.startswith(place.prefix)
+            for place in walk.layer_positions() for path in paths if path.startswith(place.prefix)
         }  # fmt: skip
         if strange := [choice.kernel for choice in self.choices if choice.kernel not in names]:
             raise UserError(f"a mixed step names {strange[0]}, and the model has no such kernel")

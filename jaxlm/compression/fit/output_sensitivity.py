@@ -29,7 +29,7 @@ def output_sensitivity(
     """``g`` of the module's formula for the kernels that are ``targets`` (of their paths): for each layer by name,
     ``[out]`` or ``[experts, out]``, in nats a token for unit errors. Labels are drawn with the calibration's seed."""
     walk = calibration.walk(config)
-    places = list(walk.places())
+    places = list(walk.layer_positions())
     layers = [layer_of(params, place) for place in places]
     names = [
         tuple(name for name in layer if targets(place.prefix + name))
@@ -72,17 +72,17 @@ def _squares(g_MxO: jax.Array, weight_M: jax.Array | None, sizes_E: jax.Array | 
     return {"square": jax.ops.segment_sum(square_MxO, expert_M, len(sizes_E))}
 
 
-_enter = jax.jit(lambda walk, *args: walk.enter(*args), static_argnums=0)
-_turn = jax.jit(lambda walk, *args: walk.turn(*args), static_argnums=0)
-_forward = jax.jit(lambda walk, *args: walk.layer(*args), static_argnums=0)
+_enter = jax.jit(lambda walk, *args: walk.embed(*args), static_argnums=0)
+_turn = jax.jit(lambda walk, *args: walk.enter_decoder(*args), static_argnums=0)
+_forward = jax.jit(lambda walk, *args: walk.run_layer(*args), static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)
 def _draw(walk: LayerwiseModel, params: Params, place: Any, batch: Batch, state: Any, key: jax.Array):
     """How many tokens count, and the gradient of their summed loss at labels that the model draws."""
-    logits, pull = jax.vjp(lambda state: walk.leave(params, state), state)
+    logits, pull = jax.vjp(lambda state: walk.logits(params, state), state)
     drawn = jax.nn.one_hot(jax.random.categorical(key, logits), logits.shape[-1])
-    weight = walk.weight(place, "", batch)
+    weight = walk.row_weights(place, "", batch)
     weight = jnp.ones(logits.shape[:-1]) if weight is None else weight.reshape(logits.shape[:-1])
     change = weight[..., None] * (jax.nn.softmax(logits) - drawn)
     return jnp.sum(weight), pull(change.astype(logits.dtype))[0]
@@ -97,7 +97,7 @@ def _back(walk: LayerwiseModel, names: tuple[str, ...], params: Params, place: A
             name: Observer(leaf, readings[name], None, _squares, gradient=True) if name in readings else leaf
             for name, leaf in layer.items()
         }
-        return walk.layer(params, place, tapped, batch, state)
+        return walk.run_layer(params, place, tapped, batch, state)
 
     zeros = {name: {"square": jnp.zeros((*layer[name].shape[:-2], layer[name].shape[-1]))} for name in names}
     return jax.vjp(through, zeros, state)[1](gradient)
@@ -105,4 +105,4 @@ def _back(walk: LayerwiseModel, names: tuple[str, ...], params: Params, place: A
 
 @partial(jax.jit, static_argnums=0)
 def _turn_back(walk: LayerwiseModel, params: Params, batch: Batch, state: Any, gradient: Any) -> Any:
-    return jax.vjp(lambda state: walk.turn(params, batch, state), state)[1](gradient)[0]
+    return jax.vjp(lambda state: walk.enter_decoder(params, batch, state), state)[1](gradient)[0]

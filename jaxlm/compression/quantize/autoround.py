@@ -19,7 +19,7 @@ from jaxlm.compression.quantize.rtn import extent, points
 from jaxlm.compression.solvers import experts_alone, read_inputs
 from jaxlm.compression.steps import BLOCKS, BlockStep, check_grid
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import QArray, spread, straight_through
+from jaxlm.core.leaves import QArray, expand_groups, straight_through
 from jaxlm.core.tree import Params
 
 __all__ = ["AutoRound"]
@@ -139,8 +139,8 @@ class AutoRound(BlockStep):
         ends = kernel.low_OxG * learned.below_OxG, kernel.high_OxG * learned.above_OxG
         scale, zero = points(*ends, self.bits, self.symmetric)
         offset_OxI = jnp.where(kernel.w_OxI == 0, 0, learned.offset_OxI)
-        place_OxI = kernel.w_OxI / spread(scale, group, n_in) + offset_OxI
-        shift = 0 if zero is None else spread(zero, group, n_in)
+        place_OxI = kernel.w_OxI / expand_groups(scale, group, n_in) + offset_OxI
+        shift = 0 if zero is None else expand_groups(zero, group, n_in)
         codes_OxI = jnp.round(place_OxI) + shift
         clipped_OxI = jnp.clip(codes_OxI, least, -least - 1)
         codes_OxI = straight_through(place_OxI + shift, clipped_OxI, clipped_OxI == codes_OxI)
@@ -152,7 +152,7 @@ def _by_shape(block: Block) -> tuple[Windows, ...]:
     shapes: dict[tuple, list[Windows]] = {}
     for batch, state, (target, _) in zip(block.batches, block.states, block.originals, strict=True):
         batch = jax.tree.map(jnp.asarray, batch)
-        weight_M = block.walk.weight(block.place, "", batch)  # of the rows a layer is given, as of most of its kernels
+        weight_M = block.walk.row_weights(block.place, "", batch)  # of the rows a layer is given, as of most of its kernels
         weight_BxT = jnp.ones(target.shape[:2]) if weight_M is None else weight_M.reshape(target.shape[:2])
         windows = Windows(batch, state, target, weight_BxT)
         shapes.setdefault(tuple(x.shape[1:] for x in jax.tree.leaves(windows)), []).append(windows)
@@ -178,7 +178,7 @@ def learn(
 
     def error(rounded, windows, row_weight=1.0):
         """Summed over ``windows``, and the number of outputs."""
-        outputs = walk.layer(params, place, layer | rounded, windows.batch, windows.state)[0]
+        outputs = walk.run_layer(params, place, layer | rounded, windows.batch, windows.state)[0]
         weight_NxT = windows.weight_NxT * row_weight
         square_NxT = jnp.sum((outputs - windows.target_NxTxD).astype(jnp.float32) ** 2, -1)
         return jnp.sum(square_NxT * weight_NxT), jnp.sum(weight_NxT) * outputs.shape[-1]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.leaves import spread
+from jaxlm.core.leaves import expand_groups
 
 Initial = Literal["linear", "quantile"]
 
@@ -63,7 +63,7 @@ def nf4(w_OxI: jax.Array, *, group: int = 64) -> tuple[jax.Array, jax.Array]:
     w_OxI = w_OxI.astype(jnp.float32)
     largest = _largest(w_OxI, group)
     scale = jnp.where(largest > 0, largest, 1)
-    return round_to_table(w_OxI / spread(scale, group, w_OxI.shape[-1]), nf4_table()), scale
+    return round_to_table(w_OxI / expand_groups(scale, group, w_OxI.shape[-1]), nf4_table()), scale
 
 
 @jax.jit
@@ -77,7 +77,7 @@ def mxfp4(w_OxI: jax.Array) -> tuple[jax.Array, jax.Array]:
     largest = _largest(w_OxI, 32)
     exponent = jnp.frexp(jnp.where(largest > 0, largest, 4))[1] - 1
     scale = jnp.ldexp(jnp.float32(1), jnp.clip(exponent - 2, -126, 127))  # smaller ones are no normal float32
-    return round_to_table(w_OxI / spread(scale, 32, w_OxI.shape[-1]), E2M1), scale
+    return round_to_table(w_OxI / expand_groups(scale, 32, w_OxI.shape[-1]), E2M1), scale
 
 
 def _largest(w_OxI: jax.Array, group: int) -> jax.Array:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxlm.core.leaves import QArray, spread, straight_through
+from jaxlm.core.leaves import QArray, expand_groups, straight_through
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric", "act_bits", "axis"))
@@ -98,9 +98,9 @@ def _cut(x: jax.Array, group: int) -> jax.Array:
 def round_to(w_OxI: jax.Array, scale: jax.Array, zero: jax.Array | None, bits: int, group: int) -> jax.Array:
     """The int8 codes of the grid points nearest to the weights."""
     n_in = w_OxI.shape[-1]
-    codes = jnp.round(w_OxI / spread(scale, group, n_in))
+    codes = jnp.round(w_OxI / expand_groups(scale, group, n_in))
     if zero is not None:
-        codes = codes + spread(zero, group, n_in)
+        codes = codes + expand_groups(zero, group, n_in)
     return jnp.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(jnp.int8)
 
 
@@ -121,6 +121,6 @@ class IntegerGrid:
 
     def values(self, codes_OxI: jax.Array, params: tuple, group: int = 0) -> jax.Array:
         scale, zero = params
-        spread_to = functools.partial(spread, group=group, n_in=codes_OxI.shape[-1])
+        spread_to = functools.partial(expand_groups, group=group, n_in=codes_OxI.shape[-1])
         codes = codes_OxI.astype(jnp.float32)
         return (codes if zero is None else codes - spread_to(zero)) * spread_to(scale)

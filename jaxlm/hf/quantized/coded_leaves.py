@@ -16,7 +16,7 @@ from jaxlm.core.leaves import QArray
 from jaxlm.hf.families.fields import Tensor
 from jaxlm.hf.quantized.matrices import Matrix, Values, matrix_values
 from jaxlm.nn.config import DecoderConfig, ModelConfig
-from jaxlm.nn.stack import layers_of
+from jaxlm.nn.stack import layer_groups_of
 
 __all__ = ["coded_leaf", "dense_part", "outputs_first", "split_layer_groups"]
 
@@ -38,10 +38,10 @@ def split_layer_groups(config: ModelConfig, grids: Mapping[tuple[str, int], Any]
     for side, found in sides.items():
         lengths = [
             len(list(run))
-            for layer_group in layers_of(config, side.rstrip("/"))
+            for layer_group in layer_groups_of(config, side.rstrip("/"))
             for _, run in itertools.groupby(layer_group, key=lambda layer, found=found: found[layer])
         ]
-        if len(lengths) > len(layers_of(config, side.rstrip("/"))):
+        if len(lengths) > len(layer_groups_of(config, side.rstrip("/"))):
             name = "layer_groups" if isinstance(config, DecoderConfig) else f"{side.rstrip('/')}_layer_groups"
             changes[name] = tuple(lengths)
     return dataclasses.replace(config, **changes)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.nn.attention.kv_cache import Kept, Rounded, mix, scores
-from jaxlm.nn.attention.ring import NEGATIVE, online
+from jaxlm.nn.attention.kv_cache import KVArray, QuantizedKV, mix, scores
+from jaxlm.nn.attention.ring import NEGATIVE, online_softmax_update
 from jaxlm.nn.layers import softcap
 
 __all__ = ["flash_attend", "in_blocks"]
@@ -26,8 +26,8 @@ def in_blocks(queries: int, keys: int) -> bool:
 
 def flash_attend(
     q_BxGxRxTxK: jax.Array,
-    k_BxGxSxK: Kept,
-    v_BxGxSxK: Kept,
+    k_BxGxSxK: KVArray,
+    v_BxGxSxK: KVArray,
     mask_BxTxS: jax.Array | None,
     bias_BxHxTxS: jax.Array | None = None,
     *,
@@ -100,7 +100,7 @@ def _square(x: jax.Array | None, visit, sizes, axis: int) -> jax.Array | None:
     return None if x is None else _part(_part(x, visit[0], sizes[0], axis), visit[1], sizes[1], axis + 1)
 
 
-def _logits(q_BxGxRxTxK, k_BxGxSxK: Kept, mask_BxTxS, bias_BxHxTxS, cap: float) -> tuple[jax.Array, jax.Array]:
+def _logits(q_BxGxRxTxK, k_BxGxSxK: KVArray, mask_BxTxS, bias_BxHxTxS, cap: float) -> tuple[jax.Array, jax.Array]:
     """Of a block, ``[B, G, R, T, S]``: with everything, and after the cap alone."""
     B, G, R, T, K = q_BxGxRxTxK.shape
     capped = logits = softcap(scores(q_BxGxRxTxK.reshape(B, G, -1, K), k_BxGxSxK).reshape(B, G, R, T, -1), cap)
@@ -126,7 +126,7 @@ def _forward(q, k, v, mask, bias, cap, causal, sizes):
         def values(weights):
             return mix(weights.reshape(B, G, R * t, s), v_j, q.dtype).reshape(B, G, R, t, K)
 
-        parts = online(*(_part(x, i, t, 3) for x in carry), logits, values)
+        parts = online_softmax_update(*(_part(x, i, t, 3) for x in carry), logits, values)
         return tuple(_put(x, part, i, 3) for x, part in zip(carry, parts, strict=True))
 
     carry = jnp.full((B, G, R, T), NEGATIVE), jnp.zeros((B, G, R, T)), jnp.zeros((B, G, R, T, K))
@@ -135,54 +135,54 @@ def _forward(q, k, v, mask, bias, cap, causal, sizes):
     return out, (q, k, v, mask, bias, out, top, total)
 
 
-def _backward(cap, causal, sizes, residuals, of_out):
+def _backward(cap, causal, sizes, residuals, dout):
     q, k, v, mask, bias, out, top, total = residuals
-    if isinstance(k, Rounded):
+    if isinstance(k, QuantizedKV):
         raise NotImplementedError("a rounded cache has no gradient")
     t, s = sizes
-    delta = jnp.sum(of_out.astype(jnp.float32) * out, -1)
+    delta = jnp.sum(dout.astype(jnp.float32) * out, -1)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def visit(carry, i, j):
-        of_q, of_k, of_v, of_bias = carry
-        q_i, out_i, k_j, v_j = _part(q, i, t, 3), _part(of_out, i, t, 3), _part(k, j, s, 2), _part(v, j, s, 2)
+        dq, dk, dv, dbias = carry
+        q_i, out_i, k_j, v_j = _part(q, i, t, 3), _part(dout, i, t, 3), _part(k, j, s, 2), _part(v, j, s, 2)
         top_i, total_i, delta_i = (_part(x, i, t, 3)[..., None] for x in (top, total, delta))
         square = partial(_square, visit=(i, j), sizes=sizes)
         mask_ij = square(mask, axis=1)
         logits, capped = _logits(q_i, k_j, mask_ij, square(bias, axis=2), cap)
         weights = jnp.exp(logits - top_i) / total_i  # not by log(total) + top, which is top where nothing is seen
-        of_logits = weights * (product("bgrtk,bgsk->bgrts", out_i, v_j) - delta_i)
+        dlogits = weights * (product("bgrtk,bgsk->bgrts", out_i, v_j) - delta_i)
         if mask is not None:
-            of_logits = jnp.where(mask_ij[:, None, None], of_logits, 0)
+            dlogits = jnp.where(mask_ij[:, None, None], dlogits, 0)
         if bias is not None:
-            of_bias = _add_to_bias(of_bias, of_logits, (i, j))
+            dbias = _add_to_bias(dbias, dlogits, (i, j))
         if cap:
-            of_logits *= 1 - (capped / cap) ** 2
-        of_logits = of_logits.astype(q.dtype)
-        of_q = _add(of_q, product("bgrts,bgsk->bgrtk", of_logits, k_j), i, 3)
-        of_k = _add(of_k, product("bgrts,bgrtk->bgsk", of_logits, q_i), j, 2)
-        of_v = _add(of_v, product("bgrts,bgrtk->bgsk", weights.astype(v.dtype), out_i), j, 2)
-        return of_q, of_k, of_v, of_bias
+            dlogits *= 1 - (capped / cap) ** 2
+        dlogits = dlogits.astype(q.dtype)
+        dq = _add(dq, product("bgrts,bgsk->bgrtk", dlogits, k_j), i, 3)
+        dk = _add(dk, product("bgrts,bgrtk->bgsk", dlogits, q_i), j, 2)
+        dv = _add(dv, product("bgrts,bgrtk->bgsk", weights.astype(v.dtype), out_i), j, 2)
+        return dq, dk, dv, dbias
 
     wanted = (q, k, v, bias)
     carry = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), wanted)
     gradients = _walk(visit, carry, _visits(q.shape[3], k.shape[2], sizes, causal))
-    of_q, of_k, of_v, of_bias = jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, wanted)
-    return of_q, of_k, of_v, None, of_bias
+    dq, dk, dv, dbias = jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, wanted)
+    return dq, dk, dv, None, dbias
 
 
 def _add(x: jax.Array, part: jax.Array, i: jax.Array, axis: int) -> jax.Array:
     return _put(x, _part(x, i, part.shape[axis], axis) + part, i, axis)
 
 
-def _add_to_bias(bias_BxHxTxS, of_logits_BxGxRxTxS, visit):
+def _add_to_bias(bias_BxHxTxS, dlogits_BxGxRxTxS, visit):
     """The gradient of a bias, which may be one for all rows, with a block's share."""
-    B, G, R, t, s = of_logits_BxGxRxTxS.shape
-    of_bias = of_logits_BxGxRxTxS.reshape(B, G * R, t, s)
+    B, G, R, t, s = dlogits_BxGxRxTxS.shape
+    dbias = dlogits_BxGxRxTxS.reshape(B, G * R, t, s)
     if bias_BxHxTxS.shape[0] == 1:
-        of_bias = jnp.sum(of_bias, 0, keepdims=True)
+        dbias = jnp.sum(dbias, 0, keepdims=True)
     rows = _part(bias_BxHxTxS, visit[0], t, 2)
-    return _put(bias_BxHxTxS, _add(rows, of_bias, visit[1], 3), visit[0], 2)
+    return _put(bias_BxHxTxS, _add(rows, dbias, visit[1], 3), visit[0], 2)
 
 
 _flash.defvjp(_forward, _backward)

@@ -32,7 +32,7 @@ _INT8_MAX, _INT4_MAX, _FP8_MAX = 127.0, 15.0, 448.0
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rounded:
+class QuantizedKV:
     """Keys or values ``[..., S, K]`` as ``codes * scale + low``, rounded along K.
 
     A byte of int4 has the code of dimension i in its low and that of ``i + K / 2`` in its high bits. Float8 is kept as
@@ -51,11 +51,11 @@ class Rounded:
         return (*lead, 2 * size if self.kind == "int4" else size)
 
 
-Kept = jax.Array | Rounded
-KeyValue = tuple[Kept, Kept]  # [B, G, S, K] each
+KVArray = jax.Array | QuantizedKV
+KeyValue = tuple[KVArray, KVArray]  # [B, G, S, K] each
 
 
-def keep(k: jax.Array, v: jax.Array, kind: KVCache) -> KeyValue:
+def quantize_kv(k: jax.Array, v: jax.Array, kind: KVCache) -> KeyValue:
     """Keys and values ``[..., S, K]`` as a cache of this kind keeps them. UserError where int4 meets an odd K."""
     if kind == "full":
         return k, v
@@ -65,9 +65,9 @@ def keep(k: jax.Array, v: jax.Array, kind: KVCache) -> KeyValue:
     return rounded(k), rounded(v)
 
 
-def restore(k: Kept, v: Kept) -> tuple[jax.Array, jax.Array]:
+def dequantize_kv(k: KVArray, v: KVArray) -> tuple[jax.Array, jax.Array]:
     """The keys and values that were kept, ``[..., S, K]``; float32 where they were rounded."""
-    if not isinstance(k, Rounded):
+    if not isinstance(k, QuantizedKV):
         return k, v
     return _turn(_dense(k)) if k.kind == "int4" else _dense(k), _dense(v)
 
@@ -79,7 +79,7 @@ def fake_quantize_kv(k: jax.Array, v: jax.Array, kind: KVCache) -> tuple[jax.Arr
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _round_trip(k: jax.Array, v: jax.Array, kind: KVCache) -> tuple[jax.Array, jax.Array]:
-    kept = restore(*keep(k, v, kind))
+    kept = dequantize_kv(*quantize_kv(k, v, kind))
     return kept[0].astype(k.dtype), kept[1].astype(v.dtype)
 
 
@@ -88,14 +88,14 @@ def _straight_through(kind, primals, tangents):
     return _round_trip(*primals, kind), tangents
 
 
-def _int8(x: jax.Array) -> Rounded:
+def _int8(x: jax.Array) -> QuantizedKV:
     scaled, scale = _scaled(x, 127)
-    return Rounded(jnp.round(scaled).astype(jnp.int8), scale, None, "int8")
+    return QuantizedKV(jnp.round(scaled).astype(jnp.int8), scale, None, "int8")
 
 
-def _fp8(x: jax.Array) -> Rounded:
+def _fp8(x: jax.Array) -> QuantizedKV:
     scaled, scale = _scaled(x, 448)
-    return Rounded(jax.lax.bitcast_convert_type(scaled.astype(jnp.float8_e4m3fn), jnp.uint8), scale, None, "fp8")
+    return QuantizedKV(jax.lax.bitcast_convert_type(scaled.astype(jnp.float8_e4m3fn), jnp.uint8), scale, None, "fp8")
 
 
 def _scaled(x: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
@@ -104,7 +104,7 @@ def _scaled(x: jax.Array, largest: float) -> tuple[jax.Array, jax.Array]:
     return jnp.clip(x * _inverse(scale), -largest, largest), scale
 
 
-def _int4(x: jax.Array) -> Rounded:
+def _int4(x: jax.Array) -> QuantizedKV:
     half, odd = divmod(x.shape[-1], 2)
     if odd:
         raise UserError(f"an int4 cache takes heads of an even size, and this model's are {x.shape[-1]}; use int8")
@@ -112,7 +112,7 @@ def _int4(x: jax.Array) -> Rounded:
     low = jnp.min(x, -1).astype(jnp.float16)
     scale = ((jnp.max(x, -1) - low) / 15).astype(jnp.float16)
     codes = jnp.clip(jnp.round((x - low[..., None]) * _inverse(scale)), 0, 15).astype(jnp.uint8)
-    return Rounded(codes[..., :half] | codes[..., half:] << 4, scale, low, "int4")
+    return QuantizedKV(codes[..., :half] | codes[..., half:] << 4, scale, low, "int4")
 
 
 def _inverse(scale: jax.Array) -> jax.Array:
@@ -121,15 +121,15 @@ def _inverse(scale: jax.Array) -> jax.Array:
     return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
 
 
-def _dense(kept: Rounded) -> jax.Array:
+def _dense(kept: QuantizedKV) -> jax.Array:
     x = jnp.concatenate(_parts(kept, jnp.float32), -1) * kept.scale.astype(jnp.float32)[..., None]
     return x if kept.low is None else x + kept.low.astype(jnp.float32)[..., None]
 
 
-def scores(q_BxGxQxK: jax.Array, k_BxGxSxK: Kept) -> jax.Array:
+def scores(q_BxGxQxK: jax.Array, k_BxGxSxK: KVArray) -> jax.Array:
     """Products of queries and keys: ``[B, G, Q, S]`` float32."""
     dot = partial(jnp.einsum, "bgqk,bgsk->bgqs", preferred_element_type=jnp.float32)
-    if not isinstance(k_BxGxSxK, Rounded):
+    if not isinstance(k_BxGxSxK, QuantizedKV):
         return dot(q_BxGxQxK, k_BxGxSxK)
     k, dtype = k_BxGxSxK, q_BxGxQxK.dtype
     q = _turn(q_BxGxQxK) if k.kind == "int4" else q_BxGxQxK
@@ -138,10 +138,10 @@ def scores(q_BxGxQxK: jax.Array, k_BxGxSxK: Kept) -> jax.Array:
     return products if k.low is None else products + jnp.sum(q, -1, keepdims=True, dtype=jnp.float32) * _a_slot(k.low)
 
 
-def mix(weights_BxGxQxS: jax.Array, v_BxGxSxK: Kept, dtype: jnp.dtype) -> jax.Array:
+def mix(weights_BxGxQxS: jax.Array, v_BxGxSxK: KVArray, dtype: jnp.dtype) -> jax.Array:
     """Values summed by weights: ``[B, G, Q, K]`` of that type."""
     dot = partial(jnp.einsum, "bgqs,bgsk->bgqk")
-    if not isinstance(v_BxGxSxK, Rounded):
+    if not isinstance(v_BxGxSxK, QuantizedKV):
         return dot(weights_BxGxQxS.astype(v_BxGxSxK.dtype), v_BxGxSxK)
     v, weights = v_BxGxSxK, weights_BxGxQxS
     scaled = (weights * _a_slot(v.scale)).astype(dtype)
@@ -153,7 +153,7 @@ def _a_slot(x_BxGxS: jax.Array) -> jax.Array:
     return x_BxGxS.astype(jnp.float32)[:, :, None]
 
 
-def _parts(kept: Rounded, dtype: jnp.dtype) -> list[jax.Array]:
+def _parts(kept: QuantizedKV, dtype: jnp.dtype) -> list[jax.Array]:
     """The codes as numbers, in consecutive parts of K: put together, XLA on CPU would be slow at taking int4 apart."""
     codes = kept.codes
     if kept.kind == "int4":
@@ -185,7 +185,7 @@ def _turn(x: jax.Array) -> jax.Array:
     return turned.reshape(x.shape)
 
 
-def bytes_a_token(config: ModelConfig) -> int:
+def cache_bytes_per_token(config: ModelConfig) -> int:
     """What the cache takes for each token of a text; of a translation, for each target token and each source token.
     0 where there is no cache (the LSTM)."""
     if not isinstance(config, DecoderConfig | Seq2SeqConfig):
@@ -200,7 +200,7 @@ def bytes_a_token(config: ModelConfig) -> int:
 def empty(shape: tuple[int, ...], kind: KVCache, dtype: str) -> KeyValue:
     """Zeros ``[..., S, K]``, kept as this kind does."""
     dense = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    like = jax.eval_shape(partial(keep, kind=kind), dense, dense)
+    like = jax.eval_shape(partial(quantize_kv, kind=kind), dense, dense)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
 
@@ -216,8 +216,8 @@ class Cache:
     what it remembers in each slot. So giving a beam another past copies nothing, and a memory is there once a sentence.
     """
 
-    keys: tuple[Kept, ...]  # a layer group: [L, B, G, beams, slots, K]
-    values: tuple[Kept, ...]
+    keys: tuple[KVArray, ...]  # a layer group: [L, B, G, beams, slots, K]
+    values: tuple[KVArray, ...]
     index: jax.Array  # int32 scalar, the next slot to write
     start: jax.Array  # int32 [B], each sentence's first real slot
     memory: tuple[KeyValue, ...] = ()  # cross-attention keys and values a layer group, each [L, B, G, M, K]
@@ -298,12 +298,12 @@ class LayerCache:
     """One layer's place in a layer group's cache. The whole cache is carried through the scan and written in place:
     as scanned inputs and outputs it would be copied at every step."""
 
-    keys: Kept  # [L, B, G, beams, slots, K]
-    values: Kept
+    keys: KVArray  # [L, B, G, beams, slots, K]
+    values: KVArray
     layer: jax.Array
     index: jax.Array
 
-    def write(self, k_RxGxTxK: Kept, v_RxGxTxK: Kept) -> LayerCache:
+    def write(self, k_RxGxTxK: KVArray, v_RxGxTxK: KVArray) -> LayerCache:
         """With T more slots, kept as those of the cache are."""
 
         def into(cache, new):

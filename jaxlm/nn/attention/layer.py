@@ -10,9 +10,9 @@ from flax import nnx
 
 from jaxlm.core import ops
 from jaxlm.core.leaves import is_leaf
-from jaxlm.core.sharding import ways
+from jaxlm.core.sharding import num_shards
 from jaxlm.nn.attention.flash import flash_attend, in_blocks
-from jaxlm.nn.attention.kv_cache import Kept, mix, scores
+from jaxlm.nn.attention.kv_cache import KVArray, mix, scores
 from jaxlm.nn.attention.paged import LayerPages, attend_pages
 from jaxlm.nn.attention.ring import NEGATIVE, MaskSpec, ring_attend, uses_ring
 from jaxlm.nn.config import StackConfig
@@ -24,8 +24,8 @@ _MANY_ROWS = 256  # from which joining kernels costs little beside the product
 
 def attend(
     q_BxTxHxK: jax.Array,
-    k_BxGxSxK: Kept,
-    v_BxGxSxK: Kept,
+    k_BxGxSxK: KVArray,
+    v_BxGxSxK: KVArray,
     mask_BxTxS: jax.Array | None,
     bias_BxHxTxS: jax.Array | None = None,
     *,
@@ -46,7 +46,7 @@ def attend(
     G, S = k_BxGxSxK.shape[1:3]
     q_BxGxRxTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     # Weights that are dropped or looked at are needed as a whole; sequences over devices are gathered by GSPMD.
-    if in_blocks(T, S) and seen is None and (key is None or not dropout_rate) and ways("length") == 1:
+    if in_blocks(T, S) and seen is None and (key is None or not dropout_rate) and num_shards("length") == 1:
         out = flash_attend(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, cap=cap, causal=causal)
         return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
     logits_BxHxTxS = softcap(scores(q_BxGxRxTxK.reshape(B, G, -1, K), k_BxGxSxK).reshape(B, H, T, S), cap)

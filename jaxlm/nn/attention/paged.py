@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxlm.nn.attention.kv_cache import Kept, empty, mix, scores
-from jaxlm.nn.attention.ring import NEGATIVE, MaskSpec, causal_mask, online, window_mask
+from jaxlm.nn.attention.kv_cache import KVArray, empty, mix, scores
+from jaxlm.nn.attention.ring import NEGATIVE, MaskSpec, causal_mask, online_softmax_update, window_mask
 from jaxlm.nn.config import KVCache
 from jaxlm.nn.layers import softcap
 
@@ -28,8 +28,8 @@ _SPAN = 128  # slots that several queries, or the rows of an accelerator, look a
 class PagePool:
     """Keys and values of all sequences."""
 
-    keys: tuple[Kept, ...]  # a layer group: [L, pages, slots of a page, G, K]
-    values: tuple[Kept, ...]
+    keys: tuple[KVArray, ...]  # a layer group: [L, pages, slots of a page, G, K]
+    values: tuple[KVArray, ...]
 
     @classmethod
     def empty(
@@ -98,15 +98,15 @@ class LayerPages:
     dimensions. With heads before slots XLA on TPU copies the whole pool at every layer.
     """
 
-    keys: Kept  # [L, pages, slots of a page, G, K]
-    values: Kept
+    keys: KVArray  # [L, pages, slots of a page, G, K]
+    values: KVArray
     layer: jax.Array
     table: jax.Array  # [B, P]
     page: jax.Array  # [B, T]: where the new tokens go
     offset: jax.Array  # [B, T]
     end: jax.Array  # [B]: slots of each row, the new ones included; 0: a row of nothing
 
-    def write(self, k_BxGxTxK: Kept, v_BxGxTxK: Kept) -> LayerPages:
+    def write(self, k_BxGxTxK: KVArray, v_BxGxTxK: KVArray) -> LayerPages:
         """With the new tokens, kept as those of the pool are."""
 
         def into(pool, new):
@@ -115,7 +115,7 @@ class LayerPages:
         keys, values = jax.tree.map(into, (self.keys, self.values), (k_BxGxTxK, v_BxGxTxK))
         return replace(self, keys=keys, values=values)
 
-    def read(self, pages_N: jax.Array) -> tuple[Kept, Kept]:
+    def read(self, pages_N: jax.Array) -> tuple[KVArray, KVArray]:
         """Keys and values of some pages, one after the other: ``[1, G, N * slots, K]`` each."""
 
         def of(pool):
@@ -168,7 +168,7 @@ def _rows(q_BxTxHxK, past: LayerPages, mask_spec: MaskSpec, bias_BxHxTxS, scale,
             def values(weights):
                 return mix(weights.reshape(1, G, -1, span * size), v, q_TxHxK.dtype).reshape(H, T, K)
 
-            return online(*carry, logits_HxTxS, values)
+            return online_softmax_update(*carry, logits_HxTxS, values)
 
         # What is masked counts as NEGATIVE: the first slot that is seen makes the weight of those before it nothing.
         first = 0 if mask_spec.window is None else jnp.where(

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxlm.core.sharding import ways
+from jaxlm.core.sharding import num_shards
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.layers import softcap
 
-__all__ = ["NEGATIVE", "MaskSpec", "uses_ring", "online", "ring_attend"]
+__all__ = ["NEGATIVE", "MaskSpec", "uses_ring", "online_softmax_update", "ring_attend"]
 
 AXIS = "sequence"
 _MANUAL = {AXIS, "stage"}  # a pipeline maps over its stages from outside
@@ -64,7 +64,7 @@ def window_mask(q_slots_BxT: jax.Array, k_slots_BxS: jax.Array, window: jax.Arra
     return (distance < window) | (jnp.asarray(window) == 0)
 
 
-def online(top: jax.Array, total: jax.Array, out: jax.Array, logits: jax.Array, mix) -> tuple[jax.Array, ...]:
+def online_softmax_update(top: jax.Array, total: jax.Array, out: jax.Array, logits: jax.Array, mix) -> tuple[jax.Array, ...]:
     """An online softmax (arXiv:1805.02867) over some more keys: the largest logit so far ``[...]``, the sum of weights
     ``[...]`` and that of weighted values ``[..., K]``, after logits ``[..., S]`` whose values ``mix(weights)`` sums."""
     highest = jnp.maximum(top, jnp.max(logits, -1))
@@ -76,7 +76,7 @@ def uses_ring(config: StackConfig, queries: int, keys: int) -> bool:
     """Whether attention of these lengths goes around a ring: from ``config.ring_min_keys`` keys on, if the mesh in use
     splits sequences and both lengths divide. Never where attention has dropout, for the weights are not in one place.
     """
-    parts = ways("length")
+    parts = num_shards("length")
     long = keys >= config.ring_min_keys and not config.attention_dropout
     return long and parts > 1 and queries % parts == 0 and keys % parts == 0
 
@@ -125,7 +125,7 @@ def _ring(q, k, v, bias, mask_spec, scale, cap):
 
 
 def _split(q, k, v, bias, mask_spec: MaskSpec) -> tuple[_Queries, _Keys]:
-    parts = jnp.arange(ways("length"))
+    parts = jnp.arange(num_shards("length"))
     return (_Queries(q, mask_spec.slots_q, mask_spec.segment_ids_q, mask_spec.window, bias),
             _Keys(k, v, mask_spec.slots_k, mask_spec.segment_ids_k, mask_spec.real_k, parts))
 
@@ -165,7 +165,7 @@ def _forward(q, k, v, bias, mask_spec: MaskSpec, scale, cap):
     def around(queries: _Queries, keys: _Keys):
         def see(keys: _Keys, *before):
             logits = _logits(queries.q, keys.k, _of_part(queries.bias, keys), queries, keys, mask_spec.causal, scale, cap)
-            return online(*before, logits, lambda weights: _mix(weights, keys.v))
+            return online_softmax_update(*before, logits, lambda weights: _mix(weights, keys.v))
 
         def turn(carry, _):
             keys = _shifted(carry[0])
@@ -209,33 +209,33 @@ def _backward(scale, cap, residuals, gradient):
             logits, back = jax.vjp(logits_of, queries.q, keys.k, _of_part(queries.bias, keys))
             # Not by log(total) + top, which is top where nothing is seen.
             weights = jnp.exp(logits - top[..., None]) / total[..., None]
-            of_weights = jnp.einsum("bgrtk,bgsk->bgrts", gradient, keys.v.astype(jnp.float32))
-            of_v = jnp.einsum("bgrts,bgrtk->bgsk", weights, gradient)
-            of_q, of_k, of_bias = back(weights * (of_weights - delta))
-            return of_q.astype(jnp.float32), of_k.astype(jnp.float32), of_v, of_bias
+            dweights = jnp.einsum("bgrtk,bgsk->bgrts", gradient, keys.v.astype(jnp.float32))
+            dv = jnp.einsum("bgrts,bgrtk->bgsk", weights, gradient)
+            dq, dk, dbias = back(weights * (dweights - delta))
+            return dq.astype(jnp.float32), dk.astype(jnp.float32), dv, dbias
 
-        def put(total, of_bias, keys):
+        def put(total, dbias, keys):
             size = keys.k.shape[2]
-            return None if of_bias is None else jax.lax.dynamic_update_slice_in_dim(
-                total, of_bias, keys.part[0] * size, 3)
+            return None if dbias is None else jax.lax.dynamic_update_slice_in_dim(
+                total, dbias, keys.part[0] * size, 3)
 
         def turn(carry, _):
-            keys, of_q, of_k, of_v, of_bias = carry
-            keys, of_k, of_v = _shifted((keys, of_k, of_v))
+            keys, dq, dk, dv, dbias = carry
+            keys, dk, dv = _shifted((keys, dk, dv))
             more_q, more_k, more_v, part = see(keys)
-            return (keys, of_q + more_q, of_k + more_k, of_v + more_v, put(of_bias, part, keys)), None
+            return (keys, dq + more_q, dk + more_k, dv + more_v, put(dbias, part, keys)), None
 
-        of_q, of_k, of_v, part = see(keys)
+        dq, dk, dv, part = see(keys)
         first = put(None if part is None else jnp.zeros_like(queries.bias), part, keys)
-        carry = (keys, of_q, of_k, of_v, first)
-        (_, of_q, of_k, of_v, of_bias), _ = jax.lax.scan(turn, carry, length=jax.lax.axis_size(AXIS) - 1)
-        of_k, of_v = _shifted((of_k, of_v))  # home
-        return of_q.astype(queries.q.dtype), of_k.astype(keys.k.dtype), of_v.astype(keys.v.dtype), of_bias
+        carry = (keys, dq, dk, dv, first)
+        (_, dq, dk, dv, dbias), _ = jax.lax.scan(turn, carry, length=jax.lax.axis_size(AXIS) - 1)
+        dk, dv = _shifted((dk, dv))  # home
+        return dq.astype(queries.q.dtype), dk.astype(keys.k.dtype), dv.astype(keys.v.dtype), dbias
 
     specs = (_specs(queries, _QUERIES), _specs(keys, _KEYS), *[_ROWS] * 4)
-    of_bias = None if bias is None else _QUERIES.bias
+    dbias = None if bias is None else _QUERIES.bias
     gradients = jax.shard_map(
-        around, in_specs=specs, out_specs=(_QUERIES.q, _KEYS.k, _KEYS.v, of_bias), axis_names=_MANUAL,
+        around, in_specs=specs, out_specs=(_QUERIES.q, _KEYS.k, _KEYS.v, dbias), axis_names=_MANUAL,
         check_vma=False,
     )(queries, keys, gradient, delta, top, total)
     return *gradients, None

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlm.core.sharding import ways
+from jaxlm.core.sharding import num_shards
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.moe.routing import Routing
 
@@ -62,7 +62,7 @@ def _forward(logits_BxTxV, targets_BxT, label_smoothing, z_loss):
 def _chosen(logits_BxTxV, targets_BxT):
     """The logits of the targets. A vocabulary split over devices is summed behind a mask, which GSPMD splits too under
     any mesh; it cannot split an indexed lookup in all of them."""
-    if ways("vocab") == 1:
+    if num_shards("vocab") == 1:
         return jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
     hit_BxTxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxTxV.shape, 2) == targets_BxT[..., None]
     return jnp.sum(jnp.where(hit_BxTxV, logits_BxTxV, 0), -1)

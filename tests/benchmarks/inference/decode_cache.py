@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.nn.attention.kv_cache import bytes_a_token
+from jaxlm.nn.attention.kv_cache import cache_bytes_per_token
 from jaxlm.nn.attention.layer import attend
 
 KINDS = ("full", "int8", "int4", "fp8")
@@ -53,7 +53,7 @@ def main() -> None:
         full = statistics.median(kinds["full"][1])
         for kind, (_, seconds) in kinds.items():
             median = statistics.median(seconds)
-            size = bytes_a_token(dataclasses.replace(config, kv_cache=kind))
+            size = cache_bytes_per_token(dataclasses.replace(config, kv_cache=kind))
             print(
                 f"{name:9}  {kind:4}  {1e3 * median:8.2f} ms  {median / full:.2f} of full  {size:,} bytes a token  "
                 f"{temporary[name, kind] / 2**20:.1f} MiB of temporaries"

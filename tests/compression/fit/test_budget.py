@@ -133,7 +133,7 @@ def test_sensitivity_is_the_squared_gradient_of_each_output(name):
     """That there is one for every kernel; and of the last one, which the final norm alone follows, its expectation."""
     config, (_, params, calibration) = CONFIGS[name], make(name)
     found = output_sensitivity(config, params, calibration, is_kernel)
-    places = list(calibration.walk(config).places())
+    places = list(calibration.walk(config).layer_positions())
     tokens = sum(batch[-1].size for batch in calibration.batches)
     assert len(found) == len(places)
     for place, layer in zip(places, found, strict=True):
@@ -145,15 +145,15 @@ def test_sensitivity_is_the_squared_gradient_of_each_output(name):
     if name == "decoder":
         walk, errors = calibration.walk(config), []
         for batch in calibration.batches:
-            state = walk.enter(params, batch)
+            state = walk.embed(params, batch)
             for place in places:
                 layer = {
                     path.removeprefix(place.prefix): leaf[place.row]
                     for path, leaf in flatten(params).items() if path.startswith(place.prefix)
                 }  # fmt: skip
-                state = walk.layer(params, place, layer, batch, state)
+                state = walk.run_layer(params, place, layer, batch, state)
             x_NxD = state[0].reshape(-1, 16)
-            leave = lambda x_D: walk.leave(params, (x_D[None, None], None))[0, 0]  # noqa: E731
+            leave = lambda x_D: walk.logits(params, (x_D[None, None], None))[0, 0]  # noqa: E731
             j_NxVxD, p_NxV = jax.vmap(jax.jacobian(leave))(x_NxD), jax.nn.softmax(jax.vmap(leave)(x_NxD))
             mean_NxD = jnp.einsum("nv,nvd->nd", p_NxV, j_NxVxD)
             errors.append(jnp.einsum("nv,nvd->d", p_NxV, (j_NxVxD - mean_NxD[:, None]) ** 2))

@@ -28,7 +28,7 @@ FOLDS = {"decoder": 4, "moe": 4, "relu": 4, "seq2seq": 4}  # in the first layer
 def test_folding_any_scale_changes_nothing(name):
     config, _, params, calibration = make(name)
     rng, layers, counts = np.random.default_rng(0), [], []
-    for place in calibration.walk(config).places():
+    for place in calibration.walk(config).layer_positions():
         layer = layer_of(params, place)
         found = folds(config, place.side, layer)
         counts.append(len(found))
@@ -47,7 +47,7 @@ def test_folding_any_scale_changes_nothing(name):
 
 def test_what_cannot_be_folded_is_not():
     config, _, params, calibration = make("decoder")
-    layer = layer_of(params, next(iter(calibration.walk(config).places())))
+    layer = layer_of(params, next(iter(calibration.walk(config).layer_positions())))
     makers = lambda **changes: [each.maker for each in folds(dataclasses.replace(config, **changes), "decoder", layer)]  # noqa: E731
     assert makers() == ["attn_norm", "attn/v", "mlp_norm", "mlp/up"]
     assert makers(norm_position="post") == makers(norm_position="output") == ["attn/v", "mlp/up"]

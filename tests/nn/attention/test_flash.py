@@ -12,7 +12,7 @@ from jaxlm import nn
 from jaxlm.core.sharding import make_mesh
 from jaxlm.nn.attention import flash
 from jaxlm.nn.attention import layer as attention
-from jaxlm.nn.attention.kv_cache import keep
+from jaxlm.nn.attention.kv_cache import quantize_kv
 from jaxlm.training.objectives.loss import make_loss
 
 B, H, G, K = 2, 4, 2, 8
@@ -80,7 +80,7 @@ def test_float64_numpy_agrees():
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_a_rounded_cache_is_read_by_blocks(monkeypatch, kind):
     _, q, k, v, _ = arrays(256, 320)
-    kept = keep(k, v, kind)
+    kept = quantize_kv(k, v, kind)
     mask = jnp.asarray(np.tril(np.ones((256, 320), bool), 64))[None]
     read = jax.jit(lambda: attention.attend(q, *kept, mask, scale=0.3))
     want = plain(monkeypatch, jax.jit(lambda: attention.attend(q, *kept, mask, scale=0.3)))

@@ -16,7 +16,7 @@ from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import make_mesh, shardings
 from jaxlm.core.tree import flatten
-from jaxlm.nn.attention.kv_cache import Rounded, bytes_a_token, fake_quantize_kv, keep, restore
+from jaxlm.nn.attention.kv_cache import QuantizedKV, cache_bytes_per_token, dequantize_kv, fake_quantize_kv, quantize_kv
 from jaxlm.nn.attention.layer import attend
 
 ROUNDED = ("int8", "int4", "fp8")
@@ -55,7 +55,7 @@ def reference(x, kind, turned):
 @pytest.mark.parametrize("kind", ROUNDED)
 def test_kept_vectors_are_those_of_the_reference(kind):
     k, v = vectors(2, 2, 5, 24), vectors(2, 2, 5, 24, seed=1)
-    got = restore(*keep(k, v, kind))
+    got = dequantize_kv(*quantize_kv(k, v, kind))
     for x, back, turned in zip((k, v), got, (kind == "int4", False), strict=True):
         size = np.abs(x).max(-1, keepdims=True) + 1e-9
         np.testing.assert_allclose(back / size, reference(x, kind, turned) / size, atol=3e-6)
@@ -69,8 +69,8 @@ def test_kept_vectors_are_those_of_the_reference(kind):
 def test_attention_reads_what_was_kept(kind, dtype, tolerance):
     q, k, v = (vectors(2, n, m, 24, seed=n, dtype=dtype) / 4 for n, m in [(3, 4), (2, 5), (2, 5)])
     mask = jnp.asarray(np.random.default_rng(5).random((2, 3, 5)) < 0.8)
-    got = attend(q, *keep(k, v, kind), mask, scale=0.3, cap=2.0)
-    dense = [x.astype(dtype) for x in restore(*keep(k, v, kind))]
+    got = attend(q, *quantize_kv(k, v, kind), mask, scale=0.3, cap=2.0)
+    dense = [x.astype(dtype) for x in dequantize_kv(*quantize_kv(k, v, kind))]
     want = attend(q, *dense, mask, scale=0.3, cap=2.0)
     assert got.dtype == want.dtype == dtype
     np.testing.assert_allclose(
@@ -80,15 +80,15 @@ def test_attention_reads_what_was_kept(kind, dtype, tolerance):
 
 def test_every_float8_is_read_as_it_is_written():
     codes = jnp.asarray([code for code in range(256) if code & 0x7F != 0x7F], jnp.uint8)
-    kept = Rounded(codes[:, None], jnp.ones(len(codes), jnp.float16), None, "fp8")
+    kept = QuantizedKV(codes[:, None], jnp.ones(len(codes), jnp.float16), None, "fp8")
     want = np.asarray(codes).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    np.testing.assert_array_equal(restore(kept, kept)[0][:, 0], want)
+    np.testing.assert_array_equal(dequantize_kv(kept, kept)[0][:, 0], want)
 
 
 def test_a_large_channel_of_keys_costs_the_others_less_when_turned():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(1, 1, 64, 64)) + 20 * (np.arange(64) == 7) * rng.choice([-1, 1], (64, 1)))
-    k, v = restore(*keep(x, x, "int4"))
+    k, v = dequantize_kv(*quantize_kv(x, x, "int4"))
     assert jnp.linalg.norm(k - x) < 0.6 * jnp.linalg.norm(v - x)
 
 
@@ -136,10 +136,10 @@ def test_bytes_a_token_are_those_of_the_cache(kind, size):
         cache = model.init_cache(1, slots)
         return sum(x.nbytes for x in jax.tree.leaves((cache.keys, cache.values)))
 
-    assert bytes_a_token(config) == cached(6) - cached(5) == 3 * 2 * 2 * size
+    assert cache_bytes_per_token(config) == cached(6) - cached(5) == 3 * 2 * 2 * size
     translator = nn.preset("tiny", vocab_size=23, width=32, heads=2, decoder_heads=4, kv_cache=kind, decoder_layers=3)
-    assert bytes_a_token(translator) == 3 * 2 * 4 * size
-    assert bytes_a_token(nn.LSTMConfig(vocab_size=23)) == 0
+    assert cache_bytes_per_token(translator) == 3 * 2 * 4 * size
+    assert cache_bytes_per_token(nn.LSTMConfig(vocab_size=23)) == 0
 
 
 @pytest.mark.parametrize("kind", ROUNDED)
@@ -180,4 +180,4 @@ def test_scales_are_spread_over_devices_like_their_codes(kind):
 def test_int4_wants_heads_of_an_even_size():
     x = jnp.zeros((1, 1, 2, 5))
     with pytest.raises(UserError, match="int4 cache takes heads of an even size, and this model's are 5; use int8"):
-        keep(x, x, "int4")
+        quantize_kv(x, x, "int4")

@@ -57,7 +57,7 @@ def test_the_parts_of_the_loss(config):
     logits, states = model.with_states(*inputs)
     assert states.shape == (2, 4, 8, 16)
     np.testing.assert_allclose(logits, model(*inputs), atol=1e-5)
-    last = model.decoder.leave(states[-1])
+    last = model.decoder.finish(states[-1])
     np.testing.assert_allclose(nn.decoder.head_logits(model, last), logits, atol=1e-5)
     whole, sums = loss(0.3, 0.5)
     difference = np.square(states - teacher.with_states(*inputs)[1]).mean((0, -1))

@@ -19,7 +19,7 @@ from jaxlm.compression.names import parse
 from jaxlm.compression.schedule import fake_compress
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, is_leaf
-from jaxlm.core.sharding import batch_sharding, make_mesh, spread
+from jaxlm.core.sharding import batch_sharding, make_mesh, shard_over
 from jaxlm.core.tree import flatten
 from jaxlm.hf.directory import read_model
 from jaxlm.training import loop
@@ -165,7 +165,7 @@ def test_eight_devices_equal_one():
     np.testing.assert_allclose(losses[:2], others[:2], rtol=1e-5)
     np.testing.assert_allclose(losses[2:], others[2:], rtol=1e-3)
     mask = state.opt_state.masks[KERNEL]
-    assert mask.sharding == spread(state.params[KERNEL].sharding, mask.shape) and not mask.sharding.is_fully_replicated
+    assert mask.sharding == shard_over(state.params[KERNEL].sharding, mask.shape) and not mask.sharding.is_fully_replicated
 
 
 # ---- whole trainings
