@@ -15,7 +15,7 @@ from jaxlm import nn
 from jaxlm.checkpoint.storage import leaf_bytes, pack_params, stored
 from jaxlm.compression.calibration import Calibration
 from jaxlm.compression.fit.budget import Budget, Fit, Fitted, LossTarget
-from jaxlm.compression.fit.sensitivity import OPTIONS, SPARSITIES, survey
+from jaxlm.compression.fit.sensitivity import CANDIDATES, SPARSITY_CANDIDATES, measure_sensitivity
 from jaxlm.compression.names import load_recipe
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.report import report as make_report
@@ -82,14 +82,14 @@ def compress(
     calibration = _calibration(lm, calibrate, samples, context, seed, progress) if calibrate else None
     if recipe is None:
         fitted = _fit(lm, target, f"fit-{fit or max_perplexity}", storage, calibration, progress)
-        recipe, done, choices = fitted.recipe, fitted.model, fitted.rows
+        recipe, done, fitted_kernels = fitted.recipe, fitted.model, fitted.rows
     else:
-        done, choices = recipe.run(lm.config, lm.params, calibration), ()
+        done, fitted_kernels = recipe.run(lm.config, lm.params, calibration), ()
     alike = not any(getattr(step, "folds_scales", False) for step in recipe.steps)
     rows = make_report(lm.params if alike else None, done.params, stored(*pack_params(done.params, recipe.storage)))
     return lm.replace(
         config=done.config, graphdef=nn.initializer(done.config)[0], params=done.params, recipe=recipe,
-        report=tuple(rows), choices=choices, info=lm.info | {"notes": [*lm.info.get("notes", ()), *done.notes]},
+        report=tuple(rows), fitted_kernels=fitted_kernels, info=lm.info | {"notes": [*lm.info.get("notes", ()), *done.notes]},
     )
 
 
@@ -106,7 +106,7 @@ def _fit(
     zeros = isinstance(target, Budget) and bool(target.zeros)
     size = _nonzero if zeros else partial(leaf_bytes, storage=storage)
     calibrating = dataclasses.replace(calibration, task="trying each kernel")
-    seen = survey(lm.config, lm.params, calibrating, size, ways=SPARSITIES if zeros else OPTIONS)
+    seen = measure_sensitivity(lm.config, lm.params, calibrating, size, candidates=SPARSITY_CANDIDATES if zeros else CANDIDATES)
     best = Fit(lm.config, lm.params, calibration, seen, size, storage, name)
     if zeros:
         return best.within(target, lambda config, params: sum(map(_nonzero, _kernels(params).values())))

@@ -41,7 +41,7 @@ _LOGITS = 1 << 26  # of one batch, 256 MiB
 _LONGEST_CONTEXT = 2048  # of models without a context of their own
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
-Scored = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding would say the same
+LogLikelihood = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding would say the same
 
 
 class JaxLM(TemplateLM):
@@ -124,7 +124,7 @@ class JaxLM(TemplateLM):
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
-    ) -> list[Scored]:
+    ) -> list[LogLikelihood]:
         """Scores continuations of contexts, (key, context, continuation) each, truncated from the left.
 
         Requests that differ in their last token only, as one-letter answers do, are read once.

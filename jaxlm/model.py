@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm import nn
-from jaxlm.compression.fit.budget import Row as ChoiceRow
+from jaxlm.compression.fit.budget import FittedKernel
 from jaxlm.compression.platforms import place
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.report import Row
@@ -53,7 +53,7 @@ class LM:
 
     ``generation`` has the defaults of ``generate`` and ``translate``, from generation_config.json.
     ``info`` says where it came from (see ``hf.directory.read_model``; ``notes`` were made while loading).
-    ``recipe`` and ``report`` are those of ``compress``, and ``choices`` what it chose where it was given a budget.
+    ``recipe`` and ``report`` are those of ``compress``, and ``fitted_kernels`` what it chose for each kernel where it was given a budget.
     """
 
     config: ModelConfig
@@ -64,7 +64,7 @@ class LM:
     info: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
     report: tuple[Row, ...] = ()
-    choices: tuple[ChoiceRow, ...] = ()
+    fitted_kernels: tuple[FittedKernel, ...] = ()
 
     def __call__(self, *tokens: jax.Array) -> jax.Array:
         """Float32 logits ``[B, T, V]`` of tokens ``[B, T]``; of (source ``[B, S]``, decoder inputs ``[B, T]``) where
@@ -89,8 +89,8 @@ class LM:
         if self.report:
             rows = [row.to_json() for row in self.report]
             files["compression.json"] = {"recipe": self.recipe.to_json(), "tensors": rows}
-            if self.choices:
-                files["compression.json"]["choices"] = [row.to_json() for row in self.choices]
+            if self.fitted_kernels:
+                files["compression.json"]["choices"] = [row.to_json() for row in self.fitted_kernels]
         return write_model(
             directory, self.config, self.params, self.tokenizer, self.generation, files=files,
             storage="plain" if self.recipe is None else self.recipe.storage,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxlm.core.sharding import on_device
 
-__all__ = ["checksums", "wrong"]
+__all__ = ["checksums", "first_mismatch"]
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -27,7 +27,7 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def wrong(arrays: Mapping[str, jax.Array], expected: Mapping[str, list[Any]]) -> str | None:
+def first_mismatch(arrays: Mapping[str, jax.Array], expected: Mapping[str, list[Any]]) -> str | None:
     """The path of an array whose sum is not the expected one, among those that have one and kept their type."""
     known = {path: array for path, array in arrays.items() if expected.get(path, [None])[0] == str(array.dtype)}
     return next((path for path, found in checksums(known).items() if found != expected[path]), None)

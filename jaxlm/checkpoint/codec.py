@@ -23,20 +23,20 @@ import zstandard
 
 from jaxlm.checkpoint import huffman
 from jaxlm.checkpoint.bitpack import pack_bits, packed_size, unpack_bits
-from jaxlm.checkpoint.huffman import Corrupt
+from jaxlm.checkpoint.huffman import CorruptError
 
 ESCAPE = 255
-Coded = dict[str, tuple[str, np.ndarray]]  # stream -> method, bytes
-Streams = dict[str, tuple[int, np.ndarray]]  # stream -> bits of a symbol, symbols
-Read = Callable[[str, int, int], np.ndarray]  # a stream, the bits of a symbol, how many -> symbols
+CodedStreams = dict[str, tuple[str, np.ndarray]]  # stream -> method, bytes
+SymbolStreams = dict[str, tuple[int, np.ndarray]]  # stream -> bits of a symbol, symbols
+ReadStream = Callable[[str, int, int], np.ndarray]  # a stream, the bits of a symbol, how many -> symbols
 
 
 @dataclass(frozen=True)
-class Part:
+class CodedArray:
     """One array, coded. ``gaps`` is the number of entries of the gaps stream, the only count not known from others."""
 
     layout: str
-    streams: Coded
+    streams: CodedStreams
     gaps: int = 0
 
     @property
@@ -59,25 +59,25 @@ def encode_stream(symbols: np.ndarray, width: int, storage: str) -> tuple[str, n
 
 
 def decode_stream(method: str, data: np.ndarray, width: int, count: int) -> np.ndarray:
-    """The ``count`` symbols of a stream. Raises Corrupt before it allocates more than ``count`` bytes."""
+    """The ``count`` symbols of a stream. Raises CorruptError before it allocates more than ``count`` bytes."""
     if data.dtype != np.uint8 or data.ndim != 1 or count < 0:
-        raise Corrupt(f"{data.dtype}{list(data.shape)} cannot be {count} symbols")
+        raise CorruptError(f"{data.dtype}{list(data.shape)} cannot be {count} symbols")
     if method == "huffman":
         return huffman.decode(data, count)
     if method == "raw":
         if len(data) != packed_size(count, width):
-            raise Corrupt(f"{len(data)} bytes are not {count} symbols of {width} bits")
+            raise CorruptError(f"{len(data)} bytes are not {count} symbols of {width} bits")
         return unpack_bits(data, width, count)
     if method != "zstd":
-        raise Corrupt(f"unknown method {method!r}")
+        raise CorruptError(f"unknown method {method!r}")
     try:
         if zstandard.frame_content_size(data.data) != count:
-            raise Corrupt(f"its frame does not hold {count} symbols")
+            raise CorruptError(f"its frame does not hold {count} symbols")
         symbols = np.frombuffer(zstandard.ZstdDecompressor().decompress(data.data), np.uint8)
     except zstandard.ZstdError as error:
-        raise Corrupt(str(error)) from None
+        raise CorruptError(str(error)) from None
     if len(symbols) != count:
-        raise Corrupt(f"{len(symbols)} symbols, not {count}")
+        raise CorruptError(f"{len(symbols)} symbols, not {count}")
     return symbols
 
 
@@ -86,11 +86,11 @@ class Codes:
 
     def __init__(self, bits: int):
         if bits not in range(1, 9):
-            raise Corrupt(f"codes of {bits} bits")
+            raise CorruptError(f"codes of {bits} bits")
         self.bits, self.per_symbol = bits, 8 // bits
         self.dtype = np.dtype(np.uint8)
 
-    def split(self, values: np.ndarray) -> Streams:
+    def split(self, values: np.ndarray) -> SymbolStreams:
         padded = np.zeros(-(-len(values) // self.per_symbol) * self.per_symbol, np.uint8)
         padded[: len(values)] = values
         symbols = np.zeros(len(padded) // self.per_symbol, np.uint8)
@@ -98,7 +98,7 @@ class Codes:
             symbols |= padded[i :: self.per_symbol] << np.uint8(i * self.bits)
         return {"codes": (self.bits * self.per_symbol, symbols)}
 
-    def join(self, read: Read, count: int) -> np.ndarray:
+    def join(self, read: ReadStream, count: int) -> np.ndarray:
         symbols = read("codes", self.bits * self.per_symbol, -(-count // self.per_symbol))
         values = np.empty((len(symbols), self.per_symbol), np.uint8)
         for i in range(self.per_symbol):
@@ -112,10 +112,10 @@ class Words:
     def __init__(self, dtype: np.dtype):
         self.bits, self.dtype = _word(dtype)
 
-    def split(self, values: np.ndarray) -> Streams:
+    def split(self, values: np.ndarray) -> SymbolStreams:
         return {"values": (8, values.view(np.uint8))}
 
-    def join(self, read: Read, count: int) -> np.ndarray:
+    def join(self, read: ReadStream, count: int) -> np.ndarray:
         return read("values", 8, count * self.dtype.itemsize).view(self.dtype)
 
 
@@ -133,7 +133,7 @@ class Planes:
         self.bits, self.dtype = _word(dtype)
         self.rotated = dtype.kind not in "iub"
 
-    def split(self, values: np.ndarray) -> Streams:
+    def split(self, values: np.ndarray) -> SymbolStreams:
         if self.rotated:
             values = values << 1 | values >> (self.bits - 1)
         top = (values >> (self.bits - 8)).astype(np.uint8)
@@ -143,12 +143,12 @@ class Planes:
         room = self._room(int(np.count_nonzero(occurs)))
         ranks = (np.cumsum(occurs) - 1 << room & 255).astype(np.uint8)
         head = (values >> (self.bits - 8 - room) & 2**room - 1).astype(np.uint8)
-        planes: Streams = {"tops": (8, np.packbits(occurs, bitorder="little")), "plane0": (8, ranks[top] | head)}
+        planes: SymbolStreams = {"tops": (8, np.packbits(occurs, bitorder="little")), "plane0": (8, ranks[top] | head)}
         for i, width, shift in self._rest(room):
             planes[f"plane{i}"] = (width, (values >> shift & 2**width - 1).astype(np.uint8))
         return planes
 
-    def join(self, read: Read, count: int) -> np.ndarray:
+    def join(self, read: ReadStream, count: int) -> np.ndarray:
         if self.bits == 8:
             values = read("plane0", 8, count)
         else:
@@ -157,7 +157,7 @@ class Planes:
             heads = (tops[:, None] << room | np.arange(2**room)).reshape(-1).astype(self.dtype)
             first = read("plane0", 8, count)
             if len(first) and first.max() >= len(heads):
-                raise Corrupt("a value begins with none of its first bytes")
+                raise CorruptError("a value begins with none of its first bytes")
             values = np.take(heads << self.dtype.type(self.bits - 8 - room), first)
             for i, width, shift in self._rest(room):
                 values |= read(f"plane{i}", width, count).astype(self.dtype) << self.dtype.type(shift)
@@ -175,14 +175,14 @@ class Planes:
 
 def _word(dtype: np.dtype) -> tuple[int, np.dtype]:
     if dtype.itemsize not in (1, 2, 4, 8) or dtype.hasobject:
-        raise Corrupt(f"values of {dtype}")
+        raise CorruptError(f"values of {dtype}")
     return 8 * dtype.itemsize, np.dtype(f"<u{dtype.itemsize}")
 
 
-Kind = Codes | Words | Planes
+Symbolizer = Codes | Words | Planes
 
 
-def encode(values: np.ndarray, kind: Kind, storage: str) -> Part:
+def encode(values: np.ndarray, kind: Symbolizer, storage: str) -> CodedArray:
     """Flat values (of the kind's dtype) in the layout that takes the fewest bytes."""
     nonzero = values != 0
     zeros = 1 - nonzero.mean() if len(values) else 0.0
@@ -198,9 +198,9 @@ def encode(values: np.ndarray, kind: Kind, storage: str) -> Part:
     return min(parts, key=lambda part: part.nbytes)
 
 
-def _encode_kept(kept: np.ndarray, kind: Kind, storage: str, layout: str, where: Coded, gaps: int = 0) -> Part:
+def _encode_kept(kept: np.ndarray, kind: Symbolizer, storage: str, layout: str, where: CodedStreams, gaps: int = 0) -> CodedArray:
     coded = {name: encode_stream(symbols, width, storage) for name, (width, symbols) in kind.split(kept).items()}
-    return Part(layout, where | coded, gaps)
+    return CodedArray(layout, where | coded, gaps)
 
 
 def _gaps(nonzero: np.ndarray) -> np.ndarray:
@@ -212,12 +212,12 @@ def _gaps(nonzero: np.ndarray) -> np.ndarray:
     return gaps
 
 
-def decode(part: Part, kind: Kind, count: int) -> np.ndarray:
-    """The ``count`` values of a part, or Corrupt."""
+def decode(part: CodedArray, kind: Symbolizer, count: int) -> np.ndarray:
+    """The ``count`` values of a part, or CorruptError."""
 
     def stream(name: str, width: int, symbols: int) -> np.ndarray:
         if name not in part.streams:
-            raise Corrupt(f"its stream {name!r} is missing")
+            raise CorruptError(f"its stream {name!r} is missing")
         method, data = part.streams[name]
         return decode_stream(method, data, width, symbols)
 
@@ -228,15 +228,15 @@ def decode(part: Part, kind: Kind, count: int) -> np.ndarray:
         kept = int(np.count_nonzero(where))
     elif part.layout == "gaps":
         if not 0 <= part.gaps <= count:
-            raise Corrupt(f"{part.gaps} gaps in {count} values")
+            raise CorruptError(f"{part.gaps} gaps in {count} values")
         gaps = stream("gaps", 8, part.gaps)
         is_value = gaps != ESCAPE
         where = (np.cumsum(gaps + is_value.astype(np.int64)) - 1)[is_value]
         kept = len(where)
         if kept and where[-1] >= count:
-            raise Corrupt("its gaps reach past the end")
+            raise CorruptError("its gaps reach past the end")
     else:
-        raise Corrupt(f"unknown layout {part.layout!r}")
+        raise CorruptError(f"unknown layout {part.layout!r}")
     values = kind.join(stream, kept)
     if where is None:
         return values

@@ -38,7 +38,7 @@ _REVERSED = sum((np.arange(1 << LIMIT) >> i & 1) << (LIMIT - 1 - i) for i in ran
 _THREADS = 2  # NumPy and XLA let other threads run
 
 
-class Corrupt(ValueError):
+class CorruptError(ValueError):
     """Coded bytes that no encoder wrote."""
 
 
@@ -87,12 +87,12 @@ def encode(symbols: np.ndarray) -> np.ndarray:
 
 
 def decode(coded: np.ndarray, count: int) -> np.ndarray:
-    """The ``count`` symbols (uint8) of flat coded bytes (uint8), or Corrupt.
+    """The ``count`` symbols (uint8) of flat coded bytes (uint8), or CorruptError.
 
     Allocates no more than some eight times what it is given, and 16 MiB.
     """
     if not 0 <= count <= 8 * len(coded):
-        raise Corrupt(f"{len(coded)} bytes cannot hold {count} symbols")
+        raise CorruptError(f"{len(coded)} bytes cannot hold {count} symbols")
     lengths, coded = _read_lengths(coded)
     sizes, payload = _read_sizes(coded, sum(_shape(n)[0] for n in _blocks(count)))
     if not count:
@@ -107,7 +107,7 @@ def decode(coded: np.ndarray, count: int) -> np.ndarray:
         last = ends[i * LANES + len(of) - 1]
         used = _decode_block(payload[last - of.sum() : last], of, table, lengths, out)
         if not np.array_equal((used + 7) >> 3, of):
-            raise Corrupt("a chunk does not end where the next one starts")
+            raise CorruptError("a chunk does not end where the next one starts")
 
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(block, range(-(-count // BLOCK))))
@@ -149,12 +149,12 @@ def _codes(lengths: np.ndarray) -> np.ndarray:
 def _decoding_table(lengths: np.ndarray) -> np.ndarray:
     """``[4096]`` (uint32): for the next 12 bits of the stream, the symbol in the low byte and its length above."""
     if lengths.max() > LIMIT:
-        raise Corrupt("a code is too long")
+        raise CorruptError("a code is too long")
     order, spans = _by_code(lengths)
     if len(order) == 1 and spans[0] == 1 << LIMIT - 1:
         spans *= 2  # a lone symbol owns both halves of the code space
     if spans.sum() != 1 << LIMIT:
-        raise Corrupt("its code lengths are not those of a prefix code")
+        raise CorruptError("its code lengths are not those of a prefix code")
     entries = (order | lengths[order].astype(np.int64) << 8).astype(np.uint32)
     return np.repeat(entries, spans)[_REVERSED]
 
@@ -214,7 +214,7 @@ def _read_lengths(coded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     used = last - first + 1
     end = 2 + packed_size(used, 4)
     if used < 1 or len(coded) < end:
-        raise Corrupt("its header is cut off")
+        raise CorruptError("its header is cut off")
     lengths = np.zeros(_SYMBOLS, np.uint8)
     lengths[first : last + 1] = unpack_bits(coded[2:end], 4, used)
     return lengths, coded[end:]
@@ -223,15 +223,15 @@ def _read_lengths(coded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _read_sizes(coded: np.ndarray, chunks: int) -> tuple[np.ndarray, np.ndarray]:
     """The byte size of each chunk, and the bytes of the chunks."""
     if len(coded) < 3:
-        raise Corrupt("its header is cut off")
+        raise CorruptError("its header is cut off")
     smallest, width = int(coded[0]) | int(coded[1]) << 8, int(coded[2])
     end = 3 + (packed_size(chunks, width) if width <= 8 else 2 * chunks)
     if len(coded) < end:
-        raise Corrupt("its index of chunks is cut off")
+        raise CorruptError("its index of chunks is cut off")
     over = unpack_bits(coded[3:end], width, chunks) if width <= 8 else coded[3:end].view("<u2")
     sizes = smallest + over.astype(np.int64)
     if sizes.sum() != len(coded) - end:
-        raise Corrupt(f"its chunks do not add up to {len(coded) - end} bytes")
+        raise CorruptError(f"its chunks do not add up to {len(coded) - end} bytes")
     return sizes, coded[end:]
 
 
@@ -241,7 +241,7 @@ def _decode_block(
     """Decodes the bytes of a block's chunks into ``out``; returns the bits each chunk used."""
     chunks, steps = _shape(len(out))
     if sizes.max() > steps * 4 * LIMIT // 8:
-        raise Corrupt("a chunk is larger than its symbols")
+        raise CorruptError("a chunk is larger than its symbols")
     lanes = next(width for width in _WIDTHS if width >= chunks)
     longest = LONGEST if lanes == LANES else SHORTEST
     words = np.empty(lanes * longest * LIMIT // 8 // 4 + 2, "<u4")  # of one size for each width

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxlm.checkpoint.codec import Codes, Corrupt, Part, Planes, Words, decode, encode
+from jaxlm.checkpoint.codec import CodedArray, Codes, CorruptError, Planes, Words, decode, encode
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import Codebook, LowRank, QArray, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten, unflatten
@@ -223,7 +223,7 @@ def _pack_array(part: str, array: np.ndarray, storage: str) -> tuple[dict[str, A
     return {"layout": "array", "streams": {}}, {"" if part == "dense" else part: array}
 
 
-def _fields(part: str, coded: Part) -> tuple[dict[str, Any], Tensors]:
+def _fields(part: str, coded: CodedArray) -> tuple[dict[str, Any], Tensors]:
     fields = {"layout": coded.layout, "streams": {name: method for name, (method, _) in coded.streams.items()}}
     if coded.layout == "gaps":
         fields["gaps"] = coded.gaps
@@ -252,7 +252,7 @@ def _unpack(path: str, shape: tuple[int, ...], tensors: Mapping[str, np.ndarray]
     try:
         arrays = {suffix: np.asarray(tensors[_name(path, suffix)]) for suffix in _suffixes(entry)}
         if _checksum(entry, arrays) != entry["crc32"]:
-            raise Corrupt("its checksum is wrong")
+            raise CorruptError("its checksum is wrong")
         if tuple(entry["shape"]) != shape:
             saved = tuple(entry["shape"])
             raise UserError(f"{path} is {saved} in the weights, {shape} in the model; check config.json")
@@ -271,7 +271,7 @@ def _unpack_leaf(shape: tuple[int, ...], entry: Mapping[str, Any], arrays: Tenso
         return _unpack_array("dense", shape, np.dtype(entry["dtype"]), entry, arrays)
     bits, group, axis = (_whole(entry[name], name) for name in ("bits", "group", "axis"))
     if not 1 <= bits <= 8 or group < 0 or axis not in (-1, -2):
-        raise Corrupt(f"{bits} bits in groups of {group} along axis {axis}")
+        raise CorruptError(f"{bits} bits in groups of {group} along axis {axis}")
     *lead, n_out, n_in = (*shape[:-2], shape[-1], shape[-2]) if axis == -2 else shape
     codes = decode(_part("codes", entry, arrays), Codes(bits), math.prod(shape)).reshape(*lead, n_out, n_in)
     grid = (*lead, n_out, -(-n_in // group) if group else 1)
@@ -281,7 +281,7 @@ def _unpack_leaf(shape: tuple[int, ...], entry: Mapping[str, Any], arrays: Tenso
 
 def _whole(value: Any, name: str) -> int:
     if type(value) is not int:
-        raise Corrupt(f"its {name} is {value!r}")
+        raise CorruptError(f"its {name} is {value!r}")
     return value
 
 
@@ -289,11 +289,11 @@ def _unpack_low_rank(shape: tuple[int, ...], entry: Mapping[str, Any], arrays: T
     *lead, n_in, n_out = shape
     rank = _whole(entry["a"]["shape"][-1], "rank")
     if not 0 < rank <= max(n_in, n_out):
-        raise Corrupt(f"a rank of {rank}")
+        raise CorruptError(f"a rank of {rank}")
     factors = {}
     for factor, dense in (("a", (*lead, n_in, rank)), ("b", (*lead, rank, n_out))):
         if tuple(entry[factor]["shape"]) != dense or factor in entry[factor]:
-            raise Corrupt(f"a factor of the shape {entry[factor]['shape']} where {list(dense)} is due")
+            raise CorruptError(f"a factor of the shape {entry[factor]['shape']} where {list(dense)} is due")
         within = {name: arrays[_name(factor, name)] for name in _suffixes(entry[factor])}
         factors[factor] = _unpack_leaf(dense, entry[factor], within)
     return LowRank(**factors)
@@ -303,7 +303,7 @@ def _unpack_quantized(codes: np.ndarray, grid: tuple[int, ...], entry: Mapping[s
     bits, group, zero = entry["bits"], entry["group"], None
     floats = "codes" in entry
     if floats and (entry["codes"] != str(_FLOAT8) or bits != 8 or "zero" in entry["parts"]):
-        raise Corrupt(f"codes of the type {entry['codes']} in {bits} bits")
+        raise CorruptError(f"codes of the type {entry['codes']} in {bits} bits")
     if "zero" in entry["parts"]:
         zero = decode(_part("zero", entry, arrays), Codes(bits), math.prod(grid)).astype(np.int16).reshape(grid)
         zero = _unwrap(zero, bits)
@@ -318,7 +318,7 @@ def _unpack_quantized(codes: np.ndarray, grid: tuple[int, ...], entry: Mapping[s
 def _unpack_codebook(codes: np.ndarray, grid: tuple[int, ...], entry: Mapping[str, Any], arrays: Tensors) -> Codebook:
     bits, kind = entry["bits"], entry["kind"]
     if kind not in ("nf4", "mxfp4", "shared"):
-        raise Corrupt(f"a table of the kind {kind!r}")
+        raise CorruptError(f"a table of the kind {kind!r}")
     codes = _wrap(codes.astype(np.int16) + _whole(entry["common"], "common"), bits).reshape(codes.shape)
     table = _unpack_floats("table", (*grid[:-2], 2**bits), entry, arrays)
     scale = _unpack_floats("scale", grid, entry, arrays) if "scale" in entry["parts"] else None
@@ -328,7 +328,7 @@ def _unpack_codebook(codes: np.ndarray, grid: tuple[int, ...], entry: Mapping[st
 def _unpack_floats(part: str, shape: tuple[int, ...], entry: Mapping[str, Any], arrays: Tensors) -> np.ndarray:
     name = entry["parts"][part].get("dtype", "float32")
     if name not in ("exponent", "float16", "float32"):
-        raise Corrupt(f"{part} of the type {name!r}")
+        raise CorruptError(f"{part} of the type {name!r}")
     array = _unpack_array(part, shape, np.dtype(np.uint8 if name == "exponent" else name), entry, arrays)
     return _from_exponents(array) if name == "exponent" else array.astype(np.float32)
 
@@ -337,14 +337,14 @@ def _unpack_array(part: str, shape: tuple[int, ...], dtype: np.dtype, entry: Map
     if entry["parts"][part]["layout"] == "array":
         array = arrays["" if part == "dense" else part]
         if array.shape != shape or array.dtype != dtype:
-            raise Corrupt(f"{array.dtype}{list(array.shape)} where {dtype}{list(shape)} is due")
+            raise CorruptError(f"{array.dtype}{list(array.shape)} where {dtype}{list(shape)} is due")
         return array
     streams = entry["parts"][part]["streams"]
     kind = (Planes if "plane0" in streams else Words)(dtype)
     return decode(_part(part, entry, arrays), kind, math.prod(shape)).view(dtype).reshape(shape)
 
 
-def _part(part: str, entry: Mapping[str, Any], arrays: Tensors) -> Part:
+def _part(part: str, entry: Mapping[str, Any], arrays: Tensors) -> CodedArray:
     fields = entry["parts"][part]
     streams = {name: (method, arrays[f"{part}/{name}"]) for name, method in fields["streams"].items()}
-    return Part(fields["layout"], streams, fields.get("gaps", 0))
+    return CodedArray(fields["layout"], streams, fields.get("gaps", 0))

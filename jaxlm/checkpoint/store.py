@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from jaxlm.checkpoint.checksums import checksums, wrong
+from jaxlm.checkpoint.checksums import checksums, first_mismatch
 from jaxlm.core.disk import room_for
 from jaxlm.core.errors import UserError
 
@@ -171,7 +171,7 @@ class Store:
         stored = _stored(abstract)
         args = ocp.args.PyTreeRestore(stored, jax.tree.map(_restore_args, stored), partial_restore=partial)
         found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-        damaged = wrong({path: found[path] for path in stored}, data.get("checksums", {}))
+        damaged = first_mismatch({path: found[path] for path in stored}, data.get("checksums", {}))
         if damaged is not None:
             raise UserError(f"{damaged} is damaged, its checksum is wrong")
         leaves, structure = jax.tree.flatten(abstract)

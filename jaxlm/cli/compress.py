@@ -45,10 +45,10 @@ def run(args) -> None:
         samples=args.samples, context=args.context, seed=args.seed, progress=Progress(),
     )
     out = small.save(args.out)
-    if small.choices:
-        measure = "bytes" if any(row.choice and row.choice.bits for row in small.choices) else "nonzero"
-        print_table([_chosen(row, measure) for row in small.choices])
-        predicted, final = (sum(getattr(row, name) for row in small.choices) for name in ("predicted", "final"))
+    if small.fitted_kernels:
+        measure = "bytes" if any(row.choice and row.choice.bits for row in small.fitted_kernels) else "nonzero"
+        print_table([_chosen(row, measure) for row in small.fitted_kernels])
+        predicted, final = (sum(getattr(row, name) for row in small.fitted_kernels) for name in ("predicted", "final"))
         print(f"loss added, in nats a token: {predicted:.4f} predicted, {final:.4f} as the kernels are solved for")
     print_table([_shown(row) for row in (*small.report, summary(small.report))])
     for note in small.info["notes"]:

@@ -27,7 +27,7 @@ from jaxlm.inference.sampling import top_k
 from jaxlm.nn.decoder import embed, head_logits
 from jaxlm.nn.stack import Stack
 
-__all__ = ["Insight", "Scored", "attention", "attributions", "inspect_tokens", "next_tokens", "score_tokens"]
+__all__ = ["Insight", "TokenScores", "attention", "attributions", "inspect_tokens", "next_tokens", "score_tokens"]
 
 _AVERAGED = 4096  # embeddings that the average token is the mean of
 _CHUNK = 64  # tokens whose logits are there at a time
@@ -55,7 +55,7 @@ class Insight:
 
 
 @dataclass(frozen=True)
-class Scored:
+class TokenScores:
     """Log-probabilities of the tokens of a text but the first, and the likeliest tokens in the place of each."""
 
     logprobs: list[float]
@@ -218,16 +218,16 @@ def _last_logp(model, inputs: tuple[Array, ...], tokens: Tokens, lengths: Length
     return jax.nn.log_softmax(head_logits(model, last_1x1xD)[0, 0])
 
 
-def score_tokens(lm, tokens: Sequence[int], *, top: int = 0) -> Scored:
+def score_tokens(lm, tokens: Sequence[int], *, top: int = 0) -> TokenScores:
     """Log-probabilities of the tokens of a text given those before, with up to 20 alternatives each."""
     if len(tokens) < 2:
-        return Scored([], [])
+        return TokenScores([], [])
     n, padded = len(tokens) - 1, _padded(lm.config, tokens[:-1])
     targets = np.pad(np.asarray(tokens[1:], np.int32), (0, len(padded) - n))
     logp_T, best_Txk, ids_Txk = (np.asarray(x)[:n] for x in _scores(lm.graphdef, lm.params, padded, targets))
     best = [list(zip(ids[:top].tolist(), row[:top].tolist(), strict=True)) for ids, row in
             zip(ids_Txk, best_Txk, strict=True)]
-    return Scored(logp_T.tolist(), best)
+    return TokenScores(logp_T.tolist(), best)
 
 
 @partial(jax.jit, static_argnames=("graphdef",))

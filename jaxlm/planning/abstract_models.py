@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm import nn
-from jaxlm.compression.fit.mixed_precision import Mixed
+from jaxlm.compression.fit.mixed_precision import MixedPrecision
 from jaxlm.compression.low_rank import rank_for
 from jaxlm.compression.platforms import place
 from jaxlm.compression.quantize.activations import Smooth, Static
@@ -163,7 +163,7 @@ def _without_data(step: Step, tied: bool) -> tuple[Step, ...]:
             return (_Factors(step.share, step.target),)
         case Rotate() if not tied:  # else the head may become one of its own
             return ()
-        case Mixed():
+        case MixedPrecision():
             raise UserError("a recipe fitted to a budget chose for one model; give a recipe by name")
     return (step,)
 

@@ -4,8 +4,8 @@
 
 ``test_fuzz_codec.py`` runs a few rounds of each target. What must hold:
 
-    stream   Huffman, zstd or raw bytes: as many symbols as were asked for, or Corrupt
-    part     layouts, methods and counts too: as many values as were asked for, or Corrupt
+    stream   Huffman, zstd or raw bytes: as many symbols as were asked for, or CorruptError
+    part     layouts, methods and counts too: as many values as were asked for, or CorruptError
     file     a damaged model.safetensors: the weights that were written, bit for bit, or one line of UserError
     mended   the same behind right checksums, as a forger would: weights of the right shapes, or one line of UserError
 
@@ -30,7 +30,7 @@ from flax import nnx
 
 from jaxlm.checkpoint import codec, huffman
 from jaxlm.checkpoint import storage as formats
-from jaxlm.checkpoint.codec import Codes, Corrupt, Part, Planes
+from jaxlm.checkpoint.codec import CodedArray, Codes, CorruptError, Planes
 from jaxlm.checkpoint.storage import pack_params, unpack_params
 from jaxlm.compression.prune.scores import magnitude
 from jaxlm.compression.quantize.rtn import quantize
@@ -96,7 +96,7 @@ def fuzz_stream(rng: np.random.Generator) -> bool:
     count = len(symbols) if rng.random() < 0.8 else int(rng.choice([0, 1, len(symbols) + 1, 10**7, 10**12, -1]))
     try:
         out = within(32 * (len(data) + len(symbols)) + _FIXED, lambda: codec.decode_stream(method, data, 8, count))
-    except Corrupt:
+    except CorruptError:
         return True
     assert out.shape == (count,) and out.dtype == np.uint8
     return False
@@ -119,9 +119,9 @@ def fuzz_part(rng: np.random.Generator) -> bool:
     try:
         out = within(
             100 * values.nbytes + 32 * part.nbytes + _FIXED,
-            lambda: codec.decode(Part(layout, streams, gaps), kind, len(values)),
+            lambda: codec.decode(CodedArray(layout, streams, gaps), kind, len(values)),
         )
-    except Corrupt:
+    except CorruptError:
         return True
     assert out.shape == values.shape and out.dtype == kind.dtype
     return False

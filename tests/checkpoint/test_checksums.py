@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.checkpoint.checksums import checksums, wrong
+from jaxlm.checkpoint.checksums import checksums, first_mismatch
 from jaxlm.core.sharding import make_mesh
 
 DTYPES = ("float32", "bfloat16", "float16", "int8", "uint8", "int32", "uint32", "bool", "float8_e4m3fn")
@@ -39,8 +39,8 @@ def test_every_bit_counts(rng, dtype):
             data = bytearray(array.tobytes())
             data[byte] ^= 1 << bit
             flipped = jnp.asarray(np.frombuffer(bytes(data), dtype))
-            assert wrong({"x": flipped}, expected) == "x"
-    assert wrong({"x": jnp.asarray(array[[1, 0, *range(2, 12)]])}, expected) == ("x" if array[0] != array[1] else None)
+            assert first_mismatch({"x": flipped}, expected) == "x"
+    assert first_mismatch({"x": jnp.asarray(array[[1, 0, *range(2, 12)]])}, expected) == ("x" if array[0] != array[1] else None)
 
 
 def test_sharding_and_a_change_of_type_do_not(rng):
@@ -49,5 +49,5 @@ def test_sharding_and_a_change_of_type_do_not(rng):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     for spec in (PartitionSpec("fsdp", "tensor"), PartitionSpec(None, ("data", "fsdp")), PartitionSpec()):
         for memory in ("device", "pinned_host"):
-            assert wrong({"x": jax.device_put(array, NamedSharding(mesh, spec, memory_kind=memory))}, expected) is None
-    assert wrong({"x": array.astype(jnp.float32) + 1, "y": array}, expected) is None  # no longer the same bits
+            assert first_mismatch({"x": jax.device_put(array, NamedSharding(mesh, spec, memory_kind=memory))}, expected) is None
+    assert first_mismatch({"x": array.astype(jnp.float32) + 1, "y": array}, expected) is None  # no longer the same bits

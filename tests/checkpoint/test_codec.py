@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.checkpoint import huffman
-from jaxlm.checkpoint.codec import Codes, Corrupt, Part, Planes, Words, decode, decode_stream, encode, encode_stream
+from jaxlm.checkpoint.codec import (
+    CodedArray,
+    Codes,
+    CorruptError,
+    Planes,
+    Words,
+    decode,
+    decode_stream,
+    encode,
+    encode_stream,
+)
 
 FLOATS = [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.float64]
 
@@ -178,31 +188,31 @@ def test_damage_raises_corrupt_and_never_grows(zeros):
         method = rng.choice([method, "raw", "huffman", "zstd", "lzma"], p=[0.8, 0.05, 0.05, 0.05, 0.05])
         layout = rng.choice([part.layout, "full", "gaps", "mask", "rows"], p=[0.8, 0.05, 0.05, 0.05, 0.05])
         gaps = rng.choice([part.gaps, -1, 5, 10**15], p=[0.7, 0.1, 0.1, 0.1])
-        damaged = Part(layout, part.streams | {name: (method, broken)}, gaps)
+        damaged = CodedArray(layout, part.streams | {name: (method, broken)}, gaps)
         try:
             assert decode(damaged, kind, len(codes)).shape == codes.shape
-        except (Corrupt, ValueError):
+        except (CorruptError, ValueError):
             pass
 
 
 def test_what_no_encoder_writes_is_corrupt():
     for kind, dtype in ((Words, "S9"), (Planes, "O"), (Planes, "c16")):
-        with pytest.raises(Corrupt):
+        with pytest.raises(CorruptError):
             kind(np.dtype(dtype))
     for bits in (0, 9, 10**15, -1):
-        with pytest.raises(Corrupt):
+        with pytest.raises(CorruptError):
             Codes(bits)
     for data in (np.zeros(5, np.int8), np.zeros((1, 5), np.uint8)):
-        with pytest.raises(Corrupt):
+        with pytest.raises(CorruptError):
             decode_stream("raw", data, 8, 5)
     words = np.arange(1, 6, dtype=np.uint16)
     part = encode(words, Planes(words.dtype), "huffman")
-    nothing = Part("full", part.streams | {"tops": ("raw", np.zeros(32, np.uint8))})
-    with pytest.raises(Corrupt, match="first bytes"):
+    nothing = CodedArray("full", part.streams | {"tops": ("raw", np.zeros(32, np.uint8))})
+    with pytest.raises(CorruptError, match="first bytes"):
         decode(nothing, Planes(words.dtype), 5)
 
 
 def test_a_frame_that_claims_more_than_is_due_is_not_decompressed():
     _, bomb = encode_stream(np.zeros(10**7, np.uint8), 8, "huffman")
-    with pytest.raises(Corrupt, match="does not hold"):
+    with pytest.raises(CorruptError, match="does not hold"):
         decode_stream("zstd", bomb, 8, 1000)

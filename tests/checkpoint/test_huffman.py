@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.checkpoint.bitpack import pack_bits, packed_size, unpack_bits
-from jaxlm.checkpoint.huffman import BLOCK, LANES, LIMIT, SHORTEST, Corrupt, code_lengths, coded_size, decode, encode
+from jaxlm.checkpoint.huffman import (
+    BLOCK,
+    LANES,
+    LIMIT,
+    SHORTEST,
+    CorruptError,
+    code_lengths,
+    coded_size,
+    decode,
+    encode,
+)
 
 
 def entropy(symbols):
@@ -142,12 +152,12 @@ def test_damage_is_noticed_or_harmless():
         broken = broken[: rng.choice([len(coded), rng.integers(len(coded))])]
         try:
             assert len(decode(broken, len(symbols))) == len(symbols)
-        except (Corrupt, ValueError):
+        except (CorruptError, ValueError):
             pass
 
 
 def test_a_count_that_cannot_be_allocates_nothing():
     coded = encode(np.arange(256, dtype=np.uint8))
     for count in (-1, 10**6, 10**12, 2**62):
-        with pytest.raises(Corrupt):
+        with pytest.raises(CorruptError):
             decode(coded, count)

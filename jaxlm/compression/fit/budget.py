@@ -1,7 +1,7 @@
 """Fits a model to a budget: for each kernel the bits, groups and sparsity that together cost the least loss.
 
-What each way to do each kernel costs is measured once for a model (``survey``). Costs add up, so what is best for a
-size is a multiple-choice knapsack, solved for all sizes at once: the ``front``. What was chosen
+What each way to do each kernel costs is measured once for a model (``measure_sensitivity``). Costs add up, so what is best for a
+size is a multiple-choice knapsack, solved for all sizes at once: the ``pareto_frontier``. What was chosen
 is then solved for anew, in one walk through the model as it is being compressed, by an ordinary step (``mixed``).
 """
 
@@ -19,9 +19,9 @@ import jax
 import numpy as np
 
 from jaxlm.compression.calibration import Calibration, layer_of
-from jaxlm.compression.fit.mixed_precision import Choice, Mixed, kernel_name
-from jaxlm.compression.fit.output_sensitivity import loss_increase
-from jaxlm.compression.fit.sensitivity import Option, Survey
+from jaxlm.compression.fit.fisher import loss_increase
+from jaxlm.compression.fit.mixed_precision import KernelChoice, MixedPrecision, kernel_name
+from jaxlm.compression.fit.sensitivity import Candidate, Sensitivity
 from jaxlm.compression.layer_groups import join
 from jaxlm.compression.prune.scores import magnitude, n_of_m
 from jaxlm.compression.quantize.rtn import quantize
@@ -30,11 +30,11 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import dequantize, dequantize_tree
 from jaxlm.core.tree import Leaf, Params
 
-__all__ = ["Budget", "Fit", "Fitted", "Front", "LossTarget", "Row", "front"]
+__all__ = ["Budget", "Fit", "Fitted", "FittedKernel", "LossTarget", "ParetoFrontier", "pareto_frontier"]
 
 Weigh = Callable[[Any, Params], int]  # (config, params) -> size
 
-_POINTS = 1 << 13  # of a front
+_POINTS = 1 << 13  # of a pareto_frontier
 _ATTEMPTS = 4  # to meet a budget that is known only when all is done
 _MODELS = 8  # to try for a loss
 _CLOSE = 0.002  # models whose kernels differ by less in size need not be told apart
@@ -109,7 +109,7 @@ class LossTarget:
 
 
 @dataclass(frozen=True)
-class Front:
+class ParetoFrontier:
     """The least loss for every size, of several things with options each: points of rising ``size`` and falling
     ``loss``, ``[points]``. ``picks`` are the options they consist of, ``[points, things]``."""
 
@@ -123,7 +123,7 @@ class Front:
         return at if at >= 0 else None
 
 
-def front(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], points: int = _POINTS) -> Front:
+def pareto_frontier(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], points: int = _POINTS) -> ParetoFrontier:
     """Of things whose options have these sizes and losses, the best choices for all budgets.
 
     Exact while there are no more than ``points`` of them. Beyond, of those whose sizes are within one part in
@@ -142,7 +142,7 @@ def front(sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], poi
             order = order[np.concatenate([slot[1:] != slot[:-1], [True]])]
         total, loss = sums[order], costs[order]
         picks = np.column_stack([picks[order // len(useful)], useful[order % len(useful)].astype(np.int16)])
-    return Front(total, loss, picks)
+    return ParetoFrontier(total, loss, picks)
 
 
 def _useful(size: np.ndarray, cost: np.ndarray) -> np.ndarray:
@@ -153,11 +153,11 @@ def _useful(size: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Row:
+class FittedKernel:
     """What was chosen for a kernel, None: to leave it dense. Its costs are in nats a token: ``predicted`` in the dense
     model, ``final`` with the inputs it has in the compressed one."""
 
-    choice: Choice | None
+    choice: KernelChoice | None
     kernel: str
     size: int
     predicted: float
@@ -173,7 +173,7 @@ class Fitted:
 
     recipe: Recipe
     model: Compressed
-    rows: tuple[Row, ...]
+    rows: tuple[FittedKernel, ...]
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Fit:
 
     Attributes:
         config, params, calibration: the dense model, and the data that kernels are solved with.
-        seen: its survey.
+        seen: its measure_sensitivity.
         size: of a leaf: its bytes when stored as ``storage`` says, or its weights that are not zero.
         name: of the recipes.
     """
@@ -190,21 +190,21 @@ class Fit:
     config: Any
     params: Params
     calibration: Calibration
-    seen: Survey
+    seen: Sensitivity
     size: Callable[[Leaf], int]
     storage: str = "plain"
     name: str = "fit"
 
     @functools.cached_property
-    def front(self) -> Front:
+    def frontier(self) -> ParetoFrontier:
         every = self.seen.options.values()
-        return front(
+        return pareto_frontier(
             [[each.size for each in some] for some in every], [[each.loss for each in some] for some in every]
         )
 
-    def options(self, at: int) -> dict[str, Option]:
-        """What the point ``at`` of the front consists of, by kernel."""
-        picks = zip(self.seen.options.items(), self.front.picks[at], strict=True)
+    def options(self, at: int) -> dict[str, Candidate]:
+        """What the point ``at`` of the pareto_frontier consists of, by kernel."""
+        picks = zip(self.seen.options.items(), self.frontier.picks[at], strict=True)
         return {name: options[pick] for (name, options), pick in picks}
 
     def within(self, budget: Budget, weigh: Weigh) -> Fitted:
@@ -215,11 +215,11 @@ class Fit:
         weights = sum(self.seen.weights.values())
         limit = budget.limit(weights)
         beside = self._beside(0, weigh)
-        if (at := self.front.within(limit - beside)) is None:
-            least = budget.tell(beside + int(self.front.size[0]), weights)
+        if (at := self.frontier.within(limit - beside)) is None:
+            least = budget.tell(beside + int(self.frontier.size[0]), weights)
             raise UserError(f"nothing fits into {budget.tell(limit, weights)}; the least possible is {least}")
         for _ in range(_ATTEMPTS):  # headers and layer groups depend on the choice
-            closer = self.front.within(limit - self._beside(at, weigh))
+            closer = self.frontier.within(limit - self._beside(at, weigh))
             if closer in (at, None):
                 break
             at = closer
@@ -228,7 +228,7 @@ class Fit:
             weight = weigh(done.model.config, done.model.params)
             if weight <= limit:
                 return done
-            closer = self.front.within(int(self.front.size[at]) - (weight - limit))
+            closer = self.frontier.within(int(self.frontier.size[at]) - (weight - limit))
             if closer is None:
                 break
             at = closer
@@ -237,12 +237,12 @@ class Fit:
     def within_loss(self, target: LossTarget, loss: Callable[[Params], float]) -> Fitted:
         """The smallest model found whose ``loss`` (of parameters as dense as those given, nats a token) is on target.
 
-        The front predicts which one that is; the losses measured correct the prediction, and what is too bad and what
+        The pareto_frontier predicts which one that is; the losses measured correct the prediction, and what is too bad and what
         is good enough close in on each other.
         """
         dense = loss(self.params)
         most = target.limit(dense)
-        points, low, high, best, ratio = self.front, -1, len(self.front.size) - 1, None, 1.0
+        points, low, high, best, ratio = self.frontier, -1, len(self.frontier.size) - 1, None, 1.0
         for _ in range(_MODELS):
             at = int(np.searchsorted(-points.loss, -(most - dense) / ratio))
             at = at if low < at < high else (low + high) // 2
@@ -260,19 +260,19 @@ class Fit:
         return self.run(high) if best is None else best
 
     def run(self, at: int) -> Fitted:
-        """The model at the point ``at`` of the front."""
+        """The model at the point ``at`` of the pareto_frontier."""
         options, rows, notes = self.options(at), {}, []
         choices = tuple(each.choice for each in options.values() if each.choice)
-        step = Mixed(choices, **dataclasses.asdict(self.seen.solver))
+        step = MixedPrecision(choices, **dataclasses.asdict(self.seen.solver))
 
         def found(kernel: str, h_IxI: jax.Array, dense: jax.Array, leaf: Leaf) -> None:
             loss = loss_increase(dequantize(leaf) - dense, h_IxI, self.seen.sensitivity[kernel])
-            rows[kernel] = Row(options[kernel].choice, kernel, self.size(leaf), options[kernel].loss, float(loss))
+            rows[kernel] = FittedKernel(options[kernel].choice, kernel, self.size(leaf), options[kernel].loss, float(loss))
 
         config, params = self.config, self.params
         if choices:
             config, params = step(config, params, self.calibration, notes, found)
-        rows = [rows.get(name, Row(None, name, each.size, 0.0, 0.0)) for name, each in options.items()]
+        rows = [rows.get(name, FittedKernel(None, name, each.size, 0.0, 0.0)) for name, each in options.items()]
         recipe = Recipe((step,) if choices else (), self.storage, self.name)
         return Fitted(recipe, Compressed(config, params, tuple(notes)), tuple(rows))
 
@@ -296,7 +296,7 @@ class Fit:
         return join(self.config, self.params, layers)[1]
 
 
-def _rounded(kernel_IxO: jax.Array, choice: Choice | None) -> Leaf:
+def _rounded(kernel_IxO: jax.Array, choice: KernelChoice | None) -> Leaf:
     if choice is None:
         return kernel_IxO
     if choice.m:

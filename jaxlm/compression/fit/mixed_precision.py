@@ -22,13 +22,13 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray
 from jaxlm.core.tree import Leaf, Params
 
-__all__ = ["Choice", "Mixed", "Solver", "kernel_name"]
+__all__ = ["KernelChoice", "MixedPrecision", "Solver", "kernel_name"]
 
 Found = Callable[[str, jax.Array, jax.Array, Leaf], None]
 
 
 @dataclass(frozen=True)
-class Choice:
+class KernelChoice:
     """What to do to one kernel: prune the share ``sparsity``, or all but ``n`` of every ``m`` inputs, if any; and round
     it to ``bits``, if any, with zero points, a grid for each ``group`` of inputs (0: an output channel).
 
@@ -57,7 +57,7 @@ class Choice:
 
 
 def kernel_name(walk: LayerwiseModel, place: Any, name: str) -> str:
-    """What ``Choice`` calls the kernel ``name`` of the layer at ``place``."""
+    """What ``KernelChoice`` calls the kernel ``name`` of the layer at ``place``."""
     of_side = [each for each in walk.layer_positions() if each.side == place.side]
     number = [(each.layer_group, each.row) for each in of_side].index((place.layer_group, int(place.row)))
     return f"{place.side}/{number}/{name.removesuffix('/kernel')}"
@@ -82,7 +82,7 @@ class Solver:
     search: int = 30
     damping: float = 0.01
 
-    def __call__(self, kernel_IxO: jax.Array, h_IxI: jax.Array, choice: Choice) -> tuple[Leaf, SolverInfo]:
+    def __call__(self, kernel_IxO: jax.Array, h_IxI: jax.Array, choice: KernelChoice) -> tuple[Leaf, SolverInfo]:
         w_OxI = kernel_IxO.swapaxes(-1, -2).astype(jnp.float32)
         group = 0 if choice.group >= w_OxI.shape[-1] else choice.group
         grid = _Grid(jnp.full(w_OxI.shape[:-2], choice.bits), min_clip=self.clip) if choice.bits else None
@@ -99,11 +99,11 @@ class Solver:
 
 
 @dataclass(frozen=True)
-class Mixed(BlockStep):
-    """Each kernel by its own ``Choice``, GPTQ or SparseGPT, in one walk; a kernel without one stays as it is."""
+class MixedPrecision(BlockStep):
+    """Each kernel by its own ``KernelChoice``, GPTQ or SparseGPT, in one walk; a kernel without one stays as it is."""
 
     kind: ClassVar[str] = "mixed"
-    choices: tuple[Choice, ...]
+    choices: tuple[KernelChoice, ...]
     clip: float = Solver.clip
     sweeps: int = Solver.sweeps
     search: int = Solver.search
@@ -111,7 +111,7 @@ class Mixed(BlockStep):
     target: str = BLOCKS
 
     def __post_init__(self):
-        choices = [each if isinstance(each, Choice) else Choice(**each) for each in self.choices]
+        choices = [each if isinstance(each, KernelChoice) else KernelChoice(**each) for each in self.choices]
         object.__setattr__(self, "choices", tuple(choices))
 
     def __call__(

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 
-from jaxlm.evaluation.insight import Scored, score_tokens
+from jaxlm.evaluation.insight import TokenScores, score_tokens
 from jaxlm.inference.engine.requests import Event, Request
 from jaxlm.serving.models import Served
 from jaxlm.serving.protocol.errors import ApiError
@@ -123,7 +123,7 @@ class Completions:
             return given
         return given[place] if isinstance(given[0], str) else self.served.lm.tokenizer.decode(self.prompts[place])
 
-    def _scored(self, prompt: Sequence[int], scored: Scored) -> CompletionLogprobs:
+    def _scored(self, prompt: Sequence[int], scored: TokenScores) -> CompletionLogprobs:
         first = token_text(self.served, prompt[0])
         out = CompletionLogprobs(
             tokens=[first], token_logprobs=[None], top_logprobs=[None] if self.body.logprobs else None, text_offset=[0]

@@ -23,8 +23,8 @@ from jaxlm import nn
 from jaxlm.checkpoint.storage import leaf_bytes, pack_params, stored
 from jaxlm.compression.calibration import Calibration
 from jaxlm.compression.fit.budget import Budget, Fit
-from jaxlm.compression.fit.mixed_precision import Choice, Mixed
-from jaxlm.compression.fit.sensitivity import SOLVER, survey
+from jaxlm.compression.fit.mixed_precision import KernelChoice, MixedPrecision
+from jaxlm.compression.fit.sensitivity import SOLVER, measure_sensitivity
 from jaxlm.compression.names import parse
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.steps import BLOCKS
@@ -56,7 +56,7 @@ def main() -> None:
         f"tokens:{tokens / 'calibration_tokens.npy'}", lm.tokenizer, pairs=False, samples=128, context=256, seed=0
     )
     calibration = Calibration(batches, lambda config: LayerwiseModel(config, nn.initializer(config)[0]))
-    seen = survey(lm.config, lm.params, calibration, leaf_bytes)
+    seen = measure_sensitivity(lm.config, lm.params, calibration, leaf_bytes)
     fit = Fit(lm.config, lm.params, calibration, seen, leaf_bytes)
     weights = sum(seen.weights.values())
 
@@ -81,7 +81,7 @@ def main() -> None:
     for name, (bits, group) in UNIFORM.items():
         if args.only in name:
             size, plain = score(run(parse(name)))
-            step = Mixed(tuple(Choice(kernel, bits, group) for kernel in seen.options), **dataclasses.asdict(SOLVER))
+            step = MixedPrecision(tuple(KernelChoice(kernel, bits, group) for kernel in seen.options), **dataclasses.asdict(SOLVER))
             _, searched = score(run(Recipe((step,))))
             rows.append({"uniform": name, "bits": size, "plain": plain, "searched": searched} | fitted(size))
             show(rows[-1])

@@ -24,7 +24,7 @@ import zstandard
 from flax import nnx
 
 from jaxlm.checkpoint import huffman
-from jaxlm.checkpoint.codec import Codes, Kind, Planes, encode
+from jaxlm.checkpoint.codec import Codes, Planes, Symbolizer, encode
 from jaxlm.checkpoint.storage import pack_params, unpack_params
 from jaxlm.core.host_memory import keep_freed_memory
 from jaxlm.core.tree import flatten
@@ -97,10 +97,10 @@ def time_streams(rng: np.random.Generator, count: int, rounds: int) -> None:
         print(f"{name:19}{rates}   {sizes[0]:15.4f} {sizes[1]:6.3f} {sizes[2]:6.3f}")
 
 
-def tensors(rng: np.random.Generator, count: int) -> dict[str, tuple[np.ndarray, Kind, float]]:
+def tensors(rng: np.random.Generator, count: int) -> dict[str, tuple[np.ndarray, Symbolizer, float]]:
     """Values, their kind, and the bytes of a mask and the kept values at their entropies (of floats, the exponents at
     theirs and the rest as it is)."""
-    kinds: dict[str, tuple[Kind, np.ndarray]] = {
+    kinds: dict[str, tuple[Symbolizer, np.ndarray]] = {
         **{f"int{bits}": (Codes(bits), gaussian_codes(rng, bits, count, 2.7)) for bits in (2, 3, 4)},
         "5-bit k-means": (Codes(5), gaussian_codes(rng, 5, count)),
         "int8": (Codes(8), gaussian_codes(rng, 8, count)),

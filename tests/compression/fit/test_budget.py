@@ -18,10 +18,10 @@ from flax import nnx
 from jaxlm import nn
 from jaxlm.checkpoint.storage import leaf_bytes, pack_params, stored
 from jaxlm.compression.calibration import Calibration
-from jaxlm.compression.fit.budget import Budget, Fit, LossTarget, front
-from jaxlm.compression.fit.mixed_precision import Choice, Mixed, Solver
-from jaxlm.compression.fit.output_sensitivity import loss_increase, output_sensitivity
-from jaxlm.compression.fit.sensitivity import survey
+from jaxlm.compression.fit.budget import Budget, Fit, LossTarget, pareto_frontier
+from jaxlm.compression.fit.fisher import loss_increase, output_fisher
+from jaxlm.compression.fit.mixed_precision import KernelChoice, MixedPrecision, Solver
+from jaxlm.compression.fit.sensitivity import measure_sensitivity
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.steps import BLOCKS
 from jaxlm.core.errors import UserError
@@ -53,7 +53,7 @@ def make(name):
 @functools.cache
 def fitting(name):
     _, params, calibration = make(name)
-    seen = survey(CONFIGS[name], params, calibration, leaf_bytes, SOLVER, WAYS)
+    seen = measure_sensitivity(CONFIGS[name], params, calibration, leaf_bytes, SOLVER, WAYS)
     return Fit(CONFIGS[name], params, calibration, seen, leaf_bytes)
 
 
@@ -74,7 +74,7 @@ def table(rng, things=4, options=4):
 @pytest.mark.parametrize("seed", range(5))
 def test_the_front_is_the_best_of_all_choices(seed):
     sizes, losses = table(np.random.default_rng(seed))
-    found = front(sizes, losses)
+    found = pareto_frontier(sizes, losses)
     every = list(itertools.product(*map(range, map(len, sizes))))
     weights = [sum(size[pick] for size, pick in zip(sizes, picks, strict=True)) for picks in every]
     costs = [sum(loss[pick] for loss, pick in zip(losses, picks, strict=True)) for picks in every]
@@ -92,7 +92,7 @@ def test_the_front_is_the_best_of_all_choices(seed):
 
 def test_a_larger_budget_never_predicts_more_loss_and_few_points_do():
     sizes, losses = table(np.random.default_rng(0), 30, 8)
-    exact, coarse = front(sizes, losses, 1 << 20), front(sizes, losses, 256)
+    exact, coarse = pareto_frontier(sizes, losses, 1 << 20), pareto_frontier(sizes, losses, 256)
     for found in (exact, coarse):
         assert (np.diff(found.size) > 0).all() and (np.diff(found.loss) < 0).all()
     assert len(coarse.size) <= 256 < len(exact.size) and coarse.size[0] == exact.size[0]
@@ -132,7 +132,7 @@ def test_perplexities_in_words():
 def test_sensitivity_is_the_squared_gradient_of_each_output(name):
     """That there is one for every kernel; and of the last one, which the final norm alone follows, its expectation."""
     config, (_, params, calibration) = CONFIGS[name], make(name)
-    found = output_sensitivity(config, params, calibration, is_kernel)
+    found = output_fisher(config, params, calibration, is_kernel)
     places = list(calibration.walk(config).layer_positions())
     tokens = sum(batch[-1].size for batch in calibration.batches)
     assert len(found) == len(places)
@@ -174,7 +174,7 @@ def test_a_model_fits_and_its_recipe_makes_it_again(name):
     best = fitting(name)
     weights = sum(best.seen.weights.values())
     assert weights == sum(leaf.size for path, leaf in flatten(params).items() if is_kernel(path))
-    least = int(best.front.size[0])
+    least = int(best.frontier.size[0])
     limit = int(1.35 * least)
     done = best.within(Budget(bits=8 * limit / weights), kernel_bytes)
     size = kernel_bytes(done.model.config, done.model.params)
@@ -203,8 +203,8 @@ def test_zeros_go_where_they_cost_least(name):
     """And predict less loss than as many of them in every kernel alike."""
     config, (_, params, calibration) = CONFIGS[name], make(name)
     nonzero = lambda leaf: int(jnp.count_nonzero(leaf))  # noqa: E731
-    ways = [{"sparsity": share} for share in (0.25, 0.5, 0.75)]
-    seen = survey(config, params, calibration, nonzero, SOLVER, ways)
+    candidates = [{"sparsity": share} for share in (0.25, 0.5, 0.75)]
+    seen = measure_sensitivity(config, params, calibration, nonzero, SOLVER, candidates)
     best = Fit(config, params, calibration, seen, nonzero)
     done = best.within(
         Budget(zeros=0.5),
@@ -245,7 +245,7 @@ def test_the_smallest_model_that_keeps_a_loss():
         tried.append(2 + 3 * float(divergence(now)))
         return tried[-1]
 
-    most = 2 + 3 * 2 * float(best.front.loss[len(best.front.loss) // 2])
+    most = 2 + 3 * 2 * float(best.frontier.loss[len(best.frontier.loss) // 2])
     done = best.within_loss(LossTarget(perplexity=math.exp(most)), loss)
     assert len(tried) <= 9 and max(tried) > most, "smaller ones were tried"
     assert 0.7 * (most - 2) < loss(best.expand(done.model)) - 2 <= most - 2
@@ -253,7 +253,7 @@ def test_the_smallest_model_that_keeps_a_loss():
 
 def test_what_a_mixed_step_leaves_alone_and_what_it_refuses():
     _, params, calibration = make("decoder")
-    step = Mixed((Choice("decoder/0/mlp/up", 3), Choice("decoder/1/mlp/up", 4, 8, sparsity=0.5)), 1.0, 0, 2)
+    step = MixedPrecision((KernelChoice("decoder/0/mlp/up", 3), KernelChoice("decoder/1/mlp/up", 4, 8, sparsity=0.5)), 1.0, 0, 2)
     config, after = step(DECODER, params, calibration, [])
     flat = flatten(after)
     assert config.layer_groups == (1, 1)
@@ -263,7 +263,7 @@ def test_what_a_mixed_step_leaves_alone_and_what_it_refuses():
     assert float(jnp.mean(dequantize(flat["decoder/layers/1/mlp/up/kernel"]) == 0)) >= 0.5
     for strange in ("decoder/2/mlp/up", "decoder/1/mlp/upp", "encoder/0/mlp/up", "up"):
         with pytest.raises(UserError, match=f"a mixed step names {strange}, and the model has no such kernel"):
-            Mixed((Choice(strange, 3),))(DECODER, params, calibration, [])
+            MixedPrecision((KernelChoice(strange, 3),))(DECODER, params, calibration, [])
 
 
 def test_zeros_of_a_sparse_model_stay():
@@ -272,6 +272,6 @@ def test_zeros_of_a_sparse_model_stay():
     kernel = flatten(params)[path]
     sparse = unflatten(params, flatten(params) | {path: jnp.where(jnp.abs(kernel) < 0.2, 0, kernel)})
     names = [f"decoder/{layer}/mlp/up" for layer in range(2)]
-    _, after = Mixed(tuple(Choice(name, 4) for name in names), 1.0, 1)(DECODER, sparse, calibration, [])
+    _, after = MixedPrecision(tuple(KernelChoice(name, 4) for name in names), 1.0, 1)(DECODER, sparse, calibration, [])
     zero = flatten(sparse)[path] == 0
     assert 0.3 < zero.mean() < 1 and not dequantize(flatten(after)[path])[zero].any()

@@ -20,10 +20,10 @@ from jaxlm.compression.calibration import Batch, Calibration, Layer, LayerwiseMo
 from jaxlm.core.leaves import Observer
 from jaxlm.core.tree import Params
 
-__all__ = ["loss_increase", "output_sensitivity"]
+__all__ = ["loss_increase", "output_fisher"]
 
 
-def output_sensitivity(
+def output_fisher(
     config: Any, params: Params, calibration: Calibration, targets: Callable[[str], bool]
 ) -> list[dict[str, jax.Array]]:
     """``g`` of the module's formula for the kernels that are ``targets`` (of their paths): for each layer by name,
