@@ -28,10 +28,10 @@ def add_arguments(parser) -> None:
 def run(args) -> None:
     config = load_experiment(args.config, args.overrides)
     from jaxlm.training.loop import train
-    from jaxlm.training.multihost.distributed import joined
+    from jaxlm.training.multihost.distributed import distributed_runtime
 
     try:
-        with joined():
+        with distributed_runtime():
             train(config, args.out)
     except SystemExit as stopped:  # by SIGTERM: saved, not finished
         sys.exit(int(os.environ.get("JAXLM_STOPPED_STATUS") or stopped.code))

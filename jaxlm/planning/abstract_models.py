@@ -29,7 +29,7 @@ from jaxlm.data.batches.buckets import bucket_rows
 from jaxlm.data.config import DataConfig
 from jaxlm.nn.config import ModelConfig
 from jaxlm.training.config import Experiment
-from jaxlm.training.lora import adapt, freeze
+from jaxlm.training.lora import add_adapters, freeze_base
 from jaxlm.training.setup import with_model
 
 __all__ = [
@@ -89,7 +89,7 @@ def abstract_trained(config: Experiment, platform: str) -> tuple[nnx.GraphDef, P
 
     def make(params: Params) -> Params:
         if config.lora.rank:
-            params = adapt(config.lora, freeze(config.lora.base, params, platform), jax.random.key(0))
+            params = add_adapters(config.lora, freeze_base(config.lora.base, params, platform), jax.random.key(0))
         return override_sharding(config.mesh.rules)(params)
 
     return graphdef, jax.eval_shape(make, like)

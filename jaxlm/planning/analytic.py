@@ -21,8 +21,8 @@ from jaxlm.nn.config import ModelConfig
 from jaxlm.planning.abstract_models import abstract_batch, abstract_trained, with_vocab_size
 from jaxlm.planning.topology import Topology
 from jaxlm.training.config import Experiment, LoraConfig, MeshConfig
-from jaxlm.training.flops import rows_of, step_flops
-from jaxlm.training.objectives.reference_model import reference_model_of
+from jaxlm.training.flops import rows_and_length, step_flops
+from jaxlm.training.objectives.reference_model import make_reference_model
 from jaxlm.training.program import make_program
 
 __all__ = ["Estimate", "estimate", "min_fsdp_bytes", "min_tensor_bytes", "state_bytes"]
@@ -64,7 +64,7 @@ def state_bytes(config: Experiment, devices: int) -> float:
 def _state(config: Experiment, mesh: AbstractMesh) -> tuple[float, float]:
     """Bytes on one device of the trained parameters, and of the rest: frozen parameters, optimizer, reference model."""
     graphdef, like = _abstract(config.model, config.lora, config.mesh.rules)
-    state = make_program(config, graphdef, like, mesh, reference_model_of(config, graphdef, like, None)).state
+    state = make_program(config, graphdef, like, mesh, make_reference_model(config, graphdef, like, None)).state
     trained = bytes_per_device(state.params)
     return trained, bytes_per_device(state) - trained
 
@@ -92,7 +92,7 @@ def estimate(config: Experiment, topology: Topology) -> Estimate:
     recompute = {"none": 3, "dots": 3.1}.get(remat, 4) / 3  # of forward + backward, where remat "none" does 3 forwards
     compute = recompute * step_flops(model, flat, shapes) / (topology.size * chip.flops)
 
-    tokens = math.prod(rows_of(shapes)) / (num_batch_shards(mesh) * mesh.shape["sequence"])
+    tokens = math.prod(rows_and_length(shapes)) / (num_batch_shards(mesh) * mesh.shape["sequence"])
     item = 2 if model.dtype == "bfloat16" else 4
     parameters, rest = _state(config, mesh)
     ways = mesh.shape
@@ -104,8 +104,8 @@ def estimate(config: Experiment, topology: Topology) -> Estimate:
     }
     network = sum(size / _bandwidth(topology, mesh.shape[axis]) for axis, size in sent.items() if size)
     tokens /= config.train.accumulate
-    rows = max(rows_of(shapes)[0] / (num_batch_shards(mesh) * config.train.accumulate), 1)
-    activations = _activations(model, remat, tokens, rows, rows_of(shapes)[1], ways, item) / ways["stage"]
+    rows = max(rows_and_length(shapes)[0] / (num_batch_shards(mesh) * config.train.accumulate), 1)
+    activations = _activations(model, remat, tokens, rows, rows_and_length(shapes)[1], ways, item) / ways["stage"]
     return Estimate(2 * parameters + rest, activations, compute, network)
 
 

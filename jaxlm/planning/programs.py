@@ -29,8 +29,8 @@ from jaxlm.planning.abstract_models import (
 )
 from jaxlm.planning.topology import Topology, topology_devices
 from jaxlm.training.config import Experiment
-from jaxlm.training.flops import rows_of, step_flops
-from jaxlm.training.objectives.reference_model import reference_model_of
+from jaxlm.training.flops import rows_and_length, step_flops
+from jaxlm.training.objectives.reference_model import make_reference_model
 from jaxlm.training.program import make_program
 
 __all__ = ["ForecastProgram", "ServingShape", "forecast_programs"]
@@ -97,7 +97,7 @@ def forecast_programs(
 def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> ForecastProgram:
     graphdef, like = abstract_trained(config, platform_name(topology))
     batch = abstract_batch(config, mesh)
-    reference = reference_model_of(config, graphdef, like, None)
+    reference = make_reference_model(config, graphdef, like, None)
     with jax.set_mesh(mesh):
         program = make_program(config, graphdef, like, mesh, reference)
     fixed = {"frozen": program.state.frozen, "average": program.state.average, "second model": program.state.reference}
@@ -109,7 +109,7 @@ def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> ForecastP
         "batch": bytes_per_device(batch),
     }
     shapes = {name: x.shape for name, x in batch.items()}
-    rows, length = rows_of(shapes)
+    rows, length = rows_and_length(shapes)
     notes: tuple[str, ...] = ()
     if config.model.kind == "seq2seq" and len(config.data.buckets) > 1:
         notes = (f"batches of the longest bucket: {rows} pairs of {length} tokens, all of them counted",)

@@ -10,7 +10,7 @@ from jaxlm.core.tree import unflatten
 from jaxlm.hf.directory import write_model
 from jaxlm.hf.peft.adapters import save_adapter
 from jaxlm.model import base_fields
-from jaxlm.training.compression import InTraining
+from jaxlm.training.compression_aware import CompressionAwareTraining
 from jaxlm.training.setup import Setup
 
 __all__ = ["Exporter"]
@@ -24,7 +24,7 @@ class Exporter:
     - RUN/compressed: the model as it was trained and validated, where it was trained to be compressed (``qat``).
     """
 
-    def __init__(self, setup: Setup, compression: InTraining, run: Path):
+    def __init__(self, setup: Setup, compression: CompressionAwareTraining, run: Path):
         self._setup, self._compression, self._run = setup, compression, run
 
     def write(self, params: dict[str, Any], steps: list[int], line: Callable[[str], None]) -> Path:

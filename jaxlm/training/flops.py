@@ -12,7 +12,7 @@ from jaxlm.core.hardware import chip_of
 from jaxlm.core.leaves import LoRA
 from jaxlm.nn.config import LSTMConfig, ModelConfig, Seq2SeqConfig, StackConfig
 
-__all__ = ["FLOP_CONVENTION", "peak_flops", "rows_of", "step_flops"]
+__all__ = ["FLOP_CONVENTION", "peak_flops", "rows_and_length", "step_flops"]
 
 FLOP_CONVENTION = (
     "6 x matrix parameters x positions (embedding look-ups excluded, an output head included, tied or not, of experts "
@@ -34,7 +34,7 @@ def step_flops(config: ModelConfig, params: Mapping[str, jax.Array], shapes: Map
     ``params`` are the flat parameters (shapes are enough); ``shapes`` maps "inputs", and "src" for translation, to
     [B, T]. Frozen matrices have no gradient: under adapters they count 4 in place of 6.
     """
-    rows, length = rows_of(shapes)
+    rows, length = rows_and_length(shapes)
     source = shapes["src"][1] if "src" in shapes else 0
 
     def positions(path: str) -> int:
@@ -57,7 +57,7 @@ def step_flops(config: ModelConfig, params: Mapping[str, jax.Array], shapes: Map
     return float(rows * (linear + 12 * _attended(config, length, source)))
 
 
-def rows_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+def rows_and_length(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     """Rows and length of a batch of such shapes; a pair of preferences is two rows."""
     if "inputs" in shapes:
         return shapes["inputs"]

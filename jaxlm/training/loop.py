@@ -25,11 +25,11 @@ from jaxlm.core.tree import count_params, flatten
 from jaxlm.training.config import Experiment
 from jaxlm.training.export import Exporter
 from jaxlm.training.flops import FLOP_CONVENTION, peak_flops, step_flops
-from jaxlm.training.metrics import Meter, MetricsWriter, peak_memory_bytes, state_report
+from jaxlm.training.metrics import MetricsWriter, Throughput, peak_memory_bytes, state_report
 from jaxlm.training.multihost.preflight import preflight
 from jaxlm.training.objectives.loss import Batch
 from jaxlm.training.optimizers.optimizer import make_schedule
-from jaxlm.training.optimizers.privacy import accountant_of
+from jaxlm.training.optimizers.privacy import make_accountant
 from jaxlm.training.partition import Partition
 from jaxlm.training.program import make_program
 from jaxlm.training.progress import Reporter
@@ -104,7 +104,7 @@ class _Training:
         self._abstract, self._update = program.state, program.update
         self._layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
         self._partition = Partition(flatten(setup.like))
-        self._accountant = accountant_of(config, setup.loader)
+        self._accountant = make_accountant(config, setup.loader)
         self._exporter = Exporter(setup, program.compression, run)
         self._rates = np.asarray(make_schedule(config.optim, options.steps)(np.arange(options.steps)))
         self._validator = Validator(setup, self._put, self._check) if setup.valid_loader else None
@@ -135,7 +135,7 @@ class _Training:
             self._announce(checked)
             batches = self._setup.loader.iterate(self._batch)
             stack.callback(batches.close)
-            self._meter = Meter(self._peak)
+            self._meter = Throughput(self._peak)
             try:
                 self._loop(batches)
                 return self._export()
@@ -150,7 +150,7 @@ class _Training:
         return init_state(
             setup.initial, self._tx, options.seed, self._layout,
             reference=setup.reference and setup.reference.params,
-            beside=setup.reference.beside if setup.reference else {}, average=options.ema > 0,
+            extra=setup.reference.extra if setup.reference else {}, average=options.ema > 0,
         )
 
     def _open_store(self) -> Store:

@@ -18,10 +18,10 @@ from jaxlm.core.leaves import LoRA, column_norms, dequantize, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten, map_params, unflatten
 from jaxlm.training.config import Experiment, LoraConfig
 
-__all__ = ["adapt", "check", "freeze", "without_adapters"]
+__all__ = ["add_adapters", "check_lora", "freeze_base", "remove_adapters"]
 
 
-def check(config: Experiment) -> None:
+def check_lora(config: Experiment) -> None:
     """UserError on settings of ``lora`` that make no sense, or go with nothing else in the experiment."""
     lora = config.lora
     if lora.rank < 0 or not 0 <= lora.dropout < 1:
@@ -30,7 +30,7 @@ def check(config: Experiment) -> None:
         raise UserError("adapters are trained on frozen weights, which qat and prune would change; leave out either")
 
 
-def freeze(base: str, params: Params, platform: str) -> Params:
+def freeze_base(base: str, params: Params, platform: str) -> Params:
     """Weights as ``base`` says (``LoraConfig.base``) and as ``platform`` holds them, one after the other: never are
     all of them there twice. What a recipe leaves, and what is compressed already, stays as it is.
 
@@ -75,7 +75,7 @@ def _cast(leaf: jax.Array, dtype: str) -> jax.Array:
     return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
-def adapt(config: LoraConfig, params: Params, key: jax.Array) -> Params:
+def add_adapters(config: LoraConfig, params: Params, key: jax.Array) -> Params:
     """The model with an adapter, which changes nothing yet, at each of the targets: ``a`` uniform in +-1 / sqrt(in), as
     PEFT starts it, ``b`` zero, magnitudes those of the base. Shapes alone will do, under ``jax.eval_shape``.
 
@@ -110,6 +110,6 @@ def _norms(leaf: Leaf) -> jax.Array:
     return column_norms(dequantize(leaf, jnp.float32))
 
 
-def without_adapters(params: Params) -> Params:
+def remove_adapters(params: Params) -> Params:
     """The model as it was before."""
     return map_params(lambda _, leaf: leaf.base if isinstance(leaf, LoRA) else leaf, params)

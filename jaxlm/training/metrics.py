@@ -29,7 +29,7 @@ from jaxlm.core.sharding import bytes_per_device
 from jaxlm.core.tree import Params, count_params
 from jaxlm.training.step import TrainState
 
-__all__ = ["Meter", "MetricsWriter", "peak_memory_bytes", "read_metrics", "state_report"]
+__all__ = ["Throughput", "MetricsWriter", "peak_memory_bytes", "read_metrics", "state_report"]
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ class MetricsWriter:
             self._board.close()
 
 
-class Meter:
+class Throughput:
     """Speed of the steps finished since the last reading; time spent inside ``paused()`` does not count."""
 
     def __init__(self, peak: float | None):

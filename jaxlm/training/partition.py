@@ -57,8 +57,7 @@ class Partition:
             flat[path] = leaf
         return flat
 
-
-    def beside(self, trained: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def extra(self, trained: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """What is trained and is not of the model."""
         return {path: leaf for path, leaf in trained.items()
                 if path not in self.whole and path.rpartition("/")[0] not in self.adapted}

@@ -37,9 +37,9 @@ from jaxlm.model import load, model_config, model_tokenizer
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.pipeline import Schedule
 from jaxlm.training.config import DataConfig, Experiment
-from jaxlm.training.lora import adapt, check, freeze
-from jaxlm.training.multihost.distributed import row_share
-from jaxlm.training.objectives.reference_model import ReferenceModel, reference_model_of
+from jaxlm.training.lora import add_adapters, check_lora, freeze_base
+from jaxlm.training.multihost.distributed import batch_shard
+from jaxlm.training.objectives.reference_model import ReferenceModel, make_reference_model
 
 __all__ = ["Setup", "prepare", "with_model"]
 
@@ -103,7 +103,7 @@ def prepare(config: Experiment, run: Path) -> Setup:
 
     ``run`` is resumed if it holds a checkpoint: with its own tokenizer, and the same experiment.
     """
-    check(config)
+    check_lora(config)
     config = with_model(config)
     resuming = any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
     source = open_source(config.data.train, "train", config.data.bad_rows)
@@ -124,7 +124,7 @@ def prepare(config: Experiment, run: Path) -> Setup:
     graphdef, like = nn.abstract(config.model)
     microbatches = [each.microbatches for each in _schedules(graphdef, like, mesh).values()]
     ways = num_batch_shards(mesh) * math.lcm(*microbatches)
-    part, parts = row_share(mesh, jax.process_index())
+    part, parts = batch_shard(mesh, jax.process_index())
     place = dict(process_index=part, process_count=parts)
     rows = ways * config.train.accumulate
     loader = make_loader(config.data, source, tokenizer, train=True, row_multiple=rows, **place)
@@ -136,7 +136,7 @@ def prepare(config: Experiment, run: Path) -> Setup:
     leaks = () if resuming else _leaks(config.data, tokenizer, loader, valid_loader)
     initial = _initial(config, like, override_sharding(config.mesh.rules))
     like = jax.eval_shape(initial if callable(initial) else lambda: initial)
-    reference = reference_model_of(config, graphdef, like, initial)
+    reference = make_reference_model(config, graphdef, like, initial)
     return Setup(
         config, tokenizer, source, loader, valid_source, valid_loader, mesh, parts, graphdef, like, initial, reference,
         resuming, leaks,
@@ -251,8 +251,8 @@ def _initial(config: Experiment, like: Params, relocated: Transform) -> Params |
     with jax.default_device(jax.local_devices(backend="cpu")[0]):  # before it is compressed it may not fit a device
         dtype = lora.base if lora.base == "bfloat16" else "float32"
         params = _fitting(config, like, load(config.init_from, expand=False, dtype=dtype).params)
-        params = freeze(lora.base, params, jax.default_backend())
-        return relocated(adapt(lora, params, jax.random.key(config.train.seed)))
+        params = freeze_base(lora.base, params, jax.default_backend())
+        return relocated(add_adapters(lora, params, jax.random.key(config.train.seed)))
 
 
 def _fitting(config: Experiment, like: Params, params: Params) -> Params:

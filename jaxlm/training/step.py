@@ -17,16 +17,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlm.core.sharding import HOST_MEMORY, fit_to_shape, on_device, require_host_memory, shard_over, shardings
 from jaxlm.core.tree import Params, Transform, flatten, unflatten
 from jaxlm.training.config import PrivacyConfig
-from jaxlm.training.multihost.reduce import each_replica, sum_replicas
-from jaxlm.training.objectives.loss import Batch, Loss, Sums
-from jaxlm.training.optimizers.privacy import clipped, noised
+from jaxlm.training.multihost.reduce import all_reduce_compressed, per_replica
+from jaxlm.training.objectives.loss import Batch, Loss, LossSums
+from jaxlm.training.optimizers.privacy import add_noise, clip_rows
 from jaxlm.training.partition import Partition
 
-__all__ = ["SecondModel", "Step", "TrainState", "abstract_state", "complete_state", "init_state", "make_eval",
+__all__ = ["MakeReference", "Step", "TrainState", "abstract_state", "complete_state", "init_state", "make_eval",
            "make_step", "state_shardings"]
 
 # From the parameters in training, a second model's own leaves, and what is trained beside, to that second model.
-SecondModel = Callable[[Params, dict[str, Any], dict[str, Array]], Any]
+MakeReference = Callable[[Params, dict[str, Any], dict[str, Array]], Any]
 
 _SPIKE_WARMUP = 20  # steps before a gradient norm can count as a spike
 _SPIKE_HORIZON = 100  # steps that the running mean of the gradient norm remembers
@@ -106,12 +106,12 @@ def _on_device(tree: Any, lies: Any) -> Any:
 
 def abstract_state(
     like: Params, tx: optax.GradientTransformation, mesh: Mesh, *, reference: Params | None = None,
-    beside: Mapping[str, Any] = MappingProxyType({}), average: bool = False, **options: bool,
+    extra: Mapping[str, Any] = MappingProxyType({}), average: bool = False, **options: bool,
 ) -> TrainState:
     """The state of a training of such parameters, and of arrays ``beside`` them: shapes, dtypes and shardings
     (``state_shardings``, with its options), nothing allocated. ``average``: it keeps their moving average."""
     trained, frozen = Partition(flatten(like)).split(flatten(like))
-    trained |= beside
+    trained |= extra
     others = flatten(reference) if reference is not None else {}
     state = jax.eval_shape(lambda trained: _fresh(trained, tx, 0, average), trained)
     state = dataclasses.replace(state, frozen=frozen, reference=others)
@@ -124,7 +124,7 @@ def abstract_state(
 def init_state(
     params: Params | Callable[[], Params], tx: optax.GradientTransformation, seed: int,
     layout: TrainState | None = None, *, reference: Params | None = None,
-    beside: Mapping[str, Any] = MappingProxyType({}), average: bool = False,
+    extra: Mapping[str, Any] = MappingProxyType({}), average: bool = False,
 ) -> TrainState:
     """A state at step 0. A function that makes parameters runs inside ``jit``: with a ``layout``
     (``state_shardings``) each device makes only its shards. Frozen leaves are taken over as they are, not copied."""
@@ -136,7 +136,7 @@ def init_state(
     else:
         flat = flatten(params)
         partition = Partition(flat)
-    trained = partition.split(flat)[0] | beside
+    trained = partition.split(flat)[0] | extra
     start = jax.jit(
         lambda trained: _fresh(trained, tx, seed, average), donate_argnums=0 if fresh else (),
         out_shardings=None if layout is None else layout.saved,
@@ -178,7 +178,7 @@ def make_step(
     spike_factor: float = 0.0,
     layout: TrainState | None = None,
     compress: Literal["none", "bf16", "int8"] = "none",
-    reference: SecondModel | None = None,
+    reference: MakeReference | None = None,
     average: float = 0.0,
     privacy: PrivacyConfig | None = None,
 ) -> Step:
@@ -207,13 +207,13 @@ def make_step(
         own, others = frozen
         params = unflatten(like, partition.join(trainable, own, jax.random.fold_in(key, _ADAPTERS)))
         model = nnx.merge(graphdef, transform(now)(params) if transform else params)
-        second = [reference(params, others, partition.beside(trainable))] if reference else []
+        second = [reference(params, others, partition.extra(trainable))] if reference else []
         value, sums = loss(model, batch, key, *second)
         return value, {"loss": value, **sums}
 
     gradient = jax.grad(objective, has_aux=True)
     if privacy is not None:
-        gradient = clipped(gradient, privacy.clip_norm)
+        gradient = clip_rows(gradient, privacy.clip_norm)
     lies = _of_gradients(layout) if layout is not None else {}
 
     def scattered(grads):
@@ -240,8 +240,8 @@ def make_step(
         return jax.lax.scan(body, zeros, (jnp.arange(accumulate), micro))[0]
 
     def compressed_sums(*args):
-        grads, sums = each_replica(gradient_sums, frozen=3)(*args)
-        grads = sum_replicas(grads, layout.params, lies, compress, jax.random.fold_in(args[-1], 1))
+        grads, sums = per_replica(gradient_sums, frozen=3)(*args)
+        grads = all_reduce_compressed(grads, layout.params, lies, compress, jax.random.fold_in(args[-1], 1))
         return grads, jax.tree.map(lambda x: jnp.sum(x, 0), sums)
 
     def step(state: TrainState, frozen: tuple[dict, dict], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -255,7 +255,7 @@ def make_step(
         else:
             rows = len(batch["weights"])
             noise = jax.random.fold_in(key, _NOISE)
-            grads = noised(grads, privacy.clip_norm * privacy.noise_multiplier, noise, rows)
+            grads = add_noise(grads, privacy.clip_norm * privacy.noise_multiplier, noise, rows)
         norm = optax.tree.norm(grads)
         bad = ~(jnp.isfinite(norm) & jnp.isfinite(sums["loss"]))
         limit = jnp.inf
@@ -305,13 +305,13 @@ class Step:
 
 
 def make_eval(
-    graphdef: nnx.GraphDef, like: Params, loss: Loss, reference: SecondModel | None = None
-) -> Callable[[dict[str, Any], Batch, dict[str, Any]], Sums]:
+    graphdef: nnx.GraphDef, like: Params, loss: Loss, reference: MakeReference | None = None
+) -> Callable[[dict[str, Any], Batch, dict[str, Any]], LossSums]:
     """A compiled ``(params, batch, reference's) -> {"nll", "weight", ...}`` of flat parameters: sums over the batch,
     without dropout."""
 
     @jax.jit
-    def evaluate(flat: dict[str, Any], batch: Batch, others: dict[str, Any] | None = None) -> Sums:
+    def evaluate(flat: dict[str, Any], batch: Batch, others: dict[str, Any] | None = None) -> LossSums:
         params = unflatten(like, flat)
         second = [reference(params, others, {})] if reference else []
         return loss(nnx.merge(graphdef, params), batch, None, *second)[1]

@@ -16,9 +16,9 @@ from jaxlm.core.tree import unflatten
 from jaxlm.data.sources.types import Bitext
 from jaxlm.inference.translate import translate
 from jaxlm.model import LM
-from jaxlm.training.multihost.distributed import gathered
+from jaxlm.training.multihost.distributed import all_gather_object
 from jaxlm.training.objectives.loss import Batch
-from jaxlm.training.objectives.objective import validation_of
+from jaxlm.training.objectives.objective import make_validation_loss
 from jaxlm.training.setup import Setup
 from jaxlm.training.step import make_eval
 
@@ -36,7 +36,7 @@ class Validator:
             if not isinstance(setup.valid_source, Bitext):
                 raise UserError('eval.metric "bleu" needs parallel validation text; set data.valid, or use "loss"')
         self._setup, self._put, self._check = setup, put, check
-        loss, asks = validation_of(setup.config)
+        loss, asks = make_validation_loss(setup.config)
         self._sums = make_eval(setup.graphdef, setup.like, loss, setup.reference.model if asks else None)
 
     def __call__(self, params: dict[str, Any], reference: dict[str, Any] | None = None) -> dict[str, float]:
@@ -80,7 +80,7 @@ class Validator:
                 max_length=options.max_length, progress=progress,
             )
         translations = [""] * len(setup.valid_source.src[:count])
-        for other, theirs in enumerate(gathered(mine)):
+        for other, theirs in enumerate(all_gather_object(mine)):
             translations[other::parts] = theirs
         return bleu(translations, setup.valid_source.tgt[:count])["bleu"]
 

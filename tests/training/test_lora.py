@@ -18,7 +18,7 @@ from jaxlm.core.leaves import Codebook, LoRA, QArray, dequantize
 from jaxlm.core.tree import flatten, map_params, unflatten
 from jaxlm.hf.peft.adapters import read_adapter, save_adapter
 from jaxlm.training.config import LoraConfig
-from jaxlm.training.lora import adapt, freeze, without_adapters
+from jaxlm.training.lora import add_adapters, freeze_base, remove_adapters
 from jaxlm.training.objectives.loss import lm_loss
 from jaxlm.training.partition import Partition
 from jaxlm.training.step import init_state, make_step
@@ -34,7 +34,7 @@ def adapted(home, seed=1, **options):
     """A model with adapters in the middle of their training."""
     lm = jaxlm.load(home)
     config = LoraConfig(**{"rank": 3, "alpha": 5.0} | options)
-    params = adapt(config, freeze(config.base, lm.params, "cpu"), jax.random.key(seed))
+    params = add_adapters(config, freeze_base(config.base, lm.params, "cpu"), jax.random.key(seed))
     random = np.random.default_rng(seed)
 
     def of_leaf(path, leaf):
@@ -104,9 +104,9 @@ def test_what_is_written_is_read_again(base, tmp_path, dora):
 def test_adapters_start_by_changing_nothing(base):
     lm = jaxlm.load(base)
     for options in ({}, {"dora": True}):
-        params = adapt(LoraConfig(rank=2, **options), lm.params, jax.random.key(0))
+        params = add_adapters(LoraConfig(rank=2, **options), lm.params, jax.random.key(0))
         assert_close(lm.replace(params=params)(batch()["inputs"]), lm(batch()["inputs"]))
-    assert jax.tree.all(jax.tree.map(np.array_equal, without_adapters(params), lm.params))
+    assert jax.tree.all(jax.tree.map(np.array_equal, remove_adapters(params), lm.params))
 
 
 @pytest.mark.parametrize(("recipe", "dora"), [
@@ -158,7 +158,7 @@ def test_dropout_is_of_adapters_and_differs_from_layer_to_layer(base):
     assert len(losses) == 1
     wet = lm.replace(params=unflatten(lm.params, joined))
     assert np.abs(np.asarray(wet(batch()["inputs"]) - lm(batch()["inputs"]))).max() > 1e-3
-    still = lm.replace(params=without_adapters(lm.params))
+    still = lm.replace(params=remove_adapters(lm.params))
     none = map_params(lambda _, leaf: dataclasses.replace(leaf, b=0 * leaf.b) if isinstance(leaf, LoRA) else leaf,
                       wet.params)
     assert_close(wet.replace(params=none)(batch()["inputs"]), still(batch()["inputs"]))

@@ -13,7 +13,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten
 from jaxlm.training import metrics as metrics_module
 from jaxlm.training.flops import peak_flops, step_flops
-from jaxlm.training.metrics import Meter, MetricsWriter, peak_memory_bytes, read_metrics
+from jaxlm.training.metrics import MetricsWriter, Throughput, peak_memory_bytes, read_metrics
 from jaxlm.training.progress import Reporter
 
 B, S, T = 4, 12, 10
@@ -60,7 +60,7 @@ def test_peak(kind, peak):
 def test_meter(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics_module.time, "perf_counter", lambda: now[0])
-    meter = Meter(peak=1000.0)
+    meter = Throughput(peak=1000.0)
     for _ in range(2):
         now[0] += 1
         meter.add(tokens=30, flops=500.0)

@@ -27,7 +27,7 @@ from tests.training.mixes import MIXES, differences, name
 
 CHECKED = [
     ("decoder", "data2-fsdp2-tensor2-accumulate2-rematfull-offload_optimizerTrue"),
-    ("decoder", "fsdp2-sequence2-tensor2-ring_from1-accumulate2"),
+    ("decoder", "fsdp2-sequence2-tensor2-ring_min_keys1-accumulate2"),
     ("seq2seq", "fsdp4-tensor2"),
     ("moe", "data2-fsdp2-tensor2"),
 ]

@@ -37,7 +37,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import RULES
 from jaxlm.training.multihost.rendezvous import rendezvous
 
-__all__ = ["Place", "coordination", "find_place", "gathered", "host_names", "joined", "row_share"]
+__all__ = ["ProcessInfo", "coordination_client", "find_process", "all_gather_object", "host_names", "distributed_runtime", "batch_shard"]
 
 _PAUSE = 2.0  # seconds between looks at the others
 _GRACE = 5.0  # seconds in which what failed elsewhere may fail here too, with a message of its own
@@ -47,7 +47,7 @@ _FAILED, _HOSTS = "jaxlm/failed", "jaxlm/hosts"
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """One process among several. ``address`` and ``devices`` (which local ones it uses; none: all) are None where JAX
     finds them."""
 
@@ -58,14 +58,14 @@ class Place:
     devices: tuple[int, ...] | None = ()
 
 
-def find_place(environ: Mapping[str, str]) -> Place | None:
+def find_process(environ: Mapping[str, str]) -> ProcessInfo | None:
     """Where the environment puts this process; None where it is alone. UserError where it says so by halves."""
     address = environ.get("JAX_COORDINATOR_ADDRESS")
     hosts = tuple(filter(None, environ.get("JAXLM_HOSTS", "").split(",")))
     devices = None if environ.get("JAX_LOCAL_DEVICE_IDS") else ()
     workers = [name for name in environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
     if "JAXLM_PROCESS_COUNT" in environ:
-        place = Place(_number(environ, "JAXLM_PROCESS_COUNT"), _number(environ, "JAXLM_PROCESS_ID"), address, hosts,
+        place = ProcessInfo(_number(environ, "JAXLM_PROCESS_COUNT"), _number(environ, "JAXLM_PROCESS_ID"), address, hosts,
                       devices)
         if place.count > 1 and address is None:
             raise UserError("JAXLM_PROCESS_COUNT is set and JAX_COORDINATOR_ADDRESS is not; set it to host:port")
@@ -75,12 +75,12 @@ def find_place(environ: Mapping[str, str]) -> Place | None:
         if devices == () and environ.get("SLURM_STEP_NUM_TASKS") != environ.get("SLURM_STEP_NUM_NODES"):
             visible = environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")  # one: SLURM has chosen it for this task
             devices = (_number(environ, "SLURM_LOCALID"),) if len(visible) > 1 else ()
-        place = Place(_number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_PROCID"), address, hosts,
+        place = ProcessInfo(_number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_PROCID"), address, hosts,
                       devices)
     elif len(workers) > 1 or _number(environ, "MEGASCALE_NUM_SLICES", "1") > 1:
         slices, at = _number(environ, "MEGASCALE_NUM_SLICES", "1"), _number(environ, "MEGASCALE_SLICE_ID", "0")
         index = at * len(workers) + _number(environ, "TPU_WORKER_ID")
-        place = Place(slices * len(workers), index, address, hosts, None)
+        place = ProcessInfo(slices * len(workers), index, address, hosts, None)
     else:
         return None
     return place if place.count > 1 else None
@@ -95,13 +95,13 @@ def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
 
 
 @contextmanager
-def joined(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+def distributed_runtime(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
     """The block runs as one of several processes where the environment says so, and as it is elsewhere.
 
     Must come before anything that asks JAX for devices. All processes leave together. When one dies or fails, each of
     the others prints one line that names it and exits with status 1.
     """
-    place = find_place(environ)
+    place = find_process(environ)
     if place is None:
         yield
         return
@@ -135,7 +135,7 @@ def joined(environ: Mapping[str, str] = os.environ) -> Iterator[None]:
     watch.end()
 
 
-def coordination() -> Any:
+def coordination_client() -> Any:
     """The client of JAX's coordinator: barriers, and a store of keys and values."""
     from jax._src import distributed  # has no public name; Orbax takes it from here too
 
@@ -143,14 +143,14 @@ def coordination() -> Any:
 
 
 def host_names() -> dict[int, str]:
-    """The host of each process, as it calls itself; of those started without ``joined`` only the number is known."""
-    client = coordination()
+    """The host of each process, as it calls itself; of those started without ``distributed_runtime`` only the number is known."""
+    client = coordination_client()
     named = client.key_value_dir_get(_HOSTS) if client else []
     known = {int(key.rpartition("/")[2]): name for key, name in named}
     return {i: known.get(i, f"host of process {i}") for i in range(jax.process_count())}
 
 
-def row_share(mesh: Mesh, process: int) -> tuple[int, int]:
+def batch_shard(mesh: Mesh, process: int) -> tuple[int, int]:
     """(part, parts): of the parts that the rows of a batch are cut into, the one for a process.
 
     Processes that hold the same rows, because layers are split over them, get the same part.
@@ -171,7 +171,7 @@ def row_share(mesh: Mesh, process: int) -> tuple[int, int]:
     return parts.index(tuple(sorted(rows[process]))), len(parts)
 
 
-def gathered(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """What each process gave, in order; JSON-safe. All must call."""
     text_N = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.asarray([len(text_N)])))
@@ -184,9 +184,9 @@ def gathered(value: Any) -> list[Any]:
 class _Watch:
     """A thread that ends this process when another one is gone or has failed: no collective operation would."""
 
-    def __init__(self, place: Place, heartbeat: int):
+    def __init__(self, place: ProcessInfo, heartbeat: int):
         self._place, self._heartbeat = place, heartbeat
-        self._client = coordination()
+        self._client = coordination_client()
         self._client.key_value_set(f"{_HOSTS}/{place.index}", socket.gethostname())
         self._client.wait_at_barrier(_HOSTS, 1000 * heartbeat)
         self._names = host_names()

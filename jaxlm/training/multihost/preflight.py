@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core.config import to_dict
 from jaxlm.core.errors import UserError
-from jaxlm.training.multihost.distributed import coordination, host_names
+from jaxlm.training.multihost.distributed import coordination_client, host_names
 from jaxlm.training.setup import Setup
 
 __all__ = ["compare", "preflight", "timed_all_reduce"]
@@ -44,7 +44,7 @@ def preflight(setup: Setup, run: Path, timeout: float = 300.0) -> str | None:
     """
     if jax.process_count() == 1:
         return None
-    client = coordination()
+    client = coordination_client()
     if client is None:
         raise UserError(
             f"there are {jax.process_count()} processes that do not know of each other; start them with a script of "

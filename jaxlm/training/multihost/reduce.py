@@ -19,14 +19,14 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-__all__ = ["Bits", "each_replica", "sum_replicas"]
+__all__ = ["Bits", "per_replica", "all_reduce_compressed"]
 
 Bits = Literal["bf16", "int8"]
 AXIS = "data"
 _BLOCK = 256
 
 
-def each_replica(fn: Callable[..., Any], frozen: int) -> Callable[..., Any]:
+def per_replica(fn: Callable[..., Any], frozen: int) -> Callable[..., Any]:
     """``fn(*frozen arguments, batch, key)`` by each part of the data axis on its own rows, other axes as ever: results
     have a new first dimension, of the parts. Each has its own key."""
 
@@ -45,7 +45,7 @@ def each_replica(fn: Callable[..., Any], frozen: int) -> Callable[..., Any]:
     return each
 
 
-def sum_replicas(
+def all_reduce_compressed(
     gradients: dict[str, Array], params: dict[str, NamedSharding], sums: dict[str, NamedSharding], bits: Bits,
     key: Array,
 ) -> dict[str, Array]:

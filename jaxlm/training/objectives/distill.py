@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array
 
 from jaxlm.core.errors import UserError
-from jaxlm.training.objectives.loss import Batch, Sums, cross_entropy
-from jaxlm.training.tuning import DistillConfig
+from jaxlm.training.config import DistillConfig
+from jaxlm.training.objectives.loss import Batch, LossSums, cross_entropy
 
 __all__ = ["PROJECTION", "Teacher", "distill_loss", "divergence", "teacher_layers"]
 
@@ -47,7 +47,7 @@ class Teacher(NamedTuple):
 def distill_loss(
     model: Any, batch: Batch, key: Array | None, teacher: Teacher, *, config: DistillConfig,
     label_smoothing: float = 0.0,
-) -> tuple[Array, Sums]:
+) -> tuple[Array, LossSums]:
     """``(1 - weight) * cross-entropy + weight * divergence + hidden * difference``, summed over tokens.
 
     The difference is that of the states after the student's layers, projected where there is a projection

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlm.training.objectives.loss import Batch, Sums, cross_entropy
-from jaxlm.training.tuning import DpoConfig
+from jaxlm.training.config import DpoConfig
+from jaxlm.training.objectives.loss import Batch, LossSums, cross_entropy
 
 __all__ = ["dpo_loss"]
 
 _FIELDS = ("inputs", "targets", "weights")
 
 
-def dpo_loss(model: Any, batch: Batch, key: Array | None, reference: Any, *, config: DpoConfig) -> tuple[Array, Sums]:
+def dpo_loss(model: Any, batch: Batch, key: Array | None, reference: Any, *, config: DpoConfig) -> tuple[Array, LossSums]:
     """The loss, summed over pairs.
 
     ``batch``: chosen_inputs, chosen_targets, chosen_weights ``[B, T]`` of the preferred answers with their prompts, and

@@ -20,12 +20,12 @@ from jaxlm.core.sharding import num_shards
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.moe.routing import Routing
 
-__all__ = ["Batch", "Loss", "Router", "Sums", "cross_entropy", "lm_loss", "make_loss", "router_loss", "seq2seq_loss"]
+__all__ = ["Batch", "Loss", "RouterWeights", "LossSums", "cross_entropy", "lm_loss", "make_loss", "router_loss", "seq2seq_loss"]
 
 Batch = dict[str, Array]
-Sums = dict[str, Array]
-Loss = Callable[[Any, Batch, Array | None], tuple[Array, Sums]]
-Router = tuple[float, float]  # the weights of the two terms of ``router_loss``
+LossSums = dict[str, Array]
+Loss = Callable[[Any, Batch, Array | None], tuple[Array, LossSums]]
+RouterWeights = tuple[float, float]  # the weights of the two terms of ``router_loss``
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -88,7 +88,7 @@ def _cross_entropy_bwd(label_smoothing, z_loss, residuals, cotangents):
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
-def router_loss(routing: Routing, weights: Router) -> Array:
+def router_loss(routing: Routing, weights: RouterWeights) -> Array:
     """What keeps the load of experts even and the logits of routers small: nats, summed over layers.
 
     The first term is E * sum(f * P) over the E experts, f being the share of the choices that fell on an expert and P
@@ -102,9 +102,9 @@ def router_loss(routing: Routing, weights: Router) -> Array:
 
 
 def _summed(
-    model, inputs: tuple[Array, ...], batch: Batch, label_smoothing: float, z_loss: float, router: Router | None,
+    model, inputs: tuple[Array, ...], batch: Batch, label_smoothing: float, z_loss: float, router: RouterWeights | None,
     **given,
-) -> tuple[Array, Sums]:
+) -> tuple[Array, LossSums]:
     logits_BxTxV, routing = model.forward(*inputs, **given) if router else (model(*inputs, **given), None)
     weights_BxT = batch["weights"]
     objective_BxT, nll_BxT = cross_entropy(logits_BxTxV, batch["targets"], label_smoothing, z_loss)
@@ -119,8 +119,8 @@ def _summed(
 
 def lm_loss(
     model, batch: Batch, key: Array | None = None, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
-    router: Router | None = None,
-) -> tuple[Array, Sums]:
+    router: RouterWeights | None = None,
+) -> tuple[Array, LossSums]:
     """Next-token loss. ``batch``: inputs, targets, weights ``[B, T]``; segment_ids, positions if documents are packed.
 
     With ``router`` the ``router_loss`` of the batch is added to each token's, and where experts have a capacity the
@@ -132,15 +132,15 @@ def lm_loss(
 
 def seq2seq_loss(
     model, batch: Batch, key: Array | None = None, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
-    router: Router | None = None,
-) -> tuple[Array, Sums]:
+    router: RouterWeights | None = None,
+) -> tuple[Array, LossSums]:
     """Teacher-forced translation loss, else as ``lm_loss``. ``batch``: src ``[B, S]``; inputs, targets, weights
     ``[B, T]``."""
     return _summed(model, (batch["src"], batch["inputs"]), batch, label_smoothing, z_loss, router, key=key)
 
 
 def make_loss(
-    config: ModelConfig, *, label_smoothing: float = 0.0, z_loss: float = 0.0, router: Router | None = None
+    config: ModelConfig, *, label_smoothing: float = 0.0, z_loss: float = 0.0, router: RouterWeights | None = None
 ) -> Loss:
     """The loss that fits a model's kind: translation for ``seq2seq``, next-token for the rest. ``router`` counts where
     there are experts."""

@@ -10,10 +10,10 @@ from jaxlm.training.objectives.distill import distill_loss
 from jaxlm.training.objectives.dpo import dpo_loss
 from jaxlm.training.objectives.loss import Loss, make_loss
 
-__all__ = ["objective_of", "validation_of"]
+__all__ = ["make_objective", "make_validation_loss"]
 
 
-def objective_of(config: Experiment) -> Loss:
+def make_objective(config: Experiment) -> Loss:
     """The loss of a step. UserError where two are asked for, or a setting makes no sense."""
     options, distill, dpo = config.train, config.distill, config.dpo
     if dpo.beta and distill.teacher:
@@ -34,7 +34,7 @@ def objective_of(config: Experiment) -> Loss:
     return partial(distill_loss, config=distill, label_smoothing=options.label_smoothing)
 
 
-def validation_of(config: Experiment) -> tuple[Loss, bool]:
+def make_validation_loss(config: Experiment) -> tuple[Loss, bool]:
     """The loss of validation, and whether it asks the reference."""
     return (_preferences(config), True) if config.dpo.beta else (make_loss(config.model), False)
 

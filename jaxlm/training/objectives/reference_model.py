@@ -16,10 +16,10 @@ from jaxlm.core.leaves import LoRA
 from jaxlm.core.tree import Params, flatten, unflatten
 from jaxlm.model import load, model_config
 from jaxlm.training.config import Experiment
-from jaxlm.training.lora import without_adapters
+from jaxlm.training.lora import remove_adapters
 from jaxlm.training.objectives.distill import PROJECTION, Teacher
 
-__all__ = ["ReferenceModel", "reference_model_of"]
+__all__ = ["ReferenceModel", "make_reference_model"]
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class ReferenceModel:
     model: Callable[[Params, dict[str, Any], dict[str, jax.Array]], Any]
     like: Params | None = None
     params: Params | None = None
-    beside: Mapping[str, jax.Array] = field(default_factory=dict)
+    extra: Mapping[str, jax.Array] = field(default_factory=dict)
 
 
-def reference_model_of(
+def make_reference_model(
     config: Experiment, graphdef: nnx.GraphDef, like: Params, initial: Params | Callable[[], Params] | None
 ) -> ReferenceModel | None:
     """The reference of an experiment, if it has any, with its weights where the model's (``initial``) are there too.
@@ -48,7 +48,7 @@ def reference_model_of(
     """
     if config.dpo.beta:
         if any(isinstance(leaf, LoRA) for leaf in flatten(like).values()):
-            return ReferenceModel(lambda params, *_: nnx.merge(graphdef, without_adapters(params)))
+            return ReferenceModel(lambda params, *_: nnx.merge(graphdef, remove_adapters(params)))
         if callable(initial):
             raise UserError("preferences are measured from a model that is there; name it in init_from")
         return _own(graphdef, like, initial)
@@ -61,29 +61,29 @@ def reference_model_of(
             f"distill.teacher {name} is a {teacher.kind} of {teacher.vocab_size} tokens and the model a {student.kind} "
             f"of {student.vocab_size}; they must agree"
         )
-    beside = {}
+    extra = {}
     if config.distill.hidden and teacher.width != student.width:
-        beside = {PROJECTION: _projection(student.width, teacher.width, config.train.seed)}
+        extra = {PROJECTION: _projection(student.width, teacher.width, config.train.seed)}
     if initial is None:
-        return _teacher(*nn.abstract(teacher), None, beside)
+        return _teacher(*nn.abstract(teacher), None, extra)
     lm = load(name, dtype=student.dtype)
     still = {"dtype": student.dtype} | dict.fromkeys(("dropout", "attention_dropout", "ffn_dropout"), 0.0)
     fields = {each.name for each in dataclasses.fields(lm.config)}
     lm = lm.configure(**{name: value for name, value in still.items() if name in fields})
-    return _teacher(lm.graphdef, lm.params, lm.params, beside)
+    return _teacher(lm.graphdef, lm.params, lm.params, extra)
 
 
 def _projection(ours: int, theirs: int, seed: int) -> jax.Array:
     return ours**-0.5 * jax.random.normal(jax.random.key(seed), (ours, theirs))
 
 
-def _teacher(graphdef: nnx.GraphDef, like: Params, params: Params | None, beside: Mapping[str, jax.Array]) -> ReferenceModel:
+def _teacher(graphdef: nnx.GraphDef, like: Params, params: Params | None, extra: Mapping[str, jax.Array]) -> ReferenceModel:
     own = _own(graphdef, like, params)
     return dataclasses.replace(
-        own, model=lambda _, leaves, trained: Teacher(own.model(_, leaves), trained.get(PROJECTION)), beside=beside
+        own, model=lambda _, leaves, trained: Teacher(own.model(_, leaves), trained.get(PROJECTION)), extra=extra
     )
 
 
 def _own(graphdef: nnx.GraphDef, like: Params, params: Params | None) -> ReferenceModel:
     shapes = jax.eval_shape(lambda params: params, like)
-    return ReferenceModel(lambda _, leaves, *beside: nnx.merge(graphdef, unflatten(shapes, leaves)), shapes, params)
+    return ReferenceModel(lambda _, leaves, *extra: nnx.merge(graphdef, unflatten(shapes, leaves)), shapes, params)

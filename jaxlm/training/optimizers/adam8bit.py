@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax import Array
 
-__all__ = ["BLOCK", "Adam8bitState", "Blockwise", "dynamic_table", "scale_by_adam8bit"]
+__all__ = ["BLOCK", "Adam8bitState", "BlockQuantized", "dynamic_table", "scale_by_adam8bit"]
 
 BLOCK = 256
 _SMALLEST = 4096  # elements of a parameter whose moments are worth rounding
@@ -24,7 +24,7 @@ _SMALLEST = 4096  # elements of a parameter whose moments are worth rounding
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Blockwise:
+class BlockQuantized:
     """An array as ``table[codes] * scale``: it lies and is sharded like what it stands for.
 
     ``codes`` is uint8, of the array's shape; ``scale`` is float32, its last dimension one of blocks of ``BLOCK``.
@@ -35,7 +35,7 @@ class Blockwise:
     signed: bool = dataclasses.field(metadata={"static": True})
 
     @staticmethod
-    def of(x: Array, signed: bool) -> Blockwise:
+    def of(x: Array, signed: bool) -> BlockQuantized:
         """The nearest to a float array; each block keeps its largest magnitude exactly."""
         table = dynamic_table(signed)
         *lead, size = x.shape
@@ -44,7 +44,7 @@ class Blockwise:
         scale = jnp.max(jnp.abs(padded), -1)
         shares = x / jnp.maximum(_spread(scale, size), 1e-38)
         codes = jnp.searchsorted(jnp.asarray((table[1:] + table[:-1]) / 2), shares, method="scan_unrolled")
-        return Blockwise(codes.astype(jnp.uint8), scale, signed)
+        return BlockQuantized(codes.astype(jnp.uint8), scale, signed)
 
     @property
     def array(self) -> Array:
@@ -72,19 +72,19 @@ def dynamic_table(signed: bool) -> np.ndarray:
 
 class Adam8bitState(NamedTuple):
     count: Array
-    mu: dict[str, Array | Blockwise]
-    nu: dict[str, Array | Blockwise]
+    mu: dict[str, Array | BlockQuantized]
+    nu: dict[str, Array | BlockQuantized]
 
 
 def scale_by_adam8bit(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """``optax.scale_by_adam`` over a flat dict, its moments ``Blockwise`` between updates. Those of tables stay in
+    """``optax.scale_by_adam`` over a flat dict, its moments ``BlockQuantized`` between updates. Those of tables stay in
     float32, as in the paper (section 2.3), and so do those of small parameters."""
 
     def kept(path: str, x: Array, signed: bool):
-        return x if x.size < _SMALLEST or path.endswith("table") else Blockwise.of(x, signed)
+        return x if x.size < _SMALLEST or path.endswith("table") else BlockQuantized.of(x, signed)
 
     def opened(moments):
-        return {path: x.array if isinstance(x, Blockwise) else x for path, x in moments.items()}
+        return {path: x.array if isinstance(x, BlockQuantized) else x for path, x in moments.items()}
 
     def closed(moments, signed: bool):
         return {path: kept(path, x, signed) for path, x in moments.items()}

@@ -16,10 +16,10 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.batches.loader import Loader
 from jaxlm.training.config import Experiment, PrivacyConfig
 
-__all__ = ["Accountant", "accountant_of", "clipped", "noised"]
+__all__ = ["Accountant", "make_accountant", "clip_rows", "add_noise"]
 
 
-def clipped(gradient: Callable, clip_norm: float) -> Callable:
+def clip_rows(gradient: Callable, clip_norm: float) -> Callable:
     """``gradient(params, frozen, batch, key, now) -> (gradients, sums)``, summed over rows after each row's, of its
     mean over tokens, was shortened to a norm of at most ``clip_norm``. The sums are plain ones, as before."""
 
@@ -37,7 +37,7 @@ def clipped(gradient: Callable, clip_norm: float) -> Callable:
     return of_batch
 
 
-def noised(gradients: dict[str, Array], std: float, key: Array, rows: int) -> dict[str, Array]:
+def add_noise(gradients: dict[str, Array], std: float, key: Array, rows: int) -> dict[str, Array]:
     """The sums over rows with Gaussian noise of that standard deviation, over the number of rows."""
     return {
         path: (g + std * jax.random.normal(jax.random.fold_in(key, index), g.shape)) / rows
@@ -45,7 +45,7 @@ def noised(gradients: dict[str, Array], std: float, key: Array, rows: int) -> di
     }
 
 
-def accountant_of(config: Experiment, loader: Loader) -> Accountant | None:
+def make_accountant(config: Experiment, loader: Loader) -> Accountant | None:
     """The accountant of an experiment, if it is private. UserError where it cannot be."""
     if not config.privacy.noise_multiplier:
         return None

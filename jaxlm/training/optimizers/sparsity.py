@@ -19,7 +19,7 @@ from jaxlm.compression.schedule import cosine, cubic, pruned_counts, regrow, sma
 from jaxlm.core.errors import UserError
 from jaxlm.training.config import PruneConfig
 
-__all__ = ["SparseState", "pull_to_zero", "sparse", "targets"]
+__all__ = ["SparseState", "sr_ste_decay", "prunable_matrices", "with_sparsity"]
 
 
 class SparseState(NamedTuple):
@@ -28,7 +28,7 @@ class SparseState(NamedTuple):
     inner: optax.OptState
 
 
-def targets(pattern: str, params: dict[str, jax.Array]) -> list[str]:
+def prunable_matrices(pattern: str, params: dict[str, jax.Array]) -> list[str]:
     """The paths of the matrices to prune. UserError where there are none, or other things among them."""
     paths = [path for path in params if re.fullmatch(pattern, path)]
     if not paths:
@@ -39,7 +39,7 @@ def targets(pattern: str, params: dict[str, jax.Array]) -> list[str]:
     return paths
 
 
-def sparse(tx: optax.GradientTransformation, config: PruneConfig, end: int) -> optax.GradientTransformation:
+def with_sparsity(tx: optax.GradientTransformation, config: PruneConfig, end: int) -> optax.GradientTransformation:
     """``tx`` over flat dicts, with weights kept at zero as ``config`` says and the last change at update ``end``.
 
     - ``gradual``: after update t the share ``sparsity * cubic(t)`` of each matrix is zero, those of least magnitude.
@@ -61,7 +61,7 @@ def sparse(tx: optax.GradientTransformation, config: PruneConfig, end: int) -> o
         raise UserError(f"prune.drop={config.drop} is not a share of the weights; use 0 to 1")
 
     def init(params):
-        masks = {path: jnp.ones_like(params[path], bool) for path in targets(config.target, params)}
+        masks = {path: jnp.ones_like(params[path], bool) for path in prunable_matrices(config.target, params)}
         return SparseState(jnp.zeros((), jnp.int32), masks, tx.init(params))
 
     def due(t):
@@ -110,7 +110,7 @@ def _keep_zero(masks: dict, updates: dict, params: dict) -> dict:
     return updates | {path: jnp.where(mask, updates[path], -params[path]) for path, mask in masks.items()}
 
 
-def pull_to_zero(
+def sr_ste_decay(
     prune: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], decay: float, begin: int
 ) -> optax.GradientTransformation:
     """Adds ``decay`` times each weight that ``prune`` makes zero to its gradient, from update ``begin`` on, so that

@@ -19,7 +19,13 @@ from jaxlm.core.tree import flatten
 from jaxlm.data.sources.types import Bitext
 from jaxlm.training import validation
 from jaxlm.training.config import DataConfig, EvalConfig, Experiment
-from jaxlm.training.multihost.distributed import Place, find_place, gathered, joined, row_share
+from jaxlm.training.multihost.distributed import (
+    ProcessInfo,
+    all_gather_object,
+    batch_shard,
+    distributed_runtime,
+    find_process,
+)
 from jaxlm.training.multihost.preflight import compare, facts, preflight, timed_all_reduce
 from jaxlm.training.multihost.rendezvous import rendezvous
 from jaxlm.training.setup import prepare
@@ -36,22 +42,22 @@ SLICES = TPU | {"MEGASCALE_NUM_SLICES": "3", "MEGASCALE_SLICE_ID": "2"}
     ("environ", "place"),
     [
         ({}, None),
-        (OURS | {"JAXLM_HOSTS": "a,b,c,d"}, Place(4, 3, "n1:7", ("a", "b", "c", "d"))),
-        (OURS | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, Place(4, 3, "n1:7", devices=None)),
+        (OURS | {"JAXLM_HOSTS": "a,b,c,d"}, ProcessInfo(4, 3, "n1:7", ("a", "b", "c", "d"))),
+        (OURS | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, ProcessInfo(4, 3, "n1:7", devices=None)),
         (OURS | {"JAXLM_PROCESS_COUNT": "1", "JAXLM_PROCESS_ID": "0"}, None),
-        (SLURM, Place(2, 1)),
-        (SLURM | {"JAX_COORDINATOR_ADDRESS": "n1:7"}, Place(2, 1, "n1:7")),
-        (EACH_GPU, Place(4, 3, devices=(1,))),
-        (EACH_GPU | {"CUDA_VISIBLE_DEVICES": "5"}, Place(4, 3)),
+        (SLURM, ProcessInfo(2, 1)),
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "n1:7"}, ProcessInfo(2, 1, "n1:7")),
+        (EACH_GPU, ProcessInfo(4, 3, devices=(1,))),
+        (EACH_GPU | {"CUDA_VISIBLE_DEVICES": "5"}, ProcessInfo(4, 3)),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "0"}, None),
         ({"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, None),  # the batch script, not a step
-        (TPU, Place(2, 1, devices=None)),
-        (SLICES, Place(6, 5, devices=None)),
+        (TPU, ProcessInfo(2, 1, devices=None)),
+        (SLICES, ProcessInfo(6, 5, devices=None)),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
     ],
 )
 def test_the_environment_says_who_we_are(environ, place):
-    assert find_place(environ) == place
+    assert find_process(environ) == place
 
 
 @pytest.mark.parametrize(
@@ -66,11 +72,11 @@ def test_the_environment_says_who_we_are(environ, place):
 def test_half_an_environment_is_a_mistake(changes, message):
     environ = {name: value for name, value in (OURS | changes).items() if value is not None}
     with pytest.raises(UserError, match=message):
-        find_place(environ)
+        find_process(environ)
 
 
 def test_alone_nothing_is_started():
-    with joined({}):
+    with distributed_runtime({}):
         assert not jax.distributed.is_initialized()
 
 
@@ -133,12 +139,12 @@ def mesh_of(processes: np.ndarray, **sizes: int):
 )
 def test_processes_share_rows_as_their_devices_do(processes, sizes, shares):
     mesh = mesh_of(np.array(processes), **sizes)
-    assert [row_share(mesh, process) for process in range(max(processes) + 1)] == shares
+    assert [batch_shard(mesh, process) for process in range(max(processes) + 1)] == shares
 
 
 def test_rows_that_cannot_be_shared_are_a_mistake():
     with pytest.raises(UserError, match="cannot be shared evenly"):
-        row_share(mesh_of(np.array([0, 0, 0, 1]), data=2, tensor=2), 0)
+        batch_shard(mesh_of(np.array([0, 0, 0, 1]), data=2, tensor=2), 0)
 
 
 def test_what_differs_is_named_with_its_host():
@@ -174,7 +180,7 @@ def test_an_all_reduce_is_timed():
 
 
 def test_alone_everything_is_gathered():
-    assert gathered({"a": ["ä", 1]}) == [{"a": ["ä", 1]}]
+    assert all_gather_object({"a": ["ä", 1]}) == [{"a": ["ä", 1]}]
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -192,7 +198,7 @@ def test_processes_share_the_sentences_of_a_validation(setup, monkeypatch, parts
     config = dataclasses.replace(setup.config, eval=EvalConfig(metric="bleu", bleu_sentences=7))
     setup = dataclasses.replace(setup, config=config, valid_source=source)
     monkeypatch.setattr(validation, "translate", translate)
-    monkeypatch.setattr(validation, "gathered", lambda mine: [*shares[:-1], mine])
+    monkeypatch.setattr(validation, "all_gather_object", lambda mine: [*shares[:-1], mine])
     monkeypatch.setattr(jax, "process_count", lambda: parts)
     monkeypatch.setattr(jax, "process_index", lambda: parts - 1)
     validator = validation.Validator(setup, lambda batch: batch, lambda: None)

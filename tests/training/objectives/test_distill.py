@@ -17,8 +17,8 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import batch_sharding, make_mesh
 from jaxlm.training.config import DistillConfig, Experiment
 from jaxlm.training.objectives.distill import PROJECTION, Teacher, distill_loss, divergence, teacher_layers
-from jaxlm.training.objectives.objective import objective_of
-from jaxlm.training.objectives.reference_model import reference_model_of
+from jaxlm.training.objectives.objective import make_objective
+from jaxlm.training.objectives.reference_model import make_reference_model
 from jaxlm.training.step import abstract_state, init_state, make_step
 from tests.training.llamas import CONFIG, batch, tiny_llama
 
@@ -77,9 +77,9 @@ def test_a_student_without_layers_recovers(tmp_path):
     student = jaxlm.load(tmp_path / "student")
     assert student.config.layers == 2
     experiment = Experiment(model=student.config, distill=DistillConfig(str(home), 1.0, 1.0, hidden=0.1))
-    reference = reference_model_of(experiment, student.graphdef, student.params, student.params)
+    reference = make_reference_model(experiment, student.graphdef, student.params, student.params)
     tx = optax.adam(0.02)
-    step = make_step(student.graphdef, student.params, objective_of(experiment), tx, reference=reference.model)
+    step = make_step(student.graphdef, student.params, make_objective(experiment), tx, reference=reference.model)
     state, seen = init_state(student.params, tx, 0, reference=reference.params), []
     for number in range(40):
         state, metrics = step(state, batch(16, seed=number))
@@ -95,20 +95,20 @@ def test_a_narrower_student_learns_a_projection(tmp_path):
     config = dataclasses.replace(CONFIG, width=8)
     graphdef, params = nn.build(config, jax.random.key(0))
     experiment = Experiment(model=config, distill=DistillConfig(str(home), 0.5, hidden=1.0))
-    reference = reference_model_of(experiment, graphdef, params, params)
-    assert reference.beside[PROJECTION].shape == (8, 16)
+    reference = make_reference_model(experiment, graphdef, params, params)
+    assert reference.extra[PROJECTION].shape == (8, 16)
     tx, mesh = optax.adam(0.02), make_mesh(data=2, devices=jax.devices()[:2])
     with jax.set_mesh(mesh):
-        abstract = abstract_state(params, tx, mesh, reference=reference.like, beside=reference.beside)
+        abstract = abstract_state(params, tx, mesh, reference=reference.like, extra=reference.extra)
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        state = init_state(params, tx, 0, layout, reference=reference.params, beside=reference.beside)
-        step = make_step(graphdef, params, objective_of(experiment), tx, reference=reference.model, layout=layout)
+        state = init_state(params, tx, 0, layout, reference=reference.params, extra=reference.extra)
+        step = make_step(graphdef, params, make_objective(experiment), tx, reference=reference.model, layout=layout)
         seen = []
         for _ in range(10):
             state, metrics = step(state, jax.device_put(batch(), batch_sharding(mesh)))
             seen.append(float(metrics["difference"]))
     assert seen[-1] < 0.9 * seen[0]
-    assert np.abs(np.asarray(state.params[PROJECTION] - reference.beside[PROJECTION])).max() > 0.05
+    assert np.abs(np.asarray(state.params[PROJECTION] - reference.extra[PROJECTION])).max() > 0.05
 
 
 def test_a_teacher_may_be_compressed_and_must_fit(tmp_path):
@@ -116,11 +116,11 @@ def test_a_teacher_may_be_compressed_and_must_fit(tmp_path):
     lm = jaxlm.load(home)
     jaxlm.compress(lm, "w8a8-dynamic").save(tmp_path / "small")
     experiment = Experiment(model=lm.config, distill=DistillConfig(str(tmp_path / "small")))
-    reference = reference_model_of(experiment, lm.graphdef, lm.params, lm.params)
+    reference = make_reference_model(experiment, lm.graphdef, lm.params, lm.params)
     small = reference.model(None, jaxlm.core.tree.flatten(reference.params), {}).model
     np.testing.assert_allclose(small(batch()["inputs"]), lm(batch()["inputs"]), atol=1.0)
     other = dataclasses.replace(experiment, model=dataclasses.replace(lm.config, vocab_size=64))
     with pytest.raises(UserError, match="a decoder of 32 tokens and the model a decoder of 64"):
-        reference_model_of(other, lm.graphdef, lm.params, lm.params)
+        make_reference_model(other, lm.graphdef, lm.params, lm.params)
     with pytest.raises(UserError, match="distill.weight=2.0 must be from 0 to 1"):
-        objective_of(dataclasses.replace(experiment, distill=DistillConfig("x", weight=2.0)))
+        make_objective(dataclasses.replace(experiment, distill=DistillConfig("x", weight=2.0)))

@@ -14,10 +14,10 @@ import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten
 from jaxlm.training.config import DpoConfig, Experiment
-from jaxlm.training.lora import without_adapters
+from jaxlm.training.lora import remove_adapters
 from jaxlm.training.objectives.dpo import dpo_loss
-from jaxlm.training.objectives.objective import objective_of
-from jaxlm.training.objectives.reference_model import reference_model_of
+from jaxlm.training.objectives.objective import make_objective
+from jaxlm.training.objectives.reference_model import make_reference_model
 from jaxlm.training.step import init_state, make_step
 from tests.training.llamas import CONFIG, batch, tiny_llama
 from tests.training.test_lora import adapted
@@ -86,13 +86,13 @@ def test_with_adapters_the_reference_is_the_base(base):
     """It has no leaves of its own, and computes what a copy of the base does; training prefers what is preferred."""
     lm, data = adapted(base), pairs()
     experiment = Experiment(model=lm.config, init_from=str(base), dpo=DpoConfig(0.5))
-    shared = reference_model_of(experiment, lm.graphdef, lm.params, lm.params)
+    shared = make_reference_model(experiment, lm.graphdef, lm.params, lm.params)
     assert shared.like is None and shared.params is None
-    plain = lm.replace(params=without_adapters(lm.params))
-    copy = reference_model_of(experiment, plain.graphdef, plain.params, plain.params)
+    plain = lm.replace(params=remove_adapters(lm.params))
+    copy = make_reference_model(experiment, plain.graphdef, plain.params, plain.params)
     tx, histories = optax.sgd(0.05), []
     for reference in (shared, copy):
-        step = make_step(lm.graphdef, lm.params, objective_of(experiment), tx, reference=reference.model)
+        step = make_step(lm.graphdef, lm.params, make_objective(experiment), tx, reference=reference.model)
         state, history = init_state(lm.params, tx, 0, reference=reference.params), []
         for _ in range(6):
             state, metrics = step(state, data)
@@ -108,6 +108,6 @@ def test_mistakes(base):
     lm = jaxlm.load(base)
     experiment = Experiment(model=lm.config, dpo=DpoConfig(0.1))
     with pytest.raises(UserError, match="preferences are measured from a model that is there"):
-        reference_model_of(experiment, lm.graphdef, lm.params, lambda: lm.params)
+        make_reference_model(experiment, lm.graphdef, lm.params, lambda: lm.params)
     with pytest.raises(UserError, match="a label_smoothing below 0.5"):
-        objective_of(dataclasses.replace(experiment, dpo=DpoConfig(0.1, 0.7)))
+        make_objective(dataclasses.replace(experiment, dpo=DpoConfig(0.1, 0.7)))

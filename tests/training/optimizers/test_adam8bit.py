@@ -13,7 +13,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import batch_sharding, bytes_per_device, make_mesh
 from jaxlm.training.config import OptimConfig
 from jaxlm.training.objectives.loss import lm_loss
-from jaxlm.training.optimizers.adam8bit import Blockwise, dynamic_table, scale_by_adam8bit
+from jaxlm.training.optimizers.adam8bit import BlockQuantized, dynamic_table, scale_by_adam8bit
 from jaxlm.training.optimizers.optimizer import decay_mask, make_optimizer
 from jaxlm.training.step import abstract_state, init_state, make_step
 from tests.training.llamas import batch
@@ -23,7 +23,7 @@ from tests.training.llamas import batch
 def test_codes_are_the_nearest_values(signed):
     x = np.random.default_rng(0).standard_normal((3, 600)) ** 3
     x = np.float32(x if signed else np.abs(x))
-    coded, table = Blockwise.of(jnp.asarray(x), signed), np.float64(dynamic_table(signed))
+    coded, table = BlockQuantized.of(jnp.asarray(x), signed), np.float64(dynamic_table(signed))
     assert coded.codes.dtype == np.uint8 and coded.codes.shape == x.shape and coded.scale.shape == (3, 3)
     assert table[-1] == 1 and 0 in table and np.all(np.diff(table) > 0)
     for row, block in np.ndindex(3, 3):
@@ -32,13 +32,13 @@ def test_codes_are_the_nearest_values(signed):
         nearest = table[np.abs(part[:, None] / largest - table).argmin(-1)] * largest
         np.testing.assert_allclose(np.asarray(coded.array)[row, 256 * block : 256 * (block + 1)], nearest,
                                    rtol=1e-4, atol=1e-7 * largest)
-    assert not np.any(np.asarray(Blockwise.of(jnp.zeros((2, 5)), signed).array))
+    assert not np.any(np.asarray(BlockQuantized.of(jnp.zeros((2, 5)), signed).array))
 
 
 def test_large_matrices_only():
     params = {"embed/table": jnp.zeros((64, 64)), "a/kernel": jnp.zeros((64, 64)), "b/kernel": jnp.zeros((8, 8))}
     state = scale_by_adam8bit(0.9, 0.95, 1e-8).init(params)
-    assert [isinstance(state.nu[path], Blockwise) for path in params] == [False, True, False]
+    assert [isinstance(state.nu[path], BlockQuantized) for path in params] == [False, True, False]
     assert state.mu["a/kernel"].codes.nbytes == 64 * 64 and state.mu["a/kernel"].scale.nbytes == 64 * 4
 
 

@@ -13,7 +13,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten
 from jaxlm.training.config import PrivacyConfig
 from jaxlm.training.objectives.loss import lm_loss
-from jaxlm.training.optimizers.privacy import Accountant, noised
+from jaxlm.training.optimizers.privacy import Accountant, add_noise
 from jaxlm.training.step import init_state, make_step
 from tests.training.llamas import batch, tiny_llama
 
@@ -58,12 +58,12 @@ def test_clipped_sums_are_those_of_a_loop(lm):
 
 def test_noise_is_of_the_right_size_and_by_the_key():
     zeros = {"a": jnp.zeros((200, 300)), "b": jnp.zeros((200, 300))}
-    found = noised(zeros, 3.0, jax.random.key(0), 8)
+    found = add_noise(zeros, 3.0, jax.random.key(0), 8)
     for path, noise in found.items():
         assert np.std(noise) == pytest.approx(3 / 8, rel=0.02) and abs(np.mean(noise)) < 0.01, path
     assert abs(np.corrcoef(found["a"].ravel(), found["b"].ravel())[0, 1]) < 0.02
-    assert np.array_equal(found["a"], noised(zeros, 3.0, jax.random.key(0), 8)["a"])
-    assert not np.array_equal(found["a"], noised(zeros, 3.0, jax.random.key(1), 8)["a"])
+    assert np.array_equal(found["a"], add_noise(zeros, 3.0, jax.random.key(0), 8)["a"])
+    assert not np.array_equal(found["a"], add_noise(zeros, 3.0, jax.random.key(1), 8)["a"])
 
 
 def test_the_step_adds_it(lm):

@@ -23,13 +23,13 @@ from jaxlm.core.sharding import batch_sharding, make_mesh, shard_over
 from jaxlm.core.tree import flatten
 from jaxlm.hf.directory import read_model
 from jaxlm.training import loop
-from jaxlm.training.compression import InTraining
+from jaxlm.training.compression_aware import CompressionAwareTraining
 from jaxlm.training.config import DataConfig, Experiment, OptimConfig, PruneConfig, QatConfig, TrainConfig
 from jaxlm.training.loop import train
 from jaxlm.training.metrics import read_metrics
 from jaxlm.training.objectives.loss import make_loss
 from jaxlm.training.optimizers.optimizer import make_optimizer
-from jaxlm.training.optimizers.sparsity import pull_to_zero, sparse
+from jaxlm.training.optimizers.sparsity import sr_ste_decay, with_sparsity
 from jaxlm.training.setup import prepare
 from jaxlm.training.step import abstract_state, init_state, make_step
 from jaxlm.training.validation import Validator
@@ -45,7 +45,7 @@ def normal(*shape, seed=0):
 def walk(config: PruneConfig, end: int, steps: int):
     """Parameters, state and gradients after each update, on random gradients."""
     params = {KERNEL: normal(2, 20, 10), TABLE: normal(5, 4)}
-    tx = sparse(make_optimizer(OPTIM, steps), config, end)
+    tx = with_sparsity(make_optimizer(OPTIM, steps), config, end)
     state, update, seen = tx.init(params), jax.jit(tx.update), []
     for t in range(steps):
         grads = {path: normal(*leaf.shape, seed=100 + t) for path, leaf in params.items()}
@@ -108,7 +108,7 @@ def test_pull_to_zero():
         return {KERNEL: jnp.where(jnp.abs(params[KERNEL]) < 0.5, 0, params[KERNEL]), TABLE: params[TABLE]}
 
     params = {KERNEL: normal(1, 6, 4), TABLE: normal(3, 2)}
-    tx = pull_to_zero(prune, 0.25, begin=1)
+    tx = sr_ste_decay(prune, 0.25, begin=1)
     state, zeros = tx.init(params), jax.tree.map(jnp.zeros_like, params)
     for pull in (0, 0.25, 0.25):
         grads, state = tx.update(zeros, state, params)
@@ -120,7 +120,7 @@ def test_pull_to_zero():
 @pytest.mark.parametrize("method", ["gradual", "rigl"])
 def test_eight_devices_change_the_same_weights(method):
     mesh, prune = make_mesh(data=2, fsdp=2, tensor=2), PruneConfig(method=method, sparsity=0.6, every=1)
-    tx = sparse(make_optimizer(dataclasses.replace(OPTIM, clip_norm=0.0), 9), prune, 3)
+    tx = with_sparsity(make_optimizer(dataclasses.replace(OPTIM, clip_norm=0.0), 9), prune, 3)
     layout, ends = NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor")), []
     for place in (lambda x: x, lambda x: jax.device_put(x, layout)):
         params = {KERNEL: place(normal(2, 20, 12))}
@@ -142,7 +142,7 @@ def run(mesh=None):
     """Two steps before and two after quantization begins, on one device or several; the state's layout and the losses.
     """
     graphdef, like = nn.abstract(MODEL)
-    tx = sparse(make_optimizer(dataclasses.replace(OPTIM, lr=1e-3), 20), PruneConfig(sparsity=0.5, target=KERNEL), 8)
+    tx = with_sparsity(make_optimizer(dataclasses.replace(OPTIM, lr=1e-3), 20), PruneConfig(sparsity=0.5, target=KERNEL), 8)
     layout = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh))
     step = make_step(graphdef, like, make_loss(MODEL), tx, fake_compress(parse("w4a8-dynamic"), begin=2), layout=layout)
     init = nn.initializer(MODEL)[1]
@@ -280,7 +280,7 @@ def test_mistakes_are_found_before_the_first_step(finished, tmp_path, qat, prune
 
 def test_a_plain_training_is_left_alone(finished):
     config = experiment(finished)
-    plain = InTraining(config, nn.abstract(MODEL)[1])
+    plain = CompressionAwareTraining(config, nn.abstract(MODEL)[1])
     tx, params = optax.sgd(1.0), {KERNEL: normal(1, 2, 2)}
     assert plain.optimizer(tx) is tx and plain.transform is None and plain.complete == 0
     assert plain.placed(params) is params and plain.pruned(params) is params and plain.report(params) == {}

@@ -16,12 +16,12 @@ from jaxlm.compression.schedule import fake_compress, pruning_of
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import Params, Transform, flatten, unflatten
 from jaxlm.training.config import Experiment
-from jaxlm.training.optimizers.sparsity import pull_to_zero, sparse, targets
+from jaxlm.training.optimizers.sparsity import prunable_matrices, sr_ste_decay, with_sparsity
 
-__all__ = ["InTraining"]
+__all__ = ["CompressionAwareTraining"]
 
 
-class InTraining:
+class CompressionAwareTraining:
     """The ``qat`` and ``prune`` of an experiment, made concrete; UserError on a mistake in them.
 
     ``recipe`` is that of ``qat``, or None; ``complete`` is the first step whose parameters are all that was asked for.
@@ -45,7 +45,7 @@ class InTraining:
             self._end = prune.end or steps * 3 // 4
             if self._end >= steps:
                 raise UserError(f"prune.end={self._end} is not before train.steps={steps}; train longer or end earlier")
-            self._pruned = targets(prune.target, flatten(like))
+            self._pruned = prunable_matrices(prune.target, flatten(like))
             self.complete = max(self.complete, self._end + 1)
 
     def optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -54,8 +54,8 @@ class InTraining:
         if prune.sparsity and name not in ("adamw", "lion"):
             raise UserError(f"prune.sparsity keeps zeros in the moments of adamw and lion; use one of them, not {name}")
         if qat.decay and self._pruning.steps:
-            tx = optax.chain(pull_to_zero(self.pruned, qat.decay, qat.begin), tx)
-        return sparse(tx, prune, self._end) if prune.sparsity else tx
+            tx = optax.chain(sr_ste_decay(self.pruned, qat.decay, qat.begin), tx)
+        return with_sparsity(tx, prune, self._end) if prune.sparsity else tx
 
     def pruned(self, params: dict[str, Any]) -> dict[str, Any]:
         """Flat parameters as dense arrays with their final zeros; compressing these is compressing the given ones."""
