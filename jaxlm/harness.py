@@ -113,7 +113,7 @@ class JaxLM(TemplateLM):
         """Special tokens that the text spells are recognised. What frames a prompt is added unless asked not to, or the
         text spells its beginning."""
         tokenizer = self.lm.tokenizer
-        ids = tokenizer.encode_prompt(string, specials=True)
+        ids = tokenizer.encode_prompt(string, parse_special=True)
         framed = self._add_bos is not False if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and string.startswith(tokenizer.decode([self._prefix], skip_special=False)):
             framed = False
@@ -225,12 +225,12 @@ class JaxLM(TemplateLM):
         """The conversation as a prompt; without ``add_generation_prompt`` it ends within its last message, which the
         model goes on with. Where the template has no place for a system message it is left out."""
         try:
-            text = self.lm.tokenizer.chat(chat_history, add_generation_prompt=add_generation_prompt)
+            text = self.lm.tokenizer.chat_template.render(chat_history, add_generation_prompt=add_generation_prompt)
         except UserError:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
-            text = self.lm.tokenizer.chat(others, add_generation_prompt=add_generation_prompt)
+            text = self.lm.tokenizer.chat_template.render(others, add_generation_prompt=add_generation_prompt)
         if add_generation_prompt:
             return text
         last = chat_history[-1]["content"].lstrip()
@@ -241,7 +241,7 @@ class JaxLM(TemplateLM):
         """The template's text, which the harness keeps with the results. It cannot be chosen by name."""
         if isinstance(chat_template, str):
             raise UserError(f"the chat template {chat_template!r} cannot be chosen; the tokenizer's default is used")
-        return self.lm.tokenizer.chat_template if chat_template else None
+        return self.lm.tokenizer.chat_template.source if chat_template else None
 
 
 def _frame(tokenizer) -> tuple[list[int], list[int]]:

@@ -224,7 +224,8 @@ def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
         return None
     tokenizer = Tokenizer.load(directory)
     try:
-        tokenizer.check_rows(getattr(config, "src_vocab_size", 0) or config.vocab_size, config.vocab_size)
+        rows = getattr(config, "src_vocab_size", 0) or config.vocab_size
+        tokenizer.vocabulary.check_embedding_rows(rows, config.vocab_size)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     return tokenizer

@@ -308,7 +308,7 @@ def generate(
 def _encode(tokenizer, prompt: str | Chat) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt)
-    return tokenizer.encode_prompt(tokenizer.chat(prompt), specials=True)
+    return tokenizer.encode_prompt(tokenizer.chat_template.render(prompt), parse_special=True)
 
 
 def _check(lm, max_new_tokens: int | None, temperature: float | None, beam: int | None) -> None:

@@ -134,10 +134,10 @@ def target_language(lm, language: str | None = None) -> str | None:
     where nothing says so."""
     tokenizer, generation = lm.tokenizer, lm.generation
     said = generation.forced_bos_token_id
-    if tokenizer.starts_with_language:
+    if tokenizer.languages.decoder_starts_with_code:
         said = decoder_start_token(lm.config, generation)
     codes = {index: code for code, index in tokenizer.languages.items()}
-    return language or codes.get(said) or tokenizer.target_language
+    return language or codes.get(said) or tokenizer.languages.default_target
 
 
 def generation_for_language(lm, language: str | None = None) -> GenerationConfig:
@@ -146,8 +146,8 @@ def generation_for_language(lm, language: str | None = None) -> GenerationConfig
     tokenizer, language = lm.tokenizer, target_language(lm, language)
     if language is None and not tokenizer.languages:
         return lm.generation
-    code = tokenizer.language_id(language)
-    if tokenizer.starts_with_language:
+    code = tokenizer.languages.id_of(language)
+    if tokenizer.languages.decoder_starts_with_code:
         return lm.generation.replace(decoder_start_token_id=code)
     return lm.generation.replace(forced_bos_token_id=code)
 

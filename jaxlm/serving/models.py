@@ -76,7 +76,7 @@ class Served:
 
 def _has_chat(tokenizer) -> bool:
     try:
-        return bool(tokenizer.chat_template)
+        return bool(tokenizer.chat_template.source)
     except UserError:
         return False
 

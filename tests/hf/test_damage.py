@@ -64,7 +64,7 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(books, tmp_path):
 
 def test_each_language_of_a_translation_model_has_its_own_rows():
     tokenizer = Tokenizer.train(["ab"], "char")
-    tokenizer.check_rows(5, 5)
+    tokenizer.vocabulary.check_embedding_rows(5, 5)
     for rows in ((4, 5), (5, 4)):
         with pytest.raises(UserError, match="gives 'b' the id 4, and the model has 4 rows of embeddings"):
-            tokenizer.check_rows(*rows)
+            tokenizer.vocabulary.check_embedding_rows(*rows)

@@ -156,7 +156,7 @@ def test_the_settings_of_the_model_are_the_defaults():
 
 def test_a_conversation_is_what_the_chat_template_makes_of_it():
     lm, template = decoder(), "{% for message in messages %}{{ message.content }}{% endfor %}<s>"
-    tokenizer = Tokenizer(lm.tokenizer._engine, lm.tokenizer._config | {"chat_template": template})
+    tokenizer = Tokenizer(lm.tokenizer.backend, lm.tokenizer.config | {"chat_template": template})
     chat = [{"role": "system", "content": "the "}, {"role": "user", "content": "cat"}]
     wanted = generate_tokens(lm, [[*lm.tokenizer.encode("the cat"), lm.tokenizer.bos_id]], max_new_tokens=9)
     said = generate(replace(lm, tokenizer=tokenizer), chat, max_new_tokens=9)

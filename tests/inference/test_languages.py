@@ -61,7 +61,7 @@ def test_translations_are_those_of_transformers(model):
     if target:
         tokenizer.src_lang = source
         option = "decoder_start_token_id" if name == "MBartTokenizer" else "forced_bos_token_id"
-        options[option] = lm.tokenizer.language_id(target)
+        options[option] = lm.tokenizer.languages.id_of(target)
     said = []
     for text in GERMAN[:3]:
         with torch.no_grad():
@@ -75,14 +75,15 @@ def test_translations_are_those_of_transformers(model):
 def test_the_language_is_the_first_token_or_the_start(model):
     directory, name = model
     lm, (_, source, target) = jaxlm.load(directory), MODELS[name]
-    code = lm.tokenizer.language_id(target)
+    code = lm.tokenizer.languages.id_of(target)
     settings = generation_for_language(lm, target)
     if name == "MBartTokenizer":
         assert settings.decoder_start_token_id == code and settings.forced_bos_token_id is None
     else:
         rows, _ = translate_tokens(lm, lm.tokenizer.encode_source(ENGLISH, source), settings)
         assert [row[0] for row in rows] == [code] * len(ENGLISH)
-    assert generation_for_language(lm) == generation_for_language(lm, lm.tokenizer.target_language), "tokenizer_config.json says it"
+    default = lm.tokenizer.languages.default_target
+    assert generation_for_language(lm) == generation_for_language(lm, default), "tokenizer_config.json says it"
     assert lm.translate(ENGLISH[0], target_language=target) == lm.translate(
         ENGLISH[0], source_language=source, target_language=target
     ), "the source too"

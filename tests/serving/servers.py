@@ -27,7 +27,7 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}. {% endfor %}"
 def chatty() -> LM:
     """A model with a chat template that knows all of ASCII, and so writes JSON."""
     plain = Tokenizer.train([string.printable], kind="char")
-    tokenizer = Tokenizer(plain._engine, plain._config | {"chat_template": TEMPLATE})
+    tokenizer = Tokenizer(plain.backend, plain.config | {"chat_template": TEMPLATE})
     config = nn.DecoderConfig(
         vocab_size=tokenizer.vocab_size, width=32, heads=4, kv_heads=2, ffn=48, layers=2, max_positions=96
     )

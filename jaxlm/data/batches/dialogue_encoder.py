@@ -25,16 +25,16 @@ class DialogueEncoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._specials = re.compile("|".join(map(re.escape, tokenizer.specials)) or r"(?!)")
+        self._specials = re.compile("|".join(map(re.escape, tokenizer.vocabulary.special_tokens)) or r"(?!)")
 
     @functools.cached_property
     def _marks(self) -> bool:
         """Whether the chat template says itself what the model writes, in {% generation %} blocks."""
-        return re.search(r"{%-?\s*generation\b", self._tokenizer.chat_template) is not None
+        return re.search(r"{%-?\s*generation\b", self._tokenizer.chat_template.source) is not None
 
     def __call__(self, dialogue: Dialogue) -> tuple[np.ndarray, np.ndarray]:
         """RowError where the dialogue is no good; UserError where the tokenizer is not."""
-        if isinstance(dialogue, Chat) and dialogue.plain and not self._tokenizer.has_chat_template:
+        if isinstance(dialogue, Chat) and dialogue.plain and not self._tokenizer.chat_template:
             dialogue = dialogue.plain
         return self._completion(dialogue) if isinstance(dialogue, Completion) else self._chat(dialogue)
 
@@ -66,7 +66,7 @@ class DialogueEncoder:
 
     def _marked(self, chat: Chat) -> tuple[str, Spans]:
         messages = [_plain(message) for message in chat.messages]
-        text, spans = self._tokenizer.chat_spans(messages, tools=chat.tools)
+        text, spans = self._tokenizer.chat_template.render_with_spans(messages, tools=chat.tools)
         replies = [message for message in chat.messages if message["role"] == "assistant"]
         if len(spans) != len(replies):
             raise RowError(f"{len(replies)} replies of which the chat template marks {len(spans)}")
@@ -99,7 +99,9 @@ class DialogueEncoder:
         return text, spans
 
     def _write(self, messages: list[Message], chat: Chat, add_generation_prompt: bool = False) -> str:
-        return self._tokenizer.chat(messages, tools=chat.tools, add_generation_prompt=add_generation_prompt)
+        return self._tokenizer.chat_template.render(
+            messages, tools=chat.tools, add_generation_prompt=add_generation_prompt
+        )
 
 
 def _plain(message: Message) -> Mapping:

@@ -100,7 +100,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _dialogues(source: Dialogues | Preferences, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
-    encoder, dtype = DialogueEncoder(tokenizer), tokenizer.dtype
+    encoder, dtype = DialogueEncoder(tokenizer), tokenizer.vocabulary.id_dtype
     paired = isinstance(source, Preferences)
 
     def encoded() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:

@@ -1,4 +1,5 @@
-"""What a ``Tokenizer`` runs on: the ``tokenizers`` library, or SentencePiece models and ids of their own."""
+"""The two implementations behind ``Tokenizer``: the library ``tokenizers``, and SentencePiece models with a vocabulary
+of their own."""
 
 from __future__ import annotations
 
@@ -14,42 +15,62 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.tokenizers.token_bytes import token_bytes
+
+EACH_CHARACTER = r"[\s\S]"  # splits a text into characters
+Offsets = Sequence[tuple[int, int]]  # of tokens in a text: first character, end
 
 
 class TokenizerBackend(Protocol):
-    """Text to ids and back, before any question of what a model reads around the text.
+    """Text to ids and back, without what a model reads around the text.
 
     Attributes:
         vocabulary: the id of every token.
         target_vocabulary: the same, in the language translated into.
-        specials: the id of every token that is not text; ``encode`` makes none of them.
-        bpe: whether it merges pairs (which decides about cleaning up spaces).
+        special_tokens: the id of every token that is not text; ``encode`` makes none of them.
+        encodes_chunks_apart: whether the chunks that ``text_chunks`` cuts may be encoded one by one.
+        cleans_up_spaces: whether clean_up_tokenization_spaces of tokenizer_config.json applies to decoded text.
     """
 
     vocabulary: Mapping[str, int]
     target_vocabulary: Mapping[str, int]
-    specials: Mapping[str, int]
-    bpe: bool
+    special_tokens: Mapping[str, int]
+    encodes_chunks_apart: bool
+    cleans_up_spaces: bool
 
     def encode(self, texts: Sequence[str], target: bool = False) -> Iterable[Sequence[int]]:
-        """Ids of each text, made on all cores; ``target``: of the language translated into."""
+        """The ids of each text, made on all cores; ``target``: in the vocabulary of the language translated into."""
 
     def encode_framed(self, texts: Sequence[str]) -> Iterable[Sequence[int]] | None:
-        """Ids of each text with what the file itself puts around it; None where the file does not say."""
+        """The ids of each text with the special tokens that the file's post-processor puts around it; None where the
+        file has no post-processor."""
 
-    def encode_spelled(self, text: str) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
-        """Ids of a text in which the tokens that are not text are recognised where it spells them; and from which
-        character to which each goes."""
+    def encode_parsing_special(self, text: str) -> tuple[Sequence[int], Offsets]:
+        """The ids of a text in which spelled special tokens are recognised, and the characters that each id covers.
+
+        Raises:
+            UserError: when the backend cannot do that.
+        """
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         """The text of some ids."""
 
+    def unknown_characters(self, texts: Sequence[str]) -> set[str]:
+        """The characters that cannot be encoded; empty where every text can be."""
+
+    def token_bytes(self) -> list[bytes | None]:
+        """The bytes that each token stands for, by id; None for special tokens and for ids that have no token.
+
+        Raises:
+            UserError: when the bytes of a token depend on its neighbours.
+        """
+
     def save(self, directory: Path) -> None:
-        """Writes the files that it can be read from again."""
+        """Writes the files from which the backend can be read again."""
 
 
 class FastBackend:
-    """A ``TokenizerBackend`` over a ``tokenizers.Tokenizer``: one file, tokenizer.json."""
+    """A ``TokenizerBackend`` over a ``tokenizers.Tokenizer``, which one file holds: tokenizer.json."""
 
     def __init__(self, raw: tokenizers.Tokenizer):
         raw.no_truncation()
@@ -58,13 +79,16 @@ class FastBackend:
         self.raw = raw
         self.vocabulary = self.target_vocabulary = raw.get_vocab(with_added_tokens=True)
         added = raw.get_added_tokens_decoder().items()
-        self.specials = {token.content: index for index, token in added if token.special}
-        self.bpe = isinstance(raw.model, models.BPE)
+        self.special_tokens = {token.content: index for index, token in added if token.special}
+        self.encodes_chunks_apart = _encodes_chunks_apart(raw)
+        self.cleans_up_spaces = not isinstance(raw.model, models.BPE)
         if isinstance(raw.model, models.Unigram):
-            _hide(raw, sorted(self.specials.keys() & raw.get_vocab(with_added_tokens=False).keys()))
+            _hide_special_tokens(
+                raw, sorted(self.special_tokens.keys() & raw.get_vocab(with_added_tokens=False).keys())
+            )
 
     @cached_property
-    def _recognising(self) -> tokenizers.Tokenizer:
+    def _parsing_special(self) -> tokenizers.Tokenizer:
         """A copy that finds special tokens in text: a switch on the one in use would change it under other threads."""
         return tokenizers.Tokenizer.from_str(self.raw.to_str())
 
@@ -76,21 +100,40 @@ class FastBackend:
             return None
         return (encoding.ids for encoding in self.raw.encode_batch_fast(list(texts)))
 
-    def encode_spelled(self, text: str) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
-        encoding = self._recognising.encode(text, add_special_tokens=False)
+    def encode_parsing_special(self, text: str) -> tuple[Sequence[int], Offsets]:
+        encoding = self._parsing_special.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         return self.raw.decode(list(ids), skip_special_tokens=skip_special)
 
+    def unknown_characters(self, texts: Sequence[str]) -> set[str]:
+        return set().union(*texts) - self.vocabulary.keys() if isinstance(self.raw.model, models.WordLevel) else set()
+
+    def token_bytes(self) -> list[bytes | None]:
+        return token_bytes(self.raw)
+
     def save(self, directory: Path) -> None:
         self.raw.save(str(directory / "tokenizer.json"))
 
 
-def _hide(raw: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
-    """Keeps a unigram model from finding special tokens in text: they are among its pieces, with the best of scores.
+def _encodes_chunks_apart(raw: tokenizers.Tokenizer) -> bool:
+    """Whether texts are split by GPT-2's pattern or into characters, and nothing reads across the splits."""
+    spec = json.loads(raw.to_str())
+    pre_tokenizer = spec["pre_tokenizer"] or {}
+    gpt2 = (
+        pre_tokenizer.get("type") == "ByteLevel" and pre_tokenizer["use_regex"]
+        and not pre_tokenizer["add_prefix_space"]
+    )
+    characters = pre_tokenizer.get("type") == "Split" and pre_tokenizer["pattern"] == {"Regex": EACH_CHARACTER}
+    local = spec["normalizer"] is None and all(token["special"] for token in spec["added_tokens"])
+    return local and (gpt2 or characters)
 
-    Splitting after the first character of a spelling is enough. Does nothing to a tokenizer that has been through it.
+
+def _hide_special_tokens(raw: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
+    """Keeps a unigram model from finding special tokens in text: they are among its pieces, with the best scores.
+
+    Splitting each spelling after its first character is enough. A tokenizer that has the split already stays as it is.
     """
     rests: dict[str, list[str]] = {}
     for token in tokens:
@@ -105,9 +148,10 @@ def _hide(raw: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class PieceModel:
-    """One language side: a SentencePiece processor that makes pieces, and the ids of pieces."""
+    """One language side of a ``PieceBackend``: a SentencePiece processor, which cuts text into pieces, and the ids of
+    pieces."""
 
-    processor: Any
+    processor: Any  # a sentencepiece.SentencePieceProcessor
     vocabulary: Mapping[str, int]
 
     @cached_property
@@ -116,52 +160,60 @@ class PieceModel:
 
 
 class PieceBackend:
-    """A ``TokenizerBackend`` for models that look pieces up in a vocabulary of their own: Marian (Junczys-Dowmunt et
-    al., arXiv:1804.00344) and M2M-100. A piece that the vocabulary lacks is unknown; so is a special token spelled in
-    text. ``files`` are those it was made from, by name.
-    """
+    """A ``TokenizerBackend`` for models that look up the pieces of SentencePiece in a vocabulary of their own: Marian
+    (Junczys-Dowmunt et al., arXiv:1804.00344) and M2M-100. A piece that the vocabulary lacks becomes the unknown token,
+    and so does a special token that a text spells."""
 
-    bpe = False  # as far as cleaning up is concerned
+    encodes_chunks_apart = False
+    cleans_up_spaces = True
 
     def __init__(
-        self, source: PieceModel, target: PieceModel, specials: Mapping[str, int], unknown: int,
+        self, source: PieceModel, target: PieceModel, special_tokens: Mapping[str, int], unknown: int,
         files: Mapping[str, bytes], marian: bool,
     ):
+        """
+        Args:
+            source, target: the language translated from, and the language translated into.
+            special_tokens: their ids.
+            unknown: the id of the unknown token.
+            files: the content of the files that the backend was read from, by name; ``save`` writes them.
+            marian: whether texts may begin with a language token such as ``>>de<<``, and texts are joined as in Marian.
+        """
         self.vocabulary = source.vocabulary
         self.target_vocabulary = target.vocabulary
-        self.specials = specials
-        self._sides = source, target
+        self.special_tokens = special_tokens
+        self._source, self._target = source, target
         self._unknown = unknown
         self._files = dict(files)
         self._marian = marian
 
     def encode(self, texts: Sequence[str], target: bool = False) -> Iterable[Sequence[int]]:
-        side = self._sides[target]
+        model = self._target if target else self._source
         heads, bodies = [], []
         for text in texts:
             head = re.match(r">>.*?<<", text, re.DOTALL) if self._marian else None  # the language to translate into
             heads.append([head[0]] if head else [])
             bodies.append(text[head.end() :] if head else text)
-        pieces = side.processor.encode(bodies, out_type=str) if bodies else []
-        return ([self._id(side, piece) for piece in (*head, *body)] for head, body in zip(heads, pieces, strict=True))
+        pieces = model.processor.encode(bodies, out_type=str) if bodies else []
+        return ([self._id(model, piece) for piece in (*head, *body)] for head, body in zip(heads, pieces, strict=True))
 
-    def _id(self, side: PieceModel, piece: str) -> int:
-        return self._unknown if piece in self.specials else side.vocabulary.get(piece, self._unknown)
+    def _id(self, model: PieceModel, piece: str) -> int:
+        return self._unknown if piece in self.special_tokens else model.vocabulary.get(piece, self._unknown)
 
     def encode_framed(self, texts: Sequence[str]) -> None:
         return None
 
-    def encode_spelled(self, text: str) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+    def encode_parsing_special(self, text: str) -> tuple[Sequence[int], Offsets]:
         raise UserError("the tokenizer of a translation model finds no special tokens in text; give it plain text")
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        side = self._sides[1]
-        # With one vocabulary for both languages, the source's model joins the pieces: what transformers does.
-        processor = side.processor if side.vocabulary is not self.vocabulary else self._sides[0].processor
-        unknown = next(token for token, index in self.specials.items() if index == self._unknown)
+        # As in transformers, the source's model joins the pieces where both languages share a vocabulary.
+        shared = self._target.vocabulary is self.vocabulary
+        processor = (self._source if shared else self._target).processor
+        unknown = next(token for token, index in self.special_tokens.items() if index == self._unknown)
         out, run = "", []
-        for token in (side.tokens.get(index, unknown) for index in ids):
-            if token not in self.specials:
+        for token in (self._target.tokens.get(index, unknown) for index in ids):
+            if token not in self.special_tokens:
                 run.append(token)
             elif not skip_special:
                 out += processor.decode(run) + token + (" " if self._marian else "")
@@ -169,13 +221,23 @@ class PieceBackend:
         out += processor.decode(run)
         return (out.replace("▁", " ") if self._marian else out).strip()
 
+    def unknown_characters(self, texts: Sequence[str]) -> set[str]:
+        return set()
+
+    def token_bytes(self) -> list[bytes | None]:
+        raise UserError("what the tokens of this tokenizer stand for depends on their neighbours; use another")
+
     def save(self, directory: Path) -> None:
         for name, content in self._files.items():
             (directory / name).write_bytes(content)
 
 
 def add_named_tokens(raw: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Adds the tokens whose ids tokenizer_config.json gives, lowest first. UserError where an id cannot be had."""
+    """Adds the tokens whose ids tokenizer_config.json gives (``added_tokens_decoder``), lowest id first.
+
+    Raises:
+        UserError: when a token cannot have its id.
+    """
     for index, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
         added = tokenizers.AddedToken(**{key: value for key, value in token.items() if key != "__type"})
         (raw.add_special_tokens if added.special else raw.add_tokens)([added])
@@ -187,7 +249,11 @@ def add_named_tokens(raw: tokenizers.Tokenizer, config: Mapping[str, Any]) -> No
 
 
 def read_vocabulary(file: Path) -> dict[str, int]:
-    """The ids of tokens from a vocab.json. UserError where it is something else."""
+    """The ids of tokens from a vocab.json.
+
+    Raises:
+        UserError: when the file does not map tokens to ids.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

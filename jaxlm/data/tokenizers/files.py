@@ -1,4 +1,4 @@
-"""The files in which Hugging Face directories keep a tokenizer: which there are, and what they say together."""
+"""Reads the tokenizer of a Hugging Face directory: finds its files and merges what they say."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # Sent
 _MARIAN = ("source.spm", "target.spm", "vocab.json")
 _M2M = ("sentencepiece.bpe.model", "vocab.json")
 _MERGES = ("vocab.json", "merges.txt")
-_CONVENTIONAL = {  # names tried when no file says which token plays which part
+_CONVENTIONAL = {  # the names to look for when no file says which token has the role
     "pad": ("<pad>", "[PAD]"),
     "bos": ("<s>", "<bos>", "<|begin_of_text|>", "<|endoftext|>"),
     "eos": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
 }
-_BY_MODEL = {  # config.json's model_type: the class, where no file names it
+_BY_MODEL = {  # the tokenizer class for a model_type of config.json, when no file names the class
     "t5": "T5Tokenizer", "mt5": "T5Tokenizer", "umt5": "T5Tokenizer", "mbart": "MBartTokenizer",
     "m2m_100": "NllbTokenizer", "bart": "BartTokenizer", "roberta": "RobertaTokenizer",
 }
@@ -32,9 +32,9 @@ _BYTE_LEVEL = ("GPT2Tokenizer", "CodeGenTokenizer", *_ROBERTA)
 
 
 def find_tokenizer(directory: Path) -> str | None:
-    """The file that decides what tokenizer a directory holds; None where there is none.
+    """The file that decides which tokenizer a directory holds; None if it holds none.
 
-    Marian's and M2M-100's own files come before a tokenizer.json, which can hold only one of two models, or ids of one.
+    The files of Marian and M2M-100 come before a tokenizer.json, which can hold only one of two language sides.
     """
     def there(*names: str) -> bool:
         return all((directory / name).is_file() for name in names)
@@ -50,10 +50,14 @@ def find_tokenizer(directory: Path) -> str | None:
 
 
 def read_tokenizer(path: Path) -> tuple[TokenizerBackend, dict[str, Any], str]:
-    """The engine, tokenizer_config.json with what other files add to it, and the class (without "Fast", "" where the
-    files name none) of a directory's tokenizer or of one file's.
+    """The tokenizer of a directory, or of one file with the configs beside it.
 
-    UserError if there is none, or if one of the files cannot be read.
+    Returns:
+        the backend; the content of tokenizer_config.json with what other files add to it; the tokenizer class without
+        "Fast", or "" if no file names it.
+
+    Raises:
+        UserError: when there is no tokenizer, or when one of its files cannot be read.
     """
     directory = path if path.is_dir() else path.parent
     name = find_tokenizer(path) if path.is_dir() else path.name
@@ -82,15 +86,15 @@ def _read(directory: Path, name: str) -> tuple[TokenizerBackend, dict[str, Any],
     _merge_specials(directory, config, converted)
     _merge_templates(directory, config)
     _check(directory, config)
-    engine = _engine(directory / name, family, config)
-    _name_roles(config, model, engine.vocabulary, converted)
-    if isinstance(engine, FastBackend) and engine.raw.post_processor is None:
-        _add_frame(engine, config, begins=name == "tokenizer.model")
-    return engine, config, family
+    backend = _backend(directory / name, family, config)
+    _name_roles(config, model, backend.vocabulary, converted)
+    if isinstance(backend, FastBackend) and backend.raw.post_processor is None:
+        _add_frame(backend, config, begins=name == "tokenizer.model")
+    return backend, config, family
 
 
 def _check(directory: Path, config: Mapping[str, Any]) -> None:
-    """UserError where a name is not a name, or a number of tokens is not one."""
+    """Raises UserError when the name of a token or language is not a string, or ``extra_ids`` is not a count."""
     roles = [f"{role}_token" for role in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
     for key in (*roles, "src_lang", "tgt_lang"):
         value = config.get(key)
@@ -119,7 +123,7 @@ def _family(directory: Path, name: str, config: Mapping[str, Any], model: Mappin
     return _BY_MODEL.get(str(model.get("model_type")), default.get(name, ""))
 
 
-def _engine(file: Path, family: str, config: Mapping[str, Any]) -> TokenizerBackend:
+def _backend(file: Path, family: str, config: Mapping[str, Any]) -> TokenizerBackend:
     if file.name == "merges.txt":
         return FastBackend(_byte_level(file, family, config))
     if file.suffix in (".model", ".spm"):
@@ -137,7 +141,7 @@ def _engine(file: Path, family: str, config: Mapping[str, Any]) -> TokenizerBack
 
 
 def _byte_level(file: Path, family: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """GPT-2's kind of tokenizer from vocab.json and merges.txt."""
+    """A byte-level BPE tokenizer, as GPT-2's, from vocab.json and merges.txt."""
     if family not in _BYTE_LEVEL:
         raise UserError(
             f"{file.parent} has no tokenizer.json, and how {family} splits text is not known here; save it with "
@@ -172,7 +176,7 @@ def _named_tokens(config: Mapping[str, Any]) -> list[str]:
 
 
 def _merge_specials(directory: Path, config: dict[str, Any], converted: bool) -> None:
-    """What older directories keep beside tokenizer_config.json."""
+    """Adds what older directories keep in special_tokens_map.json and added_tokens.json."""
     if "added_tokens_decoder" in config:
         return
     for key, value in read_json(directory / "special_tokens_map.json").items():
@@ -186,7 +190,7 @@ def _merge_specials(directory: Path, config: dict[str, Any], converted: bool) ->
 
 
 def _merge_templates(directory: Path, config: dict[str, Any]) -> None:
-    """Chat templates from files of their own, which come before one in tokenizer_config.json."""
+    """Adds chat templates from files of their own, which replace one in tokenizer_config.json."""
     named = {}
     if template := read_json(directory / "chat_template.json").get("chat_template"):
         named["default"] = template
@@ -205,7 +209,7 @@ def _merge_templates(directory: Path, config: dict[str, Any]) -> None:
 def _name_roles(
     config: dict[str, Any], model: Mapping[str, Any], vocabulary: Mapping[str, int], converted: bool
 ) -> None:
-    """Fills in the names of the pad, bos and eos tokens: by the ids of config.json, or by convention."""
+    """Fills in the names of the pad, bos and eos tokens: from the ids in config.json, or by convention."""
     for role, conventional in _CONVENTIONAL.items():
         if not config.get(f"{role}_token"):
             index = model.get(f"{role}_token_id")
@@ -217,24 +221,28 @@ def _name_roles(
             config[f"{role}_token"] = next(known, None)
 
 
-def _add_frame(engine: FastBackend, config: Mapping[str, Any], begins: bool) -> None:
-    """A post-processor for what tokenizer_config.json says in flags; ``begins``: the default for the bos token, which
-    the models that come as a SentencePiece tokenizer.model were all trained with."""
+def _add_frame(backend: FastBackend, config: Mapping[str, Any], begins: bool) -> None:
+    """Adds a post-processor as the flags of tokenizer_config.json say. ``begins`` is the default of ``add_bos_token``:
+    all models that come with a SentencePiece tokenizer.model were trained with the bos token."""
     roles = {"bos": config.get("add_bos_token", begins), "eos": config.get("add_eos_token")}
     tokens = {}
     for role, wanted in roles.items():
         token = config.get(f"{role}_token")
         token = token["content"] if isinstance(token, dict) else token
-        if wanted and token in engine.vocabulary:
+        if wanted and token in backend.vocabulary:
             tokens[role] = token
     if tokens:
         single = [*filter(None, [tokens.get("bos"), "$A", tokens.get("eos")])]
-        ids = [(token, engine.vocabulary[token]) for token in dict.fromkeys(tokens.values())]
-        engine.raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+        ids = [(token, backend.vocabulary[token]) for token in dict.fromkeys(tokens.values())]
+        backend.raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An optional JSON object in a file; {} where there is none. UserError if it is something else."""
+    """The JSON object in a file; {} if there is no file.
+
+    Raises:
+        UserError: when the file holds something else.
+    """
     if not path.is_file():
         return {}
     try:

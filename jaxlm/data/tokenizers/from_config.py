@@ -9,7 +9,11 @@ from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 
 def tokenizer_from_config(config: DataConfig, source: Source) -> Tokenizer:
-    """The tokenizer that a configuration names, or one trained on ``source``. UserError if neither can be had."""
+    """The tokenizer that ``config.tokenizer`` names, or else one trained on ``source``.
+
+    Raises:
+        UserError: when the tokenizer cannot be loaded, or would have to be trained on a source that is not text.
+    """
     if config.tokenizer:
         return Tokenizer.load(config.tokenizer)
     if isinstance(source, Tokens):

@@ -1,15 +1,19 @@
-"""Language codes of the multilingual translation models, and where their encoder and decoder read them.
+"""The language codes of multilingual translation models, and where their encoders and decoders read them.
 
 NLLB: Costa-jussà et al., arXiv:2207.04672 (FLORES-200 codes); M2M-100: Fan et al., arXiv:2010.11125; mBART: Liu et al.,
-arXiv:2001.08210; mBART-50: Tang et al., arXiv:2008.00401. The order of the codes is that of their embedding rows.
+arXiv:2001.08210; mBART-50: Tang et al., arXiv:2008.00401. The codes are in the order of their rows of embeddings.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from jaxlm.core.errors import UserError
 
 _NLLB = """
 ace_Arab ace_Latn acm_Arab acq_Arab aeb_Arab afr_Latn ajp_Arab aka_Latn amh_Ethi apc_Arab arb_Arab ars_Arab ary_Arab
@@ -47,26 +51,72 @@ _WMT21 = "en ha is ja cs ru zh de"  # the M2M models of that evaluation, languag
 
 @dataclass(frozen=True)
 class LanguageConvention:
-    """How one kind of model spells languages.
+    """How one tokenizer class spells languages.
 
     Attributes:
         codes: in the order of their ids.
-        default: what the source is taken for where nothing says so.
-        pattern: which special tokens are languages; its first group is the code.
-        first: the code precedes the text (and the end token follows it); otherwise it comes after the end token.
-        starts: the decoder starts with the code; otherwise the code is the first token after its start token.
+        default_source: the language of the source where nothing names it.
+        pattern: a regular expression for the special tokens that are languages; its first group is the code.
+        code_before_text: the code precedes the text, and the end token follows the text; otherwise the code follows the
+            end token.
+        decoder_starts_with_code: the decoder starts with the code; otherwise the code is the first token that it
+            produces after its start token.
     """
 
     codes: tuple[str, ...]
-    default: str
+    default_source: str
     pattern: str
-    first: bool = True
-    starts: bool = False
+    code_before_text: bool = True
+    decoder_starts_with_code: bool = False
 
-    def of(self, vocabulary: Mapping[str, int]) -> dict[str, int]:
-        """The id of each code, from the tokens that are not part of text."""
-        found = ((re.fullmatch(self.pattern, token), index) for token, index in vocabulary.items())
-        return dict(sorted(((match[1], index) for match, index in found if match), key=lambda item: item[1]))
+
+class LanguageCodes(Mapping[str, int]):
+    """The languages of a tokenizer: the id of each code, in the order of ids. Empty for a tokenizer of one language.
+
+    Attributes:
+        default_source: the language of the source where the caller names none.
+        default_target: the same of the target; None where tokenizer_config.json names none.
+        code_before_text, decoder_starts_with_code: see ``LanguageConvention``.
+    """
+
+    def __init__(
+        self, convention: LanguageConvention | None, special_tokens: Mapping[str, int], config: Mapping[str, Any]
+    ):
+        """``config`` is the content of tokenizer_config.json."""
+        self.default_source = config.get("src_lang") or (convention.default_source if convention else None)
+        self.default_target = config.get("tgt_lang")
+        self.code_before_text = convention is None or convention.code_before_text
+        self.decoder_starts_with_code = convention is not None and convention.decoder_starts_with_code
+        found = []
+        if convention:
+            matches = ((re.fullmatch(convention.pattern, token), index) for token, index in special_tokens.items())
+            found = sorted(((match[1], index) for match, index in matches if match), key=lambda item: item[1])
+        self._ids = dict(found)
+
+    def __getitem__(self, code: str) -> int:
+        return self._ids[code]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def id_of(self, language: str | None) -> int:
+        """The id of a language's code.
+
+        Raises:
+            UserError: when the tokenizer does not have the language (the message names the nearest codes), or when
+                ``language`` is None.
+        """
+        if language in self._ids:
+            return self._ids[language]
+        if not self._ids:
+            raise UserError(f"the tokenizer has no languages, so {language!r} cannot be chosen; leave it out")
+        if language is None:
+            raise UserError(f"say which language to translate into: one of {', '.join(list(self._ids)[:8])}, …")
+        near = difflib.get_close_matches(language, self._ids, n=3, cutoff=0.0)
+        raise UserError(f"the model has no language {language!r}; did you mean {' or '.join(near)}?")
 
 
 _FAMILIES = {
@@ -78,10 +128,11 @@ _FAMILIES = {
 
 
 def language_convention(family: str, config: Mapping[str, Any]) -> LanguageConvention | None:
-    """The languages of a tokenizer class (without "Fast") with its tokenizer_config.json; None where it has none."""
-    languages = _FAMILIES.get(family)
+    """The convention of a tokenizer class (named without "Fast") with its tokenizer_config.json; None for a class
+    without languages."""
+    convention = _FAMILIES.get(family)
     if family == "NllbTokenizer" and config.get("legacy_behaviour"):
-        return LanguageConvention(languages.codes, languages.default, languages.pattern, first=False)
+        return dataclasses.replace(convention, code_before_text=False)
     if family == "M2M100Tokenizer" and config.get("language_codes") == "wmt21":
-        return LanguageConvention(tuple(_WMT21.split()), languages.default, languages.pattern)
-    return languages
+        return dataclasses.replace(convention, codes=tuple(_WMT21.split()))
+    return convention

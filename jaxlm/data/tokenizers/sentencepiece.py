@@ -1,10 +1,10 @@
-"""SentencePiece models (Kudo and Richardson, arXiv:1808.06226) as tokenizers that Hugging Face directories mean.
+"""Reads SentencePiece models (Kudo and Richardson, arXiv:1808.06226) as the tokenizers of Hugging Face directories.
 
-A model file holds pieces with scores, and how text is normalised. What a directory makes of it depends on the class
+A model file holds pieces with scores, and the rules that normalise text. How a directory uses it depends on the class
 that tokenizer_config.json names: T5 appends sentinels, the fairseq models (NLLB, mBART) move every id and append
-languages, Marian and M2M-100 look pieces up in a vocab.json. Where a class of transformers 5 normalises or splits text
-otherwise than SentencePiece does (white space, mostly), this follows the class; pieces, scores, merges and the unknown
-piece are the model's.
+languages, Marian and M2M-100 look up pieces in a vocab.json. Where a class of transformers 5 normalises or splits text
+differently from SentencePiece (mostly white space), this module follows the class; pieces, scores, merges and the
+unknown piece come from the model.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.tokenizers.backends import FastBackend, PieceBackend, PieceModel, add_named_tokens, read_vocabulary
 from jaxlm.data.tokenizers.languages import language_convention
 
-_SPACE = "▁"  # what stands for a space in pieces
+_SPACE = "▁"  # stands for a space in pieces
 _BPE, _UNIGRAM = 2, 1  # trainer_spec.model_type
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # pieces' type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of pieces
 _FAIRSEQ = ("<s>", "<pad>", "</s>", "<unk>")
 _FAIRSEQ_FAMILIES = ("NllbTokenizer", "MBartTokenizer", "MBart50Tokenizer")
-_SENTINELS = 100  # of T5, where extra_ids does not say
+_SENTINELS = 100  # of T5, if extra_ids is not given
 
 
 def convert(file: Path, family: str, config: Mapping[str, Any]) -> FastBackend:
@@ -33,12 +33,13 @@ def convert(file: Path, family: str, config: Mapping[str, Any]) -> FastBackend:
 
     Args:
         file: the model.
-        family: the tokenizer class that it is for, without "Fast". A tokenizer.model of a class that is not known
-            here is read as the model itself says.
+        family: the tokenizer class, without "Fast". The ids of a tokenizer.model of an unknown class are those of the
+            model.
         config: tokenizer_config.json.
 
     Raises:
-        UserError: the file is damaged or something else, or does not suit the class, or the class is not known.
+        UserError: when the file is damaged or no SentencePiece model, when it does not suit the class, or when the
+            class is unknown and the file is no tokenizer.model.
     """
     if file.name != "tokenizer.model" and family not in ("T5Tokenizer", *_FAIRSEQ_FAMILIES):
         raise UserError(
@@ -59,10 +60,14 @@ def _guarded(file: Path, make: Callable[[], Any]) -> Any:
 
 
 def read_model(file: Path) -> Any:
-    """The ``ModelProto`` in a file. UserError if it holds none, or not all of one."""
+    """The ``ModelProto`` in a file.
+
+    Raises:
+        UserError: when the file holds no complete BPE or unigram model.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
-    processor(file)  # checks what parsing does not: the normaliser's table, duplicate pieces
+    processor(file)  # checks what parsing does not check: the table of the normaliser, duplicate pieces
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(file.read_bytes())
     if not model.HasField("trainer_spec") or not model.HasField("normalizer_spec"):
@@ -73,7 +78,11 @@ def read_model(file: Path) -> Any:
 
 
 def processor(file: Path) -> Any:
-    """A ``SentencePieceProcessor``. UserError if the file is not a model."""
+    """A ``SentencePieceProcessor``.
+
+    Raises:
+        UserError: when the file is not a SentencePiece model.
+    """
     from sentencepiece import SentencePieceProcessor
 
     try:
@@ -121,7 +130,7 @@ def _convert(model: Any, family: str, config: Mapping[str, Any]) -> tokenizers.T
         pieces += [(token.content, 0.0) for token in appended]
         raw = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback))
     add_named_tokens(raw, config)
-    escaped = not _prefixed(model.normalizer_spec, config)  # the normaliser has made spaces what they are in pieces
+    escaped = not _prefixed(model.normalizer_spec, config)  # the normaliser has replaced spaces by _SPACE
     raw.add_special_tokens([*specials, *appended])
     raw.add_tokens([
         AddedToken(piece, special=False, normalized=escaped and _SPACE in piece)
@@ -132,18 +141,19 @@ def _convert(model: Any, family: str, config: Mapping[str, Any]) -> tokenizers.T
 
 
 def _merges(normal: Mapping[str, tuple[float, int]]) -> list[tuple[str, str]]:
-    """Pairs in the order they merge in: best score of the result first. ``normal`` ranks the pieces that can merge."""
+    """The pairs of pieces in the order in which BPE merges them: the pair with the best score of its result first.
+    ``normal`` has the rank of each piece that can take part."""
     ranked = []
     for piece, rank in normal.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
+        for split in range(1, len(piece)):
+            left, right = piece[:split], piece[split:]
             if left in normal and right in normal:
                 ranked.append((rank, len(left), (left, right)))
     return [pair for _, _, pair in sorted(ranked)]
 
 
 def _add_pipeline(raw: tokenizers.Tokenizer, spec: Any, family: str, config: Mapping[str, Any]) -> None:
-    """Normaliser, splitting and decoder, and T5's end token."""
+    """Adds the normaliser, the pre-tokenizer and the decoder, and T5's end token."""
     charsmap = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
     single = normalizers.Replace(Regex(" {2,}"), " ")
     whole = family not in (*_FAIRSEQ_FAMILIES, "T5Tokenizer")
@@ -183,7 +193,8 @@ def _prefixed(spec: Any, config: Mapping[str, Any]) -> bool:
 
 
 def read_marian(directory: Path, config: Mapping[str, Any]) -> PieceBackend:
-    """Marian's tokenizer: source.spm, target.spm and vocab.json (and target_vocab.json where the sides differ)."""
+    """Marian's tokenizer, from source.spm, target.spm and vocab.json (and target_vocab.json with separate
+    vocabularies)."""
     names = ["source.spm", "target.spm", "vocab.json"]
     separate = bool(config.get("separate_vocabs"))
     vocabulary = read_vocabulary(directory / "vocab.json")
@@ -193,11 +204,12 @@ def read_marian(directory: Path, config: Mapping[str, Any]) -> PieceBackend:
         target_vocabulary = read_vocabulary(directory / "target_vocab.json")
     source = PieceModel(processor(directory / "source.spm"), vocabulary)
     target = PieceModel(processor(directory / "target.spm"), target_vocabulary)
-    return _piece_engine(directory, names, source, target, config, marian=True)
+    return _piece_backend(directory, names, source, target, config, marian=True)
 
 
 def read_m2m(directory: Path, config: Mapping[str, Any]) -> PieceBackend:
-    """M2M-100's tokenizer: sentencepiece.bpe.model and vocab.json, with the languages' ids after the vocabulary's."""
+    """M2M-100's tokenizer, from sentencepiece.bpe.model and vocab.json. The ids of languages follow those of
+    vocab.json."""
     vocabulary = read_vocabulary(directory / "vocab.json")
     first = len(vocabulary)
     codes = [f"__{code}__" for code in language_convention("M2M100Tokenizer", config).codes]
@@ -205,10 +217,10 @@ def read_m2m(directory: Path, config: Mapping[str, Any]) -> PieceBackend:
         processor(directory / "sentencepiece.bpe.model"),
         vocabulary | {code: first + i for i, code in enumerate(codes)},
     )
-    return _piece_engine(directory, ["sentencepiece.bpe.model", "vocab.json"], side, side, config, codes=codes)
+    return _piece_backend(directory, ["sentencepiece.bpe.model", "vocab.json"], side, side, config, codes=codes)
 
 
-def _piece_engine(
+def _piece_backend(
     directory: Path, names: Sequence[str], source: PieceModel, target: PieceModel, config: Mapping[str, Any],
     codes: Sequence[str] = (), marian: bool = False,
 ) -> PieceBackend:

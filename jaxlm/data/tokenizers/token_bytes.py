@@ -11,8 +11,8 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def token_bytes(raw: tokenizers.Tokenizer) -> list[bytes | None]:
-    """By id; None where it is no text: special tokens, and ids that no token has. What the first token of a text loses
-    (a space, in some) it keeps here."""
+    """The bytes of each token, by id; None for special tokens and for ids that have no token. The space that some
+    decoders drop at the start of a text is kept."""
     decoder = json.dumps(json.loads(raw.to_str())["decoder"])
     by_byte, fallback, spaced = ('"ByteLevel"' in decoder, '"ByteFallback"' in decoder, "\\u2581" in decoder)
     added = raw.get_added_tokens_decoder()
@@ -32,7 +32,8 @@ def token_bytes(raw: tokenizers.Tokenizer) -> list[bytes | None]:
 
 
 def _alphabet() -> dict[str, int]:
-    """The letter that stands for each byte in byte-level BPE: itself where it prints, else one from 256 on."""
+    """The byte that each letter stands for in byte-level BPE: a printing byte is its own letter, the others have the
+    letters from U+0100 on."""
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printing]
     return {chr(byte): byte for byte in printing} | {chr(256 + i): byte for i, byte in enumerate(others)}

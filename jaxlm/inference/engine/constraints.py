@@ -93,7 +93,7 @@ class _Vocabulary:
     def __init__(self, tokenizer, vocabulary: int, ends: list[int]):
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = ends[0], tokenizer.bos_id
-        found = tokenizer.token_bytes()
+        found = tokenizer.vocabulary.token_bytes()
         self.special_token_ids = [i for i in range(vocabulary) if i >= len(found) or found[i] is None]
         self.tokens = [
             b"<%d>" % i if i >= len(found) or found[i] is None else found[i] for i in range(vocabulary)

@@ -110,4 +110,4 @@ def _prompt(served: Served, body: ChatRequest) -> list[int]:
         for message in body.messages
     ]
     tokenizer = served.lm.tokenizer
-    return tokenizer.encode_prompt(tokenizer.chat(messages), specials=True)
+    return tokenizer.encode_prompt(tokenizer.chat_template.render(messages), parse_special=True)

@@ -58,9 +58,9 @@ def test_replies_and_their_ends_are_learned_and_nothing_else(template, end, tmp_
     assert learned(found, Chat(TURNS)) == [TURNS[1]["content"] + end, thought + last + end]
     assert learned(found, Chat([TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]])) == [thought + last + end]
     ids, mask = DialogueEncoder(found)(Chat(TURNS))
-    whole = found.encode_prompt(found.chat(TURNS, add_generation_prompt=False), specials=True)
+    whole = found.encode_prompt(found.chat_template.render(TURNS, add_generation_prompt=False), parse_special=True)
     assert ids.tolist() == whole[: len(ids)]
-    prompt = found.encode_prompt(found.chat(TURNS[:1]), specials=True)
+    prompt = found.encode_prompt(found.chat_template.render(TURNS[:1]), parse_special=True)
     assert ids[: len(prompt)].tolist() == prompt and not mask[: len(prompt)].any() and mask[len(prompt)]
 
 

@@ -8,7 +8,7 @@ import jinja2
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.tokenizers.chat_template import render
+from jaxlm.data.tokenizers.template_sandbox import render_template
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 LLAMA3 = """{{- bos_token }}
@@ -80,47 +80,51 @@ def test_templates_write_what_they_write_in_transformers(template, tmp_path):
     for messages, options in cases:
         options = {"add_generation_prompt": True} | options
         expected = theirs.apply_chat_template(messages, tokenize=False, **options)
-        assert ours.chat(messages, **options) == expected
+        assert ours.chat_template.render(messages, **options) == expected
         ids = theirs.apply_chat_template(messages, return_dict=False, **options)
-        assert ours.encode_prompt(expected, specials=True) == ids
+        assert ours.encode_prompt(expected, parse_special=True) == ids
 
 
 def test_templates_by_hand(tmp_path):
-    assert tokenizer(MISTRAL, tmp_path).chat(TALK[1:1] + [{"role": "user", "content": "a"}]) == "<s>[INST] a [/INST]\n"
-    assert tokenizer(CHATML, tmp_path).chat(TALK[2:]) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer("{{ 'a<b>&' | tojson }}{{ messages | tojson }}", tmp_path).chat([{"ü": 1}]) == '"a<b>&"[{"ü": 1}]'
+    def render(template, messages):
+        return tokenizer(template, tmp_path).chat_template.render(messages)
+
+    assert render(MISTRAL, [{"role": "user", "content": "a"}]) == "<s>[INST] a [/INST]\n"
+    assert render(CHATML, TALK[2:]) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert render("{{ 'a<b>&' | tojson }}{{ messages | tojson }}", [{"ü": 1}]) == '"a<b>&"[{"ü": 1}]'
     marked = tokenizer("{{ bos_token }}a{{ eos_token }}", tmp_path)
-    assert marked.encode_prompt(marked.chat([]), specials=True) == [1, *marked.encode("a"), 2]
+    assert marked.encode_prompt(marked.chat_template.render([]), parse_special=True) == [1, *marked.encode("a"), 2]
 
 
 def test_where_templates_are_found(tmp_path):
     several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     named = tokenizer(several, tmp_path)
-    assert (named.chat(TALK), named.chat(TALK, tools=TOOLS)) == ("plain", "tools")
-    assert tokenizer(several[:1], tmp_path).chat(TALK, tools=TOOLS) == "plain"
+    assert (named.chat_template.render(TALK), named.chat_template.render(TALK, tools=TOOLS)) == ("plain", "tools")
+    assert tokenizer(several[:1], tmp_path).chat_template.render(TALK, tools=TOOLS) == "plain"
     with pytest.raises(UserError, match="chat templates named tool_use and no default; add one"):
-        tokenizer(several[1:], tmp_path).chat(TALK)
+        tokenizer(several[1:], tmp_path).chat_template.render(TALK)
     with pytest.raises(UserError, match="not a list of names and templates"):
-        tokenizer([1], tmp_path).chat(TALK)
+        tokenizer([1], tmp_path).chat_template.render(TALK)
     tokenizer(None, tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "from json"}))
-    assert Tokenizer.load(tmp_path).chat(TALK) == "from json"
+    assert Tokenizer.load(tmp_path).chat_template.render(TALK) == "from json"
     (tmp_path / "chat_template.jinja").write_text("from jinja ü", encoding="utf-8")
     loaded = Tokenizer.load(tmp_path)
-    assert loaded.chat(TALK) == "from jinja ü"
+    assert loaded.chat_template.render(TALK) == "from jinja ü"
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
     both = Tokenizer.load(tmp_path)
     for given, name in ((loaded, "one"), (both, "two")):
         given.save(tmp_path / name)
         again = Tokenizer.load(tmp_path / name)
-        assert again.chat(TALK) == given.chat(TALK) and again.chat(TALK, tools=TOOLS) == given.chat(TALK, tools=TOOLS)
+        for tools in (None, TOOLS):
+            assert again.chat_template.render(TALK, tools=tools) == given.chat_template.render(TALK, tools=tools)
         if transformers := _transformers():
             theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
             assert theirs.apply_chat_template(TALK, tokenize=False) == "from jinja ü"
-    assert both.chat(TALK, tools=TOOLS) == "with tools"
+    assert both.chat_template.render(TALK, tools=TOOLS) == "with tools"
     with pytest.raises(UserError, match="the tokenizer has no chat template; put a chat_template.jinja beside it"):
-        TOKENIZER.chat(TALK)
+        TOKENIZER.chat_template.render(TALK)
 
 
 def _transformers():
@@ -152,7 +156,7 @@ def _transformers():
 def test_templates_do_not_get_out(template):
     message = dict(TALK[0])
     with pytest.raises(UserError, match="^the chat template") as caught:
-        out = render(template, {"messages": [message]})
+        out = render_template(template, {"messages": [message]})
         assert "class" not in out and "root" not in out and "uid" not in out, "reached something"
         raise UserError("the chat template was harmless")
     assert "\n" not in str(caught.value)
@@ -172,7 +176,7 @@ def test_templates_do_not_get_out(template):
 ])
 def test_templates_end(template):
     with pytest.raises(UserError, match="^the chat template"):
-        render(template, {})
+        render_template(template, {})
 
 
 @pytest.mark.parametrize(("template", "message"), [
@@ -184,7 +188,7 @@ def test_templates_end(template):
 ])
 def test_failures_are_one_line(template, message):
     with pytest.raises(UserError, match=f"^the chat template {message}") as caught:
-        render(template, {"messages": TALK})
+        render_template(template, {"messages": TALK})
     assert "\n" not in str(caught.value)
 
 
@@ -195,14 +199,14 @@ def test_loops_keep_their_variables():
         "{% for a, b in {'x': 1}.items() %}{{ a }}{{ b }}{% endfor %}{% for a in nothing %}{% else %}none{% endfor %}"
         "{% for a in [[1, [2]]] recursive %}{{ a if a is number else loop(a) }}{% endfor %}"
     )
-    assert render(template, {}) == jinja2.Environment().from_string(template).render() == "1/32/33/3.x1none12"
+    assert render_template(template, {}) == jinja2.Environment().from_string(template).render() == "1/32/33/3.x1none12"
 
 
 def test_what_a_chat_is_made_of(tmp_path):
     chatting = tokenizer("{{ messages[0].content }}", tmp_path)
     with pytest.raises(UserError, match='a chat is a list of messages such as {"role": "user"'):
-        chatting.chat("hello")
+        chatting.chat_template.render("hello")
     with pytest.raises(UserError, match='a chat is a list of messages such as {"role": "user"'):
-        chatting.chat(["hello"])
+        chatting.chat_template.render(["hello"])
     with pytest.raises(UserError, match="a chat is made of texts, numbers, lists and mappings, not PosixPath"):
-        chatting.chat([{"content": tmp_path}])
+        chatting.chat_template.render([{"content": tmp_path}])

@@ -168,14 +168,14 @@ def test_unigrams_of_others_hide_their_special_tokens_too(tmp_path):
     raw.add_special_tokens(["</s>"])
     raw.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer.load(tmp_path).encode("a</s>a") == [2, 0, 0, 2]
-    assert Tokenizer.load(tmp_path).encode_prompt("a</s>a", specials=True) == [2, 1, 2]
+    assert Tokenizer.load(tmp_path).encode_prompt("a</s>a", parse_special=True) == [2, 1, 2]
 
 
 def test_t5_sentinels_descend_after_the_pieces(tmp_path):
     tokenizer = Tokenizer.load(write(tmp_path, {"spiece.model": T5}))
     pieces = len(processor(T5))
     assert tokenizer.vocab_size == pieces + 100
-    ids = tokenizer.encode_prompt("<extra_id_0> a<extra_id_99>", specials=True)
+    ids = tokenizer.encode_prompt("<extra_id_0> a<extra_id_99>", parse_special=True)
     assert ids[0] == pieces + 99 and ids[-1] == pieces
     assert tokenizer.encode_source(["the house"]) == [[*processor(T5).encode("the house"), 1]]
     assert Tokenizer.load(write(tmp_path / "few", {"spiece.model": T5}, extra_ids=3)).vocab_size == pieces + 3
@@ -326,7 +326,7 @@ def test_llama_2(shared, tmp_path):
     assert [tokenizer.encode_prompt(text) for text in texts] == rows
     assert [tokenizer.decode(row) for row in rows] == theirs.batch_decode(rows, skip_special_tokens=True)
     text = "<s>[INST] a [/INST] b </s><s>x"
-    assert tokenizer.encode_prompt(text, specials=True) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode_prompt(text, parse_special=True) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 def test_real_t5(shared, tmp_path):

@@ -168,7 +168,7 @@ def test_what_models_trained_here_read(tokenizer):
     assert [tokenizer.encode_prompt(text) for text in texts] == rows
     assert tokenizer.encode_source([]) == [] and tokenizer.languages == {}
     if tokenizer is BPE:
-        assert tokenizer.encode_prompt("<s>a</s>", specials=True) == [1, *tokenizer.encode("a"), 2]
+        assert tokenizer.encode_prompt("<s>a</s>", parse_special=True) == [1, *tokenizer.encode("a"), 2]
         assert min(tokenizer.encode("<s>a</s>")) > 2, "recognised only where asked"
     else:
         with pytest.raises(UserError, match=r"does not know 'q' \(U\+0071\)"):
@@ -207,8 +207,7 @@ def test_what_the_file_puts_around_a_text(tmp_path):
     assert flags.encode_prompt("the cat") == [1, *ids, 2], "flags count where tokenizer.json says nothing"
     flags.save(tmp_path / "d")
     assert Tokenizer.load(tmp_path / "d").encode_prompt("the cat") == [1, *ids, 2]
-    endless = edited(tmp_path / "e", lambda spec: None, eos_token=None)
-    endless.eos_id = None
+    endless = Tokenizer(BPE.backend, BPE.config | {"eos_token": None})
     with pytest.raises(UserError, match="the tokenizer has no eos token to end a sentence with"):
         endless.encode_source(["a"])
 

@@ -185,6 +185,6 @@ def test_models_and_options_that_are_of_no_use_are_refused():
 
 
 def test_tokens_stand_for_bytes(lm):
-    found = lm.tokenizer.token_bytes()
+    found = lm.tokenizer.vocabulary.token_bytes()
     assert found[:3] == [None] * 3
     assert b"".join(found[i] for i in lm.tokenizer.encode("the cat.")) == b"the cat."
