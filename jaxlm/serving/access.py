@@ -1,4 +1,4 @@
-"""Who may ask: API keys, and the names and origins that browsers give."""
+"""Who may use the server: API keys, and the host names that browsers send."""
 
 from __future__ import annotations
 
@@ -13,35 +13,45 @@ from urllib.parse import urlsplit
 
 from jaxlm.core.errors import UserError
 
-KEYS = "JAXLM_API_KEYS"  # the environment variable: keys with commas or spaces between them
+__all__ = ["API_KEYS_VARIABLE", "ApiKeys", "host_name", "is_loopback"]
+
+API_KEYS_VARIABLE = "JAXLM_API_KEYS"  # the environment variable: keys separated by commas or spaces
+_MIN_LENGTH = 8
 
 
-class Keys:
-    """API keys, of which only digests are kept."""
+class ApiKeys:
+    """A set of API keys. Only their digests are stored.
+
+    Raises:
+        UserError: when a key is too short.
+    """
 
     def __init__(self, keys: Sequence[str] = ()):
-        if short := next((key for key in keys if len(key) < 8), None):
-            raise UserError(f"an API key has {len(short)} characters: give at least 8")
+        if short := next((key for key in keys if len(key) < _MIN_LENGTH), None):
+            raise UserError(f"an API key has {len(short)} characters: give at least {_MIN_LENGTH}")
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     @classmethod
-    def read(cls, file: Path | None) -> Keys:
-        """Of a file with a key a line (``#`` begins a comment), and of the environment. UserError for a file without
-        keys."""
-        keys = re.split(r"[,\s]+", os.environ.get(KEYS, "").strip())
+    def load(cls, file: Path | None) -> ApiKeys:
+        """The keys of a file (one per line; ``#`` begins a comment) and of the environment variable JAXLM_API_KEYS.
+
+        Raises:
+            UserError: when the file has no keys.
+        """
+        keys = re.split(r"[,\s]+", os.environ.get(API_KEYS_VARIABLE, "").strip())
         if file is not None:
             lines = file.read_text(encoding="utf-8").splitlines()
             found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
             if not found:
-                raise UserError(f"{file} has no API keys: write one a line")
+                raise UserError(f"{file} has no API keys: write one per line")
             keys += found
         return cls([key for key in keys if key])
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def know(self, authorization: str) -> bool:
-        """Whether a header ``Bearer KEY`` has one of the keys, in a time that does not tell how near it is."""
+    def accept(self, authorization: str) -> bool:
+        """Whether the header ``Bearer KEY`` has one of the keys. The time does not depend on how similar it is."""
         scheme, _, key = authorization.partition(" ")
         digest = hashlib.sha256(key.strip().encode()).digest()
         found = [hmac.compare_digest(digest, known) for known in self._digests]
@@ -49,7 +59,7 @@ class Keys:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address, or the name of a host, is this machine alone."""
+    """Whether an address or a host name means only this machine."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -58,8 +68,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def host_of(header: str) -> str:
-    """The name in a Host header, without its port."""
+def host_name(header: str) -> str:
+    """The name in a Host header, without the port."""
     try:
         return urlsplit(f"//{header}").hostname or ""
     except ValueError:

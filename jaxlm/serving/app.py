@@ -1,12 +1,13 @@
-"""The ASGI application: routes, and what they have in common."""
+"""The ASGI application: the table of routes, and how each of them reads its request and sends its response."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 from starlette.applications import Starlette
@@ -18,51 +19,67 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from jaxlm.core.errors import UserError
-from jaxlm.serving.access import Keys
+from jaxlm.serving.access import ApiKeys
 from jaxlm.serving.metrics import Metrics
-from jaxlm.serving.middleware import Gate
-from jaxlm.serving.models import Served, by_name
-from jaxlm.serving.protocol.errors import ApiError, internal, too_slow
-from jaxlm.serving.protocol.openapi import document
-from jaxlm.serving.protocol.parsing import read
-from jaxlm.serving.protocol.requests import ChatRequest, CompletionRequest, InspectRequest, TranslationRequest
-from jaxlm.serving.protocol.responses import Health, Models, Translated, Translation, Translations, Usage
-from jaxlm.serving.protocol.sse import EventStream, unless_gone
-from jaxlm.serving.routes.chat import Answer
-from jaxlm.serving.routes.completions import Completions
+from jaxlm.serving.middleware import ServerMiddleware
+from jaxlm.serving.models import ServedModel, find_model
+from jaxlm.serving.protocol.errors import (
+    ApiError,
+    method_not_allowed,
+    path_not_found,
+    request_timeout,
+    to_api_error,
+)
+from jaxlm.serving.protocol.openapi import openapi_document
+from jaxlm.serving.protocol.parsing import read_body
+from jaxlm.serving.protocol.requests import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    InspectionRequest,
+    TranslationRequest,
+)
+from jaxlm.serving.protocol.responses import Health, ModelList
+from jaxlm.serving.protocol.sse import EventStreamResponse, cancel_on_disconnect
+from jaxlm.serving.routes.chat import ChatCompletionJob
+from jaxlm.serving.routes.completions import CompletionJob
+from jaxlm.serving.routes.generation import GenerationJob
 from jaxlm.serving.routes.inspection import inspect
-from jaxlm.serving.routes.translation import Sentences, sources
+from jaxlm.serving.routes.translation import translate
 
-__all__ = ["Limits", "make_app"]
+__all__ = ["RequestLimits", "make_app"]
 
 PAGE = Path(__file__).parent / "page"
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Limits:
-    """Of one request: seconds until it is given up, and bytes of its body."""
+class RequestLimits:
+    """Limits of one request: seconds until it is cancelled, and bytes of its body."""
 
-    seconds: float = 600.0
-    bytes: int = 1 << 20
+    timeout: float = 600.0
+    max_bytes: int = 1 << 20
 
 
 def make_app(
-    models: Sequence[Served], *, keys: Keys | None = None, origins: Sequence[str] = (), limits: Limits = Limits(),
-    local: bool = False,
-) -> Gate:
-    """The application; once its ``draining`` is set it takes no new requests.
+    models: Sequence[ServedModel], *, keys: ApiKeys | None = None, origins: Sequence[str] = (),
+    limits: RequestLimits = RequestLimits(), loopback_only: bool = False,
+) -> ServerMiddleware:
+    """The ASGI application of a server.
 
     Args:
-        keys: who has none of them may not ask; without, everybody may.
-        origins: of web pages that may ask from a browser; by default those of this server only.
-        local: take only names of this machine for the host.
+        models: from ``serve_model``.
+        keys: API keys, one of which every request needs; without any, everybody may use the server.
+        origins: web pages that may use the server from a browser, as ``https://example.org``, besides its own page.
+        limits: of one request.
+        loopback_only: accept only Host headers that name this machine.
     """
-    keys = keys or Keys()
+    keys = keys or ApiKeys()
     metrics = Metrics(models)
-    api = _Api(models, metrics, limits, document(bool(keys)))
+    api = _Api(models, metrics, limits, openapi_document(bool(keys)))
 
     @asynccontextmanager
-    async def lifespan(app: Starlette):
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         for served in models:
             served.worker.start()
         yield
@@ -84,64 +101,55 @@ def make_app(
             Route("/", _page("index.html")), *(Route(f"/{file.name}", _page(file.name)) for file in PAGE.iterdir()),
         ],
         middleware=[cors] if origins else [],
-        exception_handlers={ApiError: _told, UserError: _mistaken, HTTPException: _refused, Exception: _failed},
+        exception_handlers={
+            ApiError: _refuse, UserError: _refuse, Exception: _refuse, HTTPException: _refuse_route
+        },
         lifespan=lifespan,
     )
-    api.gate = Gate(app, models, keys=keys, origins=origins, metrics=metrics, local=local)
-    return api.gate
+    api.server = ServerMiddleware(
+        app, models, keys=keys, origins=origins, metrics=metrics, loopback_only=loopback_only
+    )
+    return api.server
 
 
 class _Api:
-    """The routes."""
+    """The handlers of the routes."""
 
-    gate: Gate
+    server: ServerMiddleware
 
-    def __init__(self, models: Sequence[Served], metrics: Metrics, limits: Limits, description: dict):
+    def __init__(
+        self, models: Sequence[ServedModel], metrics: Metrics, limits: RequestLimits, description: dict[str, Any]
+    ):
         self._models, self._metrics, self._limits, self._description = models, metrics, limits, description
 
-    async def completions(self, request: Request) -> Response:
-        body = await read(request, CompletionRequest, self._limits.bytes)
-        served = by_name(self._models, body.model, translates=False)
-        served.worker.check()
-        return await self._generated(request, await Completions.of(served, body, self._limits.seconds))
-
     async def chat(self, request: Request) -> Response:
-        body = await read(request, ChatRequest, self._limits.bytes)
-        served = by_name(self._models, body.model, translates=False)
-        served.worker.check()
-        return await self._generated(request, await Answer.of(served, body, self._limits.seconds))
+        body = await read_body(request, ChatCompletionRequest, self._limits.max_bytes)
+        served = self._available(body.model, translates=False)
+        return await self._generate(request, await ChatCompletionJob.create(served, body, self._limits.timeout))
 
-    async def _generated(self, request: Request, work: Completions | Answer) -> Response:
-        stream = await unless_gone(request, work.open())
-        if work.body.stream:
-            return EventStream(work.parts(stream))
-        return _json(await unless_gone(request, work.whole(stream)))
+    async def completions(self, request: Request) -> Response:
+        body = await read_body(request, CompletionRequest, self._limits.max_bytes)
+        served = self._available(body.model, translates=False)
+        return await self._generate(request, await CompletionJob.create(served, body, self._limits.timeout))
 
     async def translate(self, request: Request) -> Response:
-        body = await read(request, TranslationRequest, self._limits.bytes)
-        served = by_name(self._models, body.model, translates=True)
-        served.worker.check()
-        return _json(await unless_gone(request, self._timed(_translate(served, body))))
+        body = await read_body(request, TranslationRequest, self._limits.max_bytes)
+        served = self._available(body.model, translates=True)
+        return _json(await cancel_on_disconnect(request, self._within_timeout(translate(served, body))))
 
     async def inspect(self, request: Request) -> Response:
-        body = await read(request, InspectRequest, self._limits.bytes)
-        return _json(await unless_gone(request, self._timed(inspect(by_name(self._models, body.model), body))))
-
-    async def _timed(self, work):
-        try:
-            async with asyncio.timeout(self._limits.seconds):
-                return await work
-        except TimeoutError:
-            raise too_slow(self._limits.seconds) from None
+        body = await read_body(request, InspectionRequest, self._limits.max_bytes)
+        served = find_model(self._models, body.model)
+        return _json(await cancel_on_disconnect(request, self._within_timeout(inspect(served, body))))
 
     async def models(self, request: Request) -> Response:
-        return _json(Models(data=[served.card for served in self._models]))
+        return _json(ModelList(data=[served.card for served in self._models]))
 
     async def model(self, request: Request) -> Response:
-        return _json(by_name(self._models, request.path_params["model"]).card)
+        return _json(find_model(self._models, request.path_params["model"]).card)
 
     async def health(self, request: Request) -> Response:
-        draining = self.gate.draining
+        draining = self.server.draining
         return _json(Health(status="draining" if draining else "ok"), 503 if draining else 200)
 
     async def metrics(self, request: Request) -> Response:
@@ -150,57 +158,46 @@ class _Api:
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(self._description)
 
+    def _available(self, name: str, *, translates: bool) -> ServedModel:
+        """The model of that name and kind, if its queue is not full."""
+        served = find_model(self._models, name, translates=translates)
+        served.worker.check_capacity()
+        return served
 
-async def _translate(served: Served, body: TranslationRequest) -> Translations:
-    lm, texts = served.lm, [body.text] if isinstance(body.text, str) else body.text
-    told = [i for i, text in enumerate(texts) if text.strip()]
-    rows = await asyncio.to_thread(sources, lm, [texts[i] for i in told], body.source_language, served.context)
-    beam = body.beam
-    if body.alternatives:
-        beam = max(beam or lm.generation.num_beams or 5, body.alternatives + 1)
-    sentences = Sentences(rows, body.target_language, beam, body.length_penalty, body.max_length)
-    found = await served.worker.translate(sentences) if rows else []
-    out, written = [Translation(text="", score=None, alternatives=[]) for _ in texts], 0
-    for i, hypotheses in zip(told, found, strict=True):
-        best, *others = (Translated(text=lm.tokenizer.decode(each.tokens), score=each.score) for each in hypotheses)
-        out[i] = Translation(text=best.text, score=best.score, alternatives=_others(best, others)[: body.alternatives])
-        written += len(hypotheses[0].tokens) + 1  # with the end token
-    return Translations(
-        model=served.name, translations=out, usage=Usage.of(sum(map(len, rows)), written)
-    )
+    async def _generate(self, request: Request, job: GenerationJob) -> Response:
+        events = await cancel_on_disconnect(request, job.submit())
+        if job.body.stream:
+            return EventStreamResponse(job.stream(events))
+        return _json(await cancel_on_disconnect(request, job.complete(events)))
 
-
-def _others(best: Translated, others: Sequence[Translated]) -> list[Translated]:
-    """Those that read differently: other tokens may spell the same text."""
-    seen, out = {best.text}, []
-    for each in others:
-        if each.text not in seen:
-            out.append(each)
-        seen.add(each.text)
-    return out
+    async def _within_timeout(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            async with asyncio.timeout(self._limits.timeout):
+                return await work
+        except TimeoutError:
+            raise request_timeout(self._limits.timeout) from None
 
 
 def _page(name: str) -> Callable[[Request], Response]:
     return lambda request: FileResponse(PAGE / name, headers={"Cache-Control": "no-cache"})
 
 
-def _json(answer: BaseModel, status: int = 200) -> Response:
-    return Response(answer.model_dump_json(), status, media_type="application/json")
+def _json(body: BaseModel, status: int = 200) -> Response:
+    return Response(body.model_dump_json(), status, media_type="application/json")
 
 
-async def _told(request: Request, error: ApiError) -> Response:
-    return JSONResponse(error.body, error.status, error.headers)
+async def _refuse(request: Request, error: Exception) -> Response:
+    refusal = to_api_error(error)
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
 
-async def _mistaken(request: Request, error: UserError) -> Response:
-    return await _told(request, ApiError(400, str(error)))
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return await _told(request, internal())
-
-
-async def _refused(request: Request, error: HTTPException) -> Response:
-    said = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not for {request.url.path}"}
-    told = ApiError(error.status_code, said.get(error.status_code, error.detail), headers=error.headers)
-    return await _told(request, told)
+async def _refuse_route(request: Request, error: HTTPException) -> Response:
+    """What Starlette itself refuses: unknown paths and methods."""
+    path = request.url.path
+    if error.status_code == 404:
+        refusal = path_not_found(path)
+    elif error.status_code == 405:
+        refusal = method_not_allowed(request.method, path, error.headers)
+    else:
+        refusal = ApiError(error.status_code, error.detail, headers=error.headers)
+    return await _refuse(request, refusal)

@@ -1,7 +1,7 @@
-"""The thread of a model: everything that computes with it happens there, and answers come back by asyncio.
+"""The thread of a model: all computation with it happens there, and results come back through asyncio.
 
-A worker is one thread, because one device does one thing at a time: an engine's steps for all requests together, and
-between two of them at most one job of another kind, so that neither waits long for the other.
+A worker has a single thread because a device does one thing at a time. The thread alternates between the engine's
+steps, which serve all requests together, and at most one other job, so that neither waits long for the other.
 """
 
 from __future__ import annotations
@@ -18,107 +18,124 @@ from typing import Any, TypeVar
 from jaxlm.core.errors import UserError
 from jaxlm.inference.engine.engine import Engine
 from jaxlm.inference.engine.requests import Event, Request
-from jaxlm.serving.protocol.errors import ApiError, busy, internal
+from jaxlm.serving.protocol.errors import ApiError, generation_failed, internal_error, queue_full, too_many_choices
 
-__all__ = ["EngineWorker", "Stream", "Worker"]
+__all__ = ["EngineWorker", "GenerationStream", "Worker", "run_into"]
 
 T = TypeVar("T")
 _log = logging.getLogger("jaxlm.serving")
 
 
 class Worker:
-    """Runs jobs one after the other. ``places`` is how many requests may be here at once, running and waiting."""
+    """Runs jobs one after the other in a thread.
 
-    def __init__(self, name: str, places: int):
-        self.name, self.places, self.taken = name, places, 0
-        self.seconds = 1.0  # that requests have taken lately
-        self._orders: deque[Callable[[], None]] = deque()  # quick ones, all done before the next step
+    Attributes:
+        name: of the model.
+        capacity: how many continuations or jobs may run and wait at once.
+        in_use: how many run and wait now.
+    """
+
+    def __init__(self, name: str, capacity: int):
+        self.name, self.capacity, self.in_use = name, capacity, 0
+        self._mean_seconds = 1.0  # of recent requests
+        self._calls: deque[Callable[[], None]] = deque()  # short calls; all of them run before the next step
         self._jobs: deque[tuple[Future, Callable[[], Any]]] = deque()
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._live, name=f"jaxlm-{name}", daemon=True)
+        self._thread = threading.Thread(target=self._loop, name=f"jaxlm-{name}", daemon=True)
 
     def start(self) -> None:
+        """Starts the thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread after what it is doing."""
-        with self._news:
+        """Ends the thread after its current step."""
+        with self._changed:
             self._closed = True
-            self._news.notify()
+            self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
 
-    def check(self) -> None:
-        """ApiError 429 if there is no place at all: before any work is spent on a request."""
-        if self.taken >= self.places:
-            raise busy(self.wait())
+    def check_capacity(self) -> None:
+        """Call it before any work is spent on a request.
 
-    def enter(self, count: int) -> None:
-        """Takes places. ApiError 429 if there are not as many now, 400 if there never are."""
-        if count > self.places:
-            raise ApiError(400, f"this asks for {count} answers at once, and {self.places} is the most; ask for less")
-        with self._news:
-            if self.taken + count > self.places:
-                raise busy(self.wait())
-            self.taken += count
+        Raises:
+            ApiError: with status 429 when the queue is full.
+        """
+        if self.in_use >= self.capacity:
+            raise queue_full(self.retry_after())
 
-    def leave(self, count: int, seconds: float) -> None:
-        with self._news:
-            self.taken -= count
-            self.seconds += 0.1 * (seconds - self.seconds)
+    def acquire(self, count: int) -> None:
+        """Reserves capacity for ``count`` continuations.
 
-    def wait(self) -> int:
-        """Seconds after which it is worth trying again."""
-        return min(max(1, round(self.seconds)), 60)
+        Raises:
+            ApiError: with status 429 when there is not enough capacity now, 400 when there never is.
+        """
+        if count > self.capacity:
+            raise too_many_choices(count, self.capacity)
+        with self._changed:
+            if self.in_use + count > self.capacity:
+                raise queue_full(self.retry_after())
+            self.in_use += count
+
+    def release(self, count: int, seconds: float) -> None:
+        """Gives capacity back after ``seconds``."""
+        with self._changed:
+            self.in_use -= count
+            self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+
+    def retry_after(self) -> int:
+        """Seconds after which a client should try again."""
+        return min(max(1, round(self._mean_seconds)), 60)
 
     async def run(self, job: Callable[[], T]) -> T:
-        """What ``job`` returns, called in the thread. It takes a place; cancelled before its turn, it is not done."""
-        self.enter(1)
+        """The result of ``job``, called in the thread. A job that is cancelled before its turn is not called."""
+        self.acquire(1)
         begin, future = time.monotonic(), Future()
         try:
-            with self._news:
+            with self._changed:
                 self._jobs.append((future, job))
-                self._news.notify()
+                self._changed.notify()
             return await asyncio.wrap_future(future)
         finally:
-            self.leave(1, time.monotonic() - begin)
+            self.release(1, time.monotonic() - begin)
 
-    def _order(self, call: Callable[[], None]) -> None:
-        with self._news:
-            self._orders.append(call)
-            self._news.notify()
+    def _call(self, function: Callable[[], None]) -> None:
+        """Has the thread call a short function before its next step."""
+        with self._changed:
+            self._calls.append(function)
+            self._changed.notify()
 
-    def _live(self) -> None:
+    def _loop(self) -> None:
         while True:
-            with self._news:
-                self._news.wait_for(lambda: self._closed or self._orders or self._jobs or self._busy)
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._calls or self._jobs or self._busy)
                 if self._closed:
                     return
-                orders, self._orders = self._orders, deque()
-            for call in orders:
-                answer(Future(), call)
-            self._work()
+                calls, self._calls = self._calls, deque()
+            for function in calls:
+                run_into(Future(), function)
+            self._run_next_job()
             self._step()
 
-    def _work(self) -> None:
-        """The next job."""
-        with self._news:
+    def _run_next_job(self) -> None:
+        with self._changed:
             if not self._jobs:
                 return
             future, job = self._jobs.popleft()
-        answer(future, job)
+        run_into(future, job)
 
     @property
     def _busy(self) -> bool:
+        """Whether ``_step`` has something to do."""
         return False
 
     def _step(self) -> None:
-        """What is done between jobs."""
+        """Called between jobs."""
 
 
-def answer(future: Future, job: Callable[[], Any]) -> None:
-    """Does a job, unless nobody waits for it any more."""
+def run_into(future: Future, job: Callable[[], Any]) -> None:
+    """Calls ``job`` and puts its result or error into ``future``, unless that is cancelled."""
     if not future.set_running_or_notify_cancel():
         return
     try:
@@ -127,22 +144,22 @@ def answer(future: Future, job: Callable[[], Any]) -> None:
         future.set_exception(error)
     except Exception:
         _log.exception("a job failed")
-        future.set_exception(internal())
+        future.set_exception(internal_error())
 
 
 class EngineWorker(Worker):
-    """Steps an engine. ``make`` makes it, and makes it anew where it has failed."""
+    """Runs the steps of an engine. ``make_engine`` makes the engine, and a new one when it has failed."""
 
-    def __init__(self, name: str, make: Callable[[], Engine], places: int):
-        super().__init__(name, places)
-        self._make, self.engine = make, make()
-        self._streams: dict[int, tuple[Stream, int]] = {}  # the stream of a request's number, and its place there
+    def __init__(self, name: str, make_engine: Callable[[], Engine], capacity: int):
+        super().__init__(name, capacity)
+        self._make_engine, self.engine = make_engine, make_engine()
+        self._streams: dict[int, tuple[GenerationStream, int]] = {}  # request id -> stream, number of the request there
 
-    def open(self, requests: Sequence[Request]) -> Stream:
-        """Takes places for requests; ``Stream.start`` submits them."""
+    def open(self, requests: Sequence[Request]) -> GenerationStream:
+        """Reserves capacity for requests; ``GenerationStream.start`` submits them."""
         count = sum(request.samples for request in requests)
-        self.enter(count)
-        return Stream(self, requests, count)
+        self.acquire(count)
+        return GenerationStream(self, requests, count)
 
     @property
     def _busy(self) -> bool:
@@ -154,39 +171,43 @@ class EngineWorker(Worker):
         try:
             events = self.engine.step()
         except Exception:
-            _log.exception("the engine of %s failed and is made anew", self.name)
+            _log.exception("the engine of %s failed; a new one is made", self.name)
             streams = [stream for stream, _ in self._streams.values()]
             self._streams.clear()
-            self.engine = self._make()
+            self.engine = self._make_engine()
             for stream in streams:
-                stream.tell([(0, Event(0, 0, finish_reason="error", message="the engine failed"))])
+                stream.publish([(0, Event(0, 0, finish_reason="error", message="the engine failed"))])
             return
-        news: dict[Stream, list[tuple[int, Event]]] = {}
+        by_stream: dict[GenerationStream, list[tuple[int, Event]]] = {}
         for event in events:
             if event.request_id in self._streams:
-                stream, place = self._streams[event.request_id]
-                news.setdefault(stream, []).append((place, event))
-        for stream, items in news.items():
-            stream.tell(items)
+                stream, number = self._streams[event.request_id]
+                by_stream.setdefault(stream, []).append((number, event))
+        for stream, items in by_stream.items():
+            stream.publish(items)
 
 
-class Stream:
-    """The events of some requests, each with the place of its request: ``async for place, event in stream``.
+class GenerationStream:
+    """The events of several requests: ``async for number, event in stream`` with the number of the request.
 
-    It ends when all continuations have. To close it before cancels what still runs.
+    It ends when all continuations have ended. Closing it earlier cancels the continuations that still run.
     """
 
     def __init__(self, worker: EngineWorker, requests: Sequence[Request], count: int):
         self._worker, self._requests, self._count = worker, requests, count
-        self._open = sum(request.n for request in requests)  # continuations that are to end
+        self._unfinished = sum(request.n for request in requests)  # continuations
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[list[tuple[int, Event]]] = asyncio.Queue()
         self._begin, self._closed = time.monotonic(), False
 
-    async def start(self) -> Stream:
-        """Submits the requests. UserError where one cannot be served, and then none is."""
+    async def start(self) -> GenerationStream:
+        """Submits the requests.
+
+        Raises:
+            UserError: when one of them cannot be served; then none is submitted.
+        """
         submitted: Future = Future()
-        self._worker._order(lambda: answer(submitted, self._submit))
+        self._worker._call(lambda: run_into(submitted, self._submit))
         try:
             await asyncio.wrap_future(submitted)
         except BaseException:
@@ -195,32 +216,32 @@ class Stream:
         return self
 
     def _submit(self) -> None:
-        for place, request in enumerate(self._requests):
-            self._worker._streams[self._worker.engine.submit(request)] = self, place
+        for number, request in enumerate(self._requests):
+            self._worker._streams[self._worker.engine.submit(request)] = self, number
 
     def close(self) -> None:
-        """Leaves; may be called again."""
+        """Cancels what still runs and releases the capacity. A second call does nothing."""
         if not self._closed:
             self._closed = True
-            self._worker._order(self._cancel)
-            self._worker.leave(self._count, time.monotonic() - self._begin)
+            self._worker._call(self._cancel)
+            self._worker.release(self._count, time.monotonic() - self._begin)
 
     def _cancel(self) -> None:
-        for number in [number for number, (stream, _) in self._worker._streams.items() if stream is self]:
-            self._worker.engine.cancel(number)
-            del self._worker._streams[number]
+        for request_id in [key for key, (stream, _) in self._worker._streams.items() if stream is self]:
+            self._worker.engine.cancel(request_id)
+            del self._worker._streams[request_id]
 
-    def tell(self, items: list[tuple[int, Event]]) -> None:
-        """Called by the worker."""
+    def publish(self, items: list[tuple[int, Event]]) -> None:
+        """Hands events to whoever iterates; the worker calls it in its thread."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, items)
-        except RuntimeError:  # its loop has ended, and so has whoever listened
+        except RuntimeError:  # the event loop has ended, and with it the reader
             self._cancel()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
-        while self._open:
-            for place, event in await self._events.get():
+        while self._unfinished:
+            for number, event in await self._events.get():
                 if event.finish_reason == "error":
-                    raise ApiError(500, event.message or "generation failed", kind="server_error")
-                self._open -= event.finish_reason is not None
-                yield place, event
+                    raise generation_failed(event.message)
+                self._unfinished -= event.finish_reason is not None
+                yield number, event

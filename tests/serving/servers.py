@@ -18,6 +18,7 @@ from jaxlm import nn
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.model import LM
 from jaxlm.serving.app import make_app
+from jaxlm.serving.middleware import ServerMiddleware
 from jaxlm.serving.models import serve_model
 from tests.inference.models import decoder, seq2seq
 
@@ -48,7 +49,7 @@ def lms() -> dict[str, LM]:
 
 @pytest.fixture(scope="session")
 def models(lms):
-    return [serve_model(name, lm, slots=2, queue=4, warm=False) for name, lm in lms.items()]
+    return [serve_model(name, lm, slots=2, queue=4, warm_up=False) for name, lm in lms.items()]
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,20 @@ class Running:
     """A server at an address, and its application."""
 
     url: str
-    gate: object
+    app: ServerMiddleware
 
 
 @contextlib.contextmanager
-def running(gate) -> Iterator[Running]:
+def running(app: ServerMiddleware) -> Iterator[Running]:
     """Serves an application at a free port, from a thread."""
-    server = uvicorn.Server(uvicorn.Config(gate, port=0, log_config=None, access_log=False, lifespan="on"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="on"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    yield Running(f"http://127.0.0.1:{port}", gate)
+    yield Running(f"http://127.0.0.1:{port}", app)
     server.should_exit = True
     thread.join()
 

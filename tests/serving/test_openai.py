@@ -168,7 +168,7 @@ def test_what_changes_nothing_is_taken(client):
 
 
 def test_mistakes_have_their_own_errors(client):
-    with pytest.raises(openai.NotFoundError, match="there are tiny, plain, words"):
+    with pytest.raises(openai.NotFoundError, match="tiny, plain, words"):
         client.completions.create(model="large", prompt=PROMPT)
     with pytest.raises(openai.BadRequestError, match="/v1/translate"):
         client.completions.create(model="words", prompt=PROMPT)
@@ -176,5 +176,5 @@ def test_mistakes_have_their_own_errors(client):
         client.chat.completions.create(model="plain", messages=[{"role": "user", "content": "a"}])
     with pytest.raises(openai.BadRequestError, match="does not know 'É'"):
         client.completions.create(model="tiny", prompt="É")
-    with pytest.raises(openai.BadRequestError, match="reads 96 tokens"):
+    with pytest.raises(openai.BadRequestError, match="96.*97"):
         client.completions.create(model="tiny", prompt="a" * 97)

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from schemathesis.generation import GenerationMode  # noqa: E402
 from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
 
-from jaxlm.serving.protocol.openapi import document  # noqa: E402
+from jaxlm.serving.protocol.openapi import openapi_document  # noqa: E402
 
-schema = schemathesis.openapi.from_dict(document(keys=False))
+schema = schemathesis.openapi.from_dict(openapi_document(api_keys=False))
 # So that most requests reach a model, and few programs are compiled.
 TAME = {
     "/v1/completions": {"model": "plain", "max_tokens": 3, "n": 2},
@@ -26,8 +26,8 @@ TAME = {
 
 
 def test_the_document_is_that_of_the_server(server):
-    assert httpx.get(f"{server.url}/openapi.json").json() == document(keys=False)
-    assert document(keys=True)["components"]["securitySchemes"]
+    assert httpx.get(f"{server.url}/openapi.json").json() == openapi_document(api_keys=False)
+    assert openapi_document(api_keys=True)["components"]["securitySchemes"]
 
 
 @schema.parametrize()

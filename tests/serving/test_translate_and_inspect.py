@@ -29,7 +29,7 @@ def test_translations_are_those_of_the_library(server, lms):
 def test_what_arrives_together_is_translated_together(server, models, lms):
     worker = next(served.worker for served in models if served.name == "words")
     sizes, search = [], worker._search
-    worker._search = lambda how, rows: sizes.append(len(rows)) or search(how, rows)
+    worker._search = lambda settings, rows: sizes.append(len(rows)) or search(settings, rows)
     try:
         with ThreadPoolExecutor(4) as pool:
             ask = lambda text: post(server, "/v1/translate", model="words", text=text, beam=2, max_length=8)  # noqa: E731

@@ -1,7 +1,7 @@
-"""What requests may say, field by field: what is checked here is what /openapi.json publishes.
+"""The schemas of requests, field by field: what is checked here is what /openapi.json publishes.
 
-Fields, names and limits are OpenAI's, and for what OpenAI has not, vLLM's. A field that is not here is refused, for it
-could change the answer; those in ``Neutral`` are taken and change nothing.
+Names and limits of fields are OpenAI's, or vLLM's for fields that OpenAI does not have. An unknown field is refused,
+because ignoring it could change the response; the fields of ``IgnoredFields`` are accepted and change nothing.
 """
 
 from __future__ import annotations
@@ -12,50 +12,52 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from jaxlm.inference.engine.requests import MAX_LOGIT_BIASES, MAX_LOGPROBS
 
-MOST_CHOICES = 128
-MOST_SENTENCES = 64
-MOST_BEAMS = 16
-MOST_INSPECTED = 256  # tokens
+MAX_CHOICES = 128
+MAX_SENTENCES = 64
+MAX_BEAMS = 16
+MAX_INSPECTED_TOKENS = 256
 
-# JSON has one kind of number: 2.0 is an integer there.
+# JSON has one kind of number, so 2.0 is accepted as an integer.
 Int = Annotated[int, BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)]
 Token = Annotated[Int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Body(BaseModel):
+class RequestModel(BaseModel):
+    """Base of all requests and their parts: types are strict, and unknown fields are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class StreamOptions(Body):
+class StreamOptions(RequestModel):
     include_usage: bool = Field(False, description="end with an event that has the usage and no choices")
 
 
-class JsonSchema(Body):
+class JsonSchema(RequestModel):
     name: str | None = None
     description: str | None = None
     strict: bool | None = None
     schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
 
 
-class PlainText(Body):
+class TextFormat(RequestModel):
     type: Literal["text"]
 
 
-class AnyObject(Body):
+class JsonObjectFormat(RequestModel):
     type: Literal["json_object"]
 
 
-class ByJsonSchema(Body):
+class JsonSchemaFormat(RequestModel):
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
-ResponseFormat = Annotated[PlainText | AnyObject | ByJsonSchema, Field(discriminator="type")]
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-class Neutral(Body):
-    """Taken from clients that send it, without effect on the answer."""
+class IgnoredFields(RequestModel):
+    """Fields that some clients send and that do not change the response."""
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -65,16 +67,16 @@ class Neutral(Body):
     prompt_cache_key: str | None = None
 
 
-class Sampled(Neutral):
-    """What text generation has in common. What is not given is as the model's generation_config.json has it; where that
-    does not sample, temperature is 1."""
+class GenerationRequest(IgnoredFields):
+    """The fields that completions and chat share. A field that is not given has the value of the model's
+    generation_config.json; if that does not sample, temperature is 1."""
 
     model: str
-    temperature: float | None = Field(None, ge=0, le=2, description="0: the likeliest token always")
+    temperature: float | None = Field(None, ge=0, le=2, description="0: always the most likely token")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: Int | None = Field(None, ge=0, le=2**31 - 1, description="0: all")
+    top_k: Int | None = Field(None, ge=0, le=2**31 - 1, description="0: all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
-    n: Int | None = Field(None, ge=1, le=MOST_CHOICES)
+    n: Int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
@@ -93,7 +95,7 @@ class Sampled(Neutral):
     response_format: ResponseFormat | None = None
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
     prompt: str | Annotated[list[Token], Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | Annotated[
@@ -101,53 +103,58 @@ class CompletionRequest(Sampled):
     ] = Field(description="a text, several texts, or their tokens")
     echo: bool | None = None
     logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: Int | None = Field(None, ge=1, le=MOST_CHOICES)
+    best_of: Int | None = Field(None, ge=1, le=MAX_CHOICES)
     suffix: Literal[""] | None = None
 
 
-class TextPart(Body):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
 
-class Message(Body):
+class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart]
     name: str | None = None
 
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
-class ChatRequest(Sampled):
+
+class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: Int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
 
-class TranslationRequest(Neutral):
+class TranslationRequest(IgnoredFields):
     """POST /v1/translate"""
 
     model: str
-    text: str | Annotated[list[str], Field(min_length=1, max_length=MOST_SENTENCES)] = Field(
+    text: str | Annotated[list[str], Field(min_length=1, max_length=MAX_SENTENCES)] = Field(
         description="a sentence, or several"
     )
-    source_language: str | None = Field(None, description="a code of the model's, where it has several")
+    source_language: str | None = Field(None, description="a language code of the model, if it has several")
     target_language: str | None = None
-    beam: Int | None = Field(None, ge=1, le=MOST_BEAMS)
+    beam: Int | None = Field(None, ge=1, le=MAX_BEAMS)
     length_penalty: float | None = Field(None, ge=-10, le=10)
     max_length: Int | None = Field(None, ge=1, le=4096, description="tokens of a translation")
-    alternatives: Int = Field(0, ge=0, le=MOST_BEAMS - 1, description="other translations of the beam, a sentence")
+    alternatives: Int = Field(0, ge=0, le=MAX_BEAMS - 1, description="other translations of each sentence")
 
 
-class InspectRequest(Neutral):
+class InspectionRequest(IgnoredFields):
     """POST /v1/inspect"""
 
     model: str
-    text: str = Field(description="what the model reads; of a translation model the source")
-    target: str | None = Field(None, description="of a translation model: the translation, or its beginning")
-    token: Token | None = Field(None, description="explain this as the next token; the likeliest where not given")
+    text: str = Field(description="the input of the model; the source text for a translation model")
+    target: str | None = Field(None, description="for a translation model: the translation, or its beginning")
+    token: Token | None = Field(None, description="the next token to explain; by default the most likely one")
     method: Literal["integrated_gradients", "gradient_x_input"] = "integrated_gradients"
     steps: Int = Field(32, ge=1, le=64, description="points on the path of integrated gradients")
-    layer: Int | None = Field(None, ge=0, description="attention of this layer; the last where not given")
-    top: Int = Field(10, ge=1, le=50, description="next tokens to list")
+    layer: Int | None = Field(None, ge=0, description="the layer whose attention is returned; by default the last one")
+    top: Int = Field(10, ge=1, le=50, description="how many next tokens to list")

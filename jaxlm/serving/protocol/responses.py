@@ -1,10 +1,10 @@
-"""What answers look like, field by field, as OpenAI's clients read them and as /openapi.json publishes it."""
+"""The schemas of responses, field by field, as OpenAI's clients read them and as /openapi.json publishes them."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, model_serializer
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
 FinishReason = Literal["stop", "length"]
 
@@ -20,7 +20,7 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """A list entry a token; the first token of an echoed prompt has none."""
+    """Lists with one entry per token. The first token of an echoed prompt has no log-probability."""
 
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
@@ -36,6 +36,8 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
+    """The whole response of /v1/completions, or one event of it."""
+
     id: str
     object: Literal["text_completion"] = "text_completion"
     created: int = Field(description="seconds since 1970")
@@ -44,77 +46,79 @@ class Completion(BaseModel):
     usage: Usage | None = None
 
 
-class Alternative(BaseModel):
+class TopLogprob(BaseModel):
     token: str
     logprob: float
-    bytes: list[int] | None = Field(description="of the token's text; null where it is a part of a character")
+    bytes: list[int] | None = Field(description="the bytes of the token's text; null if it is part of a character")
 
 
-class ChatLogprob(Alternative):
-    top_logprobs: list[Alternative]
+class ChatCompletionTokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(BaseModel):
-    content: list[ChatLogprob]
+class ChoiceLogprobs(BaseModel):
+    content: list[ChatCompletionTokenLogprob]
 
 
-class AnswerMessage(BaseModel):
+class ChatCompletionMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
     content: str
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
+class ChatCompletionChoice(BaseModel):
     index: int
-    message: AnswerMessage
-    logprobs: ChatLogprobs | None = None
+    message: ChatCompletionMessage
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason
 
 
-class Chat(BaseModel):
+class ChatCompletion(BaseModel):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    choices: list[ChatChoice]
+    choices: list[ChatCompletionChoice]
     usage: Usage
 
 
-class Delta(BaseModel):
+class ChoiceDelta(BaseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
 
     @model_serializer(mode="wrap")
-    def _what_is_there(self, dump):
+    def _without_nulls(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in dump(self).items() if value is not None}
 
 
-class ChatDelta(BaseModel):
+class ChatCompletionChunkChoice(BaseModel):
     index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
+    delta: ChoiceDelta
+    logprobs: ChoiceLogprobs | None = None
     finish_reason: FinishReason | None = None
 
 
-class ChatChunk(BaseModel):
+class ChatCompletionChunk(BaseModel):
+    """One event of /v1/chat/completions."""
+
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
-    choices: list[ChatDelta]
+    choices: list[ChatCompletionChunkChoice]
     usage: Usage | None = None
 
 
-class Translated(BaseModel):
+class ScoredText(BaseModel):
     text: str
-    score: float | None = Field(description="log-probability over length ** length_penalty; null of a blank sentence")
+    score: float | None = Field(description="log-probability over length ** length_penalty; null for a blank sentence")
 
 
-class Translation(Translated):
-    alternatives: list[Translated]
+class Translation(ScoredText):
+    alternatives: list[ScoredText]
 
 
-class Translations(BaseModel):
+class TranslationList(BaseModel):
     object: Literal["translation"] = "translation"
     model: str
     translations: list[Translation]
@@ -131,18 +135,18 @@ class AttentionMap(BaseModel):
     kind: Literal["self", "encoder", "cross"]
     layer: int
     layers: int
-    rows: list[str] = Field(description="the tokens that look")
-    columns: list[str] = Field(description="the tokens that are looked at")
+    rows: list[str] = Field(description="the tokens that attend")
+    columns: list[str] = Field(description="the tokens that are attended to")
     weights: list[list[list[float]]] = Field(description="[head][row][column]; rows sum to 1")
 
 
 class Attribution(BaseModel):
     method: Literal["integrated_gradients", "gradient_x_input"]
-    token: Candidate = Field(description="what is explained: why this comes next")
-    tokens: list[str] = Field(description="of the text; of a translation model those of the source, then the target's")
-    scores: list[float] = Field(description="how much each token adds to the explained token's log-probability")
-    total: float = Field(description="the log-probability of it, less that at the baseline; what integrated gradients "
-                         "add up to")
+    token: Candidate = Field(description="the next token that is explained")
+    tokens: list[str] = Field(description="the tokens of the text; for a translation model, source then target")
+    scores: list[float] = Field(description="what each token adds to the log-probability of the explained token")
+    total: float = Field(description="the log-probability of the explained token minus that at the baseline, which is "
+                         "the sum of integrated gradients")
 
 
 class Inspection(BaseModel):
@@ -159,17 +163,17 @@ class Model(BaseModel):
     created: int
     owned_by: Literal["jaxlm"] = "jaxlm"
     kind: Literal["decoder", "seq2seq"] = Field(description="seq2seq models translate, decoders generate")
-    chat: bool = Field(description="whether it has a chat template")
-    context: int = Field(description="tokens of prompt and answer together, or of a source")
+    chat: bool = Field(description="whether the model has a chat template")
+    context: int = Field(description="tokens of prompt and continuation together, or of a source text")
     parameters: int
     bytes_in_memory: int
-    recipe: str | None = Field(description="what it was compressed by")
+    recipe: str | None = Field(description="the recipe that compressed the model")
     layers: int
     languages: list[str]
     target_language: str | None
 
 
-class Models(BaseModel):
+class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Model]
 
@@ -181,7 +185,7 @@ class ErrorDetail(BaseModel):
     code: str | None
 
 
-class Error(BaseModel):
+class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 

@@ -1,4 +1,4 @@
-"""Answers that come in parts, as server-sent events, and clients that leave before they have them."""
+"""Responses that are sent in parts, as server-sent events, and what happens when a client disconnects."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from jaxlm.core.errors import UserError
-from jaxlm.serving.protocol.errors import ApiError, internal
+from jaxlm.serving.protocol.errors import ApiError, to_api_error
 
-__all__ = ["EventStream", "unless_gone"]
+__all__ = ["EventStreamResponse", "cancel_on_disconnect"]
 
 T = TypeVar("T")
 _log = logging.getLogger("jaxlm.serving")
 
 
-class EventStream(Response):
-    """Sends each item as an event and ``[DONE]`` at the end; an error in between as a last event. Where the client
-    leaves, the items are closed."""
+class EventStreamResponse(Response):
+    """Sends each item as an event, and ``[DONE]`` at the end. An error on the way is sent as the last event before
+    that. The iterator is closed when the client disconnects."""
 
     media_type = "text/event-stream"
 
@@ -34,52 +34,52 @@ class EventStream(Response):
 
     async def __call__(self, scope, receive, send) -> None:
         sending = asyncio.ensure_future(self._send(send))
-        leaving = asyncio.ensure_future(_gone(receive))
+        disconnect = asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sending, disconnect), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            leaving.cancel()
+            disconnect.cancel()
             sending.cancel()
-            await asyncio.gather(sending, leaving, return_exceptions=True)
+            await asyncio.gather(sending, disconnect, return_exceptions=True)
             await self._items.aclose()
 
     async def _send(self, send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
             async for item in self._items:
-                await _event(send, item.model_dump_json())
-        except ApiError as error:
-            await _event(send, json.dumps(error.body))
-        except UserError as error:
-            await _event(send, json.dumps(ApiError(400, str(error)).body))
-        except Exception:
+                await _send_event(send, item.model_dump_json())
+        except (ApiError, UserError) as error:
+            await _send_event(send, json.dumps(to_api_error(error).body))
+        except Exception as error:
             _log.exception("a stream failed")
-            await _event(send, json.dumps(internal().body))
-        await _event(send, "[DONE]")
+            await _send_event(send, json.dumps(to_api_error(error).body))
+        await _send_event(send, "[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-
-
-async def _event(send, data: str) -> None:
+async def _send_event(send, data: str) -> None:
     await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
 
 
-async def _gone(receive) -> None:
+async def _disconnected(receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What ``work`` gives, which is cancelled when the client leaves; then ClientDisconnect."""
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``, which is cancelled when the client disconnects.
+
+    Raises:
+        ClientDisconnect: when the client disconnects first.
+    """
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request.receive))
+    disconnect = asyncio.ensure_future(_disconnected(request.receive))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((working, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ClientDisconnect
         return working.result()
     finally:
-        leaving.cancel()
+        disconnect.cancel()
         working.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        await asyncio.gather(working, disconnect, return_exceptions=True)

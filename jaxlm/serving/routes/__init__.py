@@ -1,0 +1,1 @@
+"""The endpoints that compute: one file each, and generation.py for what completions and chat share."""

@@ -1,112 +1,125 @@
-"""POST /v1/chat/completions: conversations answered."""
+"""POST /v1/chat/completions: answers conversations."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from jaxlm.inference.engine.requests import Event, TokenLogprob
-from jaxlm.serving.models import Served
-from jaxlm.serving.protocol.errors import ApiError
-from jaxlm.serving.protocol.requests import ChatRequest
+from jaxlm.serving.models import ServedModel
+from jaxlm.serving.protocol.errors import invalid_field
+from jaxlm.serving.protocol.requests import ChatCompletionRequest
 from jaxlm.serving.protocol.responses import (
-    AnswerMessage,
-    Chat,
-    ChatChoice,
-    ChatChunk,
-    ChatDelta,
-    ChatLogprob,
-    ChatLogprobs,
-    Delta,
+    ChatCompletion,
+    ChatCompletionChoice,
+    ChatCompletionChunk,
+    ChatCompletionChunkChoice,
+    ChatCompletionMessage,
+    ChatCompletionTokenLogprob,
+    ChoiceDelta,
+    ChoiceLogprobs,
     Usage,
 )
-from jaxlm.serving.routes.generation import alternative, chosen, engine_request, gather, joined_content, within
-from jaxlm.serving.worker import Stream
+from jaxlm.serving.routes.generation import choice_count, engine_request, top_logprob, with_deadline
+from jaxlm.serving.worker import GenerationStream
 
-__all__ = ["Answer"]
+__all__ = ["ChatCompletionJob"]
 
 
-class Answer:
-    """One request: the conversation written as a prompt, work submitted, answers put together."""
+class ChatCompletionJob:
+    """One request: writes the conversation as a prompt, submits it, and puts the response together.
 
-    def __init__(self, served: Served, body: ChatRequest, prompt: list[int], seconds: float):
-        self.served, self.body, self.prompt, self.seconds = served, body, prompt, seconds
+    Raises:
+        ApiError: when fields contradict each other.
+    """
+
+    def __init__(self, served: ServedModel, body: ChatCompletionRequest, prompt: list[int], timeout: float):
         if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+            raise invalid_field("top_logprobs", "top_logprobs needs logprobs: true")
         if body.max_tokens == 0:
-            raise ApiError(400, "max_tokens is 0: give 1 or more", param="max_tokens")
+            raise invalid_field("max_tokens", "max_tokens is 0: give 1 or more")
+        self.served, self.body, self.prompt, self.timeout = served, body, prompt, timeout
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
 
     @classmethod
-    async def of(cls, served: Served, body: ChatRequest, seconds: float) -> Answer:
-        """UserError where the model has no chat template, or it refuses the conversation."""
-        return cls(served, body, await asyncio.to_thread(_prompt, served, body), seconds)
+    async def create(cls, served: ServedModel, body: ChatCompletionRequest, timeout: float) -> ChatCompletionJob:
+        """Tokenizes the conversation in a thread.
 
-    async def open(self) -> Stream:
-        """Submits it; to be followed by ``whole`` or ``parts``."""
+        Raises:
+            UserError: when the model has no chat template, or the template refuses the conversation.
+        """
+        return cls(served, body, await asyncio.to_thread(_prompt_tokens, served, body), timeout)
+
+    async def submit(self) -> GenerationStream:
+        """Gives the request to the engine."""
         body = self.body
         most = body.max_completion_tokens or body.max_tokens or self.served.lm.generation.max_new_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        request = engine_request(self.served, body, self.prompt, most=most, logprobs=logprobs)
+        request = engine_request(self.served, body, self.prompt, max_new_tokens=most, logprobs=logprobs)
         return await self.served.worker.open([request]).start()
 
-    async def whole(self, stream: Stream) -> Chat:
-        """The answer in one piece."""
-        found: dict[int, list[Event]] = {i: [] for i in range(chosen(self.body.n))}
-        await gather(stream, self.seconds, lambda _, event: found[event.index].append(event))
-        return Chat(
-            **self._head, choices=[self._choice(i, events) for i, events in found.items()],
-            usage=Usage.of(len(self.prompt), sum(len(event.tokens) for events in found.values() for event in events)),
+    async def complete(self, events: GenerationStream) -> ChatCompletion:
+        """The whole response."""
+        found: dict[int, list[Event]] = {i: [] for i in range(choice_count(self.body))}
+        try:
+            async for _, event in with_deadline(aiter(events), self.timeout):
+                found[event.index].append(event)
+        finally:
+            events.close()
+        written = sum(len(event.tokens) for each in found.values() for event in each)
+        return ChatCompletion(
+            **self._head, choices=[self._choice(index, each) for index, each in found.items()],
+            usage=Usage.of(len(self.prompt), written),
         )
 
-    async def parts(self, stream: Stream) -> AsyncIterator[ChatChunk]:
-        """The answer in pieces; the usage comes last, where it is asked for."""
+    async def stream(self, events: GenerationStream) -> AsyncIterator[ChatCompletionChunk]:
+        """The response in parts; the usage comes last, if the request asks for it."""
         written = 0
         try:
-            for i in range(chosen(self.body.n)):
-                yield self._chunk(ChatDelta(index=i, delta=Delta(role="assistant", content="")))
-            async for _, event in within(self.seconds, aiter(stream)):
+            for i in range(choice_count(self.body)):
+                yield self._chunk(
+                    ChatCompletionChunkChoice(index=i, delta=ChoiceDelta(role="assistant", content=""))
+                )
+            async for _, event in with_deadline(aiter(events), self.timeout):
                 written += len(event.tokens)
                 if event.text or event.logprobs or event.finish_reason:
-                    delta = Delta(content=event.text) if event.text or event.logprobs else Delta()
-                    yield self._chunk(ChatDelta(
+                    delta = ChoiceDelta(content=event.text) if event.text or event.logprobs else ChoiceDelta()
+                    yield self._chunk(ChatCompletionChunkChoice(
                         index=event.index, delta=delta, logprobs=self._logprobs(event.logprobs),
                         finish_reason=event.finish_reason,
                     ))
         finally:
-            stream.close()
+            events.close()
         if self.body.stream_options and self.body.stream_options.include_usage:
-            yield ChatChunk(**self._head, choices=[], usage=Usage.of(len(self.prompt), written))
+            yield ChatCompletionChunk(**self._head, choices=[], usage=Usage.of(len(self.prompt), written))
 
-    def _chunk(self, choice: ChatDelta) -> ChatChunk:
-        return ChatChunk(**self._head, choices=[choice])
+    def _chunk(self, choice: ChatCompletionChunkChoice) -> ChatCompletionChunk:
+        return ChatCompletionChunk(**self._head, choices=[choice])
 
-    def _choice(self, index: int, events: list[Event]) -> ChatChoice:
-        return ChatChoice(
-            index=index, message=AnswerMessage(content="".join(event.text for event in events)),
+    def _choice(self, index: int, events: list[Event]) -> ChatCompletionChoice:
+        return ChatCompletionChoice(
+            index=index, message=ChatCompletionMessage(content="".join(event.text for event in events)),
             logprobs=self._logprobs([each for event in events for each in event.logprobs]),
             finish_reason=events[-1].finish_reason,
         )
 
-    def _logprobs(self, tokens: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> ChatLogprobs | None:
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> ChoiceLogprobs | None:
         if not self.body.logprobs:
             return None
-        return ChatLogprobs(content=[
-            ChatLogprob(
-                **alternative(self.served, each.token, each.logprob).model_dump(),
-                top_logprobs=[
-                    alternative(self.served, *other) for other in each.top[: self.body.top_logprobs or 0]
-                ],
+        most = self.body.top_logprobs or 0
+        return ChoiceLogprobs(content=[
+            ChatCompletionTokenLogprob(
+                **top_logprob(self.served, each.token, each.logprob).model_dump(),
+                top_logprobs=[top_logprob(self.served, *other) for other in each.top[:most]],
             ) for each in tokens
         ])
 
 
-def _prompt(served: Served, body: ChatRequest) -> list[int]:
+def _prompt_tokens(served: ServedModel, body: ChatCompletionRequest) -> list[int]:
     messages = [
-        {"role": message.role, "content": joined_content(message.content)}
-        | ({} if message.name is None else {"name": message.name})
+        {"role": message.role, "content": message.text} | ({} if message.name is None else {"name": message.name})
         for message in body.messages
     ]
     tokenizer = served.lm.tokenizer

@@ -1,113 +1,124 @@
-"""What completions and chat have in common: from the fields of a request to those of the engine, and prompts."""
+"""What completions and chat share: from the fields of a request to those of the engine, tokens, and deadlines."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol, TypeVar
 
-from jaxlm.inference.engine.requests import Constraint, Event, Request
-from jaxlm.serving.models import Served
-from jaxlm.serving.protocol.errors import ApiError, too_slow
-from jaxlm.serving.protocol.requests import AnyObject, ByJsonSchema, Sampled
-from jaxlm.serving.protocol.responses import Alternative
-from jaxlm.serving.worker import Stream
+from pydantic import BaseModel
+
+from jaxlm.inference.engine.requests import Constraint, Request
+from jaxlm.serving.models import ServedModel
+from jaxlm.serving.protocol.errors import context_length_exceeded, request_timeout
+from jaxlm.serving.protocol.requests import GenerationRequest, JsonObjectFormat, JsonSchemaFormat
+from jaxlm.serving.protocol.responses import TopLogprob
+from jaxlm.serving.worker import GenerationStream
 
 T = TypeVar("T")
 
 
+class GenerationJob(Protocol):
+    """One request that generates text. ``submit`` comes first, then either ``complete`` or ``stream``."""
+
+    body: GenerationRequest
+
+    async def submit(self) -> GenerationStream | None:
+        """Gives the work to the engine; None if nothing is to be generated."""
+
+    async def complete(self, events: GenerationStream | None) -> BaseModel:
+        """The whole response."""
+
+    def stream(self, events: GenerationStream | None) -> AsyncIterator[BaseModel]:
+        """The response in parts; the usage comes last, if the request asks for it."""
+
+
 def engine_request(
-    served: Served, body: Sampled, prompt: Sequence[int], *, most: int | None, logprobs: int | None,
-    best_of: int | None = None,
+    served: ServedModel, body: GenerationRequest, prompt: Sequence[int], *, max_new_tokens: int | None,
+    logprobs: int | None, best_of: int | None = None,
 ) -> Request:
-    """For ``prompt`` tokens and at most ``most`` new ones (None: as many as there is room for). ApiError if there is no
-    such room."""
+    """The engine's request for a prompt of token ids. ``max_new_tokens`` of None fills the context.
+
+    Raises:
+        ApiError: when prompt and new tokens do not fit into the context.
+    """
     room = served.context - len(prompt)
-    if room < (most or 1):
-        raise ApiError(
-            400, f"{served.name} reads {served.context} tokens: the prompt has {len(prompt)}"
-            + (f" and the answer may have {most} (max_tokens)" if most else " and leaves no room for an answer"),
-            param="max_tokens" if most and room > 0 else None, code="context_length_exceeded",
+    if room < (max_new_tokens or 1):
+        raise context_length_exceeded(
+            served.name, served.context, len(prompt), max_new_tokens,
+            param="max_tokens" if max_new_tokens and room > 0 else None,
         )
     temperature = body.temperature
     if temperature is None and not served.lm.generation.do_sample:
-        temperature = 1.0  # OpenAI's
+        temperature = 1.0  # OpenAI's default
     stop = (body.stop,) if isinstance(body.stop, str) else body.stop
     return Request(
-        tuple(prompt), max_new_tokens=most or room, temperature=temperature, top_k=body.top_k, top_p=body.top_p,
-        min_p=body.min_p, repetition_penalty=body.repetition_penalty, presence_penalty=body.presence_penalty or 0.0,
-        frequency_penalty=body.frequency_penalty or 0.0,
+        tuple(prompt), max_new_tokens=max_new_tokens or room, temperature=temperature, top_k=body.top_k,
+        top_p=body.top_p, min_p=body.min_p, repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0, frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},
         min_new_tokens=body.min_tokens, seed=None if body.seed is None else body.seed % 2**32,
         stop=None if stop is None else tuple(stop), stop_tokens=tuple(body.stop_token_ids or ()),
-        ignore_eos=bool(body.ignore_eos), logprobs=logprobs, n=chosen(body.n), best_of=best_of,
-        constraint=constraint(body),
+        ignore_eos=bool(body.ignore_eos), logprobs=logprobs, n=choice_count(body), best_of=best_of,
+        constraint=_constraint(body),
     )
 
 
-def constraint(body: Sampled) -> Constraint | None:
-    """What ``response_format`` asks for."""
+def _constraint(body: GenerationRequest) -> Constraint | None:
+    """The constraint that ``response_format`` asks for."""
     match body.response_format:
-        case AnyObject():
+        case JsonObjectFormat():
             return Constraint(json={"type": "object"})
-        case ByJsonSchema(json_schema=described):
+        case JsonSchemaFormat(json_schema=described):
             return Constraint(json=described.schema_)
     return None
 
 
-def prompt_tokens(served: Served, text: str) -> list[int]:
-    """Of a text, or what a text begins with where there is none."""
-    tokenizer = served.lm.tokenizer
-    return tokenizer.encode_prompt(text) or [_begin(served)]
+def choice_count(body: GenerationRequest) -> int:
+    """How many continuations of a prompt the request asks for."""
+    return 1 if body.n is None else body.n
 
 
-def _begin(served: Served) -> int:
+def prompt_tokens(served: ServedModel, text: str) -> list[int]:
+    """The token ids of a prompt; for an empty one, the token with which texts begin."""
+    return served.lm.tokenizer.encode_prompt(text) or [_first_token(served)]
+
+
+def _first_token(served: ServedModel) -> int:
     tokenizer = served.lm.tokenizer
     return next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), served.lm.config.bos_id)
 
 
-def token_text(served: Served, token: int) -> str:
-    """A token by itself, special ones as they are spelled."""
+def token_text(served: ServedModel, token: int) -> str:
+    """The text of a single token; special tokens by their names."""
     return served.lm.tokenizer.decode([token], skip_special=False)
 
 
-def alternative(served: Served, token: int, logprob: float) -> Alternative:
+def top_logprob(served: ServedModel, token: int, logprob: float) -> TopLogprob:
+    """A token with its log-probability as a chat response has it."""
     text = token_text(served, token)
-    return Alternative(token=text, logprob=floor(logprob), bytes=None if "\ufffd" in text else list(text.encode()))
+    is_partial = "\ufffd" in text  # a part of a character
+    return TopLogprob(token=text, logprob=finite_logprob(logprob), bytes=None if is_partial else list(text.encode()))
 
 
-def floor(logprob: float) -> float:
-    """What cannot come has a log-probability of minus infinity, which JSON has not; OpenAI says -9999."""
+def finite_logprob(logprob: float) -> float:
+    """JSON has no infinity: like OpenAI, an impossible token has the log-probability -9999."""
     return max(logprob, -9999.0)
 
 
-async def within(seconds: float, work: AsyncIterator[T]) -> AsyncIterator[T]:
-    """The items, for so long; ApiError 504 afterwards."""
+async def with_deadline(items: AsyncIterator[T], seconds: float) -> AsyncIterator[T]:
+    """The items that come within ``seconds`` from the first call on.
+
+    Raises:
+        ApiError: with status 504 when they take longer.
+    """
     end = asyncio.get_running_loop().time() + seconds
     while True:
         try:
             async with asyncio.timeout_at(end):
-                item = await anext(work)
+                item = await anext(items)
         except StopAsyncIteration:
             return
         except TimeoutError:
-            raise too_slow(seconds) from None
+            raise request_timeout(seconds) from None
         yield item
-
-
-async def gather(stream: Stream, seconds: float, tell: Callable[[int, Event], None]) -> None:
-    """Tells of every event until all have come, and closes the stream."""
-    try:
-        async for place, event in within(seconds, aiter(stream)):
-            tell(place, event)
-    finally:
-        stream.close()
-
-
-def chosen(n: int | None) -> int:
-    return 1 if n is None else n
-
-
-def joined_content(content: Any) -> str:
-    """The text of a message, which may come in parts."""
-    return content if isinstance(content, str) else "".join(part.text for part in content)

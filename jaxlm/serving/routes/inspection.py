@@ -1,4 +1,4 @@
-"""POST /v1/inspect: why a model would go on as it does."""
+"""POST /v1/inspect: why a model continues a text as it does."""
 
 from __future__ import annotations
 
@@ -9,32 +9,39 @@ import numpy as np
 from jaxlm.core.errors import UserError
 from jaxlm.evaluation.insight import inspect_tokens
 from jaxlm.inference.translate import decoder_start_token, generation_for_language
-from jaxlm.serving.models import Served
-from jaxlm.serving.protocol.errors import ApiError
-from jaxlm.serving.protocol.requests import MOST_INSPECTED, InspectRequest
+from jaxlm.serving.models import ServedModel
+from jaxlm.serving.protocol.errors import invalid_field
+from jaxlm.serving.protocol.requests import MAX_INSPECTED_TOKENS, InspectionRequest
 from jaxlm.serving.protocol.responses import AttentionMap, Attribution, Candidate, Inspection
 from jaxlm.serving.routes.generation import prompt_tokens, token_text
-from jaxlm.serving.routes.translation import sources
+from jaxlm.serving.routes.translation import source_tokens
 
-_MAPS = {"encoder": (0, 0), "self": (-1, -1), "cross": (-1, 0)}  # which of the inputs look, and at which
+__all__ = ["inspect"]
+
+# For each kind of attention: the index of the input whose tokens attend, and of the one they attend to.
+_ATTENTION = {"encoder": (0, 0), "self": (-1, -1), "cross": (-1, 0)}
 
 
-async def inspect(served: Served, body: InspectRequest) -> Inspection:
-    """UserError for a text that is too long, a layer that there is not, and a target where nothing is translated."""
+async def inspect(served: ServedModel, body: InspectionRequest) -> Inspection:
+    """The most likely next tokens, attributions and attention.
+
+    Raises:
+        ApiError: when the layer or the token does not exist, or a target is given for a model that does not translate.
+        UserError: when the text is too long.
+    """
+    vocabulary = served.lm.config.vocab_size
     if body.layer is not None and body.layer >= served.card.layers:
-        raise ApiError(400, f"layer is {body.layer}, and {served.name} has {served.card.layers}", param="layer")
-    if body.token is not None and body.token >= served.lm.config.vocab_size:
-        raise ApiError(400, f"token is {body.token}, and the model knows {served.lm.config.vocab_size}", param="token")
+        raise invalid_field("layer", f"layer is {body.layer}, and {served.name} has {served.card.layers} layers")
+    if body.token is not None and body.token >= vocabulary:
+        raise invalid_field("token", f"token is {body.token}, and the vocabulary has {vocabulary} tokens")
     if body.target is not None and not served.translates:
-        raise ApiError(400, f"{served.name} does not translate: leave the target out", param="target")
+        raise invalid_field("target", f"{served.name} does not translate: remove the target")
     return await served.worker.run(partial(_inspect, served, body))
 
 
-def _inspect(served: Served, body: InspectRequest) -> Inspection:
+def _inspect(served: ServedModel, body: InspectionRequest) -> Inspection:
     inputs = _inputs(served, body)
-    insight = inspect_tokens(
-        served.lm, inputs, token=body.token, method=body.method, steps=body.steps, top=body.top
-    )
+    insight = inspect_tokens(served.lm, inputs, token=body.token, method=body.method, steps=body.steps, top=body.top)
     texts = [[token_text(served, token) for token in row] for row in inputs]
     scores = np.concatenate(insight.scores).round(5)
     return Inspection(
@@ -44,37 +51,37 @@ def _inspect(served: Served, body: InspectRequest) -> Inspection:
             scores=scores.tolist(), total=insight.total,
         ),
         attention=[
-            _map(name, insight.attention[name], texts, body.layer) for name in _MAPS if name in insight.attention
+            _attention_map(kind, insight.attention[kind], texts, body.layer)
+            for kind in _ATTENTION if kind in insight.attention
         ],
     )
 
 
-def _inputs(served: Served, body: InspectRequest) -> list[list[int]]:
-    """What the model reads."""
+def _inputs(served: ServedModel, body: InspectionRequest) -> list[list[int]]:
+    """The token ids that the model reads: the text, or the source and the beginning of the target."""
     lm = served.lm
-    most = min(MOST_INSPECTED, served.context)
+    most = min(MAX_INSPECTED_TOKENS, served.context)
     if not served.translates:
         rows = [prompt_tokens(served, body.text)]
     else:
         generation = generation_for_language(lm)
-        said = lm.tokenizer.encode(body.target or "")
-        first = generation.forced_bos_token_id
-        begin = [decoder_start_token(lm.config, generation), *([] if first is None else [first])]
-        rows = [*sources(lm, [body.text], None, most), [*begin, *said]]
+        forced = generation.forced_bos_token_id
+        begin = [decoder_start_token(lm.config, generation), *([] if forced is None else [forced])]
+        rows = [*source_tokens(lm, [body.text], None, most), [*begin, *lm.tokenizer.encode(body.target or "")]]
     if (longest := max(map(len, rows))) > most:
-        raise UserError(f"the text has {longest} tokens and {most} can be looked into: shorten it")
+        raise UserError(f"the text has {longest} tokens, and at most {most} can be inspected: shorten it")
     return rows
 
 
-
-def _candidate(served: Served, token: int, probability: float) -> Candidate:
+def _candidate(served: ServedModel, token: int, probability: float) -> Candidate:
     return Candidate(id=token, text=token_text(served, token), probability=probability)
 
 
-def _map(name: str, weights: np.ndarray, texts: list[list[str]], layer: int | None) -> AttentionMap:
+def _attention_map(kind: str, weights: np.ndarray, texts: list[list[str]], layer: int | None) -> AttentionMap:
+    """The attention of one layer from that of all: ``weights`` [layers, heads, rows, columns]."""
     layer = len(weights) - 1 if layer is None else min(layer, len(weights) - 1)
-    rows, columns = _MAPS[name]
+    rows, columns = _ATTENTION[kind]
     return AttentionMap(
-        kind=name, layer=layer, layers=len(weights), rows=texts[rows], columns=texts[columns],
+        kind=kind, layer=layer, layers=len(weights), rows=texts[rows], columns=texts[columns],
         weights=weights[layer].astype(np.float64).round(4).tolist(),
     )

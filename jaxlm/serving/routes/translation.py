@@ -1,97 +1,65 @@
-"""Translation: sentences that wait together are searched together."""
+"""POST /v1/translate: translates sentences."""
 
 from __future__ import annotations
 
-import time
-from collections import deque
+import asyncio
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 from jaxlm.core.errors import UserError
-from jaxlm.inference.translate import Hypothesis, encode_sources, generation_for_language, search_translations
-from jaxlm.serving.protocol.requests import MOST_SENTENCES
-from jaxlm.serving.worker import Worker, answer
+from jaxlm.inference.translate import encode_sources
+from jaxlm.model import LM
+from jaxlm.serving.models import ServedModel
+from jaxlm.serving.protocol.requests import TranslationRequest
+from jaxlm.serving.protocol.responses import ScoredText, Translation, TranslationList, Usage
+from jaxlm.serving.translation_worker import TranslationJob
 
-__all__ = ["Sentences", "TranslationWorker"]
-
-
-@dataclass(frozen=True)
-class Sentences:
-    """Token rows to translate alike."""
-
-    rows: Sequence[Sequence[int]] = field(compare=False)
-    target_language: str | None = None
-    beam: int | None = None
-    length_penalty: float | None = None
-    max_length: int | None = None
+__all__ = ["source_tokens", "translate"]
 
 
-class TranslationWorker(Worker):
-    """Searches for the translations of all that wait with the same settings, at most 64 sentences at a time."""
+async def translate(served: ServedModel, body: TranslationRequest) -> TranslationList:
+    """Translates every sentence that is not blank.
 
-    def __init__(self, name: str, lm, places: int):
-        super().__init__(name, places)
-        self._lm = lm
-        self._waiting: deque[tuple[Future, Sentences]] = deque()
-
-    async def translate(self, sentences: Sentences) -> list[list[Hypothesis]]:
-        """All hypotheses of the beam for each row, best first. UserError for settings that mean nothing."""
-        import asyncio
-
-        self.enter(1)
-        begin, future = time.monotonic(), Future()
-        try:
-            self._order(lambda: self._waiting.append((future, sentences)))
-            return await asyncio.wrap_future(future)
-        finally:
-            self.leave(1, time.monotonic() - begin)
-
-    @property
-    def _busy(self) -> bool:
-        return bool(self._waiting)
-
-    def _step(self) -> None:
-        batch = self._next()
-        if not batch:
-            return
-        rows = [row for _, sentences in batch for row in sentences.rows]
-        found: Future = Future()
-        answer(found, lambda: self._search(batch[0][1], rows))
-        if (error := found.exception()) is not None:
-            for future, _ in batch:
-                future.set_exception(error)
-            return
-        hypotheses = iter(found.result())
-        for future, sentences in batch:
-            future.set_result([next(hypotheses) for _ in sentences.rows])
-
-    def _next(self) -> list[tuple[Future, Sentences]]:
-        """The first that waits, and those behind it that go with it."""
-        batch: list[tuple[Future, Sentences]] = []
-        later: deque[tuple[Future, Sentences]] = deque()
-        size = 0
-        for future, sentences in self._waiting:
-            fits = not batch or (sentences == batch[0][1] and size + len(sentences.rows) <= MOST_SENTENCES)
-            if not fits:
-                later.append((future, sentences))
-            elif future.set_running_or_notify_cancel():
-                batch.append((future, sentences))
-                size += len(sentences.rows)
-        self._waiting = later
-        return batch
-
-    def _search(self, how: Sentences, rows: Sequence[Sequence[int]]) -> list[list[Hypothesis]]:
-        return search_translations(
-            self._lm, rows, generation_for_language(self._lm, how.target_language), beam=how.beam,
-            length_penalty=how.length_penalty, max_length=how.max_length,
-        )
+    Raises:
+        UserError: when a sentence is too long or the model does not know a language.
+    """
+    lm, texts = served.lm, [body.text] if isinstance(body.text, str) else body.text
+    not_blank = [i for i, text in enumerate(texts) if text.strip()]
+    sentences = [texts[i] for i in not_blank]
+    rows = await asyncio.to_thread(source_tokens, lm, sentences, body.source_language, served.context)
+    beam = body.beam
+    if body.alternatives:
+        beam = max(beam or lm.generation.num_beams or 5, body.alternatives + 1)
+    job = TranslationJob(rows, body.target_language, beam, body.length_penalty, body.max_length)
+    found = await served.worker.translate(job) if rows else []
+    translations, written = [Translation(text="", score=None, alternatives=[]) for _ in texts], 0
+    for i, hypotheses in zip(not_blank, found, strict=True):
+        best, *others = (ScoredText(text=lm.tokenizer.decode(each.tokens), score=each.score) for each in hypotheses)
+        alternatives = _different_texts(best, others)[: body.alternatives]
+        translations[i] = Translation(text=best.text, score=best.score, alternatives=alternatives)
+        written += len(hypotheses[0].tokens) + 1  # with the end token
+    return TranslationList(
+        model=served.name, translations=translations, usage=Usage.of(sum(map(len, rows)), written)
+    )
 
 
-def sources(lm, sentences: Sequence[str], language: str | None, most: int) -> list[list[int]]:
-    """What the encoder reads of each. UserError for a sentence of more than ``most`` tokens."""
+def _different_texts(best: ScoredText, others: Sequence[ScoredText]) -> list[ScoredText]:
+    """Without repetitions: different tokens may spell the same text."""
+    seen, found = {best.text}, []
+    for each in others:
+        if each.text not in seen:
+            found.append(each)
+        seen.add(each.text)
+    return found
+
+
+def source_tokens(lm: LM, sentences: Sequence[str], language: str | None, limit: int) -> list[list[int]]:
+    """The token ids that the encoder reads for each sentence.
+
+    Raises:
+        UserError: when a sentence has more than ``limit`` tokens.
+    """
     rows = encode_sources(lm, sentences, language)
     for number, row in enumerate(rows, 1):
-        if len(row) > most:
-            raise UserError(f"sentence {number} has {len(row)} tokens and the most is {most}: split it")
+        if len(row) > limit:
+            raise UserError(f"sentence {number} has {len(row)} tokens, and the most is {limit}: split it")
     return rows
