@@ -31,6 +31,7 @@ RENAMED: Mapping[str, str] = {
     "encoder_segments": "encoder_layer_groups",
     "decoder_segments": "decoder_layer_groups",
     "ring_from": "ring_min_keys",
+    "leaks": "contamination",
 }
 
 T = TypeVar("T")

@@ -29,5 +29,5 @@ class DataConfig:
     prefetch: int = 2  # batches prepared ahead by a thread; 0: none
     cache: str = ""  # a directory that keeps tokenized text from training to training; "": it is kept in memory
     bad_rows: Literal["fail", "report"] = "fail"  # rows of files that are no good: a mistake, or left out and counted
-    leaks: Literal["report", "fail", "off"] = "report"  # what of ``valid`` and ``test`` is in ``train``, before step 0
+    contamination: Literal["report", "fail", "off"] = "report"  # documents of ``valid`` and ``test`` found in ``train``
     seed: int = 0

@@ -178,7 +178,7 @@ class _Training:
         setup = self._setup
         self._reporter.line(setup.report)
         self._reporter.line(state_report(setup.like, self._abstract))
-        for line in setup.leaks:
+        for line in setup.contamination:
             self._reporter.line(line)
         if checked:
             self._reporter.line(checked)

@@ -45,7 +45,7 @@ __all__ = ["Setup", "prepare", "with_model"]
 
 # What may differ between the start of a run and its resumption; anything else would make another training of it.
 _MAY_CHANGE = (
-    "mesh.", "model.microbatches", "eval.", "data.valid", "data.test", "data.prefetch", "data.cache", "data.leaks",
+    "mesh.", "model.microbatches", "eval.", "data.valid", "data.test", "data.prefetch", "data.cache", "data.contamination",
     "train.steps",
     "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_", "train.patience", "train.average",
     "train.on_nan", "train.spike_factor", "lora.merge",
@@ -69,7 +69,7 @@ class Setup:
     initial: Params | Callable[[], Params]
     reference: ReferenceModel | None
     resuming: bool
-    leaks: tuple[str, ...]  # sentences about what validation and test have in common with training
+    contamination: tuple[str, ...]  # sentences about what validation and test have in common with training
 
     @property
     def report(self) -> str:
@@ -133,13 +133,13 @@ def prepare(config: Experiment, run: Path) -> Setup:
     if config.data.valid:
         valid_source = open_source(config.data.valid, "valid", config.data.bad_rows)
         valid_loader = make_loader(config.data, valid_source, tokenizer, train=False, row_multiple=ways, **place)
-    leaks = () if resuming else _leaks(config.data, tokenizer, loader, valid_loader)
+    contamination = () if resuming else _contamination(config.data, tokenizer, loader, valid_loader)
     initial = _initial(config, like, override_sharding(config.mesh.rules))
     like = jax.eval_shape(initial if callable(initial) else lambda: initial)
     reference = make_reference_model(config, graphdef, like, initial)
     return Setup(
         config, tokenizer, source, loader, valid_source, valid_loader, mesh, parts, graphdef, like, initial, reference,
-        resuming, leaks,
+        resuming, contamination,
     )
 
 
@@ -220,9 +220,9 @@ def _check_lengths(config: Experiment, loader: Loader) -> None:
         )
 
 
-def _leaks(data: DataConfig, tokenizer: Tokenizer, loader: Loader, valid_loader: Loader | None) -> tuple[str, ...]:
-    """What of the held-out data is in the training data. UserError where there is any and ``data.leaks`` is "fail"."""
-    if data.leaks == "off":
+def _contamination(data: DataConfig, tokenizer: Tokenizer, loader: Loader, valid_loader: Loader | None) -> tuple[str, ...]:
+    """What of the held-out data is in the training data. UserError where there is any and ``data.contamination`` is "fail"."""
+    if data.contamination == "off":
         return ()
     held = {"valid": valid_loader}
     if data.test:
@@ -232,10 +232,10 @@ def _leaks(data: DataConfig, tokenizer: Tokenizer, loader: Loader, valid_loader:
         name: find_contamination(loader.documents(), other.documents(), tokenizer)
         for name, other in held.items() if other
     }
-    for name, leaks in found.items():
-        if data.leaks == "fail" and leaks.exact + leaks.near:
-            raise UserError(f"data.{name}: {leaks}; take them out of one, or set data.leaks=report")
-    return tuple(f"data.{name}: {leaks}" for name, leaks in found.items())
+    for name, contamination in found.items():
+        if data.contamination == "fail" and contamination.exact + contamination.near:
+            raise UserError(f"data.{name}: {contamination}; take them out of one, or set data.contamination=report")
+    return tuple(f"data.{name}: {contamination}" for name, contamination in found.items())
 
 
 def _initial(config: Experiment, like: Params, relocated: Transform) -> Params | Callable[[], Params]:

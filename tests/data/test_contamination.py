@@ -1,4 +1,4 @@
-"""Leaks between splits: planted ones are found, whatever disguise the definition allows, and no others."""
+"""Contamination of evaluation data: planted ones are found, whatever disguise the definition allows, and no others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def found(held: list[str], train: list[str] = TRAIN, tokenizer: Tokenizer = TOKE
     return find_contamination(*sides, tokenizer)
 
 
-def test_fresh_documents_are_no_leaks():
+def test_fresh_documents_are_no_contamination():
     result = found(FRESH)
     assert (result.documents, result.exact, result.near, result.examples) == (20, 0, 0, ())
     assert str(result) == "none of 20 documents is in the training data"
@@ -111,13 +111,13 @@ def test_a_training_tells_before_its_first_step(policy, tmp_path):
         (tmp_path / name).write_text("\n".join(texts))
         (tmp_path / f"{name}.de").write_text("\n".join(texts))
     data = DataConfig(**{name: f"bitext:{tmp_path / name},{tmp_path / name}.de" for name in ("train", "valid", "test")},
-                      vocab_size=300, buckets=(600,), leaks=policy, cache=str(tmp_path / "cache"))
+                      vocab_size=300, buckets=(600,), contamination=policy, cache=str(tmp_path / "cache"))
     model = nn.preset("tiny", width=8, heads=1, ffn=8, encoder_layers=1, decoder_layers=1)
     if policy == "fail":
-        with pytest.raises(UserError, match="data.test: 1 of 21 documents are in .* or set data.leaks=report"):
+        with pytest.raises(UserError, match="data.test: 1 of 21 documents are in .* or set data.contamination=report"):
             prepare(Experiment(model=model, data=data), tmp_path / "run")
         return
-    told = prepare(Experiment(model=model, data=data), tmp_path / "run").leaks
+    told = prepare(Experiment(model=model, data=data), tmp_path / "run").contamination
     if policy == "off":
         assert told == ()
     else:
