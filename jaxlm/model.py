@@ -34,9 +34,9 @@ from jaxlm.hf.directory import (
     read_tokenizer,
     write_model,
 )
-from jaxlm.hf.gguf.export import GGUF, export_gguf
-from jaxlm.hf.hub import local
-from jaxlm.hf.peft.adapters import CONFIG, Adapter, apply_adapter, read_adapter
+from jaxlm.hf.gguf.export import GGUF_PREFIX, export_gguf
+from jaxlm.hf.hub import local_path
+from jaxlm.hf.peft.adapters import ADAPTER_CONFIG, Adapter, apply_adapter, read_adapter
 from jaxlm.inference.generation_config import PLAIN, GenerationConfig
 from jaxlm.nn.config import KVCache, ModelConfig
 
@@ -104,11 +104,11 @@ class LM:
         "gguf-f16", "gguf-q8_0", "gguf-q4_0" or "gguf-q4_k" (see ``hf.gguf.export``; ``directory`` may be the
         name of the file, and ``dtype`` has no part in it).
         """
-        if format and format.startswith(GGUF):
-            kind = format.removeprefix(GGUF)
+        if format and format.startswith(GGUF_PREFIX):
+            kind = format.removeprefix(GGUF_PREFIX)
             return export_gguf(directory, self.config, self.params, self.tokenizer, kind)[0]
         return export_model(
-            directory, self.config, self.params, self.tokenizer, self.generation, kind=format, dtype=dtype
+            directory, self.config, self.params, self.tokenizer, self.generation, format=format, dtype=dtype
         )
 
     def generate(self, prompts: Any, **options: Any) -> list[str]:
@@ -168,7 +168,7 @@ def load(
     keep_freed_memory()
     path, adapters = _base(path)
     if adapter is not None:
-        adapters.append(read_adapter(local(adapter)))
+        adapters.append(read_adapter(local_path(adapter)))
     config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype)
     generation = read_generation(Path(info["source"]))
     notes = [*info.get("notes", ()), *generation.notes()]
@@ -192,13 +192,13 @@ def load(
 def _base(path: str | Path) -> tuple[Path, list[Adapter]]:
     """Where the weights of a MODEL are, and the adapter that it is on them, if it is one: a directory of PEFT, or a run
     that has trained adapters and not merged them."""
-    path = local(path)
-    if (path / "adapter" / CONFIG).is_file() and not (path / "model").exists():
+    path = local_path(path)
+    if (path / "adapter" / ADAPTER_CONFIG).is_file() and not (path / "model").exists():
         path = path / "adapter"
-    if not (path / CONFIG).is_file() or (path / "config.json").is_file():
+    if not (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file():
         return path, []
     adapter = read_adapter(path)
-    return local(adapter.base_model), [adapter]
+    return local_path(adapter.base_model), [adapter]
 
 
 def model_config(path: str | Path) -> ModelConfig:

@@ -10,7 +10,7 @@ import pytest
 
 import jaxlm
 from jaxlm.data.tokenizers import files as tokenizer_files
-from jaxlm.hf.hub import _FILES
+from jaxlm.hf.hub import DOWNLOADED_FILES
 
 
 def test_everything_that_a_tokenizer_is_kept_in_is_downloaded(monkeypatch, tmp_path):
@@ -27,7 +27,7 @@ def test_everything_that_a_tokenizer_is_kept_in_is_downloaded(monkeypatch, tmp_p
     names = {*tokenizer_files._MODELS, *tokenizer_files._MARIAN, *tokenizer_files._MERGES, "config.json",
              "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
              "additional_chat_templates/tool_use.jinja", "model-00001-of-00002.safetensors", "adapter_config.json"}
-    assert [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in _FILES)] == []
+    assert [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in DOWNLOADED_FILES)] == []
     assert not any(fnmatch.fnmatch("pytorch_model.bin", pattern) for pattern in asked["allow_patterns"])
 
 

@@ -22,19 +22,19 @@ def add_arguments(parser) -> None:
 
 def run(args) -> None:
     import jaxlm
-    from jaxlm.hf.gguf.export import GGUF
+    from jaxlm.hf.gguf.export import GGUF_PREFIX
 
     lm = jaxlm.load(args.model, expand=False)
-    if args.format and args.format.startswith(GGUF):
+    if args.format and args.format.startswith(GGUF_PREFIX):
         _gguf(args, lm)
     else:
         _directory(args, lm)
 
 
 def _gguf(args, lm) -> None:
-    from jaxlm.hf.gguf.export import GGUF, export_gguf
+    from jaxlm.hf.gguf.export import GGUF_PREFIX, export_gguf
 
-    file, types = export_gguf(args.out, lm.config, lm.params, lm.tokenizer, args.format.removeprefix(GGUF))
+    file, types = export_gguf(args.out, lm.config, lm.params, lm.tokenizer, args.format.removeprefix(GGUF_PREFIX))
     found = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
     print(f"{file}: {size(file.stat().st_size)}; matrices: {found}")
 

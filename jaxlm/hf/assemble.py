@@ -1,4 +1,4 @@
-"""Arrays of a device made of pieces on the host, such as the layers of a stack, which are put where they belong."""
+"""Assembling arrays on devices from parts on the host, such as the layers of a stack."""
 
 from __future__ import annotations
 
@@ -14,77 +14,83 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.core.host_memory import fresh_pages
 
-__all__ = ["Fill", "assemble", "copy"]
+__all__ = ["FillPart", "assemble_array", "copy_into"]
 
-Fill = Callable[[np.ndarray, tuple[slice, ...]], None]  # writes what the index gives of a piece into an array
-_STRIP = 16  # rows: a line of the cache in float32
-_LARGE = 1 << 18  # numbers, for which threads are worth it
+FillPart = Callable[[np.ndarray, tuple[slice, ...]], None]  # (out, index): writes part[index] into out
+_STRIP_ROWS = 16  # a cache line of float32
+_MIN_THREADED_SIZE = 1 << 18  # elements; smaller arrays are copied faster by one thread
 
 
-def assemble(
-    shape: tuple[int, ...], dtype: np.dtype, pieces: Mapping[tuple[int, ...], Fill], target: NamedSharding | None
+def assemble_array(
+    shape: tuple[int, ...], dtype: np.dtype, parts: Mapping[tuple[int, ...], FillPart], target: NamedSharding | None
 ) -> jax.Array:
-    """The array of this shape whose part at each index (of the leading dimensions, () being the whole) is a piece.
+    """An array of this shape from its parts.
 
-    Without a target it is not bound to a device. The host holds what its devices keep, and one piece beyond that.
+    The host holds at most one part beyond the memory of its own devices.
+
+    Args:
+        parts: index into the leading dimensions (() for the whole array) -> what fills that part.
+        target: how the array is sharded; None leaves it uncommitted on the default device.
     """
-    depth = len(next(iter(pieces)))
+    depth = len(next(iter(parts)))
     if not depth or _on_host(target):
-        return _made(shape, target, partial(_part, shape, dtype, pieces))
+        return _make(shape, target, partial(_fill_slice, shape, dtype, parts))
     buffer = jnp.zeros(shape, dtype, device=target)
     inner = None if target is None else NamedSharding(target.mesh, PartitionSpec(*target.spec[depth:]))
-    for at, fill in pieces.items():  # the device holds what is put together, the host one piece at a time
-        piece = _made(shape[depth:], inner, partial(_part, shape[depth:], dtype, {(): fill}))
-        buffer = _put(buffer, jax.block_until_ready(piece), tuple(map(np.int32, at)), out=target)
+    for index, fill in parts.items():  # the device holds the array, the host one part at a time
+        part = _make(shape[depth:], inner, partial(_fill_slice, shape[depth:], dtype, {(): fill}))
+        buffer = _write_part(buffer, jax.block_until_ready(part), tuple(map(np.int32, index)), out=target)
     return buffer
 
 
 def _on_host(target: NamedSharding | None) -> bool:
-    """Whether the arrays of its devices lie in this process's memory, where they need not be put together twice."""
+    """Whether the devices keep their arrays in this process's memory: then the array is assembled there directly."""
     platform = jax.default_backend() if target is None else target.mesh.devices.flat[0].platform
     return platform == "cpu"
 
 
-def _made(shape: tuple[int, ...], target: NamedSharding | None, part: Callable[..., np.ndarray]) -> jax.Array:
+def _make(shape: tuple[int, ...], target: NamedSharding | None, get: Callable[..., np.ndarray]) -> jax.Array:
     if target is None:
-        return jax.device_put(part((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, target, part)
+        return jax.device_put(get((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, target, get)
 
 
-def _part(
-    shape: tuple[int, ...], dtype: np.dtype, pieces: Mapping[tuple[int, ...], Fill], index: tuple[slice, ...]
+def _fill_slice(
+    shape: tuple[int, ...], dtype: np.dtype, parts: Mapping[tuple[int, ...], FillPart], index: tuple[slice, ...]
 ) -> np.ndarray:
-    """What the index gives of an array of this shape."""
+    """``array[index]`` of the array of this shape that has these parts."""
     ranges = [range(size)[each] for size, each in zip(shape, index, strict=True)]
     out = fresh_pages(tuple(map(len, ranges)), dtype)
-    for at, fill in pieces.items():
+    for at, fill in parts.items():
         if all(i in each for i, each in zip(at, ranges, strict=False)):
             fill(out[(*(each.index(i) for i, each in zip(at, ranges, strict=False)), ...)], index[len(at) :])
     return out
 
 
 @partial(jax.jit, static_argnames="out", donate_argnames="buffer")
-def _put(buffer: jax.Array, piece: jax.Array, at: tuple[np.int32, ...], *, out: NamedSharding | None) -> jax.Array:
-    """The piece written into a buffer, which is given up."""
-    piece = piece.reshape((1,) * len(at) + piece.shape)
-    buffer = jax.lax.dynamic_update_slice(buffer, piece, (*at, *[np.int32(0)] * (buffer.ndim - len(at))))
+def _write_part(
+    buffer: jax.Array, part: jax.Array, index: tuple[np.int32, ...], *, out: NamedSharding | None
+) -> jax.Array:
+    """The buffer, which is donated, with ``part`` at ``index`` of its leading dimensions."""
+    part = part.reshape((1,) * len(index) + part.shape)
+    buffer = jax.lax.dynamic_update_slice(buffer, part, (*index, *[np.int32(0)] * (buffer.ndim - len(index))))
     return buffer if out is None else jax.lax.with_sharding_constraint(buffer, out)
 
 
-def copy(out: np.ndarray, array: np.ndarray) -> None:
-    """``out[...] = array``: a large matrix by a few cores, and a transposed one in strips that stay in the cache, which
-    is eight times as fast."""
-    if array.ndim != 2 or array.size < _LARGE:
+def copy_into(out: np.ndarray, array: np.ndarray) -> None:
+    """``out[...] = array``. A few threads copy a large matrix, a transposed one in strips that fit the cache, which is
+    eight times as fast."""
+    if array.ndim != 2 or array.size < _MIN_THREADED_SIZE:
         out[...] = array
         return
     if array.strides[0] < array.strides[1]:
-        out, array = out.T, array.T  # as it lies in the file, which is the faster way to convert it
+        out, array = out.T, array.T  # in the order of the file, which is converted faster
     workers = min(4, os.cpu_count() or 1)
     ends = [len(array) * i // workers for i in range(workers + 1)]
 
     def rows(start: int, end: int) -> None:
-        for i in range(start, end, _STRIP):
-            strip = slice(i, min(i + _STRIP, end))
+        for i in range(start, end, _STRIP_ROWS):
+            strip = slice(i, min(i + _STRIP_ROWS, end))
             out[strip] = array[strip].astype(out.dtype, copy=False)
 
     with ThreadPoolExecutor(workers) as pool:

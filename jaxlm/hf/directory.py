@@ -1,9 +1,9 @@
-"""A model as a Hugging Face directory: config.json, model.safetensors, tokenizer.json, generation_config.json.
+"""Model directories, read and written: config.json, model.safetensors, tokenizer.json, generation_config.json.
 
-A dense model that is one of the families of ``hf_maps`` is written as such, so that transformers loads it; another one,
-and whatever is compressed, has a ``model_type`` of ours.
+A dense model that is one of the families of ``hf.families.registry`` is written as such, so that transformers loads it.
+Any other model, and every compressed one, is written with a ``model_type`` of jaxlm's own.
 
-``read_model`` also reads directories of the Hugging Face families in ``hf_maps`` and the directory of a training run.
+``read_model`` reads both, and also the directory of a training run.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from jaxlm.core.leaves import is_leaf, merge_adapters
 from jaxlm.core.tree import Params, flatten, unflatten
 from jaxlm.data.tokenizers.files import find_tokenizer
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
-from jaxlm.hf.quantized.compressed_tensors_export import compressed_tensors
-from jaxlm.hf.reader import RUNTIME, ours, read_config, read_hf
+from jaxlm.hf.config import RUNTIME_FIELDS, jaxlm_section, read_config
+from jaxlm.hf.quantized.compressed_tensors_export import to_compressed_tensors
+from jaxlm.hf.reader import read_hf_model
 from jaxlm.hf.tensor_files import TensorFiles, write_tensors
-from jaxlm.hf.validate import check_sizes
-from jaxlm.hf.writer import express, hf_config, hf_tensors, plan
-from jaxlm.inference.generation_config import FILE as GENERATION
+from jaxlm.hf.validate import validate_sizes
+from jaxlm.hf.writer import plan_export, simplest_hf_config, to_hf_config, to_hf_tensors
+from jaxlm.inference.generation_config import FILE as GENERATION_FILE
 from jaxlm.inference.generation_config import PLAIN, GenerationConfig
 from jaxlm.nn.config import ModelConfig
 
@@ -41,7 +42,7 @@ __all__ = ["export_model", "read_generation", "read_model", "read_model_config",
            "write_model"]
 
 COMPRESSED_TENSORS = "compressed-tensors"
-_PREFIX = "jaxlm-"  # of our model types
+_OWN_TYPES = "jaxlm-"  # the prefix of our own model types
 
 
 def write_model(
@@ -55,33 +56,40 @@ def write_model(
     info: Mapping[str, Any] | None = None,
     files: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes a model directory, all of it or nothing, in place of an older one of that name.
+    """Writes a model directory, whole or not at all, in place of an older one of that name.
+
+    On several hosts each process must call this function.
 
     Args:
-        directory: made, with its parents; where it exists it must be empty or hold a model.
-        config, params, tokenizer: the model. Parameters keep their representation, but adapters are merged; on several
-            hosts, each must call.
-        generation: how it is to generate.
+        directory: is created, with its parents; where it exists it must be empty or hold a model.
+        config, params, tokenizer: the model. Parameters keep their representation, but adapters are merged.
+        generation: the defaults of generation.
         storage: "plain", or "huffman" for entropy coding.
-        info: JSON-safe, kept in config.json under "jaxlm" (how the model came about).
+        info: JSON-safe facts about how the model was made, kept in config.json under "jaxlm".
         files: JSON-safe contents of further files, by name.
+
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: the directory holds something else, or the disk is full.
     """
 
     def write_weights(new: Path, params: Params) -> None:
         fields = to_dict(config)
         dense = storage == "plain" and not any(is_leaf(leaf) for leaf in flatten(params).values())
-        if dense and (family := express(config)):
-            runtime = {name: fields[name] for name in RUNTIME if name in fields}
+        if dense and (family := simplest_hf_config(config)):
+            runtime = {name: fields[name] for name in RUNTIME_FIELDS if name in fields}
             types = {str(leaf.dtype) for leaf in flatten(params).values()}
             dtype = "bfloat16" if types == {"bfloat16"} else "float32"
             _write_family(new, family, config, params, dtype, {"jaxlm": {**(info or {}), "runtime": runtime}})
         else:
-            kind = _PREFIX + fields.pop("kind")
-            _write_json(new / "config.json", {"model_type": kind, **fields, "jaxlm": dict(info or {})})
+            model_type = _OWN_TYPES + fields.pop("kind")
+            _write_json(new / "config.json", {"model_type": model_type, **fields, "jaxlm": dict(info or {})})
             tensors, weights = pack_params(params, storage)
             write_tensors(new, tensors, json.dumps(weights))
 
-    files = {GENERATION: generation.to_json(config), **(files or {})}
+    files = {GENERATION_FILE: generation.to_json(config), **(files or {})}
     return _write(directory, merge_adapters(params), tokenizer, write_weights, files)
 
 
@@ -92,40 +100,47 @@ def export_model(
     tokenizer: Tokenizer | None,
     generation: GenerationConfig = PLAIN,
     *,
-    kind: str | None = None,
+    format: str | None = None,
     dtype: str = "float32",
 ) -> Path:
-    """As ``write_model``, as a model of the family ``kind``, or of the plainest that can be it.
+    """Writes a model directory for transformers; see ``write_model`` for the other arguments.
 
-    What the family has and the model has not is added where it changes nothing, such as biases of zero. Compressed
-    weights are written as what they stand for; with "compressed-tensors" in place of a family they keep their codes,
-    in that layout. UserError where the family, or any, or the layout cannot be the model.
+    Parameters that the family has and the model lacks are added where that changes nothing, such as biases of zero.
+
+    Args:
+        format: the ``model_type`` of the family; None is the simplest family that can hold the model.
+            "compressed-tensors" is that family with quantized weights in the layout of that name, codes and scales
+            unchanged; in all other formats they are written dense.
+        dtype: the type of dense weights.
+
+    Raises:
+        UserError: the family, or every family, or the layout cannot hold the model.
     """
-    compressed = kind == COMPRESSED_TENSORS
-    fields = hf_config(config, kind) if kind and not compressed else express(config, exactly=False)
+    compressed = format == COMPRESSED_TENSORS
+    fields = to_hf_config(config, format) if format and not compressed else simplest_hf_config(config, exact=False)
     if fields is None:
         raise UserError(f"no family of transformers can be this {config.kind} model: name one with format to see why")
 
     def write_weights(new: Path, params: Params) -> None:
         if compressed:
-            how = plan(config, merge_adapters(params), fields)
-            tensors, layout = compressed_tensors(how, fields["model_type"], jnp.dtype(dtype))
-            _write_json(new / "config.json", fields | {"dtype": dtype, "quantization_config": layout})
+            plan = plan_export(config, merge_adapters(params), fields)
+            tensors, quantization = to_compressed_tensors(plan, fields["model_type"], jnp.dtype(dtype))
+            _write_json(new / "config.json", fields | {"dtype": dtype, "quantization_config": quantization})
             write_tensors(new, tensors)
         else:
             _write_family(new, fields, config, params, dtype, {})
 
-    return _write(directory, params, tokenizer, write_weights, {GENERATION: generation.to_json(config)})
+    return _write(directory, params, tokenizer, write_weights, {GENERATION_FILE: generation.to_json(config)})
 
 
 def _write(
     directory: str | Path,
     params: Params,
     tokenizer: Tokenizer | None,
-    write_weights: Callable[[Path, Params], None],  # into a directory, config.json with them
+    write_weights: Callable[[Path, Params], None],
     files: Mapping[str, Any],
 ) -> Path:
-    """A model directory, from the first process; UserError where it would replace something that is not one."""
+    """Writes a model directory in the first process. ``write_weights`` writes config.json and the weights into it."""
     directory = Path(directory).expanduser()
     if directory.is_file() or (directory.is_dir() and any(directory.iterdir()) and not _holds_model(directory)):
         raise UserError(f"{directory} exists and is not a model directory; choose another")
@@ -147,21 +162,26 @@ def _write_family(
 ) -> None:
     fields = fields | {"dtype": dtype}
     _write_json(new / "config.json", fields | more)
-    write_tensors(new, hf_tensors(config, params, fields, jnp.dtype(dtype)))
+    write_tensors(new, to_hf_tensors(config, params, fields, jnp.dtype(dtype)))
 
 
 def read_model(
     path: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
-    """(config, params, tokenizer, info) of a model directory, a Hugging Face one, or a training run.
+    """Reads a model directory, of jaxlm or of Hugging Face, or the directory of a training run.
 
-    Parameters come as stored, compressed leaves included; those of a Hugging Face directory in ``dtype``, and on a
-    ``mesh`` each device's part by itself. ``info`` is what ``write_model`` was given, with ``source``
-    (the directory), ``bytes_on_disk`` (of the weights), ``tensor_bytes`` (of each parameter), ``notes`` on what was
-    read in another way than it was stored, and ``weights`` (the metadata of packed weights).
+    Args:
+        path: the directory.
+        mesh: where the parameters of a Hugging Face directory go; each device's part is read by itself.
+        dtype: the type of their dense parameters. All other parameters are as stored, compressed ones included.
+
+    Returns:
+        (config, params, tokenizer, info). ``info`` is that of ``write_model``, with ``source`` (the directory),
+        ``bytes_on_disk`` (all weights), ``tensor_bytes`` (of each parameter), ``notes`` on what was read in another way
+        than it is stored, and ``weights`` (the metadata of packed weights).
 
     Raises:
-        UserError: nothing there, or something missing or damaged; the message names the file, and the tensor.
+        UserError: there is no model, or something is missing or damaged; the message names the file and the tensor.
     """
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -177,9 +197,9 @@ def read_model(
     except UserError as error:
         raise UserError(f"{path / 'config.json'}: {error}") from None
     tokenizer = read_tokenizer(path, config)
-    info = {name: value for name, value in ours(fields).items() if name != "runtime"} | {"source": str(path)}
+    info = {name: value for name, value in jaxlm_section(fields).items() if name != "runtime"} | {"source": str(path)}
     if not _is_ours(fields):
-        config, params, facts = read_hf(path, fields, config, mesh=mesh, dtype=dtype)
+        config, params, facts = read_hf_model(path, fields, config, mesh=mesh, dtype=dtype)
         return config, params, tokenizer, info | facts
     files = TensorFiles(path)
     weights = _weights_metadata(files, path)
@@ -188,12 +208,16 @@ def read_model(
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     return config, params, tokenizer, info | {
-        "bytes_on_disk": files.nbytes, "tensor_bytes": tensor_bytes(files.size, weights), "weights": weights
+        "bytes_on_disk": files.nbytes, "tensor_bytes": tensor_bytes(files.nbytes_of, weights), "weights": weights
     }
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The configuration of what ``read_model`` would read. UserError where there is none."""
+    """The configuration of the model that ``read_model`` would read.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     file = next((file for file in (path / "config.json", path / "model/config.json") if file.is_file()), None)
     if file is not None:
         try:
@@ -206,20 +230,24 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def _is_ours(fields: Mapping[str, Any]) -> bool:
-    return str(fields.get("model_type")).startswith(_PREFIX)
+    return str(fields.get("model_type")).startswith(_OWN_TYPES)
 
 
 def _config(fields: Mapping[str, Any]) -> ModelConfig:
     if not _is_ours(fields):
         return read_config(fields)
     own = {name: value for name, value in fields.items() if name not in ("jaxlm", "model_type")}
-    config = from_dict(ModelConfig, own | {"kind": fields["model_type"].removeprefix(_PREFIX)}, stored=True)
-    check_sizes(config)
+    config = from_dict(ModelConfig, own | {"kind": fields["model_type"].removeprefix(_OWN_TYPES)}, stored=True)
+    validate_sizes(config)
     return config
 
 
 def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
-    """The tokenizer in a directory, if any. UserError where it has ids for which the model has no embeddings."""
+    """The tokenizer in a directory; None where there is none.
+
+    Raises:
+        UserError: it has ids without an embedding in the model.
+    """
     if not find_tokenizer(directory):
         return None
     tokenizer = Tokenizer.load(directory)
@@ -232,20 +260,23 @@ def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
 
 
 def read_generation(directory: Path) -> GenerationConfig:
-    """How a model is to generate: its generation_config.json, else what older ones say in config.json. UserError where
-    a value is of the wrong kind."""
-    if (directory / GENERATION).is_file():
-        return GenerationConfig.read(directory / GENERATION, read_json(directory / GENERATION))
+    """The defaults of generation: of generation_config.json, or else of config.json, where older models have them.
+
+    Raises:
+        UserError: a value has the wrong type.
+    """
+    if (directory / GENERATION_FILE).is_file():
+        return GenerationConfig.read(directory / GENERATION_FILE, read_json(directory / GENERATION_FILE))
     file = directory / "config.json"
     return GenerationConfig.read(file, read_json(file), older=True) if file.is_file() else PLAIN
 
 
 def _weights_metadata(files: TensorFiles, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(files.metadata["jaxlm"])
-        if not isinstance(found, dict) or not isinstance(found.get("tensors"), dict):
+        weights = json.loads(files.metadata["jaxlm"])
+        if not isinstance(weights, dict) or not isinstance(weights.get("tensors"), dict):
             raise ValueError
-        return found
+        return weights
     except (KeyError, ValueError, RecursionError):
         raise UserError(f"{path}: the weights do not belong to this config.json; copy both again") from None
 
@@ -253,10 +284,10 @@ def _weights_metadata(files: TensorFiles, path: Path) -> dict[str, Any]:
 def _read_run(
     run: Path, mesh: Mesh | None, dtype: str
 ) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
-    """A training run: the model it exported, else its best checkpoint, else its latest."""
+    """Reads a training run: the model it exported, else its best checkpoint, else its latest."""
     if _holds_model(run / "model"):
         return read_model(run / "model", mesh=mesh, dtype=dtype)
-    from jaxlm.checkpoint.store import Store  # Orbax, which only this needs
+    from jaxlm.checkpoint.store import Store  # imports Orbax, which nothing else here needs
 
     experiment = read_json(run / "experiment.json")
     if experiment.get("lora", {}).get("rank"):
@@ -279,12 +310,16 @@ def _read_run(
 
 
 def weight_bytes(directory: str | Path) -> int:
-    """What the weights of a model directory take on disk."""
+    """The size on disk of the weights of a model directory."""
     return TensorFiles(Path(directory)).nbytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. UserError if it is something else."""
+    """The JSON object in a file.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Where a model or adapter is on this machine, downloaded from the Hugging Face hub if need be."""
+"""Models and adapters on the Hugging Face hub: ``hf://org/name`` is downloaded and becomes a local path."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ from pathlib import Path
 
 from jaxlm.core.errors import UserError
 
-__all__ = ["local"]
+__all__ = ["local_path"]
 
-# What is downloaded of a repository: weights, settings, and all that tokenizers are kept in.
-_FILES = ("*.json", "*.safetensors", "*.model", "*.spm", "merges.txt", "*.jinja")
+# The files of a repository that are downloaded: weights, settings, and all files of tokenizers.
+DOWNLOADED_FILES = ("*.json", "*.safetensors", "*.model", "*.spm", "merges.txt", "*.jinja")
 
 
-def local(path: str | Path) -> Path:
-    """Where a model or adapter is, downloaded if need be."""
+def local_path(path: str | Path) -> Path:
+    """The local path of a model or adapter: a path itself, or ``hf://org/name`` (maybe with ``@revision``), which is
+    downloaded first.
+
+    Raises:
+        UserError: it cannot be downloaded.
+    """
     if str(path).startswith("hf://"):
         return _download(str(path).removeprefix("hf://"))
     return Path(path).expanduser()
 
 
 def _download(name: str) -> Path:
-    """A repository of the Hugging Face hub, ``org/name`` or ``org/name@revision``, in the local cache.
+    """The directory of a repository, ``org/name`` or ``org/name@revision``, in the cache of huggingface_hub.
 
-    The cache, the token and the offline switch are those of huggingface_hub: HF_HOME, HF_TOKEN (or ``hf auth login``),
-    HF_HUB_OFFLINE.
+    Its environment variables hold: HF_HOME (the cache), HF_TOKEN (or ``hf auth login``), HF_HUB_OFFLINE.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(DOWNLOADED_FILES)))
     except LocalEntryNotFoundError:
         if constants.HF_HUB_OFFLINE:
             raise UserError(f"hf://{name} is not in the cache, and HF_HUB_OFFLINE is set: unset it once") from None

@@ -1,4 +1,4 @@
-"""Safetensors files, one or many, read and written with complaints that name the file and the tensor."""
+"""Safetensors files of a model directory, one or many: reading and writing, with errors that name file and tensor."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from jaxlm.core.errors import UserError
 
-__all__ = ["FILE", "INDEX", "Lazy", "TensorFiles", "write_tensors"]
+__all__ = ["WEIGHTS_FILE", "INDEX_FILE", "LazyTensor", "TensorFiles", "write_tensors"]
 
-FILE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_CRC32 = "jaxlm.crc32"  # in the metadata: JSON, tensor -> checksum
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_CRC32 = "jaxlm.crc32"  # a key of the metadata, whose value is JSON: tensor name -> checksum
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -35,7 +35,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a tensor lies."""
+    """Where a tensor is stored."""
 
     path: Path
     dtype: str
@@ -44,31 +44,36 @@ class _Entry:
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
-    """The tensors of a model directory: those of model.safetensors (or another file), or of those that its index names.
+    """The tensors of a model directory: of model.safetensors (or another file), or of the files that its index names.
 
-    Opening reads headers only, and the safetensors library checks them against the size of the file; nothing is
-    allocated for a tensor before it is read. UserError where a file is missing or damaged, or holds pickled objects:
-    reading those can run any code, and they are never opened.
+    Opening reads only the headers, which the safetensors library checks against the size of the file. Nothing is
+    allocated for a tensor before it is read. ``metadata`` is what the headers say about the files themselves.
+
+    Raises:
+        UserError: a file is missing or damaged, or holds pickled objects. Those are never opened, because reading them
+            can run any code.
     """
 
-    def __init__(self, directory: Path, file: str = FILE):
+    def __init__(self, directory: Path, file: str = WEIGHTS_FILE):
         self.directory = directory
-        places = None if (directory / file).exists() else self._index()
+        index = None if (directory / file).exists() else self._read_index()
         self._entries: dict[str, _Entry] = {}
         self._maps: dict[Path, mmap.mmap] = {}
-        self.metadata: dict[str, str] = {}  # what the files say about themselves
+        self.metadata: dict[str, str] = {}
         self._checksums: dict[str, str] = {}
-        for name in [file] if places is None else sorted(set(places.values())):
+        for name in [file] if index is None else sorted(set(index.values())):
             self._open(directory / name)
-        for tensor, name in (places or {}).items():
+        for tensor, name in (index or {}).items():
             if tensor not in self._entries or self._entries[tensor].path != directory / name:
-                raise UserError(f"{directory / name} has no tensor {tensor!r}, though {INDEX} says so; copy both again")
+                raise UserError(
+                    f"{directory / name} has no tensor {tensor!r}, though {INDEX_FILE} says so; copy both again"
+                )
 
-    def _index(self) -> dict[str, str]:
-        """Tensor -> file name."""
-        path = self.directory / INDEX
+    def _read_index(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        path = self.directory / INDEX_FILE
         if not path.is_file():
-            pickled = sorted(file.name for pattern in _PICKLES for file in self.directory.glob(pattern))
+            pickled = sorted(file.name for pattern in _PICKLED for file in self.directory.glob(pattern))
             if pickled:
                 where = repr(str(self.directory))
                 raise UserError(
@@ -76,17 +81,19 @@ class TensorFiles(Mapping[str, np.ndarray]):
                     f"where you trust them, convert them with transformers: "
                     f"AutoModel.from_pretrained({where}).save_pretrained({where})"
                 )
-            raise UserError(f"{self.directory} has no {FILE}; name a model directory with its weights as safetensors")
+            raise UserError(
+                f"{self.directory} has no {WEIGHTS_FILE}; name a model directory with its weights as safetensors"
+            )
         try:
-            places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            if not places or not all(isinstance(name, str) for name in places.values()):
+            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
                 raise ValueError
         except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{path} is not an index of safetensors files; copy the model directory again") from None
-        for name in places.values():
+        for name in weight_map.values():
             if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
                 raise UserError(f"{path} names {name!r}, which is not a safetensors file beside it; copy both again")
-        return places
+        return weight_map
 
     def _open(self, path: Path) -> None:
         try:
@@ -127,33 +134,41 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     @property
     def nbytes(self) -> int:
-        """On disk."""
+        """The size of all files on disk."""
         return sum(path.stat().st_size for path in self._maps)
 
-    def file(self, name: str) -> Path:
-        """Where a tensor is. UserError if it is nowhere."""
+    def path_of(self, name: str) -> Path:
+        """The file of a tensor."""
         return self._entry(name).path
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
-    def size(self, name: str) -> int:
-        """Bytes of a tensor."""
+    def nbytes_of(self, name: str) -> int:
+        """The size of a tensor in bytes."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def dtype(self, name: str) -> np.dtype:
-        """UserError where it is one that numpy has not."""
+        """The type of a tensor.
+
+        Raises:
+            UserError: NumPy has no such type.
+        """
         entry = self._entry(name)
         if entry.dtype not in _DTYPES:
             raise UserError(f"{entry.path}: tensor {name!r} is of the type {entry.dtype}, which is not supported")
         return _DTYPES[entry.dtype]
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, in the type it is stored in."""
+        """A tensor, in the type in which it is stored."""
         return np.array(self.read_slice(name, ()))
 
     def view(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A tensor as a view of the file. UserError unless it has this shape."""
+        """A tensor as a view of the file.
+
+        Raises:
+            UserError: it does not have this shape.
+        """
         entry = self._entry(name)
         if entry.shape != tuple(shape):
             raise UserError(
@@ -164,19 +179,20 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def read_slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor, as a view of the file: nothing else is read from disk.
 
-        Where it is the whole of a tensor that has a checksum, UserError if that is wrong.
+        Raises:
+            UserError: the whole tensor is read, and its checksum is wrong.
         """
         entry, dtype = self._entry(name), self.dtype(name)
         if math.prod(entry.shape) == 0:
             return np.zeros(entry.shape, dtype)[index]
-        whole = np.ndarray(entry.shape, dtype, buffer=self._maps[entry.path], offset=entry.start)
-        part = whole[index]
-        if part.shape == whole.shape and name in self._checksums and self._checksums[name] != _crc32(whole):
+        tensor = np.ndarray(entry.shape, dtype, buffer=self._maps[entry.path], offset=entry.start)
+        part = tensor[index]
+        if part.shape == tensor.shape and name in self._checksums and self._checksums[name] != _crc32(tensor):
             raise UserError(f"{entry.path}: tensor {name!r} is damaged (its checksum is wrong); copy or save it again")
         return part
 
     def release(self, name: str) -> None:
-        """Takes the pages of a tensor out of this process's memory; a view of it reads them again."""
+        """Takes the pages of a tensor out of this process's memory. A view of the tensor reads them again."""
         entry = self._entry(name)
         start = entry.start - entry.start % mmap.PAGESIZE
         size = math.prod(entry.shape) * self.dtype(name).itemsize
@@ -191,8 +207,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 @dataclass(frozen=True)
-class Lazy:
-    """An array that is made when it is written."""
+class LazyTensor:
+    """An array that is made when it is written, so that only one is in memory at a time."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -204,13 +220,14 @@ class Lazy:
 
 
 def write_tensors(
-    directory: Path, tensors: Mapping[str, np.ndarray | Lazy], note: str = "", *, max_file_bytes: int = 5 * 10**9
+    directory: Path, tensors: Mapping[str, np.ndarray | LazyTensor], metadata: str = "", *,
+    max_file_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes model.safetensors, or several files and their index where there is more than ``max_file_bytes``.
+    """Writes model.safetensors, or several files and their index where the tensors take more than ``max_file_bytes``.
 
-    ``note`` goes into the metadata under "jaxlm". The same arguments give the same bytes. One array at a time is made.
+    ``metadata`` is stored in the header under "jaxlm". Equal arguments give equal bytes.
     """
-    files: list[dict[str, np.ndarray | Lazy]] = [{}]
+    files: list[dict[str, np.ndarray | LazyTensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
         if files[-1] and size + tensor.nbytes > max_file_bytes:
@@ -219,21 +236,21 @@ def write_tensors(
         files[-1][name] = tensor
         size += tensor.nbytes
     if len(files) == 1:
-        _write_file(directory / FILE, files[0], note)
+        _write_file(directory / WEIGHTS_FILE, files[0], metadata)
         return
-    places = {}
+    weight_map = {}
     for number, part in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        _write_file(directory / name, part, note)
-        places |= dict.fromkeys(part, name)
+        _write_file(directory / name, part, metadata)
+        weight_map |= dict.fromkeys(part, name)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, tensors: Mapping[str, np.ndarray | Lazy], note: str) -> None:
-    """The format is eight bytes of length, a JSON header of that length, and the arrays end to end; see
-    github.com/huggingface/safetensors. Larger types come first, so that all are aligned."""
+def _write_file(path: Path, tensors: Mapping[str, np.ndarray | LazyTensor], metadata: str) -> None:
+    """Writes one file: eight bytes with the length of the header, the header in JSON, and the arrays end to end (see
+    github.com/huggingface/safetensors). Larger types come first, so that all arrays are aligned."""
     order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
     entries: dict[str, Any] = {}
     end = 0
@@ -242,8 +259,8 @@ def _write_file(path: Path, tensors: Mapping[str, np.ndarray | Lazy], note: str)
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
 
     def header(checksums: dict[str, str]) -> bytes:
-        metadata = {"format": "pt", "jaxlm": note, _CRC32: json.dumps(checksums)}  # transformers wants to be told "pt"
-        text = json.dumps({"__metadata__": metadata} | entries, separators=(",", ":")).encode()
+        notes = {"format": "pt", "jaxlm": metadata, _CRC32: json.dumps(checksums)}  # transformers asks for "pt"
+        text = json.dumps({"__metadata__": notes} | entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
@@ -251,7 +268,7 @@ def _write_file(path: Path, tensors: Mapping[str, np.ndarray | Lazy], note: str)
         file.write(header({name: "0" * 8 for name, _ in order}))
         checksums = {}
         for name, tensor in order:
-            array = np.ascontiguousarray(tensor.make() if isinstance(tensor, Lazy) else tensor)
+            array = np.ascontiguousarray(tensor.make() if isinstance(tensor, LazyTensor) else tensor)
             checksums[name] = _crc32(array)
             file.write(array.reshape(-1).view(np.uint8).data)
         file.seek(0)

@@ -1,4 +1,5 @@
-"""Writing a model as one of a Hugging Face family, which transformers loads: ``hf.reader`` the other way round."""
+"""Writing a model as one of a Hugging Face family, which transformers loads: the inverse of ``hf.config`` and
+``hf.reader``."""
 
 from __future__ import annotations
 
@@ -16,80 +17,84 @@ from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten
-from jaxlm.hf.families.fields import Tensor
+from jaxlm.hf.config import RUNTIME_FIELDS, from_hf_config, with_defaults
+from jaxlm.hf.families.fields import TensorSpec
 from jaxlm.hf.families.registry import FAMILIES
-from jaxlm.hf.reader import RUNTIME, complete, convert_config, layer_path, pieces
-from jaxlm.hf.tensor_files import Lazy
+from jaxlm.hf.tensor_files import LazyTensor
+from jaxlm.hf.tensor_map import split_layer_path, tensors_of_param
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, RopeScaling, Seq2SeqConfig, StackConfig
-from jaxlm.nn.stack import layer_groups_of
+from jaxlm.nn.stack import layers_of
 
-__all__ = ["Part", "Plan", "express", "hf_config", "hf_tensors", "joined", "plan"]
+__all__ = ["ExportPlan", "ParamSlice", "plan_export", "simplest_hf_config", "to_hf_config", "to_hf_tensors"]
 
-# Without these a model is the same as with them at zero, so a family that always has them can hold it.
+# A model without these parameters computes the same with them at zero, so a family that always has them can hold it.
 _ADDABLE = ("qkv_bias", "out_bias", "mlp_bias", "norm_bias", "logits_bias")
 
 
-def express(config: ModelConfig, *, exactly: bool = True) -> dict[str, Any] | None:
-    """``hf_config`` for the first family, plain ones first, that such a model is one of; None if there is none.
-
-    ``exactly``: with the same parameters, none added.
-    """
-    for kind in ("llama", "gpt2", "m2m_100", "marian", *FAMILIES):
+def simplest_hf_config(config: ModelConfig, *, exact: bool = True) -> dict[str, Any] | None:
+    """``to_hf_config`` for the first family that the model can be written as, plain families first; None if there is
+    none. With ``exact``, only families that have the same parameters and add none."""
+    for model_type in ("llama", "gpt2", "m2m_100", "marian", *FAMILIES):
         try:
-            fields = hf_config(config, kind)
+            fields = to_hf_config(config, model_type)
         except UserError:
             continue
-        if not exactly or _structure(convert_config(FAMILIES[kind], fields)) == _structure(config):
+        if not exact or _structure(from_hf_config(FAMILIES[model_type], fields)) == _structure(config):
             return fields
     return None
 
 
-def _structure(config: ModelConfig):
-    """Of the parameters, in as few layer groups as possible."""
+def _structure(config: ModelConfig) -> jax.tree_util.PyTreeDef:
+    """The tree of the parameters, in as few layer groups as possible."""
     names = ("layer_groups", "encoder_layer_groups", "decoder_layer_groups")
-    blank = {name: () for name in names if hasattr(config, name)}
-    return jax.tree.structure(nn.abstract(dataclasses.replace(config, **blank))[1])
+    merged = {name: () for name in names if hasattr(config, name)}
+    return jax.tree.structure(nn.abstract(dataclasses.replace(config, **merged))[1])
 
 
-def hf_config(config: ModelConfig, kind: str) -> dict[str, Any]:
-    """The config.json of the model as one of the family. UserError, naming the field, if the family cannot be it.
+def to_hf_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """The config.json of the model as one of the family ``model_type``.
 
-    That is found out by reading back what was written.
+    Whether the family can hold the model is found out by reading back what was written.
+
+    Raises:
+        UserError: it cannot; the message names the field.
     """
-    if kind not in FAMILIES:
-        raise UserError(f"{kind!r} is not a format; choose from {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    if isinstance(config, LSTMConfig) or not isinstance(config, family.config):
-        raise UserError(f"a {config.kind} model cannot be written as {kind}")
-    fields = {"architectures": [family.architecture], "model_type": kind, "dtype": "float32"}
+    if model_type not in FAMILIES:
+        raise UserError(f"{model_type!r} is not a format; choose from {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    if isinstance(config, LSTMConfig) or not isinstance(config, family.config_class):
+        raise UserError(f"a {config.kind} model cannot be written as {model_type}")
+    fields = {"architectures": [family.architecture], "model_type": model_type, "dtype": "float32"}
     for field in family.fields:
-        fields |= field.write(config)
+        fields |= field.to_hf(config)
     fields |= {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "pad_token_id": config.pad_id}
     if isinstance(config, Seq2SeqConfig):
         fields |= {"decoder_start_token_id": config.bos_id, "is_encoder_decoder": True}
     try:
-        _same(config, convert_config(family, fields))
+        _check_same_model(config, from_hf_config(family, fields))
     except UserError as error:
-        raise UserError(f"this model cannot be written as {kind}: {error}") from None
+        raise UserError(f"this model cannot be written as {model_type}: {error}") from None
     return fields
 
 
-def _same(config: ModelConfig, back: ModelConfig) -> None:
-    """UserError, naming a field, where a configuration came back as another model's."""
-    ours, theirs = (dataclasses.asdict(_canonical(each)) for each in (config, back))
+def _check_same_model(config: ModelConfig, read_back: ModelConfig) -> None:
+    """Raises UserError, naming a field, where the two configurations are not of the same model."""
+    ours, theirs = (dataclasses.asdict(_canonical(each)) for each in (config, read_back))
     for name, value in ours.items():
         added = name in _ADDABLE and theirs[name] and not value
-        split = name == "src_vocab_size" and not value and theirs[name] == config.vocab_size  # see hf_translators
-        untied = name == "tie_embeddings" and not value  # a head of its own in the file is enough: see hf._untie
+        # Untied families have a source vocabulary of their own; a shared one is written twice (hf.families.bart).
+        split = name == "src_vocab_size" and not value and theirs[name] == config.vocab_size
+        untied = name == "tie_embeddings" and not value  # the head in the file is enough (hf.reader)
         close = isinstance(value, float) and math.isclose(value, theirs[name], rel_tol=1e-9)
         if value != theirs[name] and not (added or split or untied or close):
             raise UserError(f"{name} is {value!r}, where such models have {theirs[name]!r}")
 
 
 def _canonical(config: StackConfig) -> StackConfig:
-    """The configuration with derived sizes told, and fields that do not count for it at their defaults."""
+    """The configuration with derived sizes filled in, and with the defaults of fields that do not matter to the model,
+    so that equal models have equal configurations."""
     blank = type(config)()
-    changes = {name: getattr(blank, name) for name in RUNTIME if hasattr(config, name)}
+    changes = {name: getattr(blank, name) for name in RUNTIME_FIELDS if hasattr(config, name)}
     changes |= {"kv_heads": config.n_kv_heads, "head_dim": config.d_head, "ffn": config.d_ffn}
     changes["attention_scale"] = config.attention_scale or config.d_head**-0.5
     layers = config.layers if isinstance(config, DecoderConfig) else config.encoder_layers
@@ -116,119 +121,127 @@ def _canonical(config: StackConfig) -> StackConfig:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A parameter of ours, of one layer and expert, that is (a part of) a tensor of theirs.
+class ParamSlice:
+    """The part of one of our parameters, of one layer and expert, that is written into one tensor of the file.
 
-    ``leaf`` is the whole parameter, layers and all, or None where the model has no such parameter: zeros.
+    - ``path`` is the path of the parameter in the family's configuration.
+    - ``shape`` is that of the part.
+    - ``leaf`` is the whole parameter, layers and all; None where the model has none and zeros are written.
+    - ``index`` selects the part of ``leaf``.
     """
 
     path: str
-    tensor: Tensor
+    spec: TensorSpec
     shape: tuple[int, ...]
     leaf: Leaf | None
-    at: tuple[int, ...]
+    index: tuple[int, ...]
 
     def get(self) -> Leaf:
-        """As it is represented."""
+        """The part in the representation of the parameter: quantized if that is."""
         if self.leaf is None:
             return np.zeros(self.shape, np.float32)
-        return jax.tree.map(lambda array: array[self.at], self.leaf) if self.at else self.leaf
+        return jax.tree.map(lambda array: array[self.index], self.leaf) if self.index else self.leaf
 
     def dense(self) -> np.ndarray:
-        """As what it stands for."""
+        """The part as float32 values."""
         part = self.get()
         return np.asarray(dequantize(part) if is_leaf(part) else part, np.float32)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the tensors of a family's file are made of: by name, parts in the order in which they lie side by side."""
+class ExportPlan:
+    """What each tensor of an exported file is made of.
 
-    config: ModelConfig  # as the family has it
-    values: Mapping[str, Any]  # of config.json, defaults included
-    parts: Mapping[str, list[Part]]
-
-    def lazy(self, name: str, dtype: np.dtype) -> Lazy:
-        """A dense tensor."""
-        return _tensor(self.config, self.values, self.parts[name], dtype)
-
-
-def plan(config: ModelConfig, params: Params, fields: Mapping[str, Any]) -> Plan:
-    """How the model is written as one of a family; ``fields`` are those of ``hf_config``."""
-    family = FAMILIES[fields["model_type"]]
-    target = dataclasses.replace(convert_config(family, fields), tie_embeddings=config.tie_embeddings)
-    ours = flatten(params)
-    parts: dict[str, list[Part]] = {}
-    for path, leaf in flatten(nn.abstract(target)[1]).items():
-        for piece in pieces(family, target, path, leaf.shape):
-            mine, at = _place(ours, config, path, piece.layer, piece.at[1:])
-            part = Part(path, piece.tensor, leaf.shape[len(piece.at) :], ours.get(mine), at)
-            parts.setdefault(piece.name, []).append(part)
-    for found in parts.values():
-        found.sort(key=lambda part: part.tensor.cut.index if part.tensor.cut else 0)
-    return Plan(target, complete(family, fields), parts)
-
-
-def hf_tensors(
-    config: ModelConfig, params: Params, fields: Mapping[str, Any], dtype: Any = np.float32
-) -> dict[str, Lazy]:
-    """The tensors of the file by name, each made when it is asked for. ``fields`` are those of ``hf_config``.
-
-    Compressed leaves are written as what they stand for.
+    - ``config`` is the configuration of the model as one of the family.
+    - ``hf_fields`` are the fields of config.json, defaults included.
+    - ``slices`` maps the names of tensors to what they hold, in the order in which it lies side by side.
     """
-    found = plan(config, params, fields)
-    return {name: found.lazy(name, np.dtype(dtype)) for name in found.parts}
+
+    config: ModelConfig
+    hf_fields: Mapping[str, Any]
+    slices: Mapping[str, list[ParamSlice]]
+
+    def dense_tensor(self, name: str, dtype: np.dtype) -> LazyTensor:
+        """A tensor of the file, dense, which is made when it is written."""
+        spec, shape = self.slices[name][0].spec, self.slices[name][0].shape
+        stored = list(shape[::-1] if spec.transposed else shape)
+        if spec.fused is not None:
+            stored[0 if spec.transposed else -1] = sum(spec.fused.sizes(self.config))
+        return LazyTensor((1, *stored) if spec.as_row else tuple(stored), dtype, lambda: self._dense(name, dtype))
+
+    def _dense(self, name: str, dtype: np.dtype) -> np.ndarray:
+        slices = self.slices[name]
+        spec = slices[0].spec
+        if spec.fused is None:
+            array = self._stored(slices[0])
+        else:
+            axis = 0 if spec.transposed else len(slices[0].shape) - 1
+            parts = [np.moveaxis(self._stored(each), axis, 0) for each in slices]
+            array = np.moveaxis(spec.fused.fuse(self.config, parts), 0, axis)
+        return (array[None] if spec.as_row else array).astype(dtype)
+
+    def _stored(self, part: ParamSlice) -> np.ndarray:
+        """A part as the file stores it: transposed, scaled and offset."""
+        array = part.dense().T if part.spec.transposed else part.dense()
+        scale = self._scale(part.spec)
+        return (array - part.spec.offset) / scale if scale != 1.0 or part.spec.offset else array
+
+    def _scale(self, spec: TensorSpec) -> float:
+        return 1.0 if spec.scale is None else spec.scale(self.hf_fields)
+
+    def quantized_matrix(self, name: str) -> QArray:
+        """A tensor of the file with codes ``[out, in]``, of NumPy arrays; all that it holds must be quantized alike."""
+        slices, leaves = self.slices[name], []
+        for part in slices:
+            leaf = jax.tree.map(np.asarray, part.get())
+            leaves.append(dataclasses.replace(leaf, scale=leaf.scale / np.float32(self._scale(part.spec))))
+        if slices[0].spec.fused is None:
+            return leaves[0]
+
+        def fuse(field: str) -> np.ndarray | None:
+            parts = [getattr(leaf, field) for leaf in leaves]
+            return None if parts[0] is None else slices[0].spec.fused.fuse(self.config, parts)
+
+        return dataclasses.replace(leaves[0], codes=fuse("codes"), scale=fuse("scale"), zero=fuse("zero"))
 
 
-def _place(ours: Mapping[str, Any], config: ModelConfig, path: str, layer: int | None, rest: tuple[int, ...]):
-    """(our path, index into its leading dimensions) of a parameter of one layer and expert."""
-    if path == "src_embed/table" and path not in ours:
+def plan_export(config: ModelConfig, params: Params, fields: Mapping[str, Any]) -> ExportPlan:
+    """How the model is written as one of a family; ``fields`` are those of ``to_hf_config``."""
+    family = FAMILIES[fields["model_type"]]
+    target = dataclasses.replace(from_hf_config(family, fields), tie_embeddings=config.tie_embeddings)
+    leaves = flatten(params)
+    slices: dict[str, list[ParamSlice]] = {}
+    for path, like in flatten(nn.abstract(target)[1]).items():
+        for tensor in tensors_of_param(family, target, path, like.shape):
+            source, index = _locate(leaves, config, path, tensor.layer, tensor.index[1:])
+            part = ParamSlice(path, tensor.spec, like.shape[len(tensor.index) :], leaves.get(source), index)
+            slices.setdefault(tensor.name, []).append(part)
+    for parts in slices.values():
+        parts.sort(key=lambda part: part.spec.fused.index if part.spec.fused else 0)
+    return ExportPlan(target, with_defaults(family, fields), slices)
+
+
+def _locate(
+    leaves: Mapping[str, Leaf], config: ModelConfig, path: str, layer: int | None, expert: tuple[int, ...]
+) -> tuple[str, tuple[int, ...]]:
+    """(path in our model, index into its leading dimensions) of a parameter of one layer and expert, which has ``path``
+    in a model without layer groups."""
+    if path == "src_embed/table" and path not in leaves:
         path = "embed/table"
     if layer is not None:
-        prefix, rest_of_path = layer_path(path)
-        for layer_group, run in enumerate(layer_groups_of(config, prefix.rstrip("/"))):
+        side, param = split_layer_path(path)
+        for group, run in enumerate(layers_of(config, side.rstrip("/"))):
             if layer in run:
-                return f"{prefix}layers/{layer_group}/{rest_of_path}", (layer - run[0], *rest)
+                return f"{side}layers/{group}/{param}", (layer - run[0], *expert)
     return path, ()
 
 
-def _tensor(config: ModelConfig, values: Mapping[str, Any], found: list[Part], dtype: np.dtype) -> Lazy:
-    """One tensor of the file from the parameters of ours that are cut from it."""
-    tensor, shape = found[0].tensor, found[0].shape
-    axis = 0 if tensor.transposed else len(shape) - 1
+def to_hf_tensors(
+    config: ModelConfig, params: Params, fields: Mapping[str, Any], dtype: Any = np.float32
+) -> dict[str, LazyTensor]:
+    """The tensors of the file by name, each made when it is written. Compressed leaves are written dense.
 
-    def stored(part: Part) -> np.ndarray:
-        tensor, array = part.tensor, part.dense()
-        scale = 1.0 if tensor.scale is None else tensor.scale(values)
-        array = array.T if tensor.transposed else array
-        return (array - tensor.offset) / scale if scale != 1.0 or tensor.offset else array
-
-    def make() -> np.ndarray:
-        if tensor.cut is None:
-            array = stored(found[0])
-        else:
-            parts = [np.moveaxis(stored(part), axis, 0) for part in found]
-            array = np.moveaxis(tensor.cut.join(config, parts), 0, axis)
-        return (array[None] if tensor.row else array).astype(dtype)
-
-    whole = list(shape[::-1] if tensor.transposed else shape)
-    if tensor.cut is not None:
-        whole[axis] = sum(tensor.cut.sizes(config))
-    return Lazy((1, *whole) if tensor.row else tuple(whole), dtype, make)
-
-
-def joined(plan: Plan, name: str) -> QArray:
-    """The quantized matrix that a tensor of the file is, its codes ``[out, in]``, from leaves of one grid."""
-    found, leaves = plan.parts[name], []
-    for part in found:
-        scale = 1.0 if part.tensor.scale is None else part.tensor.scale(plan.values)
-        leaf = jax.tree.map(np.asarray, part.get())
-        leaves.append(dataclasses.replace(leaf, scale=leaf.scale / np.float32(scale)))
-    if found[0].tensor.cut is None:
-        return leaves[0]
-
-    def join(field: str) -> np.ndarray | None:
-        parts = [getattr(leaf, field) for leaf in leaves]
-        return None if parts[0] is None else found[0].tensor.cut.join(plan.config, parts)
-
-    return dataclasses.replace(leaves[0], codes=join("codes"), scale=join("scale"), zero=join("zero"))
+    ``fields`` are those of ``to_hf_config``.
+    """
+    plan = plan_export(config, params, fields)
+    return {name: plan.dense_tensor(name, np.dtype(dtype)) for name in plan.slices}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlm.hf.families.registry import FAMILIES
-from jaxlm.hf.tensor_files import FILE, INDEX
+from jaxlm.hf.tensor_files import INDEX_FILE, WEIGHTS_FILE
 
 CONFIG = "config.json"
 Files = dict[str, bytes]  # of a directory, by name
@@ -189,7 +189,7 @@ def damage_metadata(rng: random.Random, files: Files) -> str:
 
 def divide(files: Files) -> dict[str, str]:
     """The weights in three files; returns tensor -> file, as in an index."""
-    header, data = split(files.pop(FILE))
+    header, data = split(files.pop(WEIGHTS_FILE))
     places = {}
     metadata = header.pop("__metadata__", {})
     for part in range(3):
@@ -215,7 +215,7 @@ def damage_index(rng: random.Random, files: Files) -> str:
             odd(rng, file), file, "../" + file, "/etc/passwd", f"./{file}", f"{file}/", "", ".", "..",
             "a/b.safetensors",
             "none.safetensors", ".safetensors", "a\nb.safetensors", "\0.safetensors", "\ud800.safetensors",
-            "x" * 300 + ".safetensors", CONFIG, INDEX,
+            "x" * 300 + ".safetensors", CONFIG, INDEX_FILE,
         ])
     elif kind == "name":
         places[rng.choice(["x", "", "a\nb", name + ".0"])] = places.pop(name)
@@ -231,17 +231,17 @@ def damage_index(rng: random.Random, files: Files) -> str:
         begin = text[: rng.randrange(len(text))]
         text = rng.choice([b"", b"[]", b"null", b"3", DEEP.encode(), b"\xff" + text, begin, flipped(rng, text)])
         shown = text[:40]
-    files[INDEX] = text
+    files[INDEX_FILE] = text
     if kind == "weights":
         shown = rng.choice(WEIGHTS)(rng, files)
-    return f"{INDEX}: {kind} of {name!r}, {file}: {str(shown)[:200]!r}"
+    return f"{INDEX_FILE}: {kind} of {name!r}, {file}: {str(shown)[:200]!r}"
 
 
 def damage_config(rng: random.Random, files: Files) -> str:
     """Of config.json: one or two fields."""
     config = json.loads(files[CONFIG])
     family = FAMILIES.get(config["model_type"])  # None: a type of ours, all of whose fields are known
-    known = set(config) if family is None else {name for field in family.fields for name in field.theirs}
+    known = set(config) if family is None else {name for field in family.fields for name in field.hf_defaults}
     told = []
     for _ in range(rng.choice([1, 1, 1, 2])):
         name = rng.choice([*sorted(known), *sorted(set(config) & known), *sorted(config), "jaxlm", "unknown"])
@@ -272,7 +272,9 @@ def _rope(rng: random.Random) -> dict[str, Any]:
 
 
 def _runtime(rng: random.Random) -> dict[str, Any]:
-    names = ["dtype", "scan_layers", "remat", "dropout", "layer_groups", "encoder_layer_groups", "decoder_layer_groups", "x"]
+    names = [
+        "dtype", "scan_layers", "remat", "dropout", "layer_groups", "encoder_layer_groups", "decoder_layer_groups", "x",
+    ]
     values = [[1, 2], [3], [1, 1, 1], [2, 2], [10**9], [-1, 4], "float32", "full", odd(rng, [1, 2])]
     return {"runtime": {rng.choice(names): rng.choice(values)}}
 

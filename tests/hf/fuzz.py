@@ -34,7 +34,7 @@ from safetensors.numpy import save
 import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.hf.directory import read_model
-from jaxlm.hf.tensor_files import FILE
+from jaxlm.hf.tensor_files import WEIGHTS_FILE
 from tests.hf.damage import CONFIG, DAMAGE, Files
 from tests.hf.families.families import GOLDEN, weights
 
@@ -56,9 +56,9 @@ def base(name: str) -> Files:
         with tempfile.TemporaryDirectory() as root:
             _write(Path(root, "dense"), base("llama"))
             jaxlm.compress(jaxlm.load(Path(root, "dense")), COMPRESSED[name]).save(Path(root, "small"))
-            return {file: Path(root, "small", file).read_bytes() for file in (CONFIG, FILE)}
+            return {file: Path(root, "small", file).read_bytes() for file in (CONFIG, WEIGHTS_FILE)}
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
-    return {CONFIG: json.dumps(golden["config"]).encode(), FILE: save(weights(golden["tensors"]))}
+    return {CONFIG: json.dumps(golden["config"]).encode(), WEIGHTS_FILE: save(weights(golden["tensors"]))}
 
 
 def case(seed: int, number: int, bases: tuple[str, ...]) -> tuple[str, Files]:

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file, save_file
 import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import make_mesh
-from jaxlm.hf.assemble import copy
+from jaxlm.hf.assemble import copy_into
+from jaxlm.hf.config import from_hf_config
 from jaxlm.hf.families.registry import FAMILIES
-from jaxlm.hf.reader import convert_config
 
 FIELDS = {
     "model_type": "llama", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3,
@@ -166,24 +166,24 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, rng, change, message):
 ])
 def test_what_changes_the_mathematics_is_refused(change, message):
     with pytest.raises(UserError) as caught:
-        convert_config(FAMILIES["llama"], FIELDS | change)
+        from_hf_config(FAMILIES["llama"], FIELDS | change)
     assert message in str(caught.value)
 
 
 def test_both_spellings_of_the_rotary_base():
-    old = convert_config(FAMILIES["llama"], FIELDS)
+    old = from_hf_config(FAMILIES["llama"], FIELDS)
     new = {name: value for name, value in FIELDS.items() if name != "rope_theta"}
     assert old.rope_theta == 500.0
-    assert convert_config(FAMILIES["llama"], new).rope_theta == 10000.0
+    assert from_hf_config(FAMILIES["llama"], new).rope_theta == 10000.0
     new["rope_parameters"] = {"rope_type": "default", "rope_theta": 500.0}
-    assert convert_config(FAMILIES["llama"], new) == old
+    assert from_hf_config(FAMILIES["llama"], new) == old
 
 
 def test_what_other_models_need_is_refused_by_name():
     """The fields of one family mean nothing to another: adapters and remote code are such fields too."""
     for name in ("final_logit_softcapping", "num_local_experts", "alibi"):
         with pytest.raises(UserError, match=f"{name} = .* is not known, and might change what the model computes"):
-            convert_config(FAMILIES["llama"], FIELDS | {name: 1})
+            from_hf_config(FAMILIES["llama"], FIELDS | {name: 1})
 
 
 def test_a_real_llama_agrees_with_transformers(shared, rng):
@@ -220,7 +220,7 @@ def test_large_transposed_matrices_are_copied_exactly(rng, dtype):
     array = rng.normal(size=(700, 611)).astype(ml_dtypes.bfloat16 if dtype == "float32" else np.float32)
     for source in (array, array.T, array[33:, 5:], array[33:, 5:].T):
         out = np.zeros((2, *source.shape), dtype)
-        copy(out[1], source)
+        copy_into(out[1], source)
         np.testing.assert_array_equal(out[1], source.astype(dtype))
         assert not out[0].any()
 

@@ -1,4 +1,4 @@
-"""What the tables of families are made of: fields of a config.json and names of tensors, and how they become ours."""
+"""What the tables of model families are made of: fields of config.json, tensors, and how both become jaxlm's."""
 
 from __future__ import annotations
 
@@ -11,94 +11,110 @@ import numpy as np
 from jaxlm.core.errors import UserError
 from jaxlm.nn.config import ModelConfig
 
-REQUIRED = object()  # in place of a default: the field must be there
-Values = Mapping[str, Any]
+REQUIRED = object()  # stands where a default would, for a field that every config.json must have
+HfFields = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Field:
-    """Some fields of config.json that together decide some of ours.
+class ConfigField:
+    """One or more fields of config.json that together decide one or more fields of our configuration.
 
-    ``theirs`` maps their names to what transformers takes where one is absent. ``read`` gets their values, of all
-    names, and gives our fields; ``write`` gives theirs for a configuration of ours.
+    - ``hf_defaults`` maps the names of the config.json fields to the values that transformers takes for absent ones.
+    - ``from_hf`` gets a value for each of these names and returns our fields.
+    - ``to_hf`` gets our configuration and returns the config.json fields.
     """
 
-    theirs: Values
-    read: Callable[[Values], dict[str, Any]]
-    write: Callable[[Any], dict[str, Any]]
+    hf_defaults: HfFields
+    from_hf: Callable[[HfFields], dict[str, Any]]
+    to_hf: Callable[[Any], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """One of several parameters of ours that are stored as one tensor, side by side along its outputs.
+class FusedSlice:
+    """The place of one parameter in a stored tensor that fuses several, side by side along its outputs.
 
-    ``by_head``: side by side within each head, as GPT-NeoX does.
+    - ``index`` is the position of the parameter among the fused ones.
+    - ``sizes`` gives the number of outputs of each, for our configuration.
+    - ``by_head`` says that they lie side by side within each head, as in GPT-NeoX.
     """
 
     index: int
-    sizes: Callable[[Any], tuple[int, ...]]  # of each, given our configuration
+    sizes: Callable[[Any], tuple[int, ...]]
     by_head: bool = False
 
-    def take(self, config: ModelConfig, whole: np.ndarray) -> np.ndarray:
-        """Ours of the stored tensor, whose outputs come first here."""
+    def extract(self, config: ModelConfig, fused: np.ndarray) -> np.ndarray:
+        """The parameter ``[outputs, ...]`` from the stored tensor ``[all outputs, ...]``."""
         sizes = self.sizes(config)
         if self.by_head:
-            heads = whole.reshape(-1, len(sizes), config.d_head, *whole.shape[1:])
-            return heads[:, self.index].reshape(-1, *whole.shape[1:])
+            heads = fused.reshape(-1, len(sizes), config.d_head, *fused.shape[1:])
+            return heads[:, self.index].reshape(-1, *fused.shape[1:])
         start = sum(sizes[: self.index])
-        return whole[start : start + sizes[self.index]]
+        return fused[start : start + sizes[self.index]]
 
-    def join(self, config: ModelConfig, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """The stored tensor from all that ``take`` gives, in order."""
+    def fuse(self, config: ModelConfig, params: Sequence[np.ndarray]) -> np.ndarray:
+        """The stored tensor from all of its parameters, in the order of their indices: undoes ``extract``."""
         if self.by_head:
-            heads = np.stack([part.reshape(-1, config.d_head, *part.shape[1:]) for part in parts], 1)
+            heads = np.stack([param.reshape(-1, config.d_head, *param.shape[1:]) for param in params], 1)
             return heads.reshape(-1, *heads.shape[3:])
-        return np.concatenate(parts)
+        return np.concatenate(params)
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """A tensor of the file. Each ``{}`` in its name is a number: of the layer, then of the expert.
+class TensorSpec:
+    """How one tensor of the weights file becomes one parameter: ``offset + scale(fields) * stored``.
 
-    Ours is ``offset + scale(fields) * theirs``, theirs transposed or cut where these say so. ``fields`` are
-    those of config.json, defaults included.
+    - ``name`` is the tensor's name, or a function that gives it for our configuration. Each ``{}`` in the name is a
+      number: first the layer's, then the expert's.
+    - ``transposed``: the file stores the matrix ``[out, in]``, as torch does.
+    - ``fused`` is set where the parameter is a slice of the stored tensor.
+    - ``as_row``: the file stores the vector as a matrix of one row.
+    - ``scale`` gets the fields of config.json, defaults included.
+    - ``aliases`` are further names of the tensor. The first name that a file contains is read.
     """
 
-    name: str | Callable[[Any], str]  # given our configuration
-    transposed: bool = False  # stored [out, in], as torch does
-    cut: Cut | None = None
-    row: bool = False  # a vector stored as a matrix of one row
+    name: str | Callable[[Any], str]
+    transposed: bool = False
+    fused: FusedSlice | None = None
+    as_row: bool = False
     offset: float = 0.0
-    scale: Callable[[Values], float] | None = None
-    aliases: tuple[str, ...] = ()  # other names of the same tensor: the first that a file has counts
+    scale: Callable[[HfFields], float] | None = None
+    aliases: tuple[str, ...] = ()
 
-    def named(self, config: ModelConfig) -> str:
+    def name_for(self, config: ModelConfig) -> str:
         return self.name if isinstance(self.name, str) else self.name(config)
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one ``model_type`` are told.
+    """The table of one ``model_type``.
 
-    ``tensors`` maps our paths to theirs; in our paths ``layers/`` stands for ``layers/GROUP/``, whose tensors are
-    stacked over layers (and experts). Paths that a configuration does not have are not asked for.
+    - ``config_class`` is the class of our configuration.
+    - ``architecture`` is the class of transformers that an exported config.json names.
+    - ``tensors`` maps the paths of our parameters to stored tensors. In these paths ``layers/`` stands for
+      ``layers/GROUP/``, whose parameters are stacked over layers (and experts). A path that a model does not have is
+      not looked up.
+    - ``prefix`` starts the tensor names, except in files that were saved from the base model alone.
+    - ``head`` is the tensor of the output head. A file whose head differs from its embedding has untied embeddings.
+    - ``ignored_fields`` are fields of config.json that do not change what models of this family compute.
+    - ``unused_tensors`` are regular expressions of tensor names that the model does not need.
     """
 
-    config: type  # of ours
-    architecture: str  # the class of transformers that a written config.json names
-    fields: tuple[Field, ...]
-    tensors: Mapping[str, Tensor]
-    prefix: str = ""  # that names may lack, where the base model was saved
-    head: str = "lm_head.weight"  # given, and different from the embedding, it unties them
-    ignored: tuple[str, ...] = ()  # fields that this family's models do not depend on
-    unused: tuple[str, ...] = ()  # tensors of some files that the model does not need: regular expressions
+    config_class: type[ModelConfig]
+    architecture: str
+    fields: tuple[ConfigField, ...]
+    tensors: Mapping[str, TensorSpec]
+    prefix: str = ""
+    head: str = "lm_head.weight"
+    ignored_fields: tuple[str, ...] = ()
+    unused_tensors: tuple[str, ...] = ()
 
 
-PLAIN = {
+# Activations by the names that transformers has for them -> ours.
+ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu", "tanh": "tanh", "silu": "silu", "swish": "silu",
 }
-GATED = {
+GATED_ACTIVATIONS = {
     "silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh",
     "relu": "reglu",
 }
@@ -106,100 +122,116 @@ GATED = {
 # One field ------------------------------------------------------------------------------------------------------------
 
 
-def same(theirs: str, *ours: str, default: Any = REQUIRED, cast: type | None = None) -> Field:
-    """A field that has the value of ours; null counts as absent."""
+def renamed(hf_name: str, *names: str, default: Any = REQUIRED, cast: type | None = None) -> ConfigField:
+    """A field with the same value under our name, or under several of our names; null counts as absent."""
 
-    def read(values: Values) -> dict[str, Any]:
-        value = _present(theirs, default if values[theirs] is None else values[theirs])
-        return dict.fromkeys(ours, cast(value) if cast else value)
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        value = _present(hf_name, default if fields[hf_name] is None else fields[hf_name])
+        return dict.fromkeys(names, cast(value) if cast else value)
 
-    return Field({theirs: default}, read, lambda config: {theirs: getattr(config, ours[0])})
-
-
-def size(theirs: str, ours: str, derived: str, default: Any = None) -> Field:
-    """A size that is 0 in ours where it follows from others, and null in theirs."""
-
-    def read(values: Values) -> dict[str, Any]:
-        value = _present(theirs, values[theirs])
-        return {ours: 0 if value is None else value}
-
-    return Field({theirs: default}, read, lambda config: {theirs: getattr(config, derived)})
+    return ConfigField({hf_name: default}, from_hf, lambda config: {hf_name: getattr(config, names[0])})
 
 
-def _present(theirs: str, value: Any) -> Any:
+def optional_size(hf_name: str, name: str, resolved: str, default: Any = None) -> ConfigField:
+    """A size that follows from others where config.json has null and our field is 0. Our property ``resolved`` gives
+    the size in both cases, and it is what is written."""
+
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        value = _present(hf_name, fields[hf_name])
+        return {name: 0 if value is None else value}
+
+    return ConfigField({hf_name: default}, from_hf, lambda config: {hf_name: getattr(config, resolved)})
+
+
+def _present(hf_name: str, value: Any) -> Any:
     if value is REQUIRED:
-        raise UserError(f"{theirs} is missing; it belongs in a configuration of this model_type")
+        raise UserError(f"{hf_name} is missing; config.json must have it for this model_type")
     return value
 
 
-def choice(theirs: str, ours: str, known: Mapping[Any, Any], default: Any = REQUIRED) -> Field:
-    """A field whose values have other names in ours. Where several mean the same, the first is written."""
+def choice(hf_name: str, name: str, values: Mapping[Any, Any], default: Any = REQUIRED) -> ConfigField:
+    """A field whose values have other names here: ``values`` maps theirs to ours. Where several mean the same, the
+    first is written."""
 
-    def read(values: Values) -> dict[str, Any]:
-        value = values[theirs]
-        if not isinstance(value, str | bool) or value not in known:
-            raise UserError(f"{theirs} = {value!r} is not supported; only {', '.join(map(str, known))}")
-        return {ours: known[value]}
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        value = fields[hf_name]
+        if not isinstance(value, str | bool) or value not in values:
+            raise UserError(f"{hf_name} = {value!r} is not supported; only {', '.join(map(str, values))}")
+        return {name: values[value]}
 
-    def write(config: ModelConfig) -> dict[str, Any]:
-        value = getattr(config, ours)
-        return {theirs: next((name for name, mine in known.items() if mine == value), None)}
+    def to_hf(config: ModelConfig) -> dict[str, Any]:
+        value = getattr(config, name)
+        return {hf_name: next((hf_value for hf_value, ours in values.items() if ours == value), None)}
 
-    return Field({theirs: default}, read, write)
+    return ConfigField({hf_name: default}, from_hf, to_hf)
 
 
-def must(theirs: str, *allowed: Any, default: Any = None) -> Field:
-    """A field of which only some values are understood, all alike; null is one of them."""
+def require_value(hf_name: str, *allowed: Any, default: Any = None) -> ConfigField:
+    """A field of which only the values ``allowed`` and null are supported, and all of them mean the same."""
 
-    def read(values: Values) -> dict[str, Any]:
-        if values[theirs] not in (*allowed, None):
-            raise UserError(f"{theirs} = {values[theirs]!r} is not supported; only {[*allowed, None]}")
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        if fields[hf_name] not in (*allowed, None):
+            raise UserError(f"{hf_name} = {fields[hf_name]!r} is not supported; only {[*allowed, None]}")
         return {}
 
-    return Field({theirs: default}, read, lambda config: {theirs: allowed[0] if allowed else None})
+    return ConfigField({hf_name: default}, from_hf, lambda config: {hf_name: allowed[0] if allowed else None})
 
 
-def constant(**ours: Any) -> Field:
-    """What no field of theirs decides."""
-    return Field({}, lambda values: ours, lambda config: {})
+def constant(**ours: Any) -> ConfigField:
+    """Fields of ours that are the same for all models of the family, whatever config.json says."""
+    return ConfigField({}, lambda fields: ours, lambda config: {})
 
 
-def echo(theirs: str, ours: str, default: Any) -> Field:
-    """A rate of dropout for which we have no field of its own: written as that of ours which counts in its place."""
-    return Field({theirs: default}, lambda values: {}, lambda config: {theirs: getattr(config, ours)})
+def write_only(hf_name: str, name: str, default: Any) -> ConfigField:
+    """A field that is not read, and written as our field ``name``: a dropout rate that jaxlm has no field for."""
+    return ConfigField({hf_name: default}, lambda fields: {}, lambda config: {hf_name: getattr(config, name)})
 
 
-def optional(theirs: str, ours: str, default: Any = None) -> Field:
-    """A number that is 0 in ours where it is null in theirs."""
-    return Field(
-        {theirs: default},
-        lambda values: {ours: float(values[theirs] or 0)},
-        lambda config: {theirs: getattr(config, ours) or None},
+def zero_if_null(hf_name: str, name: str, default: Any = None) -> ConfigField:
+    """A number that is 0 in our configuration where config.json has null."""
+    return ConfigField(
+        {hf_name: default},
+        lambda fields: {name: float(fields[hf_name] or 0)},
+        lambda config: {hf_name: getattr(config, name) or None},
     )
 
 
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
-def linear(ours: str, theirs: str, **options: Any) -> dict[str, Tensor]:
-    """A kernel and its bias, stored ``[out, in]``."""
+def linear(path: str, hf_module: str, **options: Any) -> dict[str, TensorSpec]:
+    """The kernel and bias of a linear map, stored ``[out, in]`` unless ``transposed=False`` is given."""
     options = {"transposed": True} | options
     return {
-        f"{ours}/kernel": Tensor(f"{theirs}.weight", **options),
-        f"{ours}/bias": Tensor(f"{theirs}.bias", **(options | {"transposed": False})),
+        f"{path}/kernel": TensorSpec(f"{hf_module}.weight", **options),
+        f"{path}/bias": TensorSpec(f"{hf_module}.bias", **(options | {"transposed": False})),
     }
 
 
-def norm(ours: str, theirs: str, **options: Any) -> dict[str, Tensor]:
+def norm(path: str, hf_module: str, **options: Any) -> dict[str, TensorSpec]:
+    """The scale and bias of a normalization."""
     return {
-        f"{ours}/scale": Tensor(f"{theirs}.weight", **options), f"{ours}/bias": Tensor(f"{theirs}.bias", **options)
+        f"{path}/scale": TensorSpec(f"{hf_module}.weight", **options),
+        f"{path}/bias": TensorSpec(f"{hf_module}.bias", **options),
     }
 
 
-def fused(ours: tuple[str, ...], theirs: str, sizes: Callable[[Any], tuple[int, ...]], **options: Any):
-    """Several linear maps in one tensor."""
-    tensors: dict[str, Tensor] = {}
-    by_head = options.pop("by_head", False)
-    for index, path in enumerate(ours):
-        tensors |= linear(path, theirs, cut=Cut(index, sizes, by_head), **options)
+def fused_linear(
+    paths: Sequence[str], hf_module: str, sizes: Callable[[Any], tuple[int, ...]], *, by_head: bool = False,
+    **options: Any,
+) -> dict[str, TensorSpec]:
+    """Several linear maps of the same input that are stored as one tensor; see ``FusedSlice``."""
+    tensors: dict[str, TensorSpec] = {}
+    for index, path in enumerate(paths):
+        tensors |= linear(path, hf_module, fused=FusedSlice(index, sizes, by_head), **options)
     return tensors
+
+
+def fused_qkv(hf_module: str, **options: Any) -> dict[str, TensorSpec]:
+    """Queries, keys and values of a decoder's self-attention that are stored as one tensor."""
+
+    def sizes(config: Any) -> tuple[int, int, int]:
+        kv = config.n_kv_heads * config.d_head
+        return config.heads * config.d_head, kv, kv
+
+    return fused_linear([f"decoder/layers/attn/{name}" for name in "qkv"], hf_module, sizes, **options)

@@ -1,41 +1,48 @@
-"""The Hugging Face model families there are, by the ``model_type`` of their config.json.
+"""The registry of model families: the table of each ``model_type`` of config.json.
 
-A family is a table (``hf_decoders``, ``hf_translators``): which field of config.json is which of ours, and which tensor
-is which. To add one, add its table; ``jaxlm.hf.reader`` reads and writes them all alike. Names and defaults are
-those of transformers 5.
+To add a family, write its table in the file of its lineage and give it a line in ``FAMILIES``; see jaxlm/hf/README.md.
+Names and defaults in the tables are those of transformers 5. ``python -m jaxlm.hf.families.registry`` prints the table
+of families in that README.
 """
 
 from __future__ import annotations
 
-from jaxlm.hf.families import decoders, translators
+from jaxlm.hf.families.bart import BART, M2M_100, MARIAN, MBART
 from jaxlm.hf.families.fields import Family
+from jaxlm.hf.families.gemma import GEMMA2, GEMMA3
+from jaxlm.hf.families.gpt import GPT2, GPT_NEOX
+from jaxlm.hf.families.llama import LLAMA, MISTRAL, MIXTRAL
+from jaxlm.hf.families.olmo import OLMO2
+from jaxlm.hf.families.phi import PHI3
+from jaxlm.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from jaxlm.hf.families.t5 import T5
 
-__all__ = ["FAMILIES", "NEUTRAL", "markdown"]
+__all__ = ["FAMILIES", "IGNORED_FIELDS", "markdown"]
 
 FAMILIES: dict[str, Family] = {
-    "gpt2": decoders.GPT2,
-    "gpt_neox": decoders.NEOX,
-    "llama": decoders.LLAMA,
-    "mistral": decoders.MISTRAL,
-    "mixtral": decoders.MIXTRAL,
-    "qwen2": decoders.QWEN2,
-    "qwen3": decoders.QWEN3,
-    "qwen3_moe": decoders.QWEN3_MOE,
-    "gemma2": decoders.GEMMA2,
-    "gemma3_text": decoders.GEMMA3,
-    "phi3": decoders.PHI3,
-    "olmo2": decoders.OLMO2,
-    "marian": translators.MARIAN,
-    "m2m_100": translators.M2M_100,
-    "t5": translators.T5,
-    "bart": translators.BART,
-    "mbart": translators.MBART,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen3_moe": QWEN3_MOE,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "phi3": PHI3,
+    "olmo2": OLMO2,
+    "marian": MARIAN,
+    "m2m_100": M2M_100,
+    "t5": T5,
+    "bart": BART,
+    "mbart": MBART,
 }
 
-# Fields that have no part in what a model computes, in any family: names, ids and quantization_config (read apart),
-# what training did, what classifiers on top of it need, and the settings of generation that older files keep here
-# (``generation_config``).
-NEUTRAL = frozenset(
+# Fields that do not change what a model of any family computes: names; token ids and quantization_config, which other
+# code reads; settings of training and of classifiers; and settings of generation, which older files keep in config.json
+# (``inference.generation_config`` reads those).
+IGNORED_FIELDS = frozenset(
     "_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures auto_map bos_token_id "
     "cache_implementation chunk_size_feed_forward classif_dropout classifier_dropout cross_attention_hidden_size "
     "decoder_layerdrop decoder_start_token_id dtype encoder_layerdrop eos_token_id finetuning_task "
@@ -53,15 +60,15 @@ NEUTRAL = frozenset(
 
 
 def markdown() -> str:
-    """The table of README: what each family is called, and what sets its models apart from the defaults of ours."""
+    """The table of README.md: for each family, the fields that all its models have and that are not our defaults."""
     lines = ["| `model_type` | class in transformers | what its models have, in our terms |", "|---|---|---|"]
-    for kind, family in FAMILIES.items():
-        default, told = family.config(), {}
+    for model_type, family in FAMILIES.items():
+        default, fixed = family.config_class(), {}
         for field in family.fields:
-            if not field.theirs:
-                told |= field.read({})
-        shown = [f"`{name}={value}`" for name, value in sorted(told.items()) if value != getattr(default, name)]
-        lines.append(f"| {kind} | `{family.architecture}` | {', '.join(shown) or 'the defaults'} |")
+            if not field.hf_defaults:
+                fixed |= field.from_hf({})
+        shown = [f"`{name}={value}`" for name, value in sorted(fixed.items()) if value != getattr(default, name)]
+        lines.append(f"| {model_type} | `{family.architecture}` | {', '.join(shown) or 'the defaults'} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer as the metadata of a GGUF file: byte-level BPE, and the BPE of SentencePiece, as llama.cpp runs them."""
+"""The tokenizer of a GGUF file: byte-level BPE or the BPE of SentencePiece, as metadata that llama.cpp reads."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
-_PATTERNS = {  # regular expression that splits the text -> what llama.cpp calls it
+_PATTERNS = {  # regular expression that splits the text -> llama.cpp's name for it
     _LLAMA3: "llama-bpe",
     _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2",
 }
 
 
 def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
-    """What llama.cpp must know to encode and decode; ``rows`` is how many embeddings the model has.
+    """The key-value pairs with which llama.cpp encodes and decodes. ``rows`` is the number of the model's embeddings.
 
-    UserError where it has no such tokenizer.
+    Raises:
+        UserError: llama.cpp has no such tokenizer.
     """
-    with tempfile.TemporaryDirectory() as place:
-        tokenizer.save(place)
-        path = Path(place) / "tokenizer.json"
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save(directory)
+        path = Path(directory) / "tokenizer.json"
         spec = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"model": {"type": "SentencePiece"}}
     model = spec["model"]
     if model["type"] != "BPE":
@@ -51,13 +52,13 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     for role, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (index := getattr(tokenizer, f"{role}_id")) is not None:
             out[f"tokenizer.ggml.{name}_token_id"] = index
-    framed, plain = tokenizer.encode_prompt("a"), tokenizer.encode("a")
-    out["tokenizer.ggml.add_bos_token"] = framed[: len(framed) - len(plain)] == [tokenizer.bos_id]
+    prompt, plain = tokenizer.encode_prompt("a"), tokenizer.encode("a")
+    out["tokenizer.ggml.add_bos_token"] = prompt[: len(prompt) - len(plain)] == [tokenizer.bos_id]
     return {name: value for name, value in out.items() if value != []}
 
 
 def _splitter(spec: dict[str, Any]) -> str:
-    """What llama.cpp calls the way in which text is split before it is merged."""
+    """llama.cpp's name for the way in which text is split before merges."""
     if (spec.get("normalizer") or {}).get("type") not in (None, "NFC"):
         raise UserError(f"llama.cpp has no normalizer {spec['normalizer']['type']!r} before byte-level BPE")
     before = spec.get("pre_tokenizer") or {}
@@ -73,12 +74,13 @@ def _splitter(spec: dict[str, Any]) -> str:
 
 
 def _sentencepiece(spec: dict[str, Any], tokens: list[str], kinds: list[int]) -> dict[str, Any]:
-    """Merges become scores: the earlier a merge, the higher that of what it makes."""
+    """The pairs of a SentencePiece tokenizer. Merges become scores: the earlier a merge, the higher the score of the
+    token that it makes."""
     model = spec["model"]
     scores = [0.0] * len(tokens)
     for rank, merge in enumerate(model["merges"]):
-        whole = "".join(merge.split(" ", 1) if isinstance(merge, str) else merge)
-        if (index := model["vocab"].get(whole)) is not None and not scores[index]:
+        token = "".join(merge.split(" ", 1) if isinstance(merge, str) else merge)
+        if (index := model["vocab"].get(token)) is not None and not scores[index]:
             scores[index] = -1.0 - rank
     for i, token in enumerate(tokens):
         if re.fullmatch(r"<0x[0-9A-F]{2}>", token):

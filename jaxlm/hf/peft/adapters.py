@@ -1,7 +1,8 @@
-"""LoRA adapters (arXiv:2106.09685) in the format of PEFT: a directory with adapter_config.json and its tensors.
+"""LoRA adapters (arXiv:2106.09685) in the format of PEFT: applying them to a model, and saving those of a model.
 
-An adapter names tensors as the Hugging Face family of its base model does; the family's table (``hf_maps``) says where
-they go here. The layers of one name become one leaf of a stack (``core.leaves.LoRA``), zero where a layer has none.
+An adapter names tensors as the Hugging Face family of its base model does, and the table of the family says to which
+parameters they belong here. The deltas of all layers become one leaf of a stack (``core.leaves.LoRA``), with zeros for
+layers that have none.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LoRA, QArray, column_norms, dequantize, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten, unflatten
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
-from jaxlm.hf.families.fields import Cut, Family
+from jaxlm.hf.config import family_of, with_defaults
+from jaxlm.hf.families.fields import Family, FusedSlice
 from jaxlm.hf.families.registry import FAMILIES
-from jaxlm.hf.peft.files import CONFIG, Adapter, Delta, read_adapter, write_adapter
-from jaxlm.hf.reader import Piece, complete, family_of, pieces
-from jaxlm.hf.writer import express, hf_config
+from jaxlm.hf.peft.adapter_files import ADAPTER_CONFIG, Adapter, LoraDelta, read_adapter, write_adapter
+from jaxlm.hf.tensor_map import HfTensor, tensors_of_param
+from jaxlm.hf.writer import simplest_hf_config, to_hf_config
 from jaxlm.nn.config import ModelConfig
 
-__all__ = ["CONFIG", "Adapter", "Delta", "apply_adapter", "read_adapter", "save_adapter"]
+__all__ = ["ADAPTER_CONFIG", "Adapter", "LoraDelta", "apply_adapter", "read_adapter", "save_adapter"]
 
 # Applying -------------------------------------------------------------------------------------------------------------
 
@@ -35,56 +37,71 @@ __all__ = ["CONFIG", "Adapter", "Delta", "apply_adapter", "read_adapter", "save_
 def apply_adapter(
     adapter: Adapter, config: ModelConfig, params: Params, fields: Mapping[str, Any] | None = None
 ) -> tuple[ModelConfig, Params]:
-    """The model with its adapter kept apart, in ``LoRA`` leaves (``core.leaves.merge_adapters`` merges them).
+    """The model with an adapter in ``LoRA`` leaves, which ``core.leaves.merge_adapters`` merges.
 
-    ``fields`` are those of the base model's config.json; without them the family is one that the configuration fits and
-    that has a place for each of the adapter's tensors. Where embeddings are tied and only the embedding or only the
-    head is adapted they become two, which is what PEFT computes. Whoever has a mesh puts the result on it.
+    Tied embeddings become two parameters where the adapter changes only the embedding or only the output head, because
+    PEFT computes that. The result is on no mesh.
 
-    UserError, naming the tensor, where the adapter is of another model.
+    Args:
+        adapter: the adapter.
+        config, params: the base model.
+        fields: the fields of its config.json. Without them, the family is one that can hold the model and that has a
+            place for every tensor of the adapter.
+
+    Raises:
+        UserError: the adapter belongs to another model; the message names the tensor.
     """
-    base = _base_of(adapter, config, params, fields)
+    base = _base_model(adapter, config, params, fields)
     leaves = flatten(base.params)
-    for name, array in {**adapter.replaced, **adapter.own}.items():
-        for path, piece in base.find(name):
-            leaves[path] = _replaced(adapter, base, name, array, leaves[path], piece)
-    found: dict[str, list[tuple[Piece, Delta]]] = {}
+    for name, array in {**adapter.base_layer_tensors, **adapter.saved_modules}.items():
+        for path, tensor in base.find(name):
+            leaves[path] = _replace_slice(adapter, base, name, array, leaves[path], tensor)
+    deltas: dict[str, list[tuple[HfTensor, LoraDelta]]] = {}
     for module, delta in adapter.deltas.items():
-        for path, piece in base.find(f"{module}.weight"):
-            part = _part(adapter, base, module, delta, path, leaves[path], piece)
-            found.setdefault(path, []).append((piece, part))
-    leaves |= {path: _stack(leaves[path], parts) for path, parts in found.items()}
+        for path, tensor in base.find(f"{module}.weight"):
+            part = _slice_delta(adapter, base, module, delta, path, leaves[path], tensor)
+            deltas.setdefault(path, []).append((tensor, part))
+    leaves |= {path: _stack(leaves[path], parts) for path, parts in deltas.items()}
     return base.config, unflatten(base.params, leaves)
 
 
 @dataclass(frozen=True)
-class _Base:
-    """A model as one of its family: which of our parameters each of the family's tensors goes to."""
+class _BaseModel:
+    """A model as one of its Hugging Face family.
+
+    - ``hf_fields`` are the fields of its config.json, defaults included.
+    - ``targets`` maps names of tensors to the parameters of ours that they fill, by path and part.
+    """
 
     family: Family
-    values: Mapping[str, Any]  # the fields of its config.json, defaults included
+    hf_fields: Mapping[str, Any]
     config: ModelConfig
     params: Params
-    places: Mapping[str, list[tuple[str, Piece]]]
+    targets: Mapping[str, list[tuple[str, HfTensor]]]
 
-    def find(self, name: str) -> list[tuple[str, Piece]]:
-        """Paths and pieces; none where the model has no such tensor. The prefix of the family may be lacking."""
-        return self.places.get(name) or self.places.get(self.family.prefix + name, [])
+    def find(self, name: str) -> list[tuple[str, HfTensor]]:
+        """The parameters that a tensor fills; none where the model has no such tensor. The name may lack the prefix of
+        the family."""
+        return self.targets.get(name) or self.targets.get(self.family.prefix + name, [])
 
-    def scale(self, piece: Piece) -> float:
-        return 1.0 if piece.tensor.scale is None else piece.tensor.scale(self.values)
+    def scale(self, tensor: HfTensor) -> float:
+        return 1.0 if tensor.spec.scale is None else tensor.spec.scale(self.hf_fields)
 
 
-def _base_of(
+def _base_model(
     adapter: Adapter, config: ModelConfig, params: Params, fields: Mapping[str, Any] | None
-) -> _Base:
-    """The model as one of the family in which all of the adapter's names have a place, untied where that must be."""
-    names = [*(f"{module}.weight" for module in adapter.deltas), *adapter.replaced, *adapter.own]
+) -> _BaseModel:
+    """The model as one of the first family that has a place for every name of the adapter, with untied embeddings where
+    the adapter asks for them."""
+    names = [
+        *(f"{module}.weight" for module in adapter.deltas), *adapter.base_layer_tensors, *adapter.saved_modules
+    ]
     lacking = names[:1]
-    for candidate in [fields] if fields is not None and fields.get("model_type") in FAMILIES else _expressions(config):
+    known = fields is not None and fields.get("model_type") in FAMILIES
+    for candidate in [fields] if known else _possible_configs(config):
         family = FAMILIES[candidate["model_type"]]
-        untied = _untie(family, adapter, config, params)
-        base = _Base(family, complete(family, candidate), *untied, _places(family, *untied))
+        untied = _untied(family, adapter, config, params)
+        base = _BaseModel(family, with_defaults(family, candidate), *untied, _targets(family, *untied))
         lacking = [name for name in names if not base.find(name)]
         if not lacking:
             return base
@@ -92,38 +109,38 @@ def _base_of(
     raise UserError(f"{adapter.file}: {what} no place in this model; the adapter is of another one")
 
 
-def _expressions(config: ModelConfig) -> Iterator[Mapping[str, Any]]:
-    """The config.json of the model in each family that it can be written as, with nothing added."""
+def _possible_configs(config: ModelConfig) -> Iterator[Mapping[str, Any]]:
+    """The config.json of the model in each family that can hold it without further parameters."""
     like = nn.abstract(config)[1]
-    for kind in FAMILIES:
+    for model_type in FAMILIES:
         try:
-            fields = hf_config(config, kind)
-            _places(FAMILIES[kind], config, like)
+            fields = to_hf_config(config, model_type)
+            _targets(FAMILIES[model_type], config, like)
         except UserError:
             continue
         yield fields
 
 
-def _places(family: Family, config: ModelConfig, params: Params) -> Mapping[str, list[tuple[str, Piece]]]:
-    """Tensor name -> our paths and pieces that are made of it. A tensor's own name goes before others' aliases."""
-    named: dict[str, list[tuple[str, Piece]]] = {}
-    aliased: dict[str, list[tuple[str, Piece]]] = {}
+def _targets(family: Family, config: ModelConfig, params: Params) -> Mapping[str, list[tuple[str, HfTensor]]]:
+    """See ``_BaseModel``. Where a name is also an alias of another tensor, the name counts."""
+    named: dict[str, list[tuple[str, HfTensor]]] = {}
+    aliased: dict[str, list[tuple[str, HfTensor]]] = {}
     for path, leaf in flatten(params).items():
-        for piece in pieces(family, config, path, leaf.shape):
-            named.setdefault(piece.name, []).append((path, piece))
-            for alias in piece.tensor.aliases:
-                aliased.setdefault(alias, []).append((path, piece))
+        for tensor in tensors_of_param(family, config, path, leaf.shape):
+            named.setdefault(tensor.name, []).append((path, tensor))
+            for alias in tensor.spec.aliases:
+                aliased.setdefault(alias, []).append((path, tensor))
     return aliased | named
 
 
-def _untie(family: Family, adapter: Adapter, config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """With a head of its own, equal to the embedding, where the adapter changes one of the two."""
+def _untied(family: Family, adapter: Adapter, config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The model with an output head of its own, equal to the embedding, where the adapter changes one of the two."""
     if not config.tie_embeddings:
         return config, params
     table = family.tensors["embed/table"]
-    ends = {family.head, table.named(config), *table.aliases}
-    ends |= {name.removeprefix(family.prefix) for name in ends}
-    if ends.isdisjoint({f"{module}.weight" for module in adapter.deltas} | set(adapter.own)):
+    names = {family.head, table.name_for(config), *table.aliases}
+    names |= {name.removeprefix(family.prefix) for name in names}
+    if names.isdisjoint({f"{module}.weight" for module in adapter.deltas} | set(adapter.saved_modules)):
         return config, params
     leaves = flatten(params)
     tied = leaves["embed/table"]
@@ -132,65 +149,69 @@ def _untie(family: Family, adapter: Adapter, config: ModelConfig, params: Params
     return config, unflatten(nn.abstract(config)[1], leaves | {"head/kernel": head})
 
 
-def _part(
-    adapter: Adapter, base: _Base, module: str, delta: Delta, path: str, leaf: Leaf, piece: Piece
-) -> Delta:
-    """The part of a module's delta that falls to one of our parameters."""
+def _slice_delta(
+    adapter: Adapter, base: _BaseModel, module: str, delta: LoraDelta, path: str, leaf: Leaf, tensor: HfTensor
+) -> LoraDelta:
+    """The part of a module's delta that belongs to one of our parameters."""
     n_in, n_out = leaf.shape[-2:]
-    found, due = (len(delta.a), delta.b.shape[1]), (n_in, _outputs(piece, base.config, n_out))
-    if found != due or delta.linear == path.endswith("/table"):
+    found, expected = (len(delta.a), delta.b.shape[1]), (n_in, _num_outputs(tensor, base.config, n_out))
+    if found != expected or delta.linear == path.endswith("/table"):
         raise UserError(
             f"{adapter.file}: the LoRA tensors of {module!r} are for {found[0]} inputs and {found[1]} outputs, the "
-            f"model's are {due[0]} and {due[1]}; the adapter is of another model"
+            f"model's are {expected[0]} and {expected[1]}; the adapter is of another model"
         )
-    scale, magnitude = base.scale(piece), delta.magnitude
-    b = _cut(piece.tensor.cut, base.config, delta.b.T).T
-    magnitude = None if magnitude is None else scale * _cut(piece.tensor.cut, base.config, magnitude)
+    scale, magnitude = base.scale(tensor), delta.magnitude
+    b = _extract(tensor.spec.fused, base.config, delta.b.T).T
+    magnitude = None if magnitude is None else scale * _extract(tensor.spec.fused, base.config, magnitude)
     return dataclasses.replace(delta, b=b, scale=scale * delta.scale, magnitude=magnitude)
 
 
-def _stack(leaf: Leaf, parts: list[tuple[Piece, Delta]]) -> LoRA:
-    """A leaf from the deltas of its layers; those of lower rank, and layers without, are filled up with zeros."""
+def _stack(leaf: Leaf, parts: list[tuple[HfTensor, LoraDelta]]) -> LoRA:
+    """A LoRA leaf from the deltas of its layers, with zeros for lower ranks and for layers without a delta."""
     *lead, n_in, n_out = leaf.shape
     rank = max(delta.a.shape[1] for _, delta in parts)
     a, b = np.zeros((*lead, n_in, rank), np.float32), np.zeros((*lead, rank, n_out), np.float32)
     scale, magnitude = np.zeros((*lead, 1, 1), np.float32), None
-    if any(delta.magnitude is not None for _, delta in parts):  # of layers without an adapter too
+    if any(delta.magnitude is not None for _, delta in parts):  # layers without a delta need their norms too
         magnitude = np.array(column_norms(dequantize(leaf, jnp.float32)))
-    for piece, delta in parts:
-        r = delta.a.shape[1]
-        a[piece.at][:, :r], b[piece.at][:r], scale[piece.at] = delta.a, delta.b, delta.scale
+    for tensor, delta in parts:
+        r, index = delta.a.shape[1], tensor.index
+        a[index][:, :r], b[index][:r], scale[index] = delta.a, delta.b, delta.scale
         if magnitude is not None:
-            magnitude[piece.at] = delta.magnitude
+            magnitude[index] = delta.magnitude
     return LoRA(leaf, *map(jnp.asarray, (a, b, scale)), None if magnitude is None else jnp.asarray(magnitude))
 
 
-def _replaced(adapter: Adapter, base: _Base, name: str, array: np.ndarray, leaf: Leaf, piece: Piece) -> Leaf:
-    """The parameter with one of its pieces taken from the adapter; it is dense then."""
-    tensor, shape = piece.tensor, leaf.shape[len(piece.at) :]
-    theirs = array.astype(np.float32)
-    theirs = theirs[0] if tensor.row and len(theirs) == 1 else theirs
-    theirs = theirs.T if tensor.transposed else theirs
-    due = (*shape[:-1], _outputs(piece, base.config, shape[-1]))
-    if theirs.shape != due:
-        due = due[::-1] if tensor.transposed else due
-        raise UserError(f"{adapter.file}: tensor {name!r} is {list(array.shape)}, the base model's is {list(due)}")
-    ours = np.moveaxis(_cut(tensor.cut, base.config, np.moveaxis(theirs, -1, 0)), 0, -1)
-    value = jnp.asarray(ours * base.scale(piece) + tensor.offset, leaf.dtype)
-    return (dequantize(leaf) if is_leaf(leaf) else leaf).at[piece.at].set(value) if piece.at else value
+def _replace_slice(
+    adapter: Adapter, base: _BaseModel, name: str, array: np.ndarray, leaf: Leaf, tensor: HfTensor
+) -> Leaf:
+    """The parameter, made dense, with the part that a tensor fills taken from the adapter."""
+    spec, shape = tensor.spec, leaf.shape[len(tensor.index) :]
+    stored = array.astype(np.float32)
+    stored = stored[0] if spec.as_row and len(stored) == 1 else stored
+    stored = stored.T if spec.transposed else stored
+    expected = (*shape[:-1], _num_outputs(tensor, base.config, shape[-1]))
+    if stored.shape != expected:
+        expected = expected[::-1] if spec.transposed else expected
+        raise UserError(
+            f"{adapter.file}: tensor {name!r} is {list(array.shape)}, the base model's is {list(expected)}"
+        )
+    ours = np.moveaxis(_extract(spec.fused, base.config, np.moveaxis(stored, -1, 0)), 0, -1)
+    value = jnp.asarray(ours * base.scale(tensor) + spec.offset, leaf.dtype)
+    return (dequantize(leaf) if is_leaf(leaf) else leaf).at[tensor.index].set(value) if tensor.index else value
 
 
-def _cut(cut: Cut | None, config: ModelConfig, outputs_first: np.ndarray) -> np.ndarray:
-    """Our rows of a tensor that may be fused."""
-    return outputs_first if cut is None else cut.take(config, outputs_first)
+def _extract(fused: FusedSlice | None, config: ModelConfig, outputs_first: np.ndarray) -> np.ndarray:
+    """The rows of one parameter in a stored tensor, which may fuse several."""
+    return outputs_first if fused is None else fused.extract(config, outputs_first)
 
 
-def _outputs(piece: Piece, config: ModelConfig, mine: int) -> int:
-    """Of the stored tensor of which ``mine`` are ours."""
-    return mine if piece.tensor.cut is None else sum(piece.tensor.cut.sizes(config))
+def _num_outputs(tensor: HfTensor, config: ModelConfig, ours: int) -> int:
+    """The number of outputs of the stored tensor, of which ``ours`` belong to one parameter."""
+    return ours if tensor.spec.fused is None else sum(tensor.spec.fused.sizes(config))
 
 
-# Writing --------------------------------------------------------------------------------------------------------------
+# Saving ---------------------------------------------------------------------------------------------------------------
 
 
 def save_adapter(
@@ -202,36 +223,33 @@ def save_adapter(
     base: str = "",
     tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """Writes the ``LoRA`` leaves of a model as a PEFT directory, which PEFT puts on the base model of that family.
+    """Writes the ``LoRA`` leaves of a model as a PEFT directory, which PEFT applies to the base model of that family.
+
+    Parameters that are one tensor of the family, such as the queries, keys and values of GPT-2, share one A there.
+    Where they have different ones here, the tensor gets the sum of their ranks.
 
     Args:
-        directory: made, with its parents; where it exists it must be empty or hold an adapter.
+        directory: is created, with its parents; where it exists it must be empty or hold an adapter.
         config, params: the model. Leaves that are not ``LoRA`` are not written.
-        fields: those of the base model's config.json; by default of the first family it can be (see ``hf_export``).
+        fields: the fields of the base model's config.json; by default of the simplest family that can hold the model.
         base: where the base model is: a directory, or ``hf://org/name``, maybe with ``@revision``.
-        tokenizer: is written beside it.
+        tokenizer: is written beside the adapter.
 
-    Parameters that are one tensor of the family, such as GPT-2's queries, keys and values, share one A; where theirs
-    differ, the tensor gets the sum of their ranks. UserError where nothing is adapted, or no family fits.
+    Returns:
+        The directory.
+
+    Raises:
+        UserError: no parameter has an adapter, or no family can hold the model.
     """
     directory = Path(directory).expanduser()
-    if directory.exists() and not (directory / CONFIG).is_file() and any(directory.iterdir()):
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / ADAPTER_CONFIG).is_file():
         raise UserError(f"{directory} exists and is not an adapter directory; choose another")
     if fields is None:
-        fields = express(config, exactly=False)
+        fields = simplest_hf_config(config, exact=False)
         if fields is None:
             raise UserError(f"no family of transformers can be this {config.kind} model, so an adapter has no names")
     family = family_of(fields)
-    base_model = _Base(family, complete(family, fields), config, params, {})
-    modules: dict[str, list[tuple[Piece, Delta]]] = {}
-    for path, leaf in flatten(params).items():
-        if isinstance(leaf, LoRA):
-            if isinstance(leaf.base, LoRA):
-                raise UserError(f"{path} has two adapters, one upon the other; merge the first before saving")
-            for piece in pieces(family, config, path, leaf.shape):
-                delta = _used(leaf, piece, base_model.scale(piece), linear=not path.endswith("/table"))
-                if delta is not None:
-                    modules.setdefault(piece.name.removesuffix(".weight"), []).append((piece, delta))
+    modules = _deltas_by_module(_BaseModel(family, with_defaults(family, fields), config, params, {}))
     if not modules:
         raise UserError("no parameter of this model has an adapter; there is nothing to save")
     base, _, revision = base.removeprefix("hf://").partition("@") if base.startswith("hf://") else (base, "", "")
@@ -239,41 +257,57 @@ def save_adapter(
         "base_model_name_or_path": base, "revision": revision or None,
         "task_type": "CAUSAL_LM" if config.kind == "decoder" else "SEQ_2_SEQ_LM",
         "fan_in_fan_out": any(
-            delta.linear and not piece.tensor.transposed for parts in modules.values() for piece, delta in parts
+            delta.linear and not tensor.spec.transposed for parts in modules.values() for tensor, delta in parts
         ),
     }
-    write_adapter(directory, settings, {module: _joined(config, parts) for module, parts in modules.items()}, tokenizer)
+    write_adapter(directory, settings, {module: _fuse(config, parts) for module, parts in modules.items()}, tokenizer)
     return directory
 
 
-def _used(leaf: LoRA, piece: Piece, scale: float, *, linear: bool) -> Delta | None:
-    """The delta of one layer without what fills it up; None where it has none."""
-    a, b, ours = (np.asarray(part[piece.at], np.float32) for part in (leaf.a, leaf.b, leaf.scale))
+def _deltas_by_module(base: _BaseModel) -> dict[str, list[tuple[HfTensor, LoraDelta]]]:
+    """The deltas of a model's ``LoRA`` leaves, by the names of the family's modules that they belong to."""
+    modules: dict[str, list[tuple[HfTensor, LoraDelta]]] = {}
+    for path, leaf in flatten(base.params).items():
+        if isinstance(leaf, LoRA):
+            if isinstance(leaf.base, LoRA):
+                raise UserError(f"{path} has two adapters, one upon the other; merge the first before saving")
+            for tensor in tensors_of_param(base.family, base.config, path, leaf.shape):
+                delta = _delta_of_layer(leaf, tensor, base.scale(tensor), linear=not path.endswith("/table"))
+                if delta is not None:
+                    modules.setdefault(tensor.name.removesuffix(".weight"), []).append((tensor, delta))
+    return modules
+
+
+def _delta_of_layer(leaf: LoRA, tensor: HfTensor, scale: float, *, linear: bool) -> LoraDelta | None:
+    """The delta of one layer without the zeros that pad its rank; None where the layer has none."""
+    a, b, ours = (np.asarray(part[tensor.index], np.float32) for part in (leaf.a, leaf.b, leaf.scale))
     used = np.flatnonzero(a.any(0) | b.any(1))
     if not len(used):
         return None
     rank = used[-1] + 1
-    magnitude = None if leaf.magnitude is None else np.asarray(leaf.magnitude[piece.at], np.float32)[0] / scale
-    return Delta(a[:, :rank], b[:rank], float(ours[0, 0]) / scale, linear, magnitude)
+    magnitude = leaf.magnitude
+    magnitude = None if magnitude is None else np.asarray(magnitude[tensor.index], np.float32)[0] / scale
+    return LoraDelta(a[:, :rank], b[:rank], float(ours[0, 0]) / scale, linear, magnitude)
 
 
-def _joined(config: ModelConfig, parts: list[tuple[Piece, Delta]]) -> Delta:
-    """The delta of a tensor of the family from those of the parameters that are cut from it."""
+def _fuse(config: ModelConfig, parts: list[tuple[HfTensor, LoraDelta]]) -> LoraDelta:
+    """The delta of a stored tensor from those of the parameters that it fuses."""
     first, delta = parts[0]
-    if first.tensor.cut is None:
+    fused = first.spec.fused
+    if fused is None:
         return delta
-    one = all(np.array_equal(each.a, delta.a) and each.scale == delta.scale for _, each in parts)
-    a = delta.a if one else np.concatenate([each.a for _, each in parts], 1)
-    b = np.zeros((sum(first.tensor.cut.sizes(config)), a.shape[1]), np.float32)
+    shared = all(np.array_equal(each.a, delta.a) and each.scale == delta.scale for _, each in parts)
+    a = delta.a if shared else np.concatenate([each.a for _, each in parts], 1)
+    b = np.zeros((sum(fused.sizes(config)), a.shape[1]), np.float32)
     magnitude = None if delta.magnitude is None else np.full(len(b), np.nan, np.float32)
     start = 0
-    for piece, each in parts:
+    for tensor, each in parts:
         rank = each.a.shape[1]
-        rows = _cut(piece.tensor.cut, config, np.arange(len(b)))
+        rows = _extract(tensor.spec.fused, config, np.arange(len(b)))
         if magnitude is not None:
             magnitude[rows] = each.magnitude
-        b[rows, start : start + rank] = each.b.T if one else each.b.T * each.scale
-        start += 0 if one else rank
+        b[rows, start : start + rank] = each.b.T if shared else each.b.T * each.scale
+        start += 0 if shared else rank
     if magnitude is not None and np.isnan(magnitude).any():
         raise UserError(f"{first.name} is fused in this family, and DoRA adapts a part of it; let its target match all")
-    return Delta(a, b.T, delta.scale if one else 1.0, delta.linear, magnitude)
+    return LoraDelta(a, b.T, delta.scale if shared else 1.0, delta.linear, magnitude)

@@ -1,13 +1,13 @@
 """Writing a compressed model in the compressed-tensors layout, which transformers and vLLM load.
 
-See ``hf.quantized.compressed_tensors`` for the layout. Codes and scales are written as they are, so what is loaded is the
-same model; a representation that the layout does not have is refused, with the nearest that it has.
+``hf.quantized.compressed_tensors`` describes the layout. Codes and scales are written unchanged. A representation that
+the layout does not have is an error that names the nearest recipe.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,55 +17,56 @@ import numpy as np
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import Codebook, LowRank, QArray, is_leaf
 from jaxlm.hf.families.registry import FAMILIES
-from jaxlm.hf.quantized.compressed_tensors import Scheme
-from jaxlm.hf.quantized.matrices import pack_words
-from jaxlm.hf.tensor_files import Lazy
-from jaxlm.hf.writer import Part, Plan, joined
+from jaxlm.hf.quantized.compressed_tensors_scheme import Scheme
+from jaxlm.hf.quantized.packing import pack_int32
+from jaxlm.hf.tensor_files import LazyTensor
+from jaxlm.hf.writer import ExportPlan, ParamSlice
 
-__all__ = ["compressed_tensors"]
+__all__ = ["to_compressed_tensors"]
 
 _FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
-Tensors = dict[str, np.ndarray | Lazy]
+Tensors = dict[str, np.ndarray | LazyTensor]
 
 
-def compressed_tensors(plan: Plan, kind: str, dtype: np.dtype) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of the file and the ``quantization_config`` of a model that is written by ``plan`` as a ``kind``.
+def to_compressed_tensors(plan: ExportPlan, model_type: str, dtype: np.dtype) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of the file and the ``quantization_config`` of a model that ``plan`` writes as a ``model_type``.
 
-    What is dense, and scales, are of the type ``dtype``. Where nothing is quantized but weights are pruned, they are
-    stored as a bit mask and the values that are not zero.
+    Dense tensors and scales get the type ``dtype``. Where nothing is quantized but weights are pruned, they are stored
+    as a bit mask and the values that are not zero.
 
-    UserError where the layout does not have a representation of the model's, or nothing is compressed.
+    Raises:
+        UserError: the layout does not have a representation of the model's, or nothing is compressed.
     """
-    schemes = {name: _scheme(found) for name, found in plan.parts.items()}
+    schemes = {name: _scheme(slices) for name, slices in plan.slices.items()}
     quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
     if not quantized:
         return _sparse(plan, dtype)
     _check_groups(plan, quantized)
     tensors: Tensors = {}
-    for name in plan.parts:
+    for name in plan.slices:
         if name in quantized:
             tensors |= _matrix(plan, name, quantized[name], dtype)
         else:
-            tensors[name] = plan.lazy(name, dtype)
-    return tensors, _config(quantized, _linears(plan, kind))
+            tensors[name] = plan.dense_tensor(name, dtype)
+    return tensors, _config(quantized, _linear_maps(plan, model_type))
 
 
-def _linears(plan: Plan, kind: str) -> list[str]:
-    """The linear maps that transformers sees, the output head included, tied or not."""
-    names = {name for name, found in plan.parts.items() if found[0].path.endswith("/kernel")}
-    return sorted(names | {FAMILIES[kind].head})
+def _linear_maps(plan: ExportPlan, model_type: str) -> list[str]:
+    """The names of the linear maps that transformers sees, which include the output head, tied or not."""
+    names = {name for name, slices in plan.slices.items() if slices[0].path.endswith("/kernel")}
+    return sorted(names | {FAMILIES[model_type].head})
 
 
-def _scheme(found: list[Part]) -> Scheme | None:
-    """How a tensor of the file is quantized; None where it is dense. UserError where the layout has no such thing."""
-    schemes = {_part_scheme(part) for part in found}
+def _scheme(slices: list[ParamSlice]) -> Scheme | None:
+    """How a tensor of the file is quantized; None where it is dense."""
+    schemes = {_slice_scheme(part) for part in slices}
     if len(schemes) > 1:
-        names = ", ".join(part.path for part in found)
+        names = ", ".join(part.path for part in slices)
         raise UserError(f"{names} are one matrix in this family and must be quantized alike, for compressed-tensors")
     return schemes.pop()
 
 
-def _part_scheme(part: Part) -> Scheme | None:
+def _slice_scheme(part: ParamSlice) -> Scheme | None:
     leaf = part.leaf
     if not is_leaf(leaf):
         return None
@@ -79,7 +80,7 @@ def _part_scheme(part: Part) -> Scheme | None:
         raise UserError(f"{part.path} is quantized; for compressed-tensors leave embeddings dense in the recipe")
     if "/experts/" in part.path:
         raise UserError(f"{part.path} is quantized; transformers reads experts dense only: leave them so in the recipe")
-    if not part.tensor.transposed:
+    if not part.spec.transposed:
         raise UserError(f"{part.path} is stored as a Conv1D in this family, which compressed-tensors does not quantize")
     activations = "" if not leaf.act_bits else "dynamic" if leaf.act_scale is None else "static"
     floats = leaf.codes.dtype == _FLOAT8
@@ -87,9 +88,9 @@ def _part_scheme(part: Part) -> Scheme | None:
     return Scheme(leaf.bits, floats, leaf.zero is None, leaf.group, 1, strategy, activations)
 
 
-def _check_groups(plan: Plan, quantized: Mapping[str, Scheme]) -> None:
-    """UserError where the inputs of a matrix are no whole number of groups."""
-    inputs = {name: plan.parts[name][0].shape[0] for name, scheme in quantized.items() if scheme.group}
+def _check_groups(plan: ExportPlan, quantized: Mapping[str, Scheme]) -> None:
+    """Raises UserError where the inputs of a matrix are not a whole number of groups."""
+    inputs = {name: plan.slices[name][0].shape[0] for name, scheme in quantized.items() if scheme.group}
     for name, n_in in inputs.items():
         group = quantized[name].group
         if n_in % group:
@@ -97,26 +98,27 @@ def _check_groups(plan: Plan, quantized: Mapping[str, Scheme]) -> None:
             power = common & -common  # the largest power of two that divides it
             near = f"-g{power}" if power >= 16 else "-channel"
             raise UserError(
-                f"{plan.parts[name][0].path} has {n_in} inputs, which are not whole groups of {group}, as "
+                f"{plan.slices[name][0].path} has {n_in} inputs, which are not whole groups of {group}, as "
                 f"compressed-tensors asks for; the nearest recipe ends in {near} instead of -g{group}"
             )
 
 
-def _matrix(plan: Plan, name: str, scheme: Scheme, dtype: np.dtype) -> Tensors:
-    """The tensors that a quantized matrix is stored as."""
-    module, parts = name.removesuffix(".weight"), plan.parts[name]
-    n_in, n_out = parts[0].shape[0], sum(part.shape[1] for part in parts)
+def _matrix(plan: ExportPlan, name: str, scheme: Scheme, dtype: np.dtype) -> Tensors:
+    """The tensors that store a quantized matrix."""
+    module, slices = _module(name), plan.slices[name]
+    n_in, n_out = slices[0].shape[0], sum(part.shape[1] for part in slices)
     groups = n_in // scheme.group if scheme.group else 1
     half = 2 ** (scheme.bits - 1)
 
-    def lazy(shape: tuple[int, ...], dtype: Any, make) -> Lazy:
-        return Lazy(shape, np.dtype(dtype), lambda: np.ascontiguousarray(make(joined(plan, name))).astype(dtype))
+    def lazy(shape: tuple[int, ...], dtype: Any, make: Callable[[QArray], np.ndarray]) -> LazyTensor:
+        dtype = np.dtype(dtype)
+        return LazyTensor(shape, dtype, lambda: np.ascontiguousarray(make(plan.quantized_matrix(name))).astype(dtype))
 
     def packed(codes: np.ndarray) -> np.ndarray:
-        return pack_words((codes.astype(np.int16) + half).astype(np.uint8), scheme.bits)
+        return pack_int32((codes.astype(np.int16) + half).astype(np.uint8), scheme.bits)
 
     tensors: Tensors = {f"{module}.weight_scale": lazy((n_out, groups), dtype, lambda leaf: leaf.scale)}
-    if scheme.layout == "pack-quantized":
+    if scheme.format == "pack-quantized":
         tensors[f"{module}.weight_packed"] = lazy(
             (n_out, -(-n_in * scheme.bits // 32)), np.int32, lambda leaf: packed(leaf.codes)
         )
@@ -131,36 +133,37 @@ def _matrix(plan: Plan, name: str, scheme: Scheme, dtype: np.dtype) -> Tensors:
     if not scheme.symmetric:
         tensors[f"{module}.weight_zero_point"] = lazy((n_out, groups), np.int8, lambda leaf: leaf.zero)
     if scheme.activations == "static":
-        tensors[f"{module}.input_scale"] = Lazy((1,), dtype, partial(_input_scale, parts, dtype))
+        tensors[f"{module}.input_scale"] = LazyTensor((1,), dtype, partial(_input_scale, slices, dtype))
     return tensors
 
 
-def _input_scale(parts: list[Part], dtype: np.dtype) -> np.ndarray:
-    scales = {float(np.asarray(part.get().act_scale).item()) for part in parts}
+def _input_scale(slices: list[ParamSlice], dtype: np.dtype) -> np.ndarray:
+    scales = {float(np.asarray(part.get().act_scale).item()) for part in slices}
     if len(scales) > 1:
-        raise UserError(f"{parts[0].path} and what is stored with it round their activations by different scales")
+        names = ", ".join(part.path for part in slices)
+        raise UserError(f"{names} are one matrix in this family, but their activations have different scales")
     return np.array([scales.pop()], dtype)
 
 
-def _config(quantized: Mapping[str, Scheme], linears: list[str]) -> dict[str, Any]:
-    """``quantization_config``: one group a scheme. A single one is for all linear maps but those that are ignored;
-    several name their modules."""
+def _config(quantized: Mapping[str, Scheme], linear_maps: list[str]) -> dict[str, Any]:
+    """``quantization_config``, with a group for each scheme. A single group is for all linear maps that are not
+    ignored; several groups name their modules."""
     schemes = list(dict.fromkeys(quantized.values()))
     modules = {scheme: [_module(name) for name in quantized if quantized[name] == scheme] for scheme in schemes}
     groups = {
         f"group_{i}": {"targets": ["Linear"] if len(schemes) == 1 else modules[scheme], **scheme.to_json()}
         for i, scheme in enumerate(schemes)
     }
-    layouts = {scheme.layout for scheme in schemes}
-    # transformers lays out its modules without packing their zero points (compressed-tensors 0.18 to 0.20), and then
-    # fails on them, unless it is told to expand the weights while it loads; but then it knows of one group only.
-    packed_zeros = any(scheme.layout == "pack-quantized" and not scheme.symmetric for scheme in schemes)
+    formats = {scheme.format for scheme in schemes}
+    # With compressed-tensors 0.18 to 0.20, transformers allocates zero points that are not packed, and then fails to
+    # load packed ones. It works with "dequantize", which expands weights on loading, but then only one group may exist.
+    packed_zeros = any(scheme.format == "pack-quantized" and not scheme.symmetric for scheme in schemes)
     more = {"dequantize": True} if packed_zeros and len(schemes) == 1 else {}
     return {
         **more,
-        "quant_method": "compressed-tensors", "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
+        "quant_method": "compressed-tensors", "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed", "config_groups": groups, "global_compression_ratio": None,
-        "ignore": [_module(name) for name in linears if name not in quantized], "kv_cache_scheme": None,
+        "ignore": [_module(name) for name in linear_maps if name not in quantized], "kv_cache_scheme": None,
     }
 
 
@@ -171,12 +174,12 @@ def _module(name: str) -> str:
 # Pruned models --------------------------------------------------------------------------------------------------------
 
 
-def _sparse(plan: Plan, dtype: np.dtype) -> tuple[Tensors, dict[str, Any]]:
-    """The model with masks for the matrices that they make smaller; 2:4 ones where all of them are."""
+def _sparse(plan: ExportPlan, dtype: np.dtype) -> tuple[Tensors, dict[str, Any]]:
+    """The model with a bit mask for each matrix that it makes smaller, in the 2:4 format where all of them are 2:4."""
     masked = {}
-    for name, found in plan.parts.items():
-        if found[0].path.endswith("/kernel") and found[0].tensor.transposed:
-            zero = plan.lazy(name, dtype).make() == 0
+    for name, slices in plan.slices.items():
+        if slices[0].path.endswith("/kernel") and slices[0].spec.transposed:
+            zero = plan.dense_tensor(name, dtype).make() == 0
             if zero.mean() > 1 / 8 / dtype.itemsize:
                 masked[name] = _two_of_four(zero), 1 - zero.mean()
     if not masked:
@@ -184,14 +187,15 @@ def _sparse(plan: Plan, dtype: np.dtype) -> tuple[Tensors, dict[str, Any]]:
     structured = all(two_of_four for two_of_four, _ in masked.values())
     layout = "sparse-24-bitmask" if structured else "sparse-bitmask"
     tensors: Tensors = {}
-    for name in plan.parts:
-        tensors |= _masked(plan, name, structured, dtype) if name in masked else {name: plan.lazy(name, dtype)}
-    kept = {name: math.prod(plan.lazy(name, dtype).shape) * share for name, (_, share) in masked.items()}
-    total = sum(math.prod(plan.lazy(name, dtype).shape) for name in masked)
-    kernels = [name for name, found in plan.parts.items() if found[0].path.endswith("/kernel")]
+    for name in plan.slices:
+        dense = plan.dense_tensor(name, dtype)
+        tensors |= _masked(name, dense.make(), structured) if name in masked else {name: dense}
+    sizes = {name: math.prod(plan.dense_tensor(name, dtype).shape) for name in masked}
+    kept = sum(sizes[name] * share for name, (_, share) in masked.items())
+    kernels = [name for name, slices in plan.slices.items() if slices[0].path.endswith("/kernel")]
     return tensors, {
         "quant_method": "compressed-tensors", "sparsity_config": {
-            "format": layout, "global_sparsity": 1 - sum(kept.values()) / total,
+            "format": layout, "global_sparsity": 1 - kept / sum(sizes.values()),
             "sparsity_structure": "2:4" if structured else "unstructured", "targets": ["Linear"],
             "ignore": sorted({_module(name) for name in kernels if name not in masked} | {"lm_head"}),
         },
@@ -202,10 +206,10 @@ def _two_of_four(zero: np.ndarray) -> bool:
     return zero.shape[1] % 4 == 0 and bool((zero.reshape(-1, 4).sum(-1) >= 2).all())
 
 
-def _masked(plan: Plan, name: str, structured: bool, dtype: np.dtype) -> Tensors:
-    module, dense = _module(name), plan.lazy(name, dtype).make()
-    kept = dense != 0
-    if structured:  # two of every four, some of them zeros
+def _masked(name: str, dense: np.ndarray, structured: bool) -> Tensors:
+    """The tensors that store a pruned matrix."""
+    module, kept = _module(name), dense != 0
+    if structured:  # exactly two of every four are stored, even if some of these are zero
         fours = np.argsort(~kept.reshape(-1, 4), axis=-1, kind="stable")[:, :2]
         kept = np.zeros((len(fours), 4), bool)
         np.put_along_axis(kept, fours, True, axis=-1)

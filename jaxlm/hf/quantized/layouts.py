@@ -1,36 +1,56 @@
-"""Opening the weights of a Hugging Face directory, quantized ones included: by what made them, a layout."""
+"""Opening the weights of a Hugging Face directory, dense or in one of the quantized layouts.
+
+To add a layout, write a file that finds its matrices and give it a line in ``LAYOUTS``.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.hf.quantized.compressed_tensors import find_compressed
-from jaxlm.hf.quantized.gptq_awq import find_awq, find_gptq
-from jaxlm.hf.quantized.matrices import Matrix, MatrixFiles
+from jaxlm.hf.quantized.awq import awq_matrices
+from jaxlm.hf.quantized.compressed_tensors import compressed_tensors_matrices
+from jaxlm.hf.quantized.gptq import gptq_matrices
+from jaxlm.hf.quantized.matrix import QuantizedMatrix, QuantizedTensorFiles
 from jaxlm.hf.tensor_files import TensorFiles
 
-__all__ = ["open_weights"]
+__all__ = ["LAYOUTS", "open_weights"]
 
-_METHODS = ("compressed-tensors", "gptq", "awq")
+Matrices = dict[str, QuantizedMatrix]  # by the names that they have in the dense model
+
+# quant_method of quantization_config -> what finds the quantized matrices in files with that configuration.
+LAYOUTS: dict[str, Callable[[TensorFiles, Mapping[str, Any]], Matrices]] = {
+    "compressed-tensors": compressed_tensors_matrices,
+    "gptq": gptq_matrices,
+    "awq": awq_matrices,
+}
 
 
-def open_weights(directory: Path, quantization: Any) -> tuple[MatrixFiles, list[str]]:
-    """The weights of a directory whose config.json has this quantization_config (None: dense), and notes on them.
+def open_weights(directory: Path, quantization: Any) -> tuple[QuantizedTensorFiles, list[str]]:
+    """Opens the weights of a directory.
 
-    UserError where the layout is not known, or its tensors do not fit each other.
+    Args:
+        directory: has the weights.
+        quantization: the quantization_config of its config.json; None where it has none and the weights are dense.
+
+    Returns:
+        The files, and notes on what is read in another way than it is stored.
+
+    Raises:
+        UserError: the layout is not supported, or its tensors do not fit each other.
     """
     files = TensorFiles(directory)
     if quantization is None:
-        return MatrixFiles(files, {}), []
+        return QuantizedTensorFiles(files, {}), []
     try:
-        matrices, notes = _find(files, quantization)
-        kept = Counter(matrix.note for matrix in matrices.values() if matrix.note)
-        notes += [f"{count} quantized matrices are read as dense: {reason}" for reason, count in kept.items()]
-        return MatrixFiles(files, matrices), notes
+        matrices = _find_matrices(files, quantization)
+        notes = ["kv_cache_scheme: keys and values are not quantized"] if quantization.get("kv_cache_scheme") else []
+        reasons = Counter(matrix.dense_reason for matrix in matrices.values() if matrix.dense_reason)
+        notes += [f"{count} quantized matrices are read as dense: {reason}" for reason, count in reasons.items()]
+        return QuantizedTensorFiles(files, matrices), notes
     except UserError as error:
         if str(directory) in str(error):
             raise
@@ -40,14 +60,10 @@ def open_weights(directory: Path, quantization: Any) -> tuple[MatrixFiles, list[
         raise UserError(f"{directory / 'config.json'}: quantization_config makes no sense ({reason})") from None
 
 
-def _find(files: TensorFiles, quantization: Any) -> tuple[dict[str, Matrix], list[str]]:
+def _find_matrices(files: TensorFiles, quantization: Any) -> Matrices:
     if not isinstance(quantization, Mapping):
         raise UserError(f"it is {quantization!r}, not an object with named fields")
     method = quantization.get("quant_method")
-    if method == "compressed-tensors":
-        return find_compressed(files, quantization)
-    if method == "gptq":
-        return find_gptq(files, quantization), []
-    if method == "awq":
-        return find_awq(files, quantization), []
-    raise UserError(f"quant_method = {method!r} is not supported; only {', '.join(_METHODS)}")
+    if not isinstance(method, str) or method not in LAYOUTS:
+        raise UserError(f"quant_method = {method!r} is not supported; only {', '.join(LAYOUTS)}")
+    return LAYOUTS[method](files, quantization)

@@ -13,7 +13,7 @@ from jaxlm.compression.prune.units import refit, remaining
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, map_params
 from jaxlm.hf.directory import read_model, write_model
-from jaxlm.hf.writer import express, hf_config
+from jaxlm.hf.writer import simplest_hf_config, to_hf_config
 from tests.compression.models import assert_whole, logits, make
 
 
@@ -281,7 +281,7 @@ def test_pruned_models_are_saved_as_those_of_their_family(tmp_path, name, kind):
     config, params = drop_layers(*prune_ffn(config, params, 0.25), [1])
     if kind == "llama":
         config, params = prune_heads(config, params, 0.5)
-    assert hf_config(config, kind) and express(config, exactly=False)
+    assert to_hf_config(config, kind) and simplest_hf_config(config, exactly=False)
     write_model(tmp_path / "model", config, params, None)
     back_config, back, _, _ = read_model(tmp_path / "model")
     assert (back_config.d_ffn, back_config.heads, back_config.d_head) == (config.ffn, config.heads, config.d_head)

@@ -9,7 +9,7 @@ from jaxlm.compression.prune.width import prune_width
 from jaxlm.compression.residual_stream import input_norm, learned_positions, role
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, map_params
-from jaxlm.hf.writer import hf_config
+from jaxlm.hf.writer import to_hf_config
 from tests.compression.models import assert_whole, logits, make
 
 EXACT = ["llama", "untied", "post-norm", "gemma", "olmo2", "gemma3", "neox", "qwen3-moe", "gpt2", "seq2seq-pre-norm",
@@ -88,6 +88,6 @@ def test_a_narrower_gpt2_with_fewer_heads_is_a_gpt2():
     config, params = make("gpt2", position_offset=0)
     config, params = prune_width(*prune_heads(config, params, 0.25), 0.25, multiple=4)
     assert_whole(config, params)
-    assert hf_config(config, "gpt2")["n_embd"] == 12
+    assert to_hf_config(config, "gpt2")["n_embd"] == 12
     with pytest.raises(UserError, match="cannot be written as gpt2"):
-        hf_config(prune_width(config, params, 0.3, multiple=4)[0], "gpt2")
+        to_hf_config(prune_width(config, params, 0.3, multiple=4)[0], "gpt2")

@@ -17,7 +17,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import dequantize_tree
 from jaxlm.core.tree import flatten, map_params
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
-from jaxlm.hf.gguf.container import BLOCKS, TYPES, encode_codes, encode_values
+from jaxlm.hf.gguf.ggml_types import CODE_TYPES, GGML_TYPES, encode_codes, encode_values
 from jaxlm.model import LM
 from jaxlm.nn.config import DecoderConfig, RopeScaling
 
@@ -38,7 +38,7 @@ QWEN3 = dataclasses.replace(CONFIG, qk_norm="head", head_dim=32)
 def decode(kind, data, count):
     """Float64 weights of whole blocks, one at a time."""
     out = []
-    size = TYPES[kind].bytes
+    size = GGML_TYPES[kind].block_bytes
     for start in range(0, len(data), size):
         block = bytes(data[start : start + size])
         if kind in ("F32", "F16"):
@@ -51,7 +51,7 @@ def decode(kind, data, count):
             fifth = struct.unpack("<I", block[2:6])[0] if kind == "Q5_0" else 0
             nibbles = block[-16:]
             codes = [byte & 15 for byte in nibbles] + [byte >> 4 for byte in nibbles]
-            out += [d * (code + (fifth >> i & 1) * 16 + TYPES[kind].low) for i, code in enumerate(codes)]
+            out += [d * (code + (fifth >> i & 1) * 16 + GGML_TYPES[kind].min_code) for i, code in enumerate(codes)]
         else:
             (m,), packed, nibbles = struct.unpack("<e", block[2:4]), block[4:16], block[16:]
             for i in range(8):
@@ -95,11 +95,11 @@ def read(path):
         name, rank = text(), take("I")
         table.append((name, [take("Q") for _ in range(rank)][::-1], take("I"), take("Q")))
     start = at + -at % 32
-    kinds = {block.number: kind for kind, block in TYPES.items()}
+    kinds = {block.number: kind for kind, block in GGML_TYPES.items()}
     out = {}
     for name, shape, number, offset in table:
         kind, count = kinds[number], int(np.prod(shape))
-        size = count // TYPES[kind].weights * TYPES[kind].bytes
+        size = count // GGML_TYPES[kind].block_weights * GGML_TYPES[kind].block_bytes
         assert offset % 32 == 0
         out[name] = kind, decode(kind, data[start + offset : start + offset + size], count).reshape(shape)
     return metadata, out
@@ -108,18 +108,18 @@ def read(path):
 # Blocks ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", CODE_TYPES)
 def test_codes_are_kept(kind):
     rng = np.random.default_rng(0)
-    codes = rng.integers(TYPES[kind].low, TYPES[kind].high + 1, (3, 64))
+    codes = rng.integers(GGML_TYPES[kind].min_code, GGML_TYPES[kind].max_code + 1, (3, 64))
     scale = rng.random((3, 2)).astype(np.float16)
     data = encode_codes(kind, codes, scale)
-    assert data.shape == (3, 2 * TYPES[kind].bytes)
+    assert data.shape == (3, 2 * GGML_TYPES[kind].block_bytes)
     for row, code, step in zip(data, codes, scale.astype(np.float64), strict=True):
         np.testing.assert_array_equal(decode(kind, row, 64), code * np.repeat(step, 32))
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", GGML_TYPES)
 def test_values_are_rounded_to_the_nearest(kind):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(4, 512)).astype(np.float32)

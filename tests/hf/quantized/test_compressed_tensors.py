@@ -26,8 +26,10 @@ from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import Codebook, LowRank, QArray, dequantize_tree
 from jaxlm.core.tree import flatten, map_params
-from jaxlm.hf.quantized.compressed_tensors import Scheme, find_compressed
-from jaxlm.hf.quantized.matrices import matrix_values, pack_words, unpack_words
+from jaxlm.hf.quantized.compressed_tensors import compressed_tensors_matrices
+from jaxlm.hf.quantized.compressed_tensors_scheme import Scheme
+from jaxlm.hf.quantized.matrix import dequantize_matrix
+from jaxlm.hf.quantized.packing import pack_int32, unpack_int32
 from jaxlm.hf.tensor_files import TensorFiles
 from jaxlm.model import LM
 from jaxlm.nn.config import DecoderConfig
@@ -48,7 +50,7 @@ TOKENS = np.random.default_rng(1).integers(0, 40, (2, 9))
 
 def config_of(scheme, *targets):
     return {
-        "quant_method": "compressed-tensors", "format": scheme.layout, "quantization_status": "compressed",
+        "quant_method": "compressed-tensors", "format": scheme.format, "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": list(targets or ("Linear",)), **scheme.to_json()}}, "ignore": [],
     }
 
@@ -73,12 +75,12 @@ def test_what_the_package_writes_is_read(name, tmp_path):
     tensors, weight = golden()[name]
     save_file({f"a.b.{part}": array for part, array in tensors.items()}, tmp_path / "model.safetensors")
     files = TensorFiles(tmp_path)
-    matrices, notes = find_compressed(files, config_of(CASES[name]))
+    matrices = compressed_tensors_matrices(files, config_of(CASES[name]))
     (found, matrix), = matrices.items()
-    assert (found, matrix.shape, notes) == ("a.b.weight", weight.shape, [])
+    assert (found, matrix.shape) == ("a.b.weight", weight.shape)
     leaf = matrix.read()
-    np.testing.assert_array_equal(matrix_values(leaf), weight)
-    assert set(matrix.parts) == set(files)
+    np.testing.assert_array_equal(dequantize_matrix(leaf), weight)
+    assert set(matrix.stored_names) == set(files)
     assert leaf.codes.dtype == (ml_dtypes.float8_e4m3fn if CASES[name].floats else np.int8)
     if CASES[name].activations == "static":
         np.testing.assert_array_equal(leaf.act_scale, [[0.125]])
@@ -87,12 +89,12 @@ def test_what_the_package_writes_is_read(name, tmp_path):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_words_hold_each_rows_bits_in_order(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (3, 37)).astype(np.uint8)
-    words = pack_words(codes, bits)
+    words = pack_int32(codes, bits)
     assert words.shape == (3, -(-37 * bits // 32)) and words.dtype == np.int32
     for row, word in zip(codes, words, strict=True):
         number = sum(int(w) << 32 * i for i, w in enumerate(word.view(np.uint32)))
         assert [number >> bits * i & 2**bits - 1 for i in range(37)] == row.tolist()
-    np.testing.assert_array_equal(unpack_words(words, bits, 37), codes)
+    np.testing.assert_array_equal(unpack_int32(words, bits, 37), codes)
 
 
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
@@ -102,9 +104,9 @@ def test_older_words_hold_whole_codes(bits):
     words = np.zeros((3, -(-64 // each)), np.uint32)
     for i in range(64):
         words[:, i // each] |= codes[:, i].astype(np.uint32) << np.uint32(bits * (i % each))
-    np.testing.assert_array_equal(unpack_words(words.view(np.int32), bits, 64), codes)
+    np.testing.assert_array_equal(unpack_int32(words.view(np.int32), bits, 64), codes)
     with pytest.raises(ValueError, match="do not hold 64 codes"):
-        unpack_words(words.view(np.int32)[:, :5], bits, 64)
+        unpack_int32(words.view(np.int32)[:, :5], bits, 64)
 
 
 # Whole models ---------------------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def test_a_model_comes_back_leaf_for_leaf(name, tmp_path):
     assert bits < {"int4-group": 8, "int4-symmetric": 7, "int5-channel": 7.5}.get(name, 11)
 
 
-def test_layers_in_other_bits_are_layer_groups(tmp_path):
+def test_layers_in_other_bits_are_segments(tmp_path):
     config = dataclasses.replace(CONFIG, layer_groups=(1, 2))
     two = on_kernels(RECIPES["int8-group"], model(config), "/layers/0/")
     small = on_kernels(RECIPES["int4-symmetric"], two, "/layers/1/")
@@ -185,7 +187,10 @@ def test_layers_in_other_bits_are_layer_groups(tmp_path):
 def test_tensors_that_are_one_matrix_in_the_family(tmp_path, monkeypatch):
     from jaxlm.hf import directory
 
-    monkeypatch.setattr(directory, "express", lambda config, exactly=True: directory.hf_config(config, "phi3"))
+    def phi3(config, exact=True):
+        return directory.to_hf_config(config, "phi3")
+
+    monkeypatch.setattr(directory, "simplest_hf_config", phi3)
     small = on_kernels(RECIPES["int4-group"], model())
     path = small.export(tmp_path / "m", format="compressed-tensors")
     stored = load_file(path / "model.safetensors")
@@ -318,7 +323,7 @@ def main():
         low, high = -(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1)
         fields = scheme.to_json()
         theirs = QuantizationScheme(targets=["Linear"], **fields)
-        compressor = BaseCompressor.get_value_from_registry(scheme.layout)
+        compressor = BaseCompressor.get_value_from_registry(scheme.format)
         groups = 64 // scheme.group if scheme.group else 1
         scale = torch.tensor(rng.random((16, groups)) + 0.1, dtype=torch.float32)
         zero = torch.tensor(rng.integers(low, high, (16, groups)), dtype=torch.int8)

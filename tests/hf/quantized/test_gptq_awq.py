@@ -12,8 +12,9 @@ import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray
 from jaxlm.core.tree import flatten
-from jaxlm.hf.quantized.gptq_awq import find_awq, find_gptq
-from jaxlm.hf.quantized.matrices import matrix_values
+from jaxlm.hf.quantized.awq import awq_matrices
+from jaxlm.hf.quantized.gptq import gptq_matrices
+from jaxlm.hf.quantized.matrix import dequantize_matrix
 from jaxlm.hf.tensor_files import TensorFiles
 
 AWQ = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -76,11 +77,11 @@ def test_gptq(tmp_path, version, bits, group, symmetric):
     g_idx = np.arange(64) // group
     config = {"bits": bits, "group_size": group if group < 64 else -1, "sym": symmetric, "checkpoint_format": version}
     tensors = gptq(codes, zeros, scales, bits, g_idx, int(version == "gptq"))
-    matrix = read(find_gptq, tmp_path, tensors, config)
+    matrix = read(gptq_matrices, tmp_path, tensors, config)
     leaf = matrix.read()
     assert isinstance(leaf, QArray) and (leaf.zero is None) == symmetric and matrix.shape == (32, 64)
-    assert leaf.group == (group if group < 64 else 0) and not matrix.note
-    np.testing.assert_allclose(matrix_values(leaf).T, weight(codes, zeros, scales, g_idx), rtol=1e-6)
+    assert leaf.group == (group if group < 64 else 0) and not matrix.dense_reason
+    np.testing.assert_allclose(dequantize_matrix(leaf).T, weight(codes, zeros, scales, g_idx), rtol=1e-6)
 
 
 def test_gptq_with_inputs_in_the_order_of_their_importance_is_dense(tmp_path):
@@ -88,8 +89,8 @@ def test_gptq_with_inputs_in_the_order_of_their_importance_is_dense(tmp_path):
     codes, zeros, scales = draw(rng, 64, 32, 4, 16)
     g_idx = rng.permutation(np.arange(64) // 16)
     config = {"bits": 4, "group_size": 16, "desc_act": True, "sym": False}
-    matrix = read(find_gptq, tmp_path, gptq(codes, zeros, scales, 4, g_idx), config)
-    assert matrix.grid is None and "desc_act" in matrix.note
+    matrix = read(gptq_matrices, tmp_path, gptq(codes, zeros, scales, 4, g_idx), config)
+    assert matrix.stack_key is None and "desc_act" in matrix.dense_reason
     np.testing.assert_allclose(matrix.read().T, weight(codes, zeros, scales, g_idx), rtol=1e-6)
 
 
@@ -97,9 +98,10 @@ def test_gptq_with_inputs_in_the_order_of_their_importance_is_dense(tmp_path):
 def test_awq(tmp_path, group):
     codes, zeros, scales = draw(np.random.default_rng(0), 64, 32, 4, group)
     config = {"bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
-    leaf = read(find_awq, tmp_path, awq(codes, zeros, scales), config).read()
+    leaf = read(awq_matrices, tmp_path, awq(codes, zeros, scales), config).read()
     assert isinstance(leaf, QArray) and leaf.group == (group if group < 64 else 0)
-    np.testing.assert_allclose(matrix_values(leaf).T, weight(codes, zeros, scales, np.arange(64) // group), rtol=1e-6)
+    expected = weight(codes, zeros, scales, np.arange(64) // group)
+    np.testing.assert_allclose(dequantize_matrix(leaf).T, expected, rtol=1e-6)
 
 
 def llama(path, method, change=lambda layer, name, g_idx: g_idx):
@@ -139,7 +141,7 @@ def test_a_model_computes_what_its_weights_say(method, tmp_path):
     np.testing.assert_allclose(jaxlm.load(tmp_path / "coded")(tokens), dense(tokens), atol=1e-5)  # expanded
 
 
-def test_a_layer_that_cannot_stay_in_codes_is_a_segment_and_a_note(tmp_path):
+def test_a_layer_that_cannot_stay_in_codes_is_a_layer_group_and_a_note(tmp_path):
     def change(layer, name, g_idx):
         return g_idx[::-1].copy() if layer == 1 and name == "mlp.down_proj" else g_idx
 

@@ -19,60 +19,73 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.tensor_files import TensorFiles
 
-__all__ = ["CONFIG", "Adapter", "Delta", "read_adapter", "write_adapter"]
+__all__ = ["ADAPTER_CONFIG", "Adapter", "LoraDelta", "read_adapter", "write_adapter"]
 
-CONFIG = "adapter_config.json"
-_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
 _MAGNITUDE = ".lora_magnitude_vector"
-_PREFIX = "base_model.model."  # of every name in the file
+_PREFIX = "base_model.model."  # starts every name in the file
 
-_READ = {
+_FIELDS = {
     "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
     "revision", "use_dora", "use_rslora",
 }
-# What training did, or the file's tensors and their shapes tell: which modules, which layers, which orientation.
-_NEUTRAL = {
+# Fields about training, and fields that the names and shapes of the tensors make superfluous.
+_IGNORED_FIELDS = {
     "auto_mapping", "bias", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
     "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "runtime_config", "target_modules",
     "task_type",
 }
-_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others change the base model, too
+# Values of init_lora_weights that leave the base model as it is; all others change it.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Suffix of A -> (suffix of B, whether the pair adapts a linear map; else it adapts an embedding).
 _PAIRS = {
     ".lora_A.weight": (".lora_B.weight", True), ".lora_embedding_A": (".lora_embedding_B", False),
-}  # name of A -> (name of B, whether it adapts a linear map)
+}
 
 
 @dataclass(frozen=True)
-class Delta:
-    """What is added to one module: ``scale * a_IxR @ b_RxO`` in our orientation, a table being ``[rows, width]``; and
-    the norms ``[O]`` that its columns then get, in DoRA."""
+class LoraDelta:
+    """The change of one module: ``scale * a_IxR @ b_RxO`` is added to its weight ``[I, O]`` (of an embedding: ``[rows,
+    width]``). ``magnitude`` has the norms ``[O]`` that the columns of the sum get in DoRA. ``linear`` is false for an
+    embedding."""
 
     a: np.ndarray
     b: np.ndarray
     scale: float
-    linear: bool = True  # else an embedding
+    linear: bool = True
     magnitude: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter as its file tells it, under the names of the base model's family."""
+    """An adapter as its file has it, under the names of the base model's family.
+
+    - ``base`` is where the base model is: a directory or a name on the hub, there with a ``revision``.
+    - ``deltas`` are by the names of modules, as in model.layers.0.self_attn.q_proj.
+    - ``base_layer_tensors`` are whole tensors of modules that have deltas, such as biases.
+    - ``saved_modules`` are whole tensors of other modules (PEFT's ``modules_to_save``).
+    """
 
     file: Path
-    base: str  # where the base model is: a directory or a name on the hub
+    base: str
     revision: str | None
-    deltas: Mapping[str, Delta]  # by the module's name, as in model.layers.0.self_attn.q_proj
-    replaced: Mapping[str, np.ndarray]  # whole tensors of modules that it adapts: biases, a table beside its LoRA
-    own: Mapping[str, np.ndarray]  # whole tensors of other modules (modules_to_save)
+    deltas: Mapping[str, LoraDelta]
+    base_layer_tensors: Mapping[str, np.ndarray]
+    saved_modules: Mapping[str, np.ndarray]
 
     @property
     def base_model(self) -> str:
-        """Where its base model is: a directory or a name for ``jaxlm.load``. UserError if it does not say."""
+        """Where the base model is: a path for ``jaxlm.load``.
+
+        Raises:
+            UserError: the adapter names no directory and no repository of the hub.
+        """
         name = self.base if self.base.startswith("hf://") or Path(self.base).is_dir() else f"hf://{self.base}"
         if not re.fullmatch(r"hf://[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name) and not Path(name).is_dir():
             raise UserError(
-                f"{self.file.with_name(CONFIG)}: its base model {self.base!r} is not there; name the model's "
+                f"{self.file.with_name(ADAPTER_CONFIG)}: its base model {self.base!r} is not there; name the model's "
                 "directory, and this one as its adapter"
             )
         return f"{name}@{self.revision}" if self.revision and name.startswith("hf://") and "@" not in name else name
@@ -81,13 +94,14 @@ class Adapter:
 def read_adapter(directory: str | Path) -> Adapter:
     """The LoRA adapter of a PEFT directory.
 
-    UserError where there is none, a file is damaged, or the adapter is of another kind than LoRA or uses something
-    that changes results and is not supported.
+    Raises:
+        UserError: there is none, a file is damaged, or the adapter is not LoRA or has a field that may change results
+            and is not supported.
     """
     directory = Path(directory).expanduser()
-    path = directory / CONFIG
+    path = directory / ADAPTER_CONFIG
     if not path.is_file():
-        raise UserError(f"{directory} has no {CONFIG}; name a PEFT adapter directory")
+        raise UserError(f"{directory} has no {ADAPTER_CONFIG}; name a PEFT adapter directory")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -106,12 +120,12 @@ def _check_config(config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise UserError(f"peft_type {config.get('peft_type')!r} is not supported; only LORA is")
     for name, value in sorted(config.items()):
-        if value and name not in _READ and name not in _NEUTRAL:
+        if value and name not in _FIELDS and name not in _IGNORED_FIELDS:
             raise UserError(f"{name} = {value!r} is not supported, and might change what the adapter computes")
-    start = config.get("init_lora_weights")
-    if start not in _PLAIN_STARTS:
+    init = config.get("init_lora_weights")
+    if init not in _PLAIN_INITS:
         raise UserError(
-            f"init_lora_weights = {start!r} changed the base model as well; save the adapter again with peft's "
+            f"init_lora_weights = {init!r} changed the base model as well; save the adapter again with peft's "
             "path_initial_model_for_weight_conversion"
         )
     for name, pattern in {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.items():
@@ -123,16 +137,17 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 
 def _read_tensors(directory: Path, config: Mapping[str, Any]) -> Adapter:
-    file = directory / _FILE
+    file = directory / _WEIGHTS
     if not file.is_file():
-        raise UserError(f"{directory} has no {_FILE}; save the adapter with peft as safetensors")
-    tensors = TensorFiles(directory, _FILE)
+        raise UserError(f"{directory} has no {_WEIGHTS}; save the adapter with peft as safetensors")
+    tensors = TensorFiles(directory, _WEIGHTS)
     seconds = {second: first for first, (second, _) in _PAIRS.items()}
-    deltas: dict[str, Delta] = {}
-    replaced: dict[str, np.ndarray] = {}
-    own: dict[str, np.ndarray] = {}
-    adapted_modules = {name.removeprefix(_PREFIX).removesuffix(first) for name in tensors for first in _PAIRS
-                       if name.endswith(first)}
+    deltas: dict[str, LoraDelta] = {}
+    base_layer_tensors: dict[str, np.ndarray] = {}
+    saved_modules: dict[str, np.ndarray] = {}
+    adapted = {
+        name.removeprefix(_PREFIX).removesuffix(first) for name in tensors for first in _PAIRS if name.endswith(first)
+    }
     for name in tensors:
         module = name.removeprefix(_PREFIX)
         if module == name:
@@ -140,54 +155,61 @@ def _read_tensors(directory: Path, config: Mapping[str, Any]) -> Adapter:
         first = next((each for each in _PAIRS if module.endswith(each)), None)
         second = next((each for each in seconds if module.endswith(each)), None)
         if first is not None:
-            adapted, (partner, linear) = module.removesuffix(first), _PAIRS[first]
-            delta = _delta(tensors, name, f"{_PREFIX}{adapted}{partner}", linear, adapted, config)
-            deltas[adapted] = replace(delta, magnitude=_magnitude(tensors, adapted, delta, config))
+            module, (partner, linear) = module.removesuffix(first), _PAIRS[first]
+            delta = _delta(tensors, name, f"{_PREFIX}{module}{partner}", linear, module, config)
+            deltas[module] = replace(delta, magnitude=_magnitude(tensors, module, delta, config))
         elif second is not None:
             if name.removesuffix(second) + seconds[second] not in tensors:
                 partner = seconds[second].lstrip(".")
                 raise UserError(f"{file}: tensor {name!r} has no partner {partner}; save the adapter again")
         elif module.endswith(_MAGNITUDE):
-            if module.removesuffix(_MAGNITUDE) not in adapted_modules:
+            if module.removesuffix(_MAGNITUDE) not in adapted:
                 raise UserError(f"{file}: tensor {name!r} has no partner lora_A; save the adapter again")
         elif "lora_" in module:
             raise UserError(f"{file}: tensor {name!r} is not of a plain LoRA adapter; only those are supported")
         elif ".base_layer." in module:
-            replaced[module.replace(".base_layer.", ".")] = tensors.read(name)
+            base_layer_tensors[module.replace(".base_layer.", ".")] = tensors.read(name)
         else:
-            own[module] = tensors.read(name)
+            saved_modules[module] = tensors.read(name)
     base, revision = config.get("base_model_name_or_path", ""), config.get("revision")
-    return Adapter(file, str(base), revision, deltas, replaced, own)
+    return Adapter(file, str(base), revision, deltas, base_layer_tensors, saved_modules)
 
 
-def _delta(tensors: TensorFiles, first: str, second: str, linear: bool, module: str, config) -> Delta:
+def _delta(
+    tensors: TensorFiles, first: str, second: str, linear: bool, module: str, config: Mapping[str, Any]
+) -> LoraDelta:
+    """The delta of ``module`` from the tensors ``first`` (A) and ``second`` (B), without its magnitude."""
     a, b = tensors.read(first), tensors.read(second)
-    file = tensors.file(first)
+    file = tensors.path_of(first)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in a.shape:
         raise UserError(f"{file}: tensor {first!r} is {list(a.shape)} and its partner {list(b.shape)}; they do not fit")
     rank = _matching(config.get("rank_pattern", {}), module, config.get("r", 8))
     if rank != a.shape[0]:
-        raise UserError(f"{file}: tensor {first!r} has rank {a.shape[0]}, by {CONFIG} it should be {rank}")
+        raise UserError(f"{file}: tensor {first!r} has rank {a.shape[0]}, by {ADAPTER_CONFIG} it should be {rank}")
     alpha = _matching(config.get("alpha_pattern", {}), module, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return Delta(a.T.astype(np.float32), b.T.astype(np.float32), scale, linear)
+    return LoraDelta(a.T.astype(np.float32), b.T.astype(np.float32), scale, linear)
 
 
-def _magnitude(tensors: TensorFiles, module: str, delta: Delta, config: Mapping[str, Any]) -> np.ndarray | None:
+def _magnitude(
+    tensors: TensorFiles, module: str, delta: LoraDelta, config: Mapping[str, Any]
+) -> np.ndarray | None:
     name = f"{_PREFIX}{module}{_MAGNITUDE}"
     if (name in tensors) != bool(config.get("use_dora")):
-        raise UserError(f"use_dora is {bool(config.get('use_dora'))}, and {name!r} does not go with it; save it again")
+        raise UserError(
+            f"use_dora is {bool(config.get('use_dora'))}, and {name!r} does not go with it; save the adapter again"
+        )
     if name not in tensors:
         return None
     magnitude = tensors.read(name).astype(np.float32).reshape(-1)
     if len(magnitude) != delta.b.shape[1]:
         outputs = delta.b.shape[1]
-        raise UserError(f"{tensors.file(name)}: tensor {name!r} has {len(magnitude)} numbers for {outputs} outputs")
+        raise UserError(f"{tensors.path_of(name)}: tensor {name!r} has {len(magnitude)} numbers for {outputs} outputs")
     return magnitude
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that fits the end of a module's name, as PEFT finds it."""
+    """The value of the first pattern that matches the end of a module's name, as in PEFT."""
     for pattern, value in patterns.items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
@@ -198,9 +220,9 @@ def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def write_adapter(
-    directory: Path, settings: Mapping[str, Any], deltas: Mapping[str, Delta], tokenizer: Tokenizer | None = None
+    directory: Path, settings: Mapping[str, Any], deltas: Mapping[str, LoraDelta], tokenizer: Tokenizer | None = None
 ) -> None:
-    """Writes the files of an adapter, all or nothing; ``settings`` are those beside ranks and scales."""
+    """Writes the files of an adapter, whole or not at all; ``settings`` are the fields beside ranks and scales."""
     tensors = {}
     for module, delta in deltas.items():
         first, second = next((first, second) for first, (second, linear) in _PAIRS.items() if linear == delta.linear)
@@ -219,7 +241,7 @@ def write_adapter(
         "alpha_pattern": {module: each for module, each in alphas.items() if each != alpha},
     }
     with replaced_directory(directory) as new:
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, new / _FILE, metadata={"format": "pt"})
+        (new / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, new / _WEIGHTS, metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save(new)

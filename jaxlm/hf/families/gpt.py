@@ -1,0 +1,109 @@
+"""The tables of GPT-2 and GPT-NeoX."""
+
+from __future__ import annotations
+
+from jaxlm.hf.families.fields import (
+    ACTIVATIONS,
+    ConfigField,
+    Family,
+    TensorSpec,
+    choice,
+    constant,
+    fused_qkv,
+    linear,
+    norm,
+    optional_size,
+    renamed,
+    require_value,
+    write_only,
+)
+from jaxlm.hf.families.llama import INV_FREQ
+from jaxlm.hf.families.rope_fields import rope
+from jaxlm.nn.config import DecoderConfig
+
+__all__ = ["GPT2", "GPT_NEOX"]
+
+_LAYER = "transformer.h.{}"
+
+GPT2 = Family(
+    config_class=DecoderConfig,
+    architecture="GPT2LMHeadModel",
+    fields=(
+        renamed("vocab_size", "vocab_size", default=50257),
+        renamed("n_positions", "max_positions", default=1024),
+        renamed("n_embd", "width", default=768),
+        renamed("n_layer", "layers", default=12),
+        renamed("n_head", "heads", default=12),
+        optional_size("n_inner", "ffn", "d_ffn"),
+        choice("activation_function", "activation", ACTIVATIONS, "gelu_new"),
+        renamed("resid_pdrop", "dropout", default=0.1, cast=float),
+        write_only("embd_pdrop", "dropout", 0.1),
+        renamed("attn_pdrop", "attention_dropout", default=0.1, cast=float),
+        renamed("layer_norm_epsilon", "norm_eps", default=1e-5, cast=float),
+        renamed("tie_word_embeddings", "tie_embeddings", default=True),
+        ConfigField(
+            {"scale_attn_weights": True},
+            lambda fields: {"attention_scale": 0.0 if fields["scale_attn_weights"] else 1.0},
+            lambda config: {"scale_attn_weights": config.attention_scale != 1.0},
+        ),
+        renamed("scale_attn_by_inverse_layer_idx", "attention_scale_by_layer", default=False),
+        require_value("add_cross_attention", False, default=False),
+        constant(
+            norm="layernorm", norm_position="pre", positions="learned", qkv_bias=True, out_bias=True, mlp_bias=True
+        ),
+    ),
+    tensors={
+        "embed/table": TensorSpec("transformer.wte.weight"),
+        "decoder/pos/table": TensorSpec("transformer.wpe.weight"),
+        **fused_qkv(f"{_LAYER}.attn.c_attn", transposed=False),
+        **linear("decoder/layers/attn/o", f"{_LAYER}.attn.c_proj", transposed=False),
+        **linear("decoder/layers/mlp/up", f"{_LAYER}.mlp.c_fc", transposed=False),
+        **linear("decoder/layers/mlp/down", f"{_LAYER}.mlp.c_proj", transposed=False),
+        **norm("decoder/layers/attn_norm", f"{_LAYER}.ln_1"),
+        **norm("decoder/layers/mlp_norm", f"{_LAYER}.ln_2"),
+        **norm("decoder/final_norm", "transformer.ln_f"),
+        **linear("head", "lm_head"),
+    },
+    prefix="transformer.",
+    ignored_fields=(
+        "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+        "summary_type", "summary_use_proj",
+    ),
+    unused_tensors=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),
+)
+
+GPT_NEOX = Family(
+    config_class=DecoderConfig,
+    architecture="GPTNeoXForCausalLM",
+    fields=(
+        renamed("vocab_size", "vocab_size", default=50432),
+        renamed("hidden_size", "width", default=6144),
+        renamed("num_hidden_layers", "layers", default=44),
+        renamed("num_attention_heads", "heads", default=64),
+        optional_size("intermediate_size", "ffn", "d_ffn", 24576),
+        choice("hidden_act", "activation", ACTIVATIONS, "gelu"),
+        renamed("max_position_embeddings", "max_positions", default=2048),
+        renamed("layer_norm_eps", "norm_eps", default=1e-5, cast=float),
+        renamed("hidden_dropout", "dropout", default=0.0, cast=float),
+        renamed("attention_dropout", "attention_dropout", default=0.0, cast=float),
+        renamed("use_parallel_residual", "parallel", default=True),
+        renamed("attention_bias", "qkv_bias", "out_bias", default=True),
+        renamed("tie_word_embeddings", "tie_embeddings", default=False),
+        rope(base="rotary_emb_base", fraction="rotary_pct", whole=0.25),
+        constant(norm="layernorm", norm_position="pre", positions="rotary", mlp_bias=True),
+    ),
+    tensors={
+        "embed/table": TensorSpec("gpt_neox.embed_in.weight"),
+        **fused_qkv("gpt_neox.layers.{}.attention.query_key_value", by_head=True),
+        **linear("decoder/layers/attn/o", "gpt_neox.layers.{}.attention.dense"),
+        **linear("decoder/layers/mlp/up", "gpt_neox.layers.{}.mlp.dense_h_to_4h"),
+        **linear("decoder/layers/mlp/down", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+        **norm("decoder/layers/attn_norm", "gpt_neox.layers.{}.input_layernorm"),
+        **norm("decoder/layers/mlp_norm", "gpt_neox.layers.{}.post_attention_layernorm"),
+        **norm("decoder/final_norm", "gpt_neox.final_layer_norm"),
+        **linear("head", "embed_out"),
+    },
+    prefix="gpt_neox.",
+    head="embed_out.weight",
+    unused_tensors=(r".*attention\.(masked_)?bias", INV_FREQ),
+)

@@ -1,0 +1,131 @@
+"""The tables of Llama, Mistral and Mixtral, and what the families that descend from Llama share with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxlm.hf.families.fields import (
+    GATED_ACTIVATIONS,
+    REQUIRED,
+    ConfigField,
+    Family,
+    TensorSpec,
+    choice,
+    constant,
+    linear,
+    norm,
+    optional_size,
+    renamed,
+)
+from jaxlm.hf.families.layer_fields import sliding_window
+from jaxlm.hf.families.rope_fields import rope
+from jaxlm.nn.config import DecoderConfig
+
+__all__ = [
+    "ATTENTION_BIAS", "INV_FREQ", "LAYER", "LLAMA", "LLAMA_TENSORS", "MISTRAL", "MIXTRAL", "NO_HEAD_DIM",
+    "QK_NORM_TENSORS", "expert_tensors", "llama_fields",
+]
+
+LAYER = "model.layers.{}"
+INV_FREQ = r".*rotary_emb\.inv_freq"  # rotary frequencies, which old releases of transformers saved with the weights
+NO_HEAD_DIM = object()  # in place of a default of head_dim: the family has no such field
+ATTENTION_BIAS = renamed("attention_bias", "qkv_bias", "out_bias", default=False)
+
+
+def _projections(path: str, hf_module: str, names: str) -> dict[str, TensorSpec]:
+    """Linear maps ``path/NAME``, stored as ``hf_module.NAME_proj``, for each of ``names``."""
+    return {
+        key: tensor
+        for name in names.split()
+        for key, tensor in linear(f"decoder/layers/{path}/{name}", f"{LAYER}.{hf_module}.{name}_proj").items()
+    }
+
+
+LLAMA_TENSORS = {
+    "embed/table": TensorSpec("model.embed_tokens.weight"),
+    **_projections("attn", "self_attn", "q k v o"),
+    **_projections("mlp", "mlp", "gate up down"),
+    **norm("decoder/layers/attn_norm", f"{LAYER}.input_layernorm"),
+    **norm("decoder/layers/mlp_norm", f"{LAYER}.post_attention_layernorm"),
+    **norm("decoder/final_norm", "model.norm"),
+    **linear("head", "lm_head"),
+}
+QK_NORM_TENSORS = {
+    **norm("decoder/layers/attn/q_norm", f"{LAYER}.self_attn.q_norm"),
+    **norm("decoder/layers/attn/k_norm", f"{LAYER}.self_attn.k_norm"),
+}
+
+
+def expert_tensors(router: str, experts: str, hf_names: Mapping[str, str]) -> dict[str, TensorSpec]:
+    """The router and the experts of a mixture. ``hf_names``: our name of an expert's linear map -> the stored one."""
+    tensors = linear("decoder/layers/mlp/router", f"{LAYER}.{router}")
+    for name, hf_name in hf_names.items():
+        tensors |= linear(f"decoder/layers/mlp/experts/{name}", f"{LAYER}.{experts}.{{}}.{hf_name}")
+    return tensors
+
+
+def llama_fields(
+    *, act: str = "hidden_act", default_act: str = "silu", eps: float = 1e-6, kv_heads: int | None = None,
+    head_dim: int | object | None = None, context: int = 2048, tied: bool = False,
+) -> tuple[ConfigField, ...]:
+    """The fields that all descendants of Llama have under the same names.
+
+    Args:
+        act: the name of the field with the activation.
+        default_act, eps, kv_heads, head_dim, context, tied: defaults of the fields; ``head_dim`` is NO_HEAD_DIM for
+            a family without that field.
+    """
+    return (
+        renamed("vocab_size", "vocab_size"),
+        renamed("hidden_size", "width"),
+        optional_size("intermediate_size", "ffn", "d_ffn", REQUIRED),
+        renamed("num_hidden_layers", "layers"),
+        renamed("num_attention_heads", "heads"),
+        optional_size("num_key_value_heads", "kv_heads", "n_kv_heads", kv_heads),
+        *(() if head_dim is NO_HEAD_DIM else (optional_size("head_dim", "head_dim", "d_head", head_dim),)),
+        choice(act, "activation", GATED_ACTIVATIONS, default_act),
+        renamed("max_position_embeddings", "max_positions", default=context),
+        renamed("rms_norm_eps", "norm_eps", default=eps, cast=float),
+        renamed("attention_dropout", "attention_dropout", default=0.0, cast=float),
+        renamed("tie_word_embeddings", "tie_embeddings", default=tied),
+        constant(norm="rmsnorm", positions="rotary"),
+    )
+
+
+LLAMA = Family(
+    config_class=DecoderConfig,
+    architecture="LlamaForCausalLM",
+    fields=(
+        *llama_fields(),
+        rope(),
+        ATTENTION_BIAS,
+        renamed("mlp_bias", "mlp_bias", default=False),
+        constant(norm_position="pre"),
+    ),
+    tensors=LLAMA_TENSORS,
+    unused_tensors=(INV_FREQ,),
+)
+
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    architecture="MistralForCausalLM",
+    fields=(*llama_fields(kv_heads=8, context=131072), rope(), sliding_window(4096)),
+)
+
+MIXTRAL = Family(
+    config_class=DecoderConfig,
+    architecture="MixtralForCausalLM",
+    fields=(
+        *llama_fields(kv_heads=8, context=131072, eps=1e-5),
+        rope(1e6),
+        sliding_window(None),
+        renamed("num_local_experts", "experts", default=8),
+        renamed("num_experts_per_tok", "experts_per_token", default=2),
+        constant(expert_renormalize=True),
+    ),
+    tensors=LLAMA_TENSORS | expert_tensors(
+        "block_sparse_moe.gate", "block_sparse_moe.experts", {"gate": "w1", "up": "w3", "down": "w2"}
+    ),
+    unused_tensors=(INV_FREQ,),
+)

@@ -1,0 +1,70 @@
+"""The tables of Qwen: 2, 3 and the mixtures of experts of Qwen 3."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxlm.hf.families.fields import ConfigField, Family, constant, optional_size, renamed
+from jaxlm.hf.families.layer_fields import (
+    sliding_window_from_layer,
+    sparse_moe_layers,
+    switchable_sliding_window,
+)
+from jaxlm.hf.families.llama import (
+    ATTENTION_BIAS,
+    INV_FREQ,
+    LLAMA,
+    LLAMA_TENSORS,
+    QK_NORM_TENSORS,
+    expert_tensors,
+    llama_fields,
+)
+from jaxlm.hf.families.rope_fields import rope
+from jaxlm.nn.config import DecoderConfig
+
+__all__ = ["QWEN2", "QWEN3", "QWEN3_MOE"]
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    architecture="Qwen2ForCausalLM",
+    fields=(*llama_fields(kv_heads=32, context=32768), rope(), sliding_window_from_layer(), constant(qkv_bias=True)),
+)
+
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    architecture="Qwen3ForCausalLM",
+    fields=(
+        *llama_fields(kv_heads=32, head_dim=128, context=32768),
+        rope(),
+        sliding_window_from_layer(),
+        ATTENTION_BIAS,
+        constant(qk_norm="head"),
+    ),
+    tensors=LLAMA_TENSORS | QK_NORM_TENSORS,
+)
+
+QWEN3_MOE = Family(
+    config_class=DecoderConfig,
+    architecture="Qwen3MoeForCausalLM",
+    fields=(
+        *llama_fields(kv_heads=4, context=32768),
+        rope(),
+        switchable_sliding_window(),
+        ATTENTION_BIAS,
+        ConfigField(
+            {"num_local_experts": None, "num_experts": 128},
+            lambda fields: {"experts": fields["num_local_experts"] or fields["num_experts"]},
+            lambda config: {"num_experts": config.experts},
+        ),
+        renamed("num_experts_per_tok", "experts_per_token", default=8),
+        optional_size("moe_intermediate_size", "expert_ffn", "d_expert", 768),
+        renamed("norm_topk_prob", "expert_renormalize", default=False),
+        sparse_moe_layers(),
+        constant(qk_norm="head"),
+    ),
+    tensors=LLAMA_TENSORS | QK_NORM_TENSORS | expert_tensors(
+        "mlp.gate", "mlp.experts", {name: f"{name}_proj" for name in ("gate", "up", "down")}
+    ),
+    ignored_fields=("max_window_layers",),
+    unused_tensors=(INV_FREQ,),
+)

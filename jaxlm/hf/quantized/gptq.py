@@ -1,0 +1,71 @@
+"""The layout of AutoGPTQ and GPTQModel; read only.
+
+For a linear map of ``in`` inputs and ``out`` outputs the tensors are (see ``hf.quantized.qweight`` for their meaning)
+
+    NAME.qweight    [in * bits / 32, out], words along the inputs
+    NAME.qzeros     [groups, out * bits / 32], words along the outputs: z - 1, or z in checkpoint_format "gptq_v2"
+    NAME.scales     [groups, out]
+    NAME.g_idx      [in], the group of each input
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxlm.core.errors import UserError
+from jaxlm.hf.quantized.matrix import MatrixValues, QuantizedMatrix, check_tensor
+from jaxlm.hf.quantized.packing import unpack_int32
+from jaxlm.hf.quantized.qweight import IntegerGrid, first_field, modules_with_qweight, read_grid
+from jaxlm.hf.tensor_files import TensorFiles
+
+__all__ = ["gptq_matrices"]
+
+
+def gptq_matrices(files: TensorFiles, config: Mapping[str, Any]) -> dict[str, QuantizedMatrix]:
+    """The quantized matrices of a model with this quantization_config.
+
+    Raises:
+        UserError: something in it is not supported, or tensors do not fit it.
+    """
+    version = first_field(config, "checkpoint_format", "format", default="gptq")
+    if version not in ("gptq", "gptq_v2"):
+        raise UserError(f"checkpoint_format = {version!r} is not supported; only gptq and gptq_v2")
+    if any(not str(name).startswith("-:") for name in config.get("dynamic") or ()):
+        raise UserError("dynamic, other grids for some layers, is not supported in the GPTQ layout")
+    symmetric = bool(first_field(config, "sym", default=True))
+    grid = read_grid(config, (2, 3, 4, 8), symmetric=symmetric, zero_offset=int(version == "gptq"))
+    return {f"{module}.weight": _matrix(files, module, grid) for module in modules_with_qweight(files)}
+
+
+def _matrix(files: TensorFiles, module: str, grid: IntegerGrid) -> QuantizedMatrix:
+    names = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
+    words, n_out = check_tensor(files, names[0], "i", (None, None))
+    n_in = words * 32 // grid.bits
+    groups = grid.num_groups(n_in)
+    check_tensor(files, names[1], "i", (groups, -(-n_out * grid.bits // 32)))
+    check_tensor(files, names[2], "fV", (groups, n_out))
+    group_of_input = None  # None where groups are runs of inputs
+    if f"{module}.g_idx" in files:
+        names.append(f"{module}.g_idx")
+        check_tensor(files, names[-1], "i", (n_in,))
+        group_of_input = files.read(names[-1])
+        if n_in and not 0 <= group_of_input.min() <= group_of_input.max() < groups:
+            raise UserError(f"{files.path_of(names[-1])}: tensor {names[-1]!r} names groups that do not exist")
+        if np.array_equal(group_of_input, np.arange(n_in) // (grid.group or max(n_in, 1))):
+            group_of_input = None
+
+    def read() -> MatrixValues:
+        codes = unpack_int32(files.read(names[0]).T, grid.bits, n_in)  # [out, in]
+        zero = unpack_int32(files.read(names[1]), grid.bits, n_out).T + np.uint8(grid.zero_offset)
+        zero &= np.uint8(2**grid.bits - 1)
+        scale = files.read(names[2]).astype(np.float32).T
+        if group_of_input is not None:  # a QArray has no such order: dense values
+            scale, zero = scale[:, group_of_input], zero[:, group_of_input]
+            return (codes.astype(np.float32) - zero) * scale
+        return grid.qarray(codes, zero, scale, files, names[1])
+
+    reason = "" if group_of_input is None else "its inputs are in the order of their importance (desc_act)"
+    return QuantizedMatrix(tuple(names), (n_out, n_in), None if reason else grid.stack_key(n_in), read, reason)
