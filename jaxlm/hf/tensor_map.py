@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jaxlm.core.errors import UserError
 from jaxlm.hf.families.fields import Family, TensorSpec
 from jaxlm.nn.config import ModelConfig
-from jaxlm.nn.stack import layers_of
+from jaxlm.nn.stack import layer_groups_of
 
 __all__ = ["HfTensor", "split_layer_path", "tensors_of_param"]
 
@@ -46,7 +46,7 @@ def tensors_of_param(family: Family, config: ModelConfig, path: str, shape: tupl
     if match is None:
         yield HfTensor(spec, name, (), None)
         return
-    layers = layers_of(config, match[1].rstrip("/"))[int(match[2])]
+    layers = layer_groups_of(config, match[1].rstrip("/"))[int(match[2])]
     for i, layer in enumerate(layers):
         if name.count("{}") == 1:
             yield HfTensor(spec, name.format(layer), (i,), layer)

@@ -23,7 +23,7 @@ from jaxlm.hf.families.registry import FAMILIES
 from jaxlm.hf.tensor_files import LazyTensor
 from jaxlm.hf.tensor_map import split_layer_path, tensors_of_param
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, RopeScaling, Seq2SeqConfig, StackConfig
-from jaxlm.nn.stack import layers_of
+from jaxlm.nn.stack import layer_groups_of
 
 __all__ = ["ExportPlan", "ParamSlice", "plan_export", "simplest_hf_config", "to_hf_config", "to_hf_tensors"]
 
@@ -230,7 +230,7 @@ def _locate(
         path = "embed/table"
     if layer is not None:
         side, param = split_layer_path(path)
-        for group, run in enumerate(layers_of(config, side.rstrip("/"))):
+        for group, run in enumerate(layer_groups_of(config, side.rstrip("/"))):
             if layer in run:
                 return f"{side}layers/{group}/{param}", (layer - run[0], *expert)
     return path, ()

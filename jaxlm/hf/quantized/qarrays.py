@@ -17,7 +17,7 @@ from jaxlm.core.leaves import QArray
 from jaxlm.hf.families.fields import TensorSpec
 from jaxlm.hf.quantized.matrix import QuantizedMatrix, dequantize_matrix
 from jaxlm.nn.config import DecoderConfig, ModelConfig
-from jaxlm.nn.stack import layers_of
+from jaxlm.nn.stack import layer_groups_of
 
 __all__ = ["dense_slice", "outputs_first", "split_layer_groups", "stack_matrices"]
 
@@ -37,7 +37,7 @@ def split_layer_groups(config: ModelConfig, quantization: Mapping[tuple[str, int
     for (side, layer), how in quantization.items():
         sides[side][layer] = how
     for side, by_layer in sides.items():
-        groups = layers_of(config, side.rstrip("/"))
+        groups = layer_groups_of(config, side.rstrip("/"))
         lengths = [
             len(list(run)) for group in groups for _, run in itertools.groupby(group, key=by_layer.__getitem__)
         ]

@@ -167,7 +167,7 @@ def test_a_model_comes_back_leaf_for_leaf(name, tmp_path):
     assert bits < {"int4-group": 8, "int4-symmetric": 7, "int5-channel": 7.5}.get(name, 11)
 
 
-def test_layers_in_other_bits_are_segments(tmp_path):
+def test_layers_in_other_bits_are_layer_groups(tmp_path):
     config = dataclasses.replace(CONFIG, layer_groups=(1, 2))
     two = on_kernels(RECIPES["int8-group"], model(config), "/layers/0/")
     small = on_kernels(RECIPES["int4-symmetric"], two, "/layers/1/")

@@ -193,8 +193,8 @@ def test_damaged_tensors_are_named(tmp_path):
                 jaxlm.load(path)
             assert "\n" not in str(error.value)
     save_file(tensors | {f"{prefix}.g_idx": tensors[f"{prefix}.g_idx"] + 9}, path / "model.safetensors")
-    with pytest.raises(UserError, match="names groups that there are not"):
+    with pytest.raises(UserError, match="g_idx.*groups"):
         jaxlm.load(path)
     save_file(tensors | {f"{prefix}.weight": np.zeros((64, 32), np.float32)}, path / "model.safetensors")
-    with pytest.raises(UserError, match="is there twice"):
+    with pytest.raises(UserError, match="up_proj.weight.*dense and quantized"):
         jaxlm.load(path)
