@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from jaxlm.compress import compress
     from jaxlm.core.errors import UserError
     from jaxlm.evaluation.evaluate import evaluate
-    from jaxlm.inference.generate import generate
+    from jaxlm.inference.generation import generate
     from jaxlm.inference.generation_config import GenerationConfig
-    from jaxlm.inference.translate import translate
+    from jaxlm.inference.translation import translate
     from jaxlm.model import LM, load
     from jaxlm.serving.server import serve
     from jaxlm.training.loop import train
 else:  # at first use, so that the command line answers before JAX is there
     __getattr__, __dir__, __all__ = lazy(
         __name__, compress="compress", core__errors="UserError", evaluation__evaluate="evaluate",
-        inference__generate="generate", inference__generation_config="GenerationConfig",
-        inference__translate="translate", model="LM load", serving__server="serve", training__loop="train",
+        inference__generation="generate", inference__generation_config="GenerationConfig",
+        inference__translation="translate", model="LM load", serving__server="serve", training__loop="train",
     )

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
-from jaxlm.inference.generate import generate_tokens
+from jaxlm.inference.decoding import generate_tokens
 from jaxlm.model import load
 from jaxlm.nn.config import KVCache
 

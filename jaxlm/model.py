@@ -112,8 +112,8 @@ class LM:
         )
 
     def generate(self, prompts: Any, **options: Any) -> list[str]:
-        """Continuations of texts or conversations; see ``jaxlm.inference.generate.generate``."""
-        from jaxlm.inference.generate import generate
+        """Continuations of texts or conversations; see ``jaxlm.inference.generation.generate``."""
+        from jaxlm.inference.generation import generate
 
         return generate(self, prompts, **options)
 
@@ -124,8 +124,8 @@ class LM:
         return Engine(self, **options)
 
     def translate(self, sentences: str | Sequence[str], **options: Any) -> list[str]:
-        """Translations of sentences; see ``jaxlm.inference.translate.translate``."""
-        from jaxlm.inference.translate import translate
+        """Translations of sentences; see ``jaxlm.inference.translation.translate``."""
+        from jaxlm.inference.translation import translate
 
         return translate(self, sentences, **options)
 

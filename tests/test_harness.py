@@ -18,7 +18,7 @@ import jaxlm
 from jaxlm import nn
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.directory import write_model
-from jaxlm.inference.generate import generate_tokens
+from jaxlm.inference.decoding import generate_tokens
 from jaxlm.nn.config import DecoderConfig, Seq2SeqConfig
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: there is nothing to plug into")

@@ -32,6 +32,10 @@ RENAMED: Mapping[str, str] = {
     "decoder_segments": "decoder_layer_groups",
     "ring_from": "ring_min_keys",
     "leaks": "contamination",
+    "guesses": "num_draft_tokens",  # of an engine, as the next three
+    "page": "page_size",
+    "pages": "num_pages",
+    "chunk": "prefill_chunk",
 }
 
 T = TypeVar("T")

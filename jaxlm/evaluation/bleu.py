@@ -8,7 +8,7 @@ from typing import Any
 from sacrebleu.metrics import BLEU, CHRF
 
 from jaxlm.data.sources.types import Bitext
-from jaxlm.inference.translate import translate
+from jaxlm.inference.translation import translate
 
 
 def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float | str]:

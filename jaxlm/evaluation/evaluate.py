@@ -10,7 +10,7 @@ from jaxlm.data.sources.spec import open_source
 from jaxlm.data.sources.types import Bitext, Dialogues
 from jaxlm.evaluation.perplexity import bitext_perplexity, dialogue_perplexity, perplexity
 from jaxlm.evaluation.speed import tokens_per_second
-from jaxlm.inference.translate import beam_settings
+from jaxlm.inference.translation import beam_settings
 
 
 def evaluate(

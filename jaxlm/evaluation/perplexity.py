@@ -24,8 +24,8 @@ from jaxlm.data.batches.encoding import encode_documents
 from jaxlm.data.batches.packing import PackedDocuments, token_stream
 from jaxlm.data.sources.text_chunks import count_words_and_bytes
 from jaxlm.data.sources.types import Bitext, Dialogues, Documents, Tokens
-from jaxlm.inference.translate import decoder_start_token, generation_for_language
-from jaxlm.inference.translate import target_language as language_into
+from jaxlm.inference.translation import decoder_start_token, generation_for_language
+from jaxlm.inference.translation import target_language as language_into
 
 _LOGITS = 1 << 26  # logits of one batch, 256 MiB
 _BUCKETS = (16, 32, 64, 128)

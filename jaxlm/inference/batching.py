@@ -1,4 +1,4 @@
-"""Padding rows of tokens into few shapes, so that few programs are compiled."""
+"""Pads rows of tokens to a few shapes, so that few programs are compiled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def power_of_two(n: int) -> int:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], shape: tuple[int, int], pad_id: int, *, left: bool = False) -> np.ndarray:
-    """An int32 array of ``shape`` with each row at its left edge, or at its right edge after padding on the left."""
+    """An int32 array of ``shape`` with each row at its left edge; with ``left``, the padding is on the left instead."""
     out = np.full(shape, pad_id, np.int32)
     for i, row in enumerate(rows):
         begin = shape[1] - len(row) if left else 0
@@ -30,6 +30,6 @@ def pad_rows(rows: Sequence[Sequence[int]], shape: tuple[int, int], pad_id: int,
 
 
 def batches_by_length(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Indices in batches of at most ``rows`` with neighbours in length together, the longest first."""
+    """The indices of ``lengths`` in batches of at most ``rows``: sorted by length, the longest first."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[i : i + rows] for i in range(0, len(order), rows)]

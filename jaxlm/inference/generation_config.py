@@ -1,4 +1,7 @@
-"""generation_config.json: how the makers of a model want it to generate, in the words of transformers."""
+"""``GenerationConfig``: the settings of generation_config.json, by which a model's makers want it to generate.
+
+Names and meanings are those of transformers.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ __all__ = ["FILE", "PLAIN", "GenerationConfig"]
 
 FILE = "generation_config.json"
 
-# What changes the tokens that transformers generates and is not done here, with the values that leave them as they are.
+# Settings that change the tokens that transformers generates, and are not supported here; with the values that change
+# nothing.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "constraints": (), "custom_generate": (), "diversity_penalty": (0,), "dola_layers": (),
     "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1,), "epsilon_cutoff": (0,),
@@ -26,7 +30,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "penalty_alpha": (0,), "sequence_bias": ([], {}), "token_healing": (False,), "top_h": (), "typical_p": (1,),
     "watermarking_config": (),
 }
-# What says how to compute or what to return, or repeats config.json.
+# Settings that say how to compute or what to return, or repeat config.json.
 _NEUTRAL = frozenset(
     "_from_model_config assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight "
     "assistant_lookbehind bos_token_id cache_config cache_implementation compile_config continuous_batching_config "
@@ -35,19 +39,19 @@ _NEUTRAL = frozenset(
     "prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values return_dict_in_generate speculation_type "
     "target_lookbehind transformers_version use_cache use_mtp".split()
 )
-_ONE_OR_MORE = ("eos_token_id", "forced_eos_token_id", "stop_strings")  # a value may stand for a list of one
-_TOP_K = 50  # of transformers, where a file samples and does not say
+_ONE_OR_MORE = ("eos_token_id", "forced_eos_token_id", "stop_strings")  # a list, or one value without brackets
+_TOP_K = 50  # what transformers uses where a file samples and does not say
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Defaults of ``generate`` and ``translate``. Lengths are tokens. None, and an empty list, say nothing.
+    """Default settings of ``generate`` and ``translate``. Lengths are in tokens. None or an empty list is "not set".
 
-    ``max_length`` and ``min_length`` count the prompt, which for an encoder-decoder is its start token; where
-    ``max_new_tokens`` or ``min_new_tokens`` is there too, it decides.
+    ``max_length`` and ``min_length`` count the prompt, which for an encoder-decoder is its start token;
+    ``max_new_tokens`` and ``min_new_tokens`` do not, and come first where both are set.
     """
 
-    eos_token_id: tuple[int, ...] = ()  # each of them ends a text; (): that of the model's configuration
+    eos_token_id: tuple[int, ...] = ()  # each of them ends a text; (): the eos_id of the model's configuration
     decoder_start_token_id: int | None = None
     max_length: int | None = None
     max_new_tokens: int | None = None
@@ -64,24 +68,25 @@ class GenerationConfig:
     repetition_penalty: float = 1.0  # arXiv:1909.05858, section 4.1
     no_repeat_ngram_size: int = 0
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    forced_bos_token_id: int | None = None  # the first new token, after a prompt of one
-    forced_eos_token_id: tuple[int, ...] = ()  # the last one that there is room for
+    forced_bos_token_id: int | None = None  # the first new token, if the prompt has one token
+    forced_eos_token_id: tuple[int, ...] = ()  # allowed as the last token, where a text reaches its limit
     suppress_tokens: tuple[int, ...] = ()
-    begin_suppress_tokens: tuple[int, ...] = ()
-    renormalize_logits: bool = False  # to probabilities, after all of the above
+    begin_suppress_tokens: tuple[int, ...] = ()  # suppressed as the first token that is not forced
+    renormalize_logits: bool = False  # log-probabilities sum to 1 again after all of the above
     stop_strings: tuple[str, ...] = ()
-    others: Mapping[str, Any] = field(default_factory=dict)  # what else the file says that might matter
+    others: Mapping[str, Any] = field(default_factory=dict)  # settings of the file that are not supported or not known
 
     def replace(self, **changes: Any) -> GenerationConfig:
+        """The same settings but for some fields."""
         return dataclasses.replace(self, **changes)
 
     def given(
         self, *, beam: int | None = None, temperature: float | None = None, **others: Any
     ) -> GenerationConfig:
-        """With the options that a caller gives (those that are not None) in place of these.
+        """These settings, replaced by the options of a caller that are not None.
 
-        ``beam`` is ``num_beams``; a ``temperature`` of 0 does not sample, one above it does. Who asks for one of search
-        and sampling gets it, whatever the file says about the other.
+        ``beam`` sets ``num_beams``. A ``temperature`` of 0 turns sampling off, one above 0 turns it on. A caller who
+        asks for beam search or for sampling gets it, whatever the file says about the other.
         """
         if beam is not None:
             others["num_beams"] = beam
@@ -95,25 +100,36 @@ class GenerationConfig:
         return self.replace(**{name: value for name, value in others.items() if value is not None})
 
     def override(self, changes: Mapping[str, str]) -> GenerationConfig:
-        """With fields set by name, as a command line does. UserError on an unknown name or a wrong value."""
+        """These settings with fields set by name from strings, as on a command line.
+
+        Raises:
+            UserError: on an unknown name or a wrong value.
+        """
         if "others" in changes:
             raise UserError(f"'others' is not a setting of {FILE}")
         return override_fields(self, changes)._checked()
 
     def limits(self, prompts: Sequence[int], default: int) -> list[int]:
-        """How many tokens may follow prompts of these lengths. UserError for one that leaves no room."""
+        """How many tokens may follow prompts of these lengths; ``default`` where no setting says so.
+
+        Raises:
+            UserError: when a prompt is as long as ``max_length``.
+        """
         if self.max_new_tokens is not None or self.max_length is None:
             return [default if self.max_new_tokens is None else self.max_new_tokens] * len(prompts)
         if max(prompts, default=0) >= self.max_length:
             raise UserError(
-                f"a prompt has {max(prompts)} tokens, and by the max_length of {FILE} text and prompt have "
-                f"{self.max_length}: say max_new_tokens"
+                f"a prompt has {max(prompts)} tokens, and the max_length of {FILE} allows {self.max_length} for prompt "
+                "and text: set max_new_tokens"
             )
         return [self.max_length - prompt for prompt in prompts]
 
     def check(self) -> None:
-        """UserError where the file asks for what is not supported; to be called when text is about to be generated, as
-        a model may be loaded for something else."""
+        """To be called before text is generated, and not before: a model may be loaded for something else.
+
+        Raises:
+            UserError: when the file asks for something that is not supported.
+        """
         for name, value in self.others.items():
             if name in _UNSUPPORTED and value is not None and value not in _UNSUPPORTED[name]:
                 raise UserError(
@@ -122,14 +138,19 @@ class GenerationConfig:
                 )
 
     def notes(self) -> list[str]:
-        """What a user should know who relies on the file."""
+        """Warnings for a user who relies on the file."""
         unknown = [name for name in self.others if name not in _UNSUPPORTED]
-        return [f"{', '.join(unknown)} in {FILE}: not known here, without effect"] if unknown else []
+        return [f"{', '.join(unknown)} in {FILE}: unknown settings, without effect"] if unknown else []
 
     @classmethod
     def read(cls, file: Path, fields: Mapping[str, Any], *, older: bool = False) -> GenerationConfig:
-        """What the fields of a file say; ``older``: it is a config.json, and most of them have nothing to do with this.
-        UserError on a value of the wrong kind."""
+        """The settings that the fields of a file hold.
+
+        ``older`` says that the file is a config.json, where older models have them; most of its fields are none.
+
+        Raises:
+            UserError: on a value of the wrong kind; the message names the file.
+        """
         names = {field.name for field in dataclasses.fields(cls)} - {"others"}
         given = {name: value for name, value in fields.items() if name in names and value is not None}
         for name in _ONE_OR_MORE:
@@ -159,7 +180,7 @@ class GenerationConfig:
         return self
 
     def to_json(self, config: ModelConfig) -> dict[str, Any]:
-        """The file for a model: its special tokens, what differs from the defaults, and what else the file said."""
+        """The fields to write for a model: its special tokens, settings that differ from the defaults, and ``others``."""
         ids: dict[str, Any] = {f"{role}_token_id": getattr(config, f"{role}_id") for role in ("bos", "eos", "pad")}
         if config.kind == "seq2seq":
             ids["decoder_start_token_id"] = config.bos_id
@@ -175,4 +196,4 @@ class GenerationConfig:
         return ids | said | dict(self.others)
 
 
-PLAIN = GenerationConfig()  # greedy, until the model's end token
+PLAIN = GenerationConfig()  # greedy, up to the model's end token

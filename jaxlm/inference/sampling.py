@@ -1,9 +1,9 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p and min-p, each row by its own settings."""
+"""Draws the next token from logits: greedy, temperature, top-k, top-p and min-p, each row by its own settings."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -37,7 +37,7 @@ def top_k(x_BxV: Array, k: int) -> tuple[Array, Array]:
 
 
 def greedy(logits_BxV: Array) -> Array:
-    """The most likely token of each row, the lowest id among equals: int32 ``[B]``."""
+    """The most likely token of each row; among equals the one with the lowest id: int32 ``[B]``."""
     return top_k(logits_BxV, 1)[1][:, 0]
 
 
@@ -47,13 +47,19 @@ class Sampling:
     """How each row draws its next token. Every field is an array ``[B]``, so one program serves any mixture."""
 
     temperature: Array  # 0: the most likely token, whatever the other fields say
-    top_k: Array  # keep this many most likely tokens; 0: all
+    top_k: Array  # int32: keep this many of the most likely tokens; 0: all
     top_p: Array  # keep the smallest set of most likely tokens with this much probability (arXiv:1904.09751); 1: all
     min_p: Array  # keep tokens at least this fraction as likely as the likeliest (arXiv:2407.01082); 0: all
 
     @classmethod
-    def rows(cls, batch: int, *, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0) -> Sampling:
-        """The same settings for ``batch`` rows; UserError where a value means nothing."""
+    def for_batch(
+        cls, batch: int, *, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+    ) -> Sampling:
+        """The same settings for each of ``batch`` rows.
+
+        Raises:
+            UserError: when a value is outside its range.
+        """
         for name, value, good, wanted in (
             ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
             ("top_k", top_k, top_k >= 0, "0 (off) or more"),
@@ -66,21 +72,26 @@ class Sampling:
         return cls(real[0], np.full(batch, top_k, np.int32), real[1], real[2])
 
 
-def row_key(seed: Array, mark_2: Array, number: Array) -> Array:
-    """The key of a row's token number ``number``: it depends on nothing but these. ``mark`` tells rows apart."""
-    row = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), mark_2[0]), mark_2[1])
-    return jax.random.fold_in(row, number)
+def token_key(seed: Array, row_id_2: Array, position: Array) -> Array:
+    """The random key of a row's new token at ``position`` (0 is the first). It depends on these arguments alone.
+
+    ``row_id_2`` (uint32 ``[2]``) tells rows apart: ``prompt_digest`` of the row's prompt, and a number that differs
+    among rows with equal prompts.
+    """
+    row = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row_id_2[0]), row_id_2[1])
+    return jax.random.fold_in(row, position)
 
 
-def digest(prompt: Sequence[int]) -> int:
-    """The first mark of a row: what its prompt is. The second is how many rows before it have the same prompt."""
+def prompt_digest(prompt: Sequence[int]) -> int:
+    """A checksum of a prompt's tokens, uint32: the first part of a row's id (see ``token_key``)."""
     return zlib.crc32(np.asarray(prompt, np.int32).tobytes())
 
 
-def _largest_threshold(bits_BxV: Array, enough) -> Array:
-    """The largest threshold per row, as bits, at which the kept entries are still ``enough(kept_BxV) -> bool [B]``.
+def _largest_threshold(bits_BxV: Array, enough: Callable[[Array], Array]) -> Array:
+    """The largest threshold of each row for which ``enough(bits_BxV >= threshold) -> bool [B]`` still holds.
 
-    Non-negative floats order as their bit patterns do, so thirty halvings find the exact float without a sort.
+    ``bits`` are the bit patterns of probabilities. Non-negative floats have the order of their bit patterns, so 31
+    halvings find the exact float without a sort.
     """
     low_B = jnp.zeros(bits_BxV.shape[0], jnp.int32)
     high_B = low_B + np.float32(1).view(np.int32) + 1  # probabilities end at 1
@@ -94,11 +105,11 @@ def _largest_threshold(bits_BxV: Array, enough) -> Array:
     return lax.fori_loop(0, 31, halve, (low_B, high_B))[0]
 
 
-def restrict(logits_BxV: Array, sampling: Sampling) -> Array:
-    """Logits over temperature with excluded tokens at -inf.
+def filter_logits(logits_BxV: Array, sampling: Sampling) -> Array:
+    """Logits divided by the temperature, with -inf for the tokens that top-k, top-p and min-p exclude: ``[B, V]``.
 
-    As in transformers, temperature comes first, then top-k, then top-p of what top-k left, and min-p. Tokens exactly
-    as likely as the last one kept are kept too.
+    The order is that of transformers: temperature first, then top-k, then top-p of the tokens that top-k kept, then
+    min-p. Tokens exactly as likely as the least likely one kept are kept too.
     """
     temperature_B = jnp.where(sampling.temperature > 0, sampling.temperature, 1.0)
     logits_BxV = logits_BxV / temperature_B[:, None]
@@ -116,15 +127,15 @@ def restrict(logits_BxV: Array, sampling: Sampling) -> Array:
         keep_BxV &= p_BxV >= (sampling.min_p * p_BxV.max(-1))[:, None]
         return jnp.where(keep_BxV, logits_BxV, -jnp.inf)
 
-    asked = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    return lax.cond(asked.any(), cut, lambda x: x, logits_BxV)
+    filtered_B = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    return lax.cond(filtered_B.any(), cut, lambda x: x, logits_BxV)
 
 
 def sample(logits_BxV: Array, keys_B: Array, sampling: Sampling) -> Array:
-    """One token a row, int32 ``[B]``: row ``b`` depends on its own logits, ``keys_B[b]`` and settings only."""
+    """One token for each row: int32 ``[B]``. Row ``b`` depends only on its own logits, settings and ``keys_B[b]``."""
 
     def draw(logits_BxV):
-        drawn_B = jax.vmap(jax.random.categorical)(keys_B, restrict(logits_BxV, sampling))
+        drawn_B = jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BxV, sampling))
         return jnp.where(sampling.temperature > 0, drawn_B.astype(jnp.int32), greedy(logits_BxV))
 
     return lax.cond((sampling.temperature > 0).any(), draw, greedy, logits_BxV)

@@ -16,7 +16,7 @@ from jaxlm.core.sharding import abstract_mesh, describe_mesh, shardings
 from jaxlm.core.tree import Params, flatten
 from jaxlm.evaluation.compare import Comparison
 from jaxlm.evaluation.insight import inspect_tokens
-from jaxlm.inference.translate import decoder_start_token, encode_sources, translate_tokens
+from jaxlm.inference.translation import decoder_start_token, encode_sources, translate_tokens
 from jaxlm.pictures import layers, mesh
 from jaxlm.pictures.attention import attention_maps, attributions
 from jaxlm.pictures.curves import size_quality, training_curves

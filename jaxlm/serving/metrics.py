@@ -29,7 +29,7 @@ _COUNTERS = {
     "drafts_accepted": ("accepted_tokens", "proposed tokens that were accepted"),
     "preemptions": ("preemptions", "continuations that gave their slot back"),
     "steps": ("steps", "steps of the engine"),
-    "compiles": ("compiles", "programs compiled"),
+    "compiles": ("compilations", "programs compiled"),
 }
 
 

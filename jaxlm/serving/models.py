@@ -13,7 +13,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.tree import count_bytes, count_params
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.inference.engine.engine import Engine
-from jaxlm.inference.translate import target_language
+from jaxlm.inference.translation import target_language
 from jaxlm.model import LM
 from jaxlm.serving.protocol.errors import model_not_found, wrong_endpoint
 from jaxlm.serving.protocol.responses import Model

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from jaxlm.inference.translate import Hypothesis, generation_for_language, search_translations
+from jaxlm.inference.translation import Hypothesis, generation_for_language, search_translations
 from jaxlm.model import LM
 from jaxlm.serving.protocol.requests import MAX_SENTENCES
 from jaxlm.serving.worker import Worker, run_into

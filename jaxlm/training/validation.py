@@ -14,7 +14,7 @@ from jaxlm.core.host_memory import on_host
 from jaxlm.core.sharding import make_mesh
 from jaxlm.core.tree import unflatten
 from jaxlm.data.sources.types import Bitext
-from jaxlm.inference.translate import translate
+from jaxlm.inference.translation import translate
 from jaxlm.model import LM
 from jaxlm.training.multihost.distributed import all_gather_object
 from jaxlm.training.objectives.loss import Batch

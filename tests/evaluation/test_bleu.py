@@ -7,7 +7,7 @@ import sacrebleu
 
 from jaxlm.data.sources.types import Bitext
 from jaxlm.evaluation.bleu import bleu, translate_corpus
-from jaxlm.inference.translate import translate
+from jaxlm.inference.translation import translate
 from tests.inference.models import seq2seq
 
 REFERENCES = ["Ein Mann mit einem Hut steht am See.", "Zwei Hunde spielen im Schnee.", "Eine Frau liest ein Buch."]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.inference.beam import Stopping, advance, begin
+from jaxlm.inference.beam import BeamScorer, init_search, run_search
 from jaxlm.inference.logits_processors import LogitsProcessors
 from tests.inference import toys
 
@@ -18,9 +18,9 @@ EOS = 2
 
 @partial(jax.jit, static_argnames=("beams", "size"))
 def _search(table, first_B, limit_B, alpha, exact, *, beams, size):
-    rules = LogitsProcessors(jnp.array([EOS]), limit_B)
-    state = begin(toys.empty(len(table)), first_B, rules, beams=beams, size=size)
-    return advance(partial(toys.decode, table), state, rules, Stopping(alpha, exact), room=size).finished
+    processors = LogitsProcessors(jnp.array([EOS]), limit_B)
+    state = init_search(toys.empty(len(table)), first_B, processors, beams=beams, size=size)
+    return run_search(partial(toys.decode, table), state, processors, BeamScorer(alpha, exact), capacity=size).finished
 
 
 def run(table, first, limits, *, beams, alpha=1.0, exact=False, size=None):

@@ -12,7 +12,8 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.directory import read_model
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows
-from jaxlm.inference.generate import beam_tokens, generate, generate_tokens
+from jaxlm.inference.decoding import beam_tokens, generate_tokens
+from jaxlm.inference.generation import generate
 from jaxlm.inference.generation_config import PLAIN
 from tests.inference.models import Handle, decoder, greedy_by_full_forward, lstm, seq2seq, total_logp
 

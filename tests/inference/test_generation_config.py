@@ -34,7 +34,7 @@ def test_a_file_is_read_and_written_back(tmp_path):
         others={"typical_p": 1.0, "chat_format": "chatml"},
     )
     generation.check()
-    assert generation.notes() == ["chat_format in generation_config.json: not known here, without effect"]
+    assert generation.notes() == ["chat_format in generation_config.json: unknown settings, without effect"]
     config = nn.DecoderConfig(vocab_size=11, width=8, heads=2, layers=1)
     lm = jaxlm.LM(config, *nn.build(config, jax.random.key(0)), generation=generation)
     for path in (lm.save(tmp_path / "saved"), lm.export(tmp_path / "exported")):
@@ -69,7 +69,7 @@ def test_lengths_count_the_prompt_or_not():
     assert GenerationConfig().limits([3, 5], 64) == [64, 64]
     assert GenerationConfig(max_length=9).limits([3, 5], 64) == [6, 4]
     assert GenerationConfig(max_length=9, max_new_tokens=2).limits([3, 50], 64) == [2, 2]
-    with pytest.raises(UserError, match="a prompt has 9 tokens, .* say max_new_tokens"):
+    with pytest.raises(UserError, match="a prompt has 9 tokens, .* max_new_tokens"):
         GenerationConfig(max_length=9).limits([9], 64)
 
 

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxlm
-from jaxlm.inference.generate import beam_tokens, generate_tokens
-from jaxlm.inference.translate import translate_tokens
+from jaxlm.inference.decoding import beam_tokens, generate_tokens
+from jaxlm.inference.translation import translate_tokens
 from tests.hf.families import families
 from tests.inference.generations import CASES, GOLDEN, PROMPT, SEARCHES, by_transformers, settings
 

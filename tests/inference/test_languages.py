@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
-from jaxlm.inference.translate import generation_for_language, translate_tokens
+from jaxlm.inference.translation import generation_for_language, translate_tokens
 from tests.data.tokenizers.pieces import ENGLISH, GERMAN, family
 from tests.hf.families import families
 

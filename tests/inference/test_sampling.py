@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.inference.sampling import Sampling, greedy, restrict, sample, top_k
+from jaxlm.inference.sampling import Sampling, filter_logits, greedy, sample, top_k
 
 RNG = np.random.default_rng(0)
 
@@ -57,7 +57,7 @@ def test_filters_keep_what_sorting_keeps_each_row_by_its_own_settings():
     logits = RNG.normal(scale=2.0, size=(len(CASES), 301)).astype(np.float32)
     t, k, p, m = (np.array(column) for column in zip(*CASES, strict=True))
     sampling = Sampling(*(jnp.asarray(x, d) for x, d in ((t, "f4"), (k, "i4"), (p, "f4"), (m, "f4"))))
-    left = np.asarray(jax.jit(restrict)(logits, sampling))
+    left = np.asarray(jax.jit(filter_logits)(logits, sampling))
     for row, (case, result) in enumerate(zip(CASES, left, strict=True)):
         assert set(np.flatnonzero(result > -np.inf)) == kept_by_numpy(logits[row], *case)
         kept = result > -np.inf
@@ -68,7 +68,7 @@ def test_draws_follow_the_filtered_distribution():
     logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0], np.float32)
     draws = 20_000
     keys = jax.random.split(jax.random.key(1), draws)
-    settings = Sampling.rows(draws, temperature=0.8, top_k=3)
+    settings = Sampling.for_batch(draws, temperature=0.8, top_k=3)
     tokens = np.asarray(sample(jnp.broadcast_to(logits, (draws, 5)), keys, settings))
     wanted = np.exp(logits[:3] / 0.8) / np.exp(logits[:3] / 0.8).sum()
     seen = np.bincount(tokens, minlength=5) / draws
@@ -93,4 +93,4 @@ def test_a_row_is_its_own_business():
 )
 def test_meaningless_settings_are_named(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
-        Sampling.rows(1, **bad)
+        Sampling.for_batch(1, **bad)

@@ -11,9 +11,9 @@ import pytest
 from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, unflatten
-from jaxlm.inference.beam import Stopping, finish, search_seq2seq
+from jaxlm.inference.beam import BeamScorer, finish_search, search_seq2seq
 from jaxlm.inference.logits_processors import LogitsProcessors
-from jaxlm.inference.translate import encode_sources, translate, translate_tokens
+from jaxlm.inference.translation import encode_sources, translate, translate_tokens
 from tests.inference.models import NEVER, Handle, decoder, greedy_by_full_forward, seq2seq, total_logp
 
 SENTENCES = ["the cat sat.", "a", "what is it that you said to the other one of them.", "on and on and on"]
@@ -51,11 +51,11 @@ def test_the_sentences_that_are_still_open_go_on_among_themselves(kv_cache):
     def search(rows: list[int]):
         padded, batch = np.array([sources[i] for i in rows], np.int32), len(rows)
         limit_B = np.array([limits[i] for i in rows], np.int32)
-        rules = LogitsProcessors(np.array([NEVER]), limit_B, least_B=np.ones(batch, np.int32))
-        first_B, stopping = np.full(batch, lm.config.bos_id, np.int32), Stopping()
-        state = search_seq2seq(lm.graphdef, lm.params, padded, first_B, rules, stopping, beams=3, size=256)
-        assert [bool(x) for x in state.open_B] == [limits[i] > 32 for i in rows]
-        return finish(lm.graphdef, lm.params, state, rules, stopping)
+        processors = LogitsProcessors(np.array([NEVER]), limit_B, min_new_tokens_B=np.ones(batch, np.int32))
+        first_B, scorer = np.full(batch, lm.config.bos_id, np.int32), BeamScorer()
+        state = search_seq2seq(lm.graphdef, lm.params, padded, first_B, processors, scorer, beams=3, size=256)
+        assert [bool(x) for x in state.active_B] == [limits[i] > 32 for i in rows]
+        return finish_search(lm.graphdef, lm.params, state, processors, scorer)
 
     together = search(list(range(len(limits))))
     for i, limit in enumerate(limits):

@@ -1,0 +1,1 @@
+"""The engine: scheduler, paged cache, compiled programs, speculative decoding and constraints."""

@@ -1,4 +1,8 @@
-"""Who has which page of a pool: counts of references, and pages found again by what their tokens are."""
+"""Allocates the memory of the paged key/value cache, and finds pages again by the tokens that they hold.
+
+The unit of allocation, a block of vLLM (arXiv:2309.06180), is called a page here, as in ``jaxlm.nn.attention.paged``: a
+fixed number of slots, one for the keys and values of one token.
+"""
 
 from __future__ import annotations
 
@@ -8,77 +12,85 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+__all__ = ["BlockAllocator", "page_hashes"]
+
 _ROOT = b""
 
 
-def page_keys(tokens: Sequence[int], size: int, parent: bytes = _ROOT) -> Iterator[bytes]:
-    """A key for each whole page of ``tokens``: a digest of them and of all that came before, by way of ``parent``."""
-    for end in range(size, len(tokens) + 1, size):
-        page = np.asarray(tokens[end - size : end], np.int32).tobytes()
+def page_hashes(tokens: Sequence[int], page_size: int, parent: bytes = _ROOT) -> Iterator[bytes]:
+    """A hash for each full page of ``tokens``: of its tokens and, through ``parent``, of all tokens before it."""
+    for end in range(page_size, len(tokens) + 1, page_size):
+        page = np.asarray(tokens[end - page_size : end], np.int32).tobytes()
         parent = hashlib.blake2b(parent + page, digest_size=16).digest()
         yield parent
 
 
 class BlockAllocator:
-    """Pages 1 to ``pages`` (0 is nobody's), each free, in use by some sequences, or idle: in use by none, but kept
-    for a sequence that begins as it does until a page is needed and it is the one longest out of use."""
+    """Reference counts of pages 1 to ``num_pages``; page 0 belongs to nobody.
 
-    def __init__(self, pages: int):
-        self.pages = pages
-        self._free = list(range(pages, 0, -1))
-        self._users = [0] * (pages + 1)
+    A page is free, in use by one or more sequences, or cached: in use by none, but kept for a sequence that begins with
+    the same tokens. Cached pages are evicted when no page is free, least recently used first.
+    """
+
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        self._free = list(range(num_pages, 0, -1))
+        self._references = [0] * (num_pages + 1)
         self._page_of: dict[bytes, int] = {}
-        self._key_of: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._hash_of: dict[int, bytes] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
-        """Pages that could be taken now."""
-        return len(self._free) + len(self._idle)
+        """Pages that can be allocated now."""
+        return len(self._free) + len(self._cached)
 
     @property
     def used(self) -> int:
         """Pages in use by sequences."""
-        return self.pages - self.available
+        return self.num_pages - self.available
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
-        """The pages of as many of the first keys as there are, now in use once more."""
+    def acquire_prefix(self, hashes: Sequence[bytes]) -> list[int]:
+        """The pages that hold the longest known prefix of ``hashes``, each with one reference more."""
         found = []
-        for key in keys:
-            if (page := self._page_of.get(key)) is None:
+        for page_hash in hashes:
+            if (page := self._page_of.get(page_hash)) is None:
                 break
-            self._idle.pop(page, None)
-            self._users[page] += 1
+            self._cached.pop(page, None)
+            self._references[page] += 1
             found.append(page)
         return found
 
-    def take(self, count: int) -> list[int] | None:
-        """So many pages of one's own, or None where there are not enough."""
+    def allocate(self, count: int) -> list[int] | None:
+        """``count`` pages for one sequence to write to, or None if fewer are available."""
         if count > self.available:
             return None
-        taken = []
+        pages = []
         for _ in range(count):
             if self._free:
                 page = self._free.pop()
             else:
-                page, _ = self._idle.popitem(last=False)
-                del self._page_of[self._key_of.pop(page)]
-            self._users[page] = 1
-            taken.append(page)
-        return taken
+                page, _ = self._cached.popitem(last=False)
+                del self._page_of[self._hash_of.pop(page)]
+            self._references[page] = 1
+            pages.append(page)
+        return pages
 
-    def name(self, page: int, key: bytes) -> None:
-        """Says what a page in use holds, so that it is found. Where another page holds that already, it is not."""
-        if key not in self._page_of and page not in self._key_of:
-            self._page_of[key], self._key_of[page] = page, key
+    def register(self, page: int, page_hash: bytes) -> None:
+        """Makes a full page findable by its hash. Nothing changes if another page with the same tokens already is."""
+        if page_hash not in self._page_of and page not in self._hash_of:
+            self._page_of[page_hash], self._hash_of[page] = page, page_hash
 
     def release(self, pages: Sequence[int]) -> None:
-        """One sequence less uses these pages. Of those that go idle together the last ones are given up first: the
-        others may be found without them, and they not without the others."""
+        """Takes back one reference to each page.
+
+        Of pages that become unused together, the last ones of a sequence are evicted first: the first ones are of use
+        without the last, but not the last without the first.
+        """
         for page in reversed(pages):
-            self._users[page] -= 1
-            if not self._users[page]:
-                if page in self._key_of:
-                    self._idle[page] = None
+            self._references[page] -= 1
+            if not self._references[page]:
+                if page in self._hash_of:
+                    self._cached[page] = None
                 else:
                     self._free.append(page)

@@ -1,4 +1,4 @@
-"""The device side of an engine: the model with its pools, the settings of its slots, and the programs it runs."""
+"""The device side of an engine: parameters, page pools and slot settings, and the programs that run on them."""
 
 from __future__ import annotations
 
@@ -13,164 +13,187 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm import nn
 from jaxlm.core.tree import Params
-from jaxlm.inference.engine.programs import Drawn, Rows, Settings, draw, read, seat, start
+from jaxlm.inference.engine.options import ResolvedOptions
+from jaxlm.inference.engine.programs import (
+    DecodeInput,
+    DecodeOutput,
+    SlotSettings,
+    assign_slot,
+    decode_step,
+    init_state,
+    prefill,
+)
 from jaxlm.inference.engine.requests import MAX_LOGIT_BIASES, TokenLogprob
-from jaxlm.inference.engine.scheduler import Sequence
-from jaxlm.inference.engine.speculation import speculate
+from jaxlm.inference.engine.scheduler import PrefillChunk, Sequence
+from jaxlm.inference.engine.speculation import speculative_decode_step
 from jaxlm.inference.generation_config import GenerationConfig
 from jaxlm.inference.logits_processors import make_logits_processors
-from jaxlm.inference.sampling import Sampling, digest
+from jaxlm.inference.sampling import Sampling, prompt_digest
 
-_SMALLEST = 16  # tokens that a program to read them takes, at least
+__all__ = ["Runner", "SequenceOutput"]
+
+_SMALLEST_CHUNK = 16  # tokens
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What came of a step for one sequence."""
+class SequenceOutput:
+    """What one step yielded for one sequence."""
 
     sequence: Sequence
     tokens: list[int]
-    logprobs: list[TokenLogprob]  # of each of them, where anybody asks
+    logprobs: list[TokenLogprob]  # of these tokens; empty if no sequence needs them
 
 
 class Runner:
-    """A model, perhaps a draft of it, and what is in their memory."""
+    """A model, perhaps with a draft, and the state of its slots on the devices."""
 
-    def __init__(
-        self, models: Rowlike, generation: GenerationConfig, *, slots: int, context: int, page: int, pages: int,
-        chunk: int, guesses: int,
-    ):
-        """``models`` have ``config`` and ``params``, the draft second; ``pages`` does not count the one that is
-        nobody's."""
-        self._config, self._generation = models[0].config, generation
-        self._graphdefs = tuple(nn.initializer(each.config)[0] for each in models)
-        self._params = tuple(each.params for each in models)
-        self._guesses = guesses if len(models) > 1 else 0
-        self._context, self._pages_of_row = context, -(-context // page)
-        self._sizes = _sizes(min(chunk, context))
-        self._mesh = _mesh(models[0].params)
-        self._slots = slots
-        self._settings = _no_settings(slots, self._config.vocab_size)
-        self._placed: Settings | None = None  # the same on devices
-        vocabulary = self._config.vocab_size
-        self._anything = np.zeros((slots, -(-vocabulary // 32)), np.int32)
-        plain = generation.replace(
+    def __init__(self, params: tuple[Params, ...], generation: GenerationConfig, options: ResolvedOptions):
+        """
+        Args:
+            params: of the model, and of its draft if it has one.
+            generation: the model's settings.
+            options: of the engine.
+        """
+        self._params, self._generation, self._options = params, generation, options
+        self._graphdefs = tuple(nn.initializer(config)[0] for config in options.configs)
+        self._chunk_sizes = _chunk_sizes(min(options.prefill_chunk, options.context))
+        self._mesh = _mesh(params[0])
+        vocab_size = options.configs[0].vocab_size
+        self._settings = _empty_settings(options.slots, vocab_size)
+        self._device_settings: SlotSettings | None = None  # a copy of the settings; None when they have changed
+        self._all_zero_SxW = np.zeros((options.slots, -(-vocab_size // 32)), np.int32)
+        self._programs: set[str] = set()
+        self._warm = False
+        shared = generation.replace(  # without what each slot has as a setting of its own
             repetition_penalty=1.0, min_new_tokens=0, min_length=0, forced_bos_token_id=None
         )
         zeros = np.zeros(1, np.int32)
-        self._programs: set[str] = set()
-        self._warm = False
         with self._on_mesh():
-            self._rules = jax.device_put(make_logits_processors(plain, self._config, [1], [1], zeros[None], zeros))
-            self._state = start(
-                self._graphdefs, self._params, slots=slots, context=context, pages=pages + 1, size=page
+            processors = make_logits_processors(shared, options.configs[0], [1], [1], zeros[None], zeros)
+            self._processors = jax.device_put(processors)
+            self._state = init_state(
+                self._graphdefs, self._params, slots=options.slots, context=options.context,
+                num_pages=options.num_pages + 1, page_size=options.page_size,
             )
 
     @property
-    def compiles(self) -> int:
-        """Programs that it has run."""
+    def compilations(self) -> int:
+        """Different programs that have run."""
         return len(self._programs)
 
     def warm_up(self) -> None:
-        """Runs every program once on nothing; no other is run afterwards."""
-        slots = self._slots
+        """Runs every program once with empty slots; no other program runs afterwards."""
+        options = self._options
         with self._on_mesh():
-            for _ in range(2):  # what a program returns may lie otherwise than what the first one was given
-                self._seat(0, np.zeros(self._context, np.int32))
-                for size in self._sizes:
-                    self._read(np.zeros(size, np.int32), np.zeros(self._pages_of_row, np.int32), 0, 0)
-                drawn = self._draw(_no_rows(slots, self._pages_of_row, self._anything))
-            jax.block_until_ready(drawn)
+            for _ in range(2):  # the output of a program may have another layout than its first input
+                self._run_assign_slot(0, np.zeros(options.context, np.int32))
+                for size in self._chunk_sizes:
+                    no_pages_P = np.zeros(options.pages_per_sequence, np.int32)
+                    self._run_prefill(np.zeros(size, np.int32), no_pages_P, 0, 0)
+                output = self._run_decode(self._empty_input())
+            jax.block_until_ready(output)
         self._warm = True
 
-    def read(self, sequence: Sequence, begin: int, count: int) -> None:
-        """Puts tokens of a sequence into its pages."""
-        self._sit(sequence)
+    def prefill(self, chunk: PrefillChunk) -> None:
+        """Computes the keys and values of a chunk of a prompt."""
+        sequence, begin, count = chunk
+        self._place(sequence)
+        pages_P = _padded(sequence.pages, self._options.pages_per_sequence)
         with self._on_mesh():
             while count > 0:
-                size = next((size for size in self._sizes if size >= count), self._sizes[-1])
+                size = next((size for size in self._chunk_sizes if size >= count), self._chunk_sizes[-1])
                 now = min(size, count)
-                tokens_T = _padded(sequence.tokens[begin : begin + now], size)
-                self._read(tokens_T, _padded(sequence.pages, self._pages_of_row), begin, now)
+                self._run_prefill(_padded(sequence.tokens[begin : begin + now], size), pages_P, begin, now)
                 begin, count = begin + now, count - now
 
-    def draw(self, sequences: Rowlike[Sequence], guesses: Rowlike[int]) -> list[Draws]:
-        """One more token for each sequence; where there is a draft, up to as many more as it may guess."""
-        rows = _no_rows(self._slots, self._pages_of_row, self._anything)
+    def decode(self, sequences: Rowlike[Sequence], num_draft_tokens: Rowlike[int]) -> list[SequenceOutput]:
+        """One more token for each sequence; with a draft, up to ``num_draft_tokens`` more."""
+        inputs = self._empty_input()
         if any(sequence.matcher for sequence in sequences):
-            rows = dataclasses.replace(rows, allowed=self._anything.copy())
-        for sequence, guessed in zip(sequences, guesses, strict=True):
-            slot = self._sit(sequence)
-            rows.table[slot, : len(sequence.pages)] = sequence.pages
-            rows.length[slot], rows.drafts[slot] = len(sequence.tokens), guessed
-            rows.behind[slot] = sequence.behind
+            inputs = dataclasses.replace(inputs, allowed=self._all_zero_SxW.copy())
+        for sequence, proposed in zip(sequences, num_draft_tokens, strict=True):
+            slot = self._place(sequence)
+            inputs.page_table[slot, : len(sequence.pages)] = sequence.pages
+            inputs.length[slot], inputs.num_draft_tokens[slot] = len(sequence.tokens), proposed
+            inputs.draft_lags[slot] = sequence.draft_lags
             if sequence.matcher:
-                rows.constrained[slot] = True
-                rows.allowed[slot] = sequence.matcher.allowed_W
+                inputs.constrained[slot] = True
+                inputs.allowed[slot] = sequence.matcher.allowed_W
         with self._on_mesh():
-            drawn = self._draw(rows)
-        asked = any(sequence.request.scored for sequence in sequences)
-        fetched = jax.device_get(drawn if asked else (drawn.tokens, drawn.count))  # the one wait of the step
-        tokens_SxD, count_S = (fetched.tokens, fetched.count) if asked else fetched
-        out = []
-        for sequence, guessed in zip(sequences, guesses, strict=True):
+            output = self._run_decode(inputs)
+        scored = any(sequence.request.needs_logprobs for sequence in sequences)
+        fetched = jax.device_get(output if scored else (output.tokens, output.count))  # the step waits here only
+        tokens_SxD, count_S = (fetched.tokens, fetched.count) if scored else fetched
+        outputs = []
+        for sequence, proposed in zip(sequences, num_draft_tokens, strict=True):
             slot = sequence.slot
             count = int(count_S[slot])
-            sequence.behind = count == guessed + 1
-            logprobs = _logprobs(fetched, slot, count, sequence.request.logprobs or 0) if asked else []
-            out.append(Draws(sequence, tokens_SxD[slot, :count].tolist(), logprobs))
-        return out
+            sequence.draft_lags = count == proposed + 1
+            logprobs = _logprobs(fetched, slot, count, sequence.request.logprobs or 0) if scored else []
+            outputs.append(SequenceOutput(sequence, tokens_SxD[slot, :count].tolist(), logprobs))
+        return outputs
 
-    def _sit(self, sequence: Sequence) -> int:
-        """Sees to it that a slot is that of its sequence."""
+    def _place(self, sequence: Sequence) -> int:
+        """The slot of a sequence, after its tokens and settings have been written there if they were not."""
         slot = sequence.slot
-        if not sequence.placed:
-            sequence.placed = True
-            _settle(self._settings, slot, sequence, self._generation, self._config)
-            self._placed = None
+        if not sequence.on_device:
+            sequence.on_device = True
+            _write_settings(self._settings, sequence, self._generation, self._options.configs[0].vocab_size)
+            self._device_settings = None
             with self._on_mesh():
-                self._seat(slot, _padded(sequence.tokens, self._context))
+                self._run_assign_slot(slot, _padded(sequence.tokens, self._options.context))
         return slot
 
-    # Every program that is run, by what decides whether it compiles.
-
-    def _seat(self, slot: int, tokens_C: np.ndarray) -> None:
-        self._run("seat")
-        self._state = seat(self._state, np.int32(slot), tokens_C)
-
-    def _read(self, tokens_T: np.ndarray, table_P: np.ndarray, begin: int, count: int) -> None:
-        self._run(f"read {len(tokens_T)}")
-        self._state = read(
-            self._graphdefs, self._params, self._state, tokens_T, table_P, np.int32(begin), np.int32(count)
+    def _empty_input(self) -> DecodeInput:
+        slots = self._options.slots
+        return DecodeInput(
+            page_table=np.zeros((slots, self._options.pages_per_sequence), np.int32),
+            length=np.zeros(slots, np.int32), constrained=np.zeros(slots, bool), allowed=self._all_zero_SxW,
+            num_draft_tokens=np.zeros(slots, np.int32), draft_lags=np.zeros(slots, bool),
         )
 
-    def _draw(self, rows: Rows) -> Drawn:
-        self._run("draw")
-        if self._placed is None:
-            self._placed = jax.device_put(jax.tree.map(np.copy, self._settings))
-        args = (self._graphdefs, self._params, self._state, rows, self._placed, self._rules)
-        self._state, drawn = speculate(*args, guesses=self._guesses) if self._guesses else draw(*args)
-        return drawn
+    # The programs. Each notes what decides whether it compiles.
 
-    def _run(self, program: str) -> None:
+    def _run_assign_slot(self, slot: int, tokens_C: np.ndarray) -> None:
+        self._note("assign_slot")
+        self._state = assign_slot(self._state, np.int32(slot), tokens_C)
+
+    def _run_prefill(self, tokens_T: np.ndarray, pages_P: np.ndarray, begin: int, count: int) -> None:
+        self._note(f"prefill {len(tokens_T)}")
+        self._state = prefill(
+            self._graphdefs, self._params, self._state, tokens_T, pages_P, np.int32(begin), np.int32(count)
+        )
+
+    def _run_decode(self, inputs: DecodeInput) -> DecodeOutput:
+        self._note("decode")
+        if self._device_settings is None:
+            self._device_settings = jax.device_put(jax.tree.map(np.copy, self._settings))
+        args = (self._graphdefs, self._params, self._state, inputs, self._device_settings, self._processors)
+        if num_draft_tokens := self._options.num_draft_tokens:
+            self._state, output = speculative_decode_step(*args, num_draft_tokens=num_draft_tokens)
+        else:
+            self._state, output = decode_step(*args)
+        return output
+
+    def _note(self, program: str) -> None:
         assert not self._warm or program in self._programs, f"{program} would compile after warm_up"
         self._programs.add(program)
 
-    def _on_mesh(self):
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
 def _mesh(params: Params) -> Mesh | None:
-    """The mesh that parameters lie on, where it is more than one device."""
+    """The mesh that the parameters lie on, if it has more than one device."""
     for leaf in jax.tree.leaves(params):
         if isinstance(sharding := getattr(leaf, "sharding", None), NamedSharding) and sharding.mesh.size > 1:
             return sharding.mesh
     return None
 
 
-def _sizes(chunk: int) -> list[int]:
-    """Powers of two up to the first that holds a whole chunk."""
-    sizes = [_SMALLEST]
+def _chunk_sizes(chunk: int) -> list[int]:
+    """Powers of two, up to the first that holds a whole chunk."""
+    sizes = [_SMALLEST_CHUNK]
     while sizes[-1] < chunk:
         sizes.append(2 * sizes[-1])
     return sizes
@@ -182,48 +205,52 @@ def _padded(values: Rowlike[int], size: int) -> np.ndarray:
     return out
 
 
-def _no_rows(slots: int, pages: int, allowed: np.ndarray) -> Rows:
-    numbers, flags = (lambda: np.zeros(slots, np.int32)), (lambda: np.zeros(slots, bool))
-    return Rows(np.zeros((slots, pages), np.int32), numbers(), flags(), allowed, numbers(), flags())
+def _empty_settings(slots: int, vocab_size: int) -> SlotSettings:
+    """NumPy arrays, to be written slot by slot."""
 
-
-def _no_settings(slots: int, vocabulary: int) -> Settings:
-    def numbers(value=0):
+    def integers(value: int = 0) -> np.ndarray:
         return np.full(slots, value, np.int32)
 
-    def reals(value=0.0):
+    def floats(value: float = 0.0) -> np.ndarray:
         return np.full(slots, value, np.float32)
 
-    return Settings(
-        Sampling.rows(slots), np.zeros(slots, np.uint32), np.zeros((slots, 2), np.uint32), numbers(), numbers(),
-        numbers(), numbers(-1), reals(1.0), reals(), reals(), np.full((slots, MAX_LOGIT_BIASES), vocabulary, np.int32),
-        np.zeros((slots, MAX_LOGIT_BIASES), np.float32), np.zeros(slots, bool),
+    return SlotSettings(
+        sampling=Sampling.for_batch(slots), seed=np.zeros(slots, np.uint32), row_ids=np.zeros((slots, 2), np.uint32),
+        prompt_length=integers(), max_new_tokens=integers(), min_new_tokens=integers(), forced_first=integers(-1),
+        repetition_penalty=floats(1.0), presence_penalty=floats(), frequency_penalty=floats(),
+        bias_tokens=np.full((slots, MAX_LOGIT_BIASES), vocab_size, np.int32),
+        bias_values=np.zeros((slots, MAX_LOGIT_BIASES), np.float32), needs_logprobs=np.zeros(slots, bool),
     )
 
 
-def _settle(settings: Settings, slot: int, sequence: Sequence, generation: GenerationConfig, config) -> None:
-    """Writes what a sequence asks for into its slot's place in the arrays."""
-    request, length = sequence.request, len(sequence.request.prompt)
+def _write_settings(
+    settings: SlotSettings, sequence: Sequence, generation: GenerationConfig, vocab_size: int
+) -> None:
+    """Writes the settings of a sequence's request into its slot."""
+    slot, request = sequence.slot, sequence.request
+    length, biases = len(request.prompt), len(request.logit_bias)
     sampling, forced = settings.sampling, generation.forced_bos_token_id
     sampling.temperature[slot], sampling.top_k[slot] = request.temperature, request.top_k
     sampling.top_p[slot], sampling.min_p[slot] = request.top_p, request.min_p
-    settings.seed[slot], settings.marks[slot] = sequence.seed, (digest(request.prompt), sequence.index)
-    settings.prompt[slot], settings.limit[slot] = length, request.max_new_tokens
-    settings.least[slot] = request.min_new_tokens
-    settings.first[slot] = forced if forced is not None and length == 1 else -1
-    settings.repetition[slot] = request.repetition_penalty
-    settings.presence[slot], settings.frequency[slot] = request.presence_penalty, request.frequency_penalty
-    settings.bias_ids[slot] = config.vocab_size
-    settings.bias_ids[slot, : len(request.logit_bias)] = list(request.logit_bias)
-    settings.biases[slot, : len(request.logit_bias)] = list(request.logit_bias.values())
-    settings.logprobs[slot] = request.scored
+    settings.seed[slot], settings.row_ids[slot] = sequence.seed, (prompt_digest(request.prompt), sequence.index)
+    settings.prompt_length[slot], settings.max_new_tokens[slot] = length, request.max_new_tokens
+    settings.min_new_tokens[slot] = request.min_new_tokens
+    settings.forced_first[slot] = forced if forced is not None and length == 1 else -1
+    settings.repetition_penalty[slot] = request.repetition_penalty
+    settings.presence_penalty[slot] = request.presence_penalty
+    settings.frequency_penalty[slot] = request.frequency_penalty
+    settings.bias_tokens[slot] = vocab_size
+    settings.bias_tokens[slot, :biases] = list(request.logit_bias)
+    settings.bias_values[slot, :biases] = list(request.logit_bias.values())
+    settings.needs_logprobs[slot] = request.needs_logprobs
 
 
-def _logprobs(drawn: Drawn, slot: int, count: int, asked: int) -> list[TokenLogprob]:
+def _logprobs(output: DecodeOutput, slot: int, count: int, alternatives: int) -> list[TokenLogprob]:
+    top = (output.top_tokens[slot, :, :alternatives], output.top_logprobs[slot, :, :alternatives])
     return [
         TokenLogprob(
-            int(drawn.tokens[slot, i]), float(drawn.logprob[slot, i]),
-            tuple(zip(drawn.top[slot, i, :asked].tolist(), drawn.top_logprob[slot, i, :asked].tolist(), strict=True)),
+            int(output.tokens[slot, i]), float(output.logprob[slot, i]),
+            tuple(zip(*(each[i].tolist() for each in top), strict=True)),
         )
         for i in range(count)
     ]

@@ -1,8 +1,9 @@
-"""Which sequences run: first come, first served, as slots and pages allow.
+"""Decides which sequences run: first come, first served, as far as slots and pages allow.
 
-Pages are taken as sequences grow. When they run out the sequence that came last gives up its pages and slot, waits
-again, first in the queue, and is read anew when there is room; its pages may still be there then. The one that came
-first is never stopped, and any sequence alone fits the pool, so there is always one that goes on.
+Pages are allocated as sequences grow. When they run out, the sequence that came last is preempted: it gives up its
+pages and its slot, becomes the first in the queue, and is read anew when there is room; often its pages are still
+cached then. The sequence that came first is never preempted, and any sequence alone fits the pool, so there is always
+progress.
 """
 
 from __future__ import annotations
@@ -13,49 +14,51 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jaxlm.inference.detokenizer import Detokenizer
-from jaxlm.inference.engine.block_allocator import BlockAllocator, page_keys
+from jaxlm.inference.engine.block_allocator import BlockAllocator, page_hashes
 from jaxlm.inference.engine.constraints import Matcher
 from jaxlm.inference.engine.requests import Request
+
+__all__ = ["PrefillChunk", "Scheduler", "Sequence"]
 
 
 @dataclass
 class Sequence:
-    """One continuation of a request, and how far it is. ``read`` tokens are in its pages, all but the last once it
-    decodes."""
+    """One continuation of a request. ``num_computed`` of its tokens have keys and values in its pages: all but the last
+    once it decodes."""
 
-    number: int
-    index: int
+    request_id: int
+    index: int  # which of the request's continuations
     request: Request
     seed: int
     tokens: list[int]
-    text: Detokenizer | None
+    detokenizer: Detokenizer | None
     matcher: Matcher | None = None
     slot: int | None = None
-    placed: bool = False  # whether the devices know what is in its slot
-    read: int = 0
-    behind: bool = False  # the draft has not read the token before the last
+    on_device: bool = False  # whether the devices have its tokens and settings in its slot
+    num_computed: int = 0
+    draft_lags: bool = False  # whether the draft has yet to read the token before the last
     pages: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)  # of those of its pages that have a name
-    logprob: float = 0.0  # of its new tokens, where anybody asks
+    page_hashes: list[bytes] = field(default_factory=list)  # of the pages that are registered
+    logprob: float = 0.0  # of its new tokens together, where the request needs it
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Who came first."""
-        return self.number, self.index
+    def arrival(self) -> tuple[int, int]:
+        """Sorts sequences by who came first."""
+        return self.request_id, self.index
 
     @property
-    def drawn(self) -> int:
-        """New tokens."""
+    def num_generated(self) -> int:
+        """New tokens so far."""
         return len(self.tokens) - len(self.request.prompt)
 
     @property
-    def left(self) -> int:
-        """Tokens of it to be read before the next can be drawn, which reads the last."""
-        return len(self.tokens) - 1 - self.read
+    def num_to_prefill(self) -> int:
+        """Tokens to read before the sequence can decode. Decoding itself reads the last token."""
+        return len(self.tokens) - 1 - self.num_computed
 
 
-class Part(NamedTuple):
-    """Tokens of a sequence to be read at this step."""
+class PrefillChunk(NamedTuple):
+    """Tokens of a sequence to read in this step: ``count`` from ``begin`` on."""
 
     sequence: Sequence
     begin: int
@@ -63,105 +66,115 @@ class Part(NamedTuple):
 
 
 class Scheduler:
-    """Sequences in slots and in the queue."""
+    """The sequences in slots and in the queue."""
 
-    def __init__(self, ledger: BlockAllocator, *, slots: int, size: int, chunk: int, drafts: int):
-        self.ledger, self.size, self.chunk, self.drafts = ledger, size, chunk, drafts
+    def __init__(
+        self, allocator: BlockAllocator, *, slots: int, page_size: int, prefill_chunk: int, num_draft_tokens: int
+    ):
+        self.allocator, self.page_size = allocator, page_size
+        self.prefill_chunk, self.num_draft_tokens = prefill_chunk, num_draft_tokens
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        self.preemptions = self.hit = 0
-        self._slots = list(range(slots - 1, -1, -1))
+        self.preemptions = self.cached_tokens = 0
+        self._free_slots = list(range(slots - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence into the queue, before those that came later."""
-        insort(self.waiting, sequence, key=lambda each: each.order)
+        insort(self.waiting, sequence, key=lambda each: each.arrival)
 
     def remove(self, sequence: Sequence) -> None:
-        """Forgets a sequence."""
+        """Takes a sequence out of its slot or out of the queue."""
         if sequence.slot is None:
             self.waiting.remove(sequence)
         else:
-            self._unseat(sequence)
+            self._release_slot(sequence)
 
-    def parts(self) -> Iterator[Part]:
-        """What to read at this step, ``chunk`` tokens at most; seats sequences of the queue as long as some of them are
-        left. What is asked for must be read before the next part is."""
-        budget = self.chunk
+    def schedule_prefill(self) -> Iterator[PrefillChunk]:
+        """The chunks to read in this step, ``prefill_chunk`` tokens at most. Slots are assigned to waiting sequences
+        while some of these tokens are left. Each chunk must be read before the next is asked for."""
+        budget = self.prefill_chunk
         for sequence in self.running:
-            while budget > 0 and sequence.left:
-                yield (part := self._part(sequence, budget))
-                budget -= part.count
-        while budget > 0 and self._seat():
+            while budget > 0 and sequence.num_to_prefill:
+                yield (chunk := self._next_chunk(sequence, budget))
+                budget -= chunk.count
+        while budget > 0 and self._assign_slot():
             sequence = self.running[-1]
-            while budget > 0 and sequence.left:
-                yield (part := self._part(sequence, budget))
-                budget -= part.count
+            while budget > 0 and sequence.num_to_prefill:
+                yield (chunk := self._next_chunk(sequence, budget))
+                budget -= chunk.count
 
-    def _part(self, sequence: Sequence, budget: int) -> Part:
-        part = Part(sequence, sequence.read, min(budget, sequence.left))
-        self.has_read(sequence, part.begin + part.count)
-        return part
+    def _next_chunk(self, sequence: Sequence, budget: int) -> PrefillChunk:
+        chunk = PrefillChunk(sequence, sequence.num_computed, min(budget, sequence.num_to_prefill))
+        self.mark_computed(sequence, chunk.begin + chunk.count)
+        return chunk
 
-    def grow(self) -> None:
-        """Sees to it that every sequence that draws a token has pages for it, and for what the draft may guess."""
+    def reserve_pages(self) -> None:
+        """Gives every sequence that decodes in this step pages for its new tokens; preempts others where needed."""
         for sequence in list(self.running):
-            if sequence.slot is not None and not sequence.left:
-                self._grow(sequence)
+            if sequence.slot is not None and not sequence.num_to_prefill:
+                self._reserve(sequence)
 
-    def ready(self) -> list[Sequence]:
-        """Sequences that can draw a token."""
-        return [sequence for sequence in self.running if not sequence.left]
+    def decoding(self) -> list[Sequence]:
+        """The sequences that can decode a token now."""
+        return [sequence for sequence in self.running if not sequence.num_to_prefill]
 
-    def guesses(self, sequence: Sequence) -> int:
-        """How many tokens the draft may guess."""
-        return 0 if sequence.matcher else max(0, min(self.drafts, sequence.request.max_new_tokens - sequence.drawn - 1))
+    def draft_budget(self, sequence: Sequence) -> int:
+        """How many tokens the draft may propose for a sequence."""
+        if sequence.matcher:
+            return 0
+        return max(0, min(self.num_draft_tokens, sequence.request.max_new_tokens - sequence.num_generated - 1))
 
-    def has_read(self, sequence: Sequence, count: int) -> None:
-        """Says that ``count`` tokens of a sequence are in its pages, so that others find those that are full."""
-        sequence.read = count
-        settled = count - (1 if self.drafts else 0)  # the draft may be one behind
-        named = len(sequence.keys)
-        parent = (sequence.keys[-1],) if named else ()
-        for key in page_keys(sequence.tokens[named * self.size : settled], self.size, *parent):
-            self.ledger.name(sequence.pages[len(sequence.keys)], key)
-            sequence.keys.append(key)
+    def mark_computed(self, sequence: Sequence, count: int) -> None:
+        """Records that the first ``count`` tokens of a sequence are in its pages, and registers the full pages, so that
+        other sequences find them."""
+        sequence.num_computed = count
+        final = count - (1 if self.num_draft_tokens else 0)  # the draft may lag behind by one
+        registered = len(sequence.page_hashes)
+        parent = (sequence.page_hashes[-1],) if registered else ()
+        for page_hash in page_hashes(sequence.tokens[registered * self.page_size : final], self.page_size, *parent):
+            self.allocator.register(sequence.pages[len(sequence.page_hashes)], page_hash)
+            sequence.page_hashes.append(page_hash)
 
-    def _needed(self, sequence: Sequence) -> int:
-        return -(-(len(sequence.tokens) + self.guesses(sequence)) // self.size)
+    def _pages_needed(self, sequence: Sequence) -> int:
+        return -(-(len(sequence.tokens) + self.draft_budget(sequence)) // self.page_size)
 
-    def _seat(self) -> bool:
-        """Gives the first in the queue a slot and pages, where there are some; others keep a page each to grow."""
-        if not self.waiting or not self._slots:
+    def _assign_slot(self) -> bool:
+        """Gives the first waiting sequence a slot and pages if there are enough. One page more is left for each running
+        sequence, so that it can grow."""
+        if not self.waiting or not self._free_slots:
             return False
         sequence = self.waiting[0]
-        whole = sequence.tokens[: (len(sequence.tokens) - 1) // self.size * self.size]
-        keys = list(page_keys(whole, self.size))
-        found = self.ledger.find(keys)
-        needed = self._needed(sequence) - len(found)
-        if needed + len(self.running) > self.ledger.available and self.running:
-            self.ledger.release(found)
+        full = sequence.tokens[: (len(sequence.tokens) - 1) // self.page_size * self.page_size]
+        hashes = list(page_hashes(full, self.page_size))
+        found = self.allocator.acquire_prefix(hashes)
+        needed = self._pages_needed(sequence) - len(found)
+        if needed + len(self.running) > self.allocator.available and self.running:
+            self.allocator.release(found)
             return False
-        sequence.pages = found + self.ledger.take(needed)
-        sequence.keys = keys[: len(found)]
-        sequence.read = len(found) * self.size
-        sequence.behind = sequence.placed = False
-        sequence.slot = self._slots.pop()
-        self.hit += sequence.read
+        sequence.pages = found + self.allocator.allocate(needed)
+        sequence.page_hashes = hashes[: len(found)]
+        sequence.num_computed = len(found) * self.page_size
+        sequence.draft_lags = sequence.on_device = False
+        sequence.slot = self._free_slots.pop()
+        self.cached_tokens += sequence.num_computed
         self.running.append(self.waiting.pop(0))
         return True
 
-    def _grow(self, sequence: Sequence) -> None:
-        while (more := self.ledger.take(max(0, self._needed(sequence) - len(sequence.pages)))) is None:
-            last = max(self.running, key=lambda each: each.order)
-            self._unseat(last)
+    def _reserve(self, sequence: Sequence) -> None:
+        while True:
+            missing = max(0, self._pages_needed(sequence) - len(sequence.pages))
+            if (pages := self.allocator.allocate(missing)) is not None:
+                sequence.pages += pages
+                return
+            last = max(self.running, key=lambda each: each.arrival)
+            self._release_slot(last)
             self.add(last)
             self.preemptions += 1
             if last is sequence:
                 return
-        sequence.pages += more
 
-    def _unseat(self, sequence: Sequence) -> None:
+    def _release_slot(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._slots.append(sequence.slot)
-        self.ledger.release(sequence.pages)
-        sequence.slot, sequence.pages, sequence.keys, sequence.read = None, [], [], 0
+        self._free_slots.append(sequence.slot)
+        self.allocator.release(sequence.pages)
+        sequence.slot, sequence.pages, sequence.page_hashes, sequence.num_computed = None, [], [], 0

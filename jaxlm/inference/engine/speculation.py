@@ -1,14 +1,14 @@
-"""Speculative decoding (arXiv:2211.17192): a cheap draft guesses some tokens, the model reads them all at once and
-keeps as many as it would have drawn itself.
+"""Speculative decoding (arXiv:2211.17192): a cheap draft model proposes tokens, and the model verifies them at once.
 
-The distribution of the text is the model's, exactly: a guess x that the draft made with probability q(x) is kept with
-probability min(1, p(x) / q(x)), and the first that is not kept is drawn from what is left of p, max(p - q, 0). Greedy
-is the case where both are certain.
+The distribution of the text is exactly the model's. A token x that the draft proposed with probability q(x) is accepted
+with probability min(1, p(x) / q(x)); the first that is rejected is replaced by a sample from the residual distribution,
+max(p - q, 0). Greedy decoding is the case in which both p and q are 0 or 1.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,124 +16,158 @@ from flax import nnx
 from jax import Array, lax
 
 from jaxlm.inference.engine.programs import (
-    Drawn,
-    Rows,
-    Settings,
-    State,
-    allowed_only,
-    keys,
-    logprobs,
-    pinned,
-    scores,
-    write,
+    AllParams,
+    DecodeInput,
+    DecodeOutput,
+    EngineState,
+    GraphDefs,
+    SlotSettings,
+    append_tokens,
+    apply_constraints,
+    constrain_state,
+    process_logits,
+    token_keys,
+    token_logprobs,
 )
 from jaxlm.inference.logits_processors import LogitsProcessors
-from jaxlm.inference.sampling import greedy, restrict
-from jaxlm.nn.attention.paged import PagedCache
+from jaxlm.inference.sampling import filter_logits, greedy
+from jaxlm.nn.attention.paged import PagedCache, PagePool
 
-_GUESS, _KEEP, _REST = 1, 2, 3  # what a token's key is split for; the key itself draws as without a draft
+_PROPOSE, _ACCEPT, _RESAMPLE = 1, 2, 3  # purposes of a token's key; without a draft the key itself is used
 
 
-@partial(jax.jit, static_argnames=("graphdefs", "guesses"), donate_argnames=("state",))
-def speculate(
-    graphdefs, params, state: State, rows: Rows, settings: Settings, shared: LogitsProcessors, *, guesses: int
-) -> tuple[State, Drawn]:
-    """As ``programs.draw``, with up to ``guesses`` tokens more a row."""
-    models = [nnx.merge(graphdef, each) for graphdef, each in zip(graphdefs, params, strict=True)]
-    active_S, history_SxC = rows.length > 0, state.history_SxC
+class _Proposal(NamedTuple):
+    """The N tokens that the draft proposes for each slot."""
 
-    def distribution(logits_SxV, history_SxC, number: Array | int, constrain: bool) -> Array:
-        """Probabilities of the token ``number`` after the last."""
-        scores_SxV = scores(logits_SxV.astype(jnp.float32), history_SxC, rows.length + number, settings, shared)
-        return probabilities(allowed_only(scores_SxV, rows) if constrain else scores_SxV, settings)
+    pool: PagePool  # of the draft
+    history_SxC: Array  # with the proposed tokens
+    token_SxN: Array
+    q_SxNxV: Array  # the draft's distributions
 
-    def guess(logits_SxV, history_SxC, number) -> tuple[Array, Array, Array]:
-        q_SxV = distribution(logits_SxV, history_SxC, number, False)
-        token_S = choose(q_SxV, split(keys(settings, rows.length + number), _GUESS))
-        real_S = active_S & (number < rows.drafts)
-        return q_SxV, token_S, write(history_SxC, rows.length + number, real_S, token_S)
 
-    # The draft reads the last token, and the one before it where it guessed that itself and was right to the end.
-    two_Sx2 = jnp.take_along_axis(history_SxC, jnp.maximum(rows.length[:, None] - jnp.array([2, 1]), 0), axis=1)
-    drafting_S = active_S & (rows.drafts > 0)
-    real_Sx2 = drafting_S[:, None] & jnp.stack([rows.behind, jnp.ones_like(rows.behind)], axis=1)
-    logits_Sx2xV, cache = models[1].decode(two_Sx2, PagedCache(state.pools[1], rows.table, rows.length - 2, real_Sx2))
-    q_SxV, guess_S, history_SxC = guess(logits_Sx2xV[:, 1], history_SxC, 0)
+@partial(jax.jit, static_argnames=("graphdefs", "num_draft_tokens"), donate_argnames=("state",))
+def speculative_decode_step(
+    graphdefs: GraphDefs, params: AllParams, state: EngineState, inputs: DecodeInput, settings: SlotSettings,
+    processors: LogitsProcessors, *, num_draft_tokens: int,
+) -> tuple[EngineState, DecodeOutput]:
+    """As ``programs.decode_step``, with up to ``num_draft_tokens`` tokens more in each row."""
+    model, draft = (nnx.merge(graphdef, each) for graphdef, each in zip(graphdefs, params, strict=True))
+    active_S = inputs.length > 0
+    distribution = partial(_distribution, inputs=inputs, settings=settings, processors=processors)
+    proposal = _propose(draft, state, inputs, settings, distribution, num_draft_tokens)
 
-    def more(carry, number):
+    # The model reads the last token and all proposed ones.
+    position_D = jnp.arange(num_draft_tokens + 1)
+    last_Sx1 = jnp.take_along_axis(state.history_SxC, jnp.maximum(inputs.length - 1, 0)[:, None], axis=1)
+    real_SxD = active_S[:, None] & (position_D <= inputs.num_draft_tokens[:, None])
+    cache = PagedCache(state.pools[0], inputs.page_table, inputs.length - 1, real_SxD)
+    logits_SxDxV, cache = model.decode(jnp.concatenate([last_Sx1, proposal.token_SxN], axis=1), cache)
+    p_SxDxV = jax.vmap(
+        lambda logits_SxV, position: distribution(logits_SxV, proposal.history_SxC, position, constrained=True),
+        (1, 0), 1,
+    )(logits_SxDxV, position_D)
+
+    accepted_S = _count_accepted(p_SxDxV, proposal, inputs, settings)
+    last_S = _last_token(accepted_S, p_SxDxV, proposal.q_SxNxV, inputs, settings)
+    history_SxC = append_tokens(proposal.history_SxC, inputs.length + accepted_S, active_S, last_S)
+    padded_SxD = jnp.pad(proposal.token_SxN, ((0, 0), (0, 1)))
+    tokens_SxD = jnp.where(position_D < accepted_S[:, None], padded_SxD, last_S[:, None])
+    count_S = jnp.where(active_S, accepted_S + 1, 0)
+    output = DecodeOutput(tokens_SxD, count_S, *token_logprobs(logits_SxDxV, tokens_SxD, settings))
+    return constrain_state(EngineState((cache.pool, proposal.pool), history_SxC)), output
+
+
+def _propose(
+    draft, state: EngineState, inputs: DecodeInput, settings: SlotSettings, distribution, num_draft_tokens: int
+) -> _Proposal:
+    """Decodes ``num_draft_tokens`` with the draft."""
+    drafting_S = (inputs.length > 0) & (inputs.num_draft_tokens > 0)
+
+    def propose(logits_SxV: Array, history_SxC: Array, position: Array | int) -> tuple[Array, Array, Array]:
+        q_SxV = distribution(logits_SxV, history_SxC, position, constrained=False)
+        token_S = _sample(q_SxV, _split(token_keys(settings, inputs.length + position), _PROPOSE))
+        real_S = drafting_S & (position < inputs.num_draft_tokens)
+        return q_SxV, token_S, append_tokens(history_SxC, inputs.length + position, real_S, token_S)
+
+    def step(carry: tuple[PagePool, Array, Array], position: Array):
         pool, token_S, history_SxC = carry
-        real_S = active_S & (number < rows.drafts)
-        cache = PagedCache(pool, rows.table, rows.length + number - 1, real_S[:, None])
-        logits_Sx1xV, cache = models[1].decode(token_S[:, None], cache)
-        q_SxV, token_S, history_SxC = guess(logits_Sx1xV[:, 0], history_SxC, number)
+        real_S = drafting_S & (position < inputs.num_draft_tokens)
+        cache = PagedCache(pool, inputs.page_table, inputs.length + position - 1, real_S[:, None])
+        logits_Sx1xV, cache = draft.decode(token_S[:, None], cache)
+        q_SxV, token_S, history_SxC = propose(logits_Sx1xV[:, 0], history_SxC, position)
         return (cache.pool, token_S, history_SxC), (q_SxV, token_S)
 
-    carry = (cache.pool, guess_S, history_SxC)
-    (draft_pool, _, history_SxC), (q_NxSxV, guess_NxS) = lax.scan(more, carry, jnp.arange(1, guesses))
-    q_SxNxV = jnp.concatenate([q_SxV[None], q_NxSxV]).swapaxes(0, 1)
-    guess_SxN = jnp.concatenate([guess_S[None], guess_NxS]).T
+    # The draft reads the last token. If all that it proposed before was accepted, it has not read the token before yet.
+    two_Sx2 = jnp.maximum(inputs.length[:, None] - jnp.array([2, 1]), 0)
+    two_Sx2 = jnp.take_along_axis(state.history_SxC, two_Sx2, axis=1)
+    real_Sx2 = drafting_S[:, None] & jnp.stack([inputs.draft_lags, jnp.ones_like(inputs.draft_lags)], axis=1)
+    cache = PagedCache(state.pools[1], inputs.page_table, inputs.length - 2, real_Sx2)
+    logits_Sx2xV, cache = draft.decode(two_Sx2, cache)
+    q_SxV, token_S, history_SxC = propose(logits_Sx2xV[:, 1], state.history_SxC, 0)
 
-    # The model reads the last token and all guesses.
-    slot_D = jnp.arange(guesses + 1)
-    last_Sx1 = jnp.take_along_axis(state.history_SxC, jnp.maximum(rows.length - 1, 0)[:, None], axis=1)
-    real_SxD = active_S[:, None] & (slot_D <= rows.drafts[:, None])
-    cache = PagedCache(state.pools[0], rows.table, rows.length - 1, real_SxD)
-    logits_SxDxV, cache = models[0].decode(jnp.concatenate([last_Sx1, guess_SxN], axis=1), cache)
-    p_SxDxV = jax.vmap(lambda logits_SxV, number: distribution(logits_SxV, history_SxC, number, True), (1, 0), 1)(
-        logits_SxDxV, slot_D
+    carry = (cache.pool, token_S, history_SxC)
+    (pool, _, history_SxC), (q_NxSxV, token_NxS) = lax.scan(step, carry, jnp.arange(1, num_draft_tokens))
+    return _Proposal(
+        pool, history_SxC, jnp.concatenate([token_S[None], token_NxS]).T,
+        jnp.concatenate([q_SxV[None], q_NxSxV]).swapaxes(0, 1),
     )
 
-    kept_S = _kept(p_SxDxV, q_SxNxV, guess_SxN, rows, settings)
-    end_S = _after(kept_S, p_SxDxV, q_SxNxV, rows, settings)
-    history_SxC = write(history_SxC, rows.length + kept_S, active_S, end_S)
-    padded_SxD = jnp.pad(guess_SxN, ((0, 0), (0, 1)))
-    tokens_SxD = jnp.where(slot_D < kept_S[:, None], padded_SxD, end_S[:, None])
-    drawn = Drawn(tokens_SxD, jnp.where(active_S, kept_S + 1, 0), *logprobs(logits_SxDxV, tokens_SxD, settings))
-    return pinned(State((cache.pool, draft_pool), history_SxC)), drawn
+
+def _distribution(
+    logits_SxV: Array, history_SxC: Array, position: Array | int, *, constrained: bool, inputs: DecodeInput,
+    settings: SlotSettings, processors: LogitsProcessors,
+) -> Array:
+    """The probabilities of the new token at ``position`` of this step, by a model's logits: ``[S, V]``."""
+    length_S = inputs.length + position
+    scores_SxV = process_logits(logits_SxV.astype(jnp.float32), history_SxC, length_S, settings, processors)
+    return _probabilities(apply_constraints(scores_SxV, inputs) if constrained else scores_SxV, settings)
 
 
-def probabilities(scores_SxV: Array, settings: Settings) -> Array:
-    """Of each next token, as ``sampling.sample`` draws it: 1 for the likeliest where that is greedy."""
+def _probabilities(scores_SxV: Array, settings: SlotSettings) -> Array:
+    """The distribution from which ``sampling.sample`` draws: in greedy rows, 1 for the likeliest token."""
     sampling = settings.sampling
-    certain_SxV = jax.nn.one_hot(greedy(scores_SxV), scores_SxV.shape[1])
+    greedy_SxV = jax.nn.one_hot(greedy(scores_SxV), scores_SxV.shape[1])
 
-    def spread(scores_SxV):
-        drawn_SxV = jax.nn.softmax(restrict(scores_SxV, sampling), axis=-1)
-        return jnp.where(sampling.temperature[:, None] > 0, drawn_SxV, certain_SxV)
+    def mixed(scores_SxV: Array) -> Array:
+        sampled_SxV = jax.nn.softmax(filter_logits(scores_SxV, sampling), axis=-1)
+        return jnp.where(sampling.temperature[:, None] > 0, sampled_SxV, greedy_SxV)
 
-    return lax.cond((sampling.temperature > 0).any(), spread, lambda _: certain_SxV, scores_SxV)
-
-
-def split(keys_S: Array, part: int) -> Array:
-    """Keys for a part of what happens to a token."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys_S, part)
+    return lax.cond((sampling.temperature > 0).any(), mixed, lambda _: greedy_SxV, scores_SxV)
 
 
-def choose(p_SxV: Array, keys_S: Array) -> Array:
-    """A token of each row by its probabilities, which need not sum to 1: int32 ``[S]``."""
+def _split(keys_S: Array, purpose: int) -> Array:
+    """Keys for one of the purposes that a token needs random numbers for."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_S, purpose)
+
+
+def _sample(p_SxV: Array, keys_S: Array) -> Array:
+    """A token for each row by its probabilities, which need not sum to 1: int32 ``[S]``."""
     return jax.vmap(jax.random.categorical)(keys_S, jnp.log(p_SxV)).astype(jnp.int32)
 
 
-def _kept(p_SxDxV: Array, q_SxNxV: Array, guess_SxN: Array, rows: Rows, settings: Settings) -> Array:
-    """How many guesses are kept, ``[S]``."""
-    N = guess_SxN.shape[1]
+def _count_accepted(p_SxDxV: Array, proposal: _Proposal, inputs: DecodeInput, settings: SlotSettings) -> Array:
+    """How many of the proposed tokens are accepted: ``[S]``."""
+    N = proposal.token_SxN.shape[1]
 
-    def of_guess(p_SxDxV):
-        return jnp.take_along_axis(p_SxDxV, guess_SxN[:, :, None], axis=2)[:, :, 0]
+    def of_token(p_SxNxV: Array) -> Array:
+        return jnp.take_along_axis(p_SxNxV, proposal.token_SxN[:, :, None], axis=2)[:, :, 0]
 
-    each = [jax.vmap(jax.random.uniform)(split(keys(settings, rows.length + i), _KEEP)) for i in range(N)]
-    right_SxN = jnp.stack(each, axis=1) * of_guess(q_SxNxV) < of_guess(p_SxDxV[:, :N])
-    right_SxN &= jnp.arange(N) < rows.drafts[:, None]
-    return jnp.cumprod(right_SxN, axis=1).sum(1)
+    keys = [_split(token_keys(settings, inputs.length + i), _ACCEPT) for i in range(N)]
+    uniform_SxN = jnp.stack([jax.vmap(jax.random.uniform)(keys_S) for keys_S in keys], axis=1)
+    accepted_SxN = uniform_SxN * of_token(proposal.q_SxNxV) < of_token(p_SxDxV[:, :N])
+    accepted_SxN &= jnp.arange(N) < inputs.num_draft_tokens[:, None]
+    return jnp.cumprod(accepted_SxN, axis=1).sum(1)
 
 
-def _after(kept_S: Array, p_SxDxV: Array, q_SxNxV: Array, rows: Rows, settings: Settings) -> Array:
-    """The token after those that are kept, ``[S]``."""
+def _last_token(
+    accepted_S: Array, p_SxDxV: Array, q_SxNxV: Array, inputs: DecodeInput, settings: SlotSettings
+) -> Array:
+    """The token after the accepted ones: ``[S]``."""
     padded_SxDxV = jnp.pad(q_SxNxV, ((0, 0), (0, 1), (0, 0)))
-    p_SxV, q_SxV = (jnp.take_along_axis(x, kept_S[:, None, None], axis=1)[:, 0] for x in (p_SxDxV, padded_SxDxV))
-    wrong_S = kept_S < rows.drafts  # a guess was refused, so what the draft would have said less often is left
-    left_SxV = jnp.maximum(p_SxV - q_SxV, 0.0)
-    wrong_S &= left_SxV.sum(-1) > 0  # else p and q differ by rounding alone
-    key_S = keys(settings, rows.length + kept_S)
-    left = choose(left_SxV, split(key_S, _REST))
-    return jnp.where(wrong_S, left, choose(p_SxV, key_S))
+    p_SxV, q_SxV = (jnp.take_along_axis(x, accepted_S[:, None, None], axis=1)[:, 0] for x in (p_SxDxV, padded_SxDxV))
+    residual_SxV = jnp.maximum(p_SxV - q_SxV, 0.0)
+    rejected_S = accepted_S < inputs.num_draft_tokens
+    rejected_S &= residual_SxV.sum(-1) > 0  # if it is 0, p and q differ by rounding alone
+    keys_S = token_keys(settings, inputs.length + accepted_S)
+    replacement_S = _sample(residual_SxV, _split(keys_S, _RESAMPLE))
+    return jnp.where(rejected_S, replacement_S, _sample(p_SxV, keys_S))

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.evaluation.insight import inspect_tokens
-from jaxlm.inference.translate import decoder_start_token, generation_for_language
+from jaxlm.inference.translation import decoder_start_token, generation_for_language
 from jaxlm.serving.models import ServedModel
 from jaxlm.serving.protocol.errors import invalid_field
 from jaxlm.serving.protocol.requests import MAX_INSPECTED_TOKENS, InspectionRequest

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from jaxlm.core.errors import UserError
-from jaxlm.inference.translate import encode_sources
+from jaxlm.inference.translation import encode_sources
 from jaxlm.model import LM
 from jaxlm.serving.models import ServedModel
 from jaxlm.serving.protocol.requests import TranslationRequest

@@ -28,7 +28,7 @@ import jaxlm
 from jaxlm.core.tree import flatten
 from jaxlm.data.sources.spec import open_source
 from jaxlm.evaluation.bleu import bleu
-from jaxlm.inference.translate import encode_sources, translate_tokens
+from jaxlm.inference.translation import encode_sources, translate_tokens
 from jaxlm.nn.positions import sinusoids
 
 LONGEST = 128  # tokens of a translation

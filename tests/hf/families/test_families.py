@@ -16,8 +16,8 @@ import jaxlm.nn
 from jaxlm.core.tree import flatten
 from jaxlm.hf.directory import read_json
 from jaxlm.hf.families.registry import FAMILIES
-from jaxlm.inference.generate import generate_tokens
-from jaxlm.inference.translate import translate_tokens
+from jaxlm.inference.decoding import generate_tokens
+from jaxlm.inference.translation import translate_tokens
 from tests.hf.families.families import BEAMS, CASES, GOLDEN, STEPS, inputs, outputs, transformers_model, weights
 
 

@@ -12,9 +12,9 @@ import pytest
 from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
+from jaxlm.inference.decoding import generate_tokens
 from jaxlm.inference.engine.engine import Engine
 from jaxlm.inference.engine.requests import Constraint, Request
-from jaxlm.inference.generate import generate_tokens
 from tests.inference.engine.serving import serve
 from tests.inference.models import Handle, decoder, full_logits, lstm
 
@@ -135,9 +135,9 @@ def test_constraints_are_kept(engine):
 
 
 @pytest.mark.parametrize("constraint, named", [
-    (Constraint(regex="["), "unclosed character class"), (Constraint(json="{"), "is no JSON"),
-    (Constraint(json={"type": "nothing"}), "nothing"), (Constraint(), "either"),
-    (Constraint(regex="a", choice=("b",)), "either"),
+    (Constraint(regex="["), "unclosed character class"), (Constraint(json="{"), "JSON schema"),
+    (Constraint(json={"type": "nothing"}), "nothing"), (Constraint(), "exactly one"),
+    (Constraint(regex="a", choice=("b",)), "exactly one"),
 ])  # fmt: skip
 def test_constraints_that_are_none_are_refused(engine, constraint, named):
     pytest.importorskip("llguidance")
