@@ -4,11 +4,11 @@
         --data.valid tokens:valid_tokens.npy --data.tokenizer books-llama
 """
 
-from jaxlm import nn
-from jaxlm.training.config import DataConfig, Experiment, OptimConfig, TrainConfig
+from jaxlm.nn import DecoderConfig
+from jaxlm.training import DataConfig, Experiment, OptimConfig, TrainConfig
 
 config = Experiment(
-    model=nn.DecoderConfig(
+    model=DecoderConfig(
         width=256, heads=8, kv_heads=4, ffn=704, layers=6, max_positions=512, scan_layers=False,
     ),
     data=DataConfig(

@@ -4,11 +4,11 @@
     jaxlm train configs/llama_7b.py --out runs/llama_7b --data.train text:train.txt.xz --data.tokenizer llama-7b
 """
 
-from jaxlm import nn
-from jaxlm.training.config import DataConfig, Experiment, MeshConfig, OptimConfig, TrainConfig
+from jaxlm.nn import preset
+from jaxlm.training import DataConfig, Experiment, MeshConfig, OptimConfig, TrainConfig
 
 config = Experiment(
-    model=nn.preset("7b"),
+    model=preset("7b"),
     data=DataConfig(train="text:train.txt.xz", tokenizer="llama-7b", seq_len=4096, batch_size=1024),
     optim=OptimConfig(lr=3e-4, warmup_steps=2000, min_lr_ratio=0.1, eps=1e-5),
     train=TrainConfig(steps=500_000, eval_every=5000, checkpoint_every=1000),

@@ -4,11 +4,11 @@
     jaxlm train configs/llama_7b_qlora.py --out runs/qlora --init_from hf://org/llama-7b --data.train jsonl:train.jsonl
 """
 
-from jaxlm import nn
-from jaxlm.training.config import DataConfig, Experiment, LoraConfig, OptimConfig, TrainConfig
+from jaxlm.nn import preset
+from jaxlm.training import DataConfig, Experiment, LoraConfig, OptimConfig, TrainConfig
 
 config = Experiment(
-    model=nn.preset("7b", dtype="bfloat16", remat="full"),
+    model=preset("7b", dtype="bfloat16", remat="full"),
     init_from="llama-7b",
     data=DataConfig(train="jsonl:train.jsonl", seq_len=1024, batch_size=16),
     optim=OptimConfig(lr=2e-4, schedule="constant", warmup_steps=50, weight_decay=0.0, clip_norm=0.3),

@@ -5,11 +5,11 @@
     jaxlm evaluate runs/multi30k --beam 5
 """
 
-from jaxlm import nn
-from jaxlm.training.config import DataConfig, Experiment, OptimConfig, TrainConfig
+from jaxlm.nn import preset
+from jaxlm.training import DataConfig, Experiment, OptimConfig, TrainConfig
 
 config = Experiment(
-    model=nn.preset("tiny", dropout=0.2, scan_layers=False),
+    model=preset("tiny", dropout=0.2, scan_layers=False),
     data=DataConfig(
         train="bitext:train.en.gz,train.de.gz", valid="bitext:val.en.gz,val.de.gz",
         test="bitext:test_2016_flickr.en.gz,test_2016_flickr.de.gz", vocab_size=6000, batch_tokens=4096,

@@ -4,11 +4,11 @@
         --data.train 'text:input.txt[:90%]' --data.valid 'text:input.txt[90%:]'
 """
 
-from jaxlm import nn
-from jaxlm.training.config import DataConfig, Experiment, OptimConfig, TrainConfig
+from jaxlm.nn import preset
+from jaxlm.training import DataConfig, Experiment, OptimConfig, TrainConfig
 
 config = Experiment(
-    model=nn.preset("nano"),
+    model=preset("nano"),
     data=DataConfig(
         train="text:input.txt[:90%]", valid="text:input.txt[90%:]", tokenizer_kind="char", seq_len=64, batch_size=12
     ),

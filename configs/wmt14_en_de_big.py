@@ -4,11 +4,11 @@
     jaxlm train configs/wmt14_en_de_big.py --out runs/wmt14_big          # data as for configs/wmt14_en_de.py
 """
 
-from jaxlm import nn
-from jaxlm.training.config import DataConfig, EvalConfig, Experiment, OptimConfig, TrainConfig
+from jaxlm.nn import preset
+from jaxlm.training import DataConfig, EvalConfig, Experiment, OptimConfig, TrainConfig
 
 config = Experiment(
-    model=nn.preset("big", dtype="bfloat16"),
+    model=preset("big", dtype="bfloat16"),
     data=DataConfig(
         train="wmt14:data/wmt14/en-de:train", valid="wmt14:data/wmt14/en-de:valid", test="wmt14:data/wmt14/en-de:test",
         vocab_size=37000, batch_tokens=32768,

@@ -28,7 +28,6 @@ SLOW = {
                              r"warming_up\[mesh\]|guesses_for_itself",
     "inference/test_translate": r"still_open.*\[int4\]",
     "launch/test_notebooks": r"it_runs",
-    "launch/test_processes": r"checkpoints_move",
     "nn/attention/test_ring": r"\[seq2seq-(ring|gather)\]",
     "nn/test_decoder": r"beams_remember.*\[gemma|scan_and_remat.*changes[34]",
     "nn/test_moe_parallel": r"in_a_pipeline",
@@ -37,11 +36,6 @@ SLOW = {
                        r"batch_mates.*\[(rotary|post-norm|relative|unequal)\]",
     "nn/test_layerwise": r"\[(relative|post-norm|rotary)\]",
     "serving/test_schema": r"whatever_the_schema",
-    "training/test_finetune": r"sharded_is_unsharded\[nf4",
-    "training/test_lora": r"a_compressed_base_trains.*\[nf4-g16-False\]",
-    "training/optimizers/test_adam8bit": r"split_in_codes",
-    "training/test_parallel": r"seq2seq-fsdp4-tensor2|decoder-fsdp2-sequence2|int8-|w4a16-rtn-g8-sizes0",
-    "training/test_step": r"eight_devices.*\[decoder-(data8|data1-fsdp8|data1-fsdp2-tensor4)\]",
 }
 
 

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step is, and how much a device could do: the two halves of MFU."""
+"""The FLOPs of a training step and the peak FLOP/s of a device: the two halves of MFU."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jaxlm.nn.config import LSTMConfig, ModelConfig, Seq2SeqConfig, StackConfig
 __all__ = ["FLOP_CONVENTION", "peak_flops", "rows_and_length", "step_flops"]
 
 FLOP_CONVENTION = (
-    "6 x matrix parameters x positions (embedding look-ups excluded, an output head included, tied or not, of experts "
-    "those that a token goes to) + "
-    "12 x layers x heads x head_dim x keys a query may see, causal masks not discounted, padding counted, "
-    "recomputation not counted, frozen matrices under adapters 4 in place of 6 (arXiv:2204.02311, appendix B); peak: "
-    "dense bfloat16"
+    "6 x matrix parameters x positions (embedding look-ups excluded, the output head included, tied or not; of experts "
+    "only those that a token goes to) + "
+    "12 x layers x heads x head_dim x keys that a query may see (causal masks not discounted, padding counted, "
+    "recomputation not counted; 4 in place of 6 for frozen matrices under adapters) (arXiv:2204.02311, appendix B); "
+    "peak: dense bfloat16"
 )
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -38,7 +38,7 @@ def step_flops(config: ModelConfig, params: Mapping[str, jax.Array], shapes: Map
     source = shapes["src"][1] if "src" in shapes else 0
 
     def positions(path: str) -> int:
-        """Vectors of each row that a parameter multiplies."""
+        """The number of vectors of each row that a parameter multiplies."""
         if path == "embed/table":
             return length if config.tie_embeddings else 0
         if not path.endswith("/kernel"):
@@ -47,7 +47,7 @@ def step_flops(config: ModelConfig, params: Mapping[str, jax.Array], shapes: Map
         return source if on_source else length
 
     def used(path: str) -> float:
-        """The part of a parameter that each of those vectors meets: of experts, a few."""
+        """The number of weights that each of those vectors is multiplied by: of experts, those that a token goes to."""
         expert = np.ndim(params[path]) == 4 and "/mlp/" in path
         return math.prod(np.shape(params[path])) * (config.experts_per_token / config.experts if expert else 1)
 
@@ -58,7 +58,7 @@ def step_flops(config: ModelConfig, params: Mapping[str, jax.Array], shapes: Map
 
 
 def rows_and_length(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """Rows and length of a batch of such shapes; a pair of preferences is two rows."""
+    """(rows, length) of a batch with these shapes; a pair of preferences counts as two rows."""
     if "inputs" in shapes:
         return shapes["inputs"]
     rows, length = shapes["chosen_inputs"]

@@ -1,4 +1,4 @@
-"""Low-rank adapters to train: where they are, how they start, and what they stand on."""
+"""Low-rank adapters for training: which parameters get one, how adapters start, and the frozen base under them."""
 
 from __future__ import annotations
 
@@ -22,19 +22,29 @@ __all__ = ["add_adapters", "check_lora", "freeze_base", "remove_adapters"]
 
 
 def check_lora(config: Experiment) -> None:
-    """UserError on settings of ``lora`` that make no sense, or go with nothing else in the experiment."""
+    """Checks the ``lora`` section of an experiment.
+
+    Raises:
+        UserError: when a field is out of range, or the experiment also sets ``qat`` or ``prune``.
+    """
     lora = config.lora
     if lora.rank < 0 or not 0 <= lora.dropout < 1:
-        raise UserError(f"lora.rank={lora.rank}, lora.dropout={lora.dropout}: a rank of 1 or more, a dropout below 1")
+        raise UserError(f"lora.rank={lora.rank} must be 1 or more and lora.dropout={lora.dropout} from 0 to below 1")
     if lora.rank and (config.qat.recipe or config.prune.sparsity):
-        raise UserError("adapters are trained on frozen weights, which qat and prune would change; leave out either")
+        raise UserError("lora.rank trains adapters on frozen weights, which qat and prune change; set one of them")
 
 
 def freeze_base(base: str, params: Params, platform: str) -> Params:
-    """Weights as ``base`` says (``LoraConfig.base``) and as ``platform`` holds them, one after the other: never are
-    all of them there twice. What a recipe leaves, and what is compressed already, stays as it is.
+    """The frozen weights under adapters, converted one after the other, so that memory never holds all of them twice.
 
-    UserError on a recipe that there is not, or that needs more than the weights: compress with that first.
+    Args:
+        base: ``LoraConfig.base``: a dtype or a recipe. Weights that a recipe does not match, and weights that are
+            compressed already, stay as they are.
+        params: the model's parameters.
+        platform: the JAX platform that computes with them.
+
+    Raises:
+        UserError: when the recipe is unknown, or needs more than the weights (compress the model by it first).
     """
     if base in ("float32", "bfloat16"):
         return map_params(lambda _, leaf: leaf if is_leaf(leaf) else _cast(leaf, base), params)
@@ -48,18 +58,18 @@ def freeze_base(base: str, params: Params, platform: str) -> Params:
 
 
 def _chosen(recipe: Recipe, params: Params) -> set[str]:
-    """The dense weights that a recipe compresses."""
+    """The paths of the dense weights that a recipe compresses."""
     found: set[str] = set()
     for step in recipe.steps:
         if not isinstance(step, WeightStep):
             raise UserError(
-                f"lora.base {recipe.name}: {step.kind} needs more than the weights; `jaxlm compress` the model by "
-                "it, and start from that with lora.base float32"
+                f"lora.base {recipe.name}: {step.kind} needs more than the weights; compress the model by it "
+                "(jaxlm compress) and start from that with lora.base float32"
             )
         found |= set(matching(step.target, params))
     flat = flatten(params)
     if done := [path for path in sorted(found) if is_leaf(flat[path])]:
-        raise UserError(f"lora.base {recipe.name}: {done[0]} is compressed already; leave it so by float32")
+        raise UserError(f"lora.base {recipe.name}: {done[0]} is compressed already; keep it by lora.base float32")
     return found
 
 
@@ -76,10 +86,12 @@ def _cast(leaf: jax.Array, dtype: str) -> jax.Array:
 
 
 def add_adapters(config: LoraConfig, params: Params, key: jax.Array) -> Params:
-    """The model with an adapter, which changes nothing yet, at each of the targets: ``a`` uniform in +-1 / sqrt(in), as
-    PEFT starts it, ``b`` zero, magnitudes those of the base. Shapes alone will do, under ``jax.eval_shape``.
+    """The model with an adapter at each parameter that ``config.target`` matches. Adapters start without an effect:
+    ``a`` is uniform in +-1 / sqrt(in), as in PEFT, ``b`` is zero, and magnitudes (DoRA) are those of the base. Works on
+    shapes under ``jax.eval_shape``.
 
-    UserError where the target matches nothing, or what is no matrix.
+    Raises:
+        UserError: when the target matches no parameter, or one that is no matrix.
     """
     found = matching(config.target, params)
     if not found:
@@ -111,5 +123,5 @@ def _norms(leaf: Leaf) -> jax.Array:
 
 
 def remove_adapters(params: Params) -> Params:
-    """The model as it was before."""
+    """The model without its adapters."""
     return map_params(lambda _, leaf: leaf.base if isinstance(leaf, LoRA) else leaf, params)

@@ -1,11 +1,12 @@
-"""What a run writes down: rows of ``metrics.jsonl``, the same numbers for TensorBoard, and how they are measured.
+"""The metrics of a run: rows of ``metrics.jsonl``, the same numbers for TensorBoard, and how they are measured.
 
-A training row has ``step`` (updates done), ``loss`` (nats per token, mean since the row before; None if every update
-was left out), ``objective`` (the same with smoothing and z-loss), ``grad_norm``, ``lr``, ``tokens`` (since the row
-before), ``skipped`` (updates, in all), what else the loss sums (``dropped``: where experts have a capacity, the share
-of choices that found no slot), ``epsilon`` (of a private training), ``step_ms``, ``tokens_per_second``, ``mfu`` and
-``peak_memory_bytes``. Speeds are those of steps that did not compile, None where all did; ``mfu`` is None where the
-peak is unknown, too. A validation row has ``step`` and ``valid_...``; the first row of each start has ``start``.
+A training row has ``step`` (updates done), ``loss`` (nats per token, mean since the last row; None if every update was
+skipped), ``objective`` (the same with smoothing and z-loss), ``grad_norm``, ``lr``, ``tokens`` (since the last row),
+``skipped`` (updates since step 0), the other sums of the loss (``dropped``: where experts have a capacity, the share of
+expert choices over capacity), ``epsilon`` (of a private training), ``step_ms``, ``tokens_per_second``, ``mfu`` and
+``peak_memory_bytes``. Speeds count the steps that did not compile, and are None where all did; ``mfu`` is also None
+where the peak of the device is unknown. A validation row has ``step`` and ``valid_...``; the first row of each start
+has ``start``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tensorboardX import SummaryWriter
 from jaxlm.core.disk import room_for
 from jaxlm.core.sharding import bytes_per_device
 from jaxlm.core.tree import Params, count_params
-from jaxlm.training.step import TrainState
+from jaxlm.training.state import TrainState
 
 __all__ = ["Throughput", "MetricsWriter", "peak_memory_bytes", "read_metrics", "state_report"]
 
@@ -46,8 +47,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends rows to ``RUN/metrics.jsonl`` and ``RUN/tensorboard``.
 
-    A run that resumes at ``step`` repeats what came after it, so rows past ``step`` are dropped first. Methods raise
-    UserError when the disk is full.
+    A run that resumes at ``step`` repeats the steps after it, so rows past ``step`` are dropped first.
+
+    Raises:
+        UserError: by every method, when the disk is full.
     """
 
     def __init__(self, run: Path, step: int):
@@ -76,18 +79,19 @@ class MetricsWriter:
 
 
 class Throughput:
-    """Speed of the steps finished since the last reading; time spent inside ``paused()`` does not count."""
+    """The speed of the steps finished since the last ``read``; time inside ``paused()`` does not count."""
 
     def __init__(self, peak: float | None):
-        self._peak = peak  # FLOP/s of all devices together
-        self._restart()
+        self.peak = peak  # FLOP/s of all devices together
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begins to count anew."""
         self._start = time.perf_counter()
         self._steps = self._tokens = self._flops = 0
 
     def add(self, tokens: float, flops: float) -> None:
-        """One step more."""
+        """Adds a finished step."""
         self._steps += 1
         self._tokens += tokens
         self._flops += flops
@@ -101,22 +105,22 @@ class Throughput:
             self._start += time.perf_counter() - before
 
     def read(self) -> dict[str, float | None]:
-        """``step_ms``, ``tokens_per_second``, ``mfu`` (a fraction), from here back to the reading before."""
+        """``step_ms``, ``tokens_per_second`` and ``mfu`` (a fraction) since the last call."""
         seconds = time.perf_counter() - self._start
         if not self._steps:
-            self._restart()
+            self.restart()
             return dict.fromkeys(("step_ms", "tokens_per_second", "mfu"))
         speed = {
             "step_ms": 1e3 * seconds / self._steps,
             "tokens_per_second": self._tokens / seconds,
-            "mfu": self._flops / seconds / self._peak if self._peak else None,
+            "mfu": self._flops / seconds / self.peak if self.peak else None,
         }
-        self._restart()
+        self.restart()
         return speed
 
 
 def peak_memory_bytes() -> int:
-    """The most a local device has held so far; on a CPU, which does not count, the process's largest resident set."""
+    """The peak memory of a local device; on CPUs, which do not report it, the peak resident set of the process."""
     stats = [device.memory_stats() for device in jax.local_devices()]
     if all(stat and "peak_bytes_in_use" in stat for stat in stats):
         return max(stat["peak_bytes_in_use"] for stat in stats)
@@ -125,11 +129,11 @@ def peak_memory_bytes() -> int:
 
 
 def state_report(like: Params, state: TrainState) -> str:
-    """One line: how much of a model is trained, and what a device holds of an abstract state."""
+    """One line for the user: the share of the model that is trained, and the bytes of an abstract state on a device."""
     trained, whole = sum(math.prod(leaf.shape) for leaf in state.params.values()), count_params(like)
     held = {
         "trained": state.params, "frozen": state.frozen, "optimizer": state.opt_state, "average": state.average,
-        "second model": state.reference,
+        "reference model": state.reference,
     }
     sizes = ((name, bytes_per_device(part)) for name, part in held.items())
     shown = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in sizes if size)

@@ -1,4 +1,4 @@
-"""Which arrays of a model are trained, and which only come along."""
+"""Which arrays of a model are trained, and which are frozen."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from jaxlm.core.tree import Leaf
 
 __all__ = ["Partition"]
 
-_PARTS = ("a", "b", "magnitude")  # of an adapter
+_PARTS = ("a", "b", "magnitude")  # the trained arrays of an adapter
 
 
 class Partition:
-    """Splits flat parameters (``core.tree.flatten``) into what is trained and what is frozen, and joins them again.
+    """Splits flat parameters (``core.tree.flatten``) into trained and frozen ones, and joins them again.
 
-    Trained are adapters where the model has any: each ``LoRA`` leaf at PATH gives the arrays PATH/a, PATH/b and, of
-    DoRA, PATH/magnitude. Else it is every plain array of floats. Both halves keep the order of the model.
+    Where the model has adapters, only these are trained: each ``LoRA`` leaf at PATH gives the arrays PATH/a, PATH/b
+    and, with DoRA, PATH/magnitude. Otherwise every plain array of floats is trained. Both halves keep the order of the
+    model.
     """
 
     def __init__(self, flat: dict[str, Leaf]):
-        """``flat``: of the model; shapes are enough."""
+        """``flat``: the model's parameters; shapes are enough."""
         self.adapted = frozenset(path for path, leaf in flat.items() if isinstance(leaf, LoRA))
         self.whole = frozenset(path for path, leaf in flat.items() if not self.adapted and _is_floats(leaf))
 
     def split(self, flat: dict[str, Leaf]) -> tuple[dict[str, jax.Array], dict[str, Leaf]]:
-        """(trained, frozen) of parameters, or of anything of their structure, such as shardings."""
+        """(trained, frozen) parameters, or anything of the same structure, such as shardings."""
         trained, frozen = {}, {}
         for path, leaf in flat.items():
             if path in self.whole:
@@ -44,8 +45,8 @@ class Partition:
     def join(
         self, trained: dict[str, jax.Array], frozen: dict[str, Leaf], key: jax.Array | None = None
     ) -> dict[str, Leaf]:
-        """The inverse of ``split``; what else is trained, beside the model, is left out. With a ``key`` adapters drop
-        out as they say, each layer in its own way."""
+        """The inverse of ``split``; ``extra`` arrays are left out. With a ``key`` adapters apply their dropout, each
+        layer with its own mask."""
         flat = {path: leaf for path, leaf in trained.items() if path in self.whole}
         for index, (path, leaf) in enumerate(frozen.items()):
             if path in self.adapted:
@@ -58,7 +59,7 @@ class Partition:
         return flat
 
     def extra(self, trained: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """What is trained and is not of the model."""
+        """The trained arrays that are not part of the model."""
         return {path: leaf for path, leaf in trained.items()
                 if path not in self.whole and path.rpartition("/")[0] not in self.adapted}
 

@@ -1,4 +1,4 @@
-"""From an Experiment to the things a training needs, with every mistake in it found before the first step."""
+"""Prepares a training: opens data, tokenizer, model and mesh of an Experiment, and finds mistakes before step 0."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ from jaxlm.training.objectives.reference_model import ReferenceModel, make_refer
 
 __all__ = ["Setup", "prepare", "with_model"]
 
-# What may differ between the start of a run and its resumption; anything else would make another training of it.
+# Fields that may differ between the start of a run and its resumption; any other change makes it another training.
 _MAY_CHANGE = (
-    "mesh.", "model.microbatches", "eval.", "data.valid", "data.test", "data.prefetch", "data.cache", "data.contamination",
-    "train.steps",
+    "mesh.", "model.microbatches", "eval.", "data.valid", "data.test", "data.prefetch", "data.cache",
+    "data.contamination", "train.steps",
     "train.log_every", "train.eval_every", "train.checkpoint_every", "train.keep_", "train.patience", "train.average",
     "train.on_nan", "train.spike_factor", "lora.merge",
 )
@@ -54,7 +54,7 @@ _MAY_CHANGE = (
 
 @dataclass(frozen=True)
 class Setup:
-    """An experiment made concrete. ``config.model`` has its vocabulary and special tokens filled in."""
+    """Everything a training needs. ``config.model`` has its vocabulary size and special tokens filled in."""
 
     config: Experiment
     tokenizer: Tokenizer
@@ -63,13 +63,13 @@ class Setup:
     valid_source: Source | None
     valid_loader: Loader | None
     mesh: Mesh
-    parts: int  # that the processes cut a batch into
+    batch_shards: int  # how many parts the processes cut a batch into
     graphdef: nnx.GraphDef
-    like: Params  # abstract
-    initial: Params | Callable[[], Params]
+    like: Params  # the model's parameters, abstract
+    initial: Params | Callable[[], Params]  # the parameters at step 0, or what makes them
     reference: ReferenceModel | None
     resuming: bool
-    contamination: tuple[str, ...]  # sentences about what validation and test have in common with training
+    contamination: tuple[str, ...]  # sentences about validation and test data that are in the training data
 
     @property
     def report(self) -> str:
@@ -88,7 +88,11 @@ class Setup:
         )
 
     def write(self, run: Path) -> None:
-        """experiment.json, and the tokenizer at the start. UserError when the disk is full."""
+        """Writes experiment.json and, at the start of a run, the tokenizer.
+
+        Raises:
+            UserError: when the disk is full.
+        """
         with room_for(str(run)):
             run.mkdir(parents=True, exist_ok=True)
             if not self.resuming:
@@ -99,9 +103,13 @@ class Setup:
 
 
 def prepare(config: Experiment, run: Path) -> Setup:
-    """Opens the data, makes or loads the tokenizer, and checks that everything fits. Writes nothing.
+    """Opens the data, makes or loads the tokenizer, and checks the experiment. Writes nothing.
 
-    ``run`` is resumed if it holds a checkpoint: with its own tokenizer, and the same experiment.
+    Where ``run`` holds a checkpoint it is resumed, with its own tokenizer; the experiment must be the same but for
+    fields that change nothing in the training, such as those of the mesh.
+
+    Raises:
+        UserError: when the experiment has a mistake, or differs from that of the run.
     """
     check_lora(config)
     config = with_model(config)
@@ -109,16 +117,17 @@ def prepare(config: Experiment, run: Path) -> Setup:
     source = open_source(config.data.train, "train", config.data.bad_rows)
     if isinstance(source, Preferences) != bool(config.dpo.beta):
         raise UserError(
-            f"{config.data.train!r} is {'' if isinstance(source, Preferences) else 'no '}preferences, and dpo.beta is "
-            f"{config.dpo.beta}: preference:PATH and a beta above 0 go together"
+            f"data.train {config.data.train!r} {'has' if isinstance(source, Preferences) else 'has no'} preferences "
+            f"and dpo.beta is {config.dpo.beta}; use preference:PATH with a beta above 0, or neither"
         )
     tokenizer = Tokenizer.load(run) if resuming else _tokenizer(config, source)
-    config = dataclasses.replace(config, model=_fill(config.model, tokenizer, translates=isinstance(source, Bitext)))
+    translates = isinstance(source, Bitext)
+    config = dataclasses.replace(config, model=_with_vocabulary(config.model, tokenizer, translates))
     if resuming:
         _check_unchanged(config, run)
     mesh = make_mesh(**mesh_sizes(config.mesh.preset, config.mesh.sizes, jax.device_count()))
     if config.mesh.compress_gradients != "none" and mesh.shape["data"] == 1:
-        raise UserError("mesh.compress_gradients is of sums over the data axis; set mesh.data, or leave it none")
+        raise UserError("mesh.compress_gradients compresses the sum over the data axis; set mesh.data too")
     if getattr(config.model, "remat", "").startswith("offload"):
         require_host_memory(mesh)
     graphdef, like = nn.abstract(config.model)
@@ -144,32 +153,36 @@ def prepare(config: Experiment, run: Path) -> Setup:
 
 
 def with_model(config: Experiment) -> Experiment:
-    """The experiment with a model: where it gives none, that of ``init_from``. UserError where it gives neither."""
+    """The experiment with a model configuration: its own, or that of ``init_from``.
+
+    Raises:
+        UserError: when it has neither.
+    """
     if config.model is not None:
         return config
     if not config.init_from:
-        raise UserError("the experiment says neither model nor init_from; set one of them")
+        raise UserError("the experiment has neither model nor init_from; set one of them")
     return dataclasses.replace(config, model=model_config(config.init_from))
 
 
 def _tokenizer(config: Experiment, source: Source) -> Tokenizer:
-    """That of ``data.tokenizer``, else of ``init_from``, else one made for the data."""
+    """The tokenizer of ``data.tokenizer``, else that of ``init_from``, else one made from the data."""
     found = model_tokenizer(config.init_from) if config.init_from and not config.data.tokenizer else None
     return found or tokenizer_from_config(config.data, source)
 
 
 def _schedules(graphdef: nnx.GraphDef, like: Params, mesh: Mesh) -> dict[str, Schedule]:
-    """How each stack is pipelined, where the mesh has stages."""
+    """The pipeline schedule of each stack, where the mesh has stages."""
     if mesh.shape["stage"] == 1:
         return {}
     model = nnx.merge(graphdef, like)
     stacks = {f" of the {side}": getattr(model, side) for side in ("encoder", "decoder") if hasattr(model, side)}
     if not stacks:
-        raise UserError("only Transformers are pipelined; set mesh.stage=1")
+        raise UserError("mesh.stage splits Transformers only; set mesh.stage=1")
     return {side: stack.schedule(mesh.shape["stage"]) for side, stack in stacks.items()}
 
 
-def _fill(model: ModelConfig, tokenizer: Tokenizer, translates: bool) -> ModelConfig:
+def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, translates: bool) -> ModelConfig:
     """The model's config with vocabulary size and special tokens from the tokenizer."""
     if translates != (model.kind == "seq2seq"):
         needs = "plain text or tokens" if translates else "parallel text (bitext:SRC,TGT or builtin:phrasebook)"
@@ -188,10 +201,11 @@ def _fill(model: ModelConfig, tokenizer: Tokenizer, translates: bool) -> ModelCo
 def _check_unchanged(config: Experiment, run: Path) -> None:
     stored = json.loads((run / "experiment.json").read_text())
     try:
-        stored = json.loads(json.dumps(to_dict(from_dict(Experiment, stored, stored=True))))  # fields newer than it: their defaults
+        # Fields that are newer than the run get their defaults.
+        stored = json.loads(json.dumps(to_dict(from_dict(Experiment, stored, stored=True))))
     except UserError:
-        pass  # fields that are no more: the comparison names them
-    before, now = _leaves(stored), _leaves(json.loads(json.dumps(to_dict(config))))
+        pass  # fields that exist no more: the comparison names them
+    before, now = _by_path(stored), _by_path(json.loads(json.dumps(to_dict(config))))
     for key in sorted({**before, **now}):
         if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE):
             raise UserError(
@@ -200,11 +214,11 @@ def _check_unchanged(config: Experiment, run: Path) -> None:
             )
 
 
-def _leaves(tree: dict, prefix: str = "") -> dict:
+def _by_path(tree: dict, prefix: str = "") -> dict:
     """A nested dict as dotted path -> value."""
     flat = {}
     for key, value in tree.items():
-        flat |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= _by_path(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
@@ -220,8 +234,11 @@ def _check_lengths(config: Experiment, loader: Loader) -> None:
         )
 
 
-def _contamination(data: DataConfig, tokenizer: Tokenizer, loader: Loader, valid_loader: Loader | None) -> tuple[str, ...]:
-    """What of the held-out data is in the training data. UserError where there is any and ``data.contamination`` is "fail"."""
+def _contamination(
+    data: DataConfig, tokenizer: Tokenizer, loader: Loader, valid_loader: Loader | None
+) -> tuple[str, ...]:
+    """Sentences about held-out data that are in the training data. Raises UserError where there are any and
+    ``data.contamination`` is "fail"."""
     if data.contamination == "off":
         return ()
     held = {"valid": valid_loader}
@@ -234,33 +251,33 @@ def _contamination(data: DataConfig, tokenizer: Tokenizer, loader: Loader, valid
     }
     for name, contamination in found.items():
         if data.contamination == "fail" and contamination.exact + contamination.near:
-            raise UserError(f"data.{name}: {contamination}; take them out of one, or set data.contamination=report")
+            raise UserError(f"data.{name}: {contamination}; remove them from one of the two, or set data.contamination=report")
     return tuple(f"data.{name}: {contamination}" for name, contamination in found.items())
 
 
-def _initial(config: Experiment, like: Params, relocated: Transform) -> Params | Callable[[], Params]:
+def _initial(config: Experiment, like: Params, with_sharding: Transform) -> Params | Callable[[], Params]:
     """Fresh parameters, or those of ``init_from``, which must fit the model."""
     if not config.init_from:
         if config.lora.rank:
-            raise UserError("adapters are put on a model that is there; name it in init_from")
+            raise UserError("lora.rank needs an existing model; name it in init_from")
         init = nn.initializer(config.model)[1]
-        return lambda: relocated(init(jax.random.key(config.train.seed)))
+        return lambda: with_sharding(init(jax.random.key(config.train.seed)))
     lora = config.lora
     if not lora.rank:
-        return relocated(_fitting(config, like, load(config.init_from).params))
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # before it is compressed it may not fit a device
+        return with_sharding(_fitting(config, like, load(config.init_from).params))
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # uncompressed it may not fit a device
         dtype = lora.base if lora.base == "bfloat16" else "float32"
         params = _fitting(config, like, load(config.init_from, expand=False, dtype=dtype).params)
         params = freeze_base(lora.base, params, jax.default_backend())
-        return relocated(add_adapters(lora, params, jax.random.key(config.train.seed)))
+        return with_sharding(add_adapters(lora, params, jax.random.key(config.train.seed)))
 
 
 def _fitting(config: Experiment, like: Params, params: Params) -> Params:
-    ours, theirs = ({path: leaf.shape for path, leaf in flatten(tree).items()} for tree in (like, params))
-    for path in sorted({**ours, **theirs}):
-        if ours.get(path) != theirs.get(path):
+    wanted, found = ({path: leaf.shape for path, leaf in flatten(tree).items()} for tree in (like, params))
+    for path in sorted({**wanted, **found}):
+        if wanted.get(path) != found.get(path):
             raise UserError(
-                f"init_from {config.init_from}: {path} is {theirs.get(path, 'absent')}, the model wants "
-                f"{ours.get(path, 'none')}; use the model configuration that it was trained with"
+                f"init_from {config.init_from}: {path} is {found.get(path, 'absent')}, the model wants "
+                f"{wanted.get(path, 'none')}; use the model configuration that it was trained with"
             )
     return params

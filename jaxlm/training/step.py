@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -12,273 +11,104 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.core.sharding import HOST_MEMORY, fit_to_shape, on_device, require_host_memory, shard_over, shardings
-from jaxlm.core.tree import Params, Transform, flatten, unflatten
+from jaxlm.core.sharding import on_device
+from jaxlm.core.tree import Params, Transform, unflatten
 from jaxlm.training.config import PrivacyConfig
-from jaxlm.training.multihost.reduce import all_reduce_compressed, per_replica
+from jaxlm.training.gradients import (
+    Constants,
+    GradientSums,
+    ReferenceBuilder,
+    accumulated,
+    compressed_over_data,
+    loss_gradient,
+    sharded_like_moments,
+)
 from jaxlm.training.objectives.loss import Batch, Loss, LossSums
 from jaxlm.training.optimizers.privacy import add_noise, clip_rows
-from jaxlm.training.partition import Partition
+from jaxlm.training.state import KEY_IMPL, TrainState
 
-__all__ = ["MakeReference", "Step", "TrainState", "abstract_state", "complete_state", "init_state", "make_eval",
-           "make_step", "state_shardings"]
-
-# From the parameters in training, a second model's own leaves, and what is trained beside, to that second model.
-MakeReference = Callable[[Params, dict[str, Any], dict[str, Array]], Any]
+__all__ = ["Step", "StepOptions", "make_eval", "make_step"]
 
 _SPIKE_WARMUP = 20  # steps before a gradient norm can count as a spike
 _SPIKE_HORIZON = 100  # steps that the running mean of the gradient norm remembers
-_ADAPTERS, _NOISE = 2**32 - 1, 2**32 - 2  # folded into a step's key for the dropout of adapters and private noise
-_KEY_IMPL = "threefry2x32"  # the same numbers on every platform and under every sharding
+_NOISE = 2**32 - 2  # folded into a step's key for the noise of a private training
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainState:
-    """All that a training carries from step to step: what it resumes from, bit by bit.
+class StepOptions:
+    """The numbers of a step; defaults are off."""
 
-    Plain dicts by parameter path (``training.partition``) rather than ``nnx.State``: they dispatch three times faster
-    and make a readable checkpoint.
-    """
-
-    step: Array  # int32: batches seen
-    params: dict[str, Array]  # what is trained, float32
-    opt_state: optax.OptState
-    key: Array  # uint32 key data: dropout in step t uses fold_in(key, t)
-    norm_mean: Array  # float32: running mean of the gradient norm, 0 before the first step
-    average: dict[str, Array]  # exponential moving average of ``params``; empty where there is none
-    frozen: dict[str, Any]  # the model's other leaves, never changed
-    reference: dict[str, Any]  # leaves of a second model that the loss asks, such as a teacher; never changed
-
-    @property
-    def saved(self) -> TrainState:
-        """What a checkpoint holds: all but what never changes, which is had from where it came from."""
-        return dataclasses.replace(self, frozen={}, reference={})
+    accumulate: int = 1  # micro-batches that the rows of a batch are visited in
+    spike_factor: float = 0.0  # a gradient norm over this many times its running mean is bad; 0: no limit
+    gradient_compression: Literal["none", "bf16", "int8"] = "none"  # of the all-reduce over the data axis
+    ema_decay: float = 0.0  # of the moving average of the trained parameters, which is shorter at first
+    privacy: PrivacyConfig | None = None  # the gradient is the mean of the rows' clipped gradients, plus noise
 
 
-def state_shardings(
-    state: TrainState, like: Params, mesh: Mesh, *, reference: Params | None = None, shard_optimizer: bool = True,
-    offload_optimizer: bool = False,
-) -> TrainState:
-    """A NamedSharding for every array of an (abstract) state.
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """``step(state, batch) -> (state, metrics)``, compiled. The changing part of the state passed in is donated: use
+    only the state that is returned."""
 
-    Each optimizer moment lies like its parameter; with ``shard_optimizer`` it is split over the data axis too, where
-    that divides it (ZeRO-1, arXiv:1910.02054): GSPMD then sums gradients into those parts, each device updates its own,
-    and the updated parameters are gathered. With ``offload_optimizer`` it waits in the memory of the host between
-    updates. UserError where the devices can use none of that.
-    """
-    if offload_optimizer:
-        require_host_memory(mesh)
-    of_params, frozen = Partition(flatten(like)).split(flatten(shardings(like, mesh)))
-    replicated = NamedSharding(mesh, PartitionSpec())
-    of_params |= {path: replicated for path in state.params if path not in of_params}
+    compiled: Any  # jitted: (state without its constants, constants, batch) -> (state without its constants, metrics)
 
-    def of_leaf(path, leaf):
-        name = next((key.key for key in path[::-1] if getattr(key, "key", None) in of_params), None)
-        if name is None or leaf.ndim != state.params[name].ndim:
-            return replicated
-        sharding = fit_to_shape(of_params[name], leaf.shape)  # scales of blocks are shorter than what they are of
-        sharding = shard_over(sharding, leaf.shape) if shard_optimizer else sharding
-        return sharding.with_memory_kind(HOST_MEMORY) if offload_optimizer else sharding
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        constants = state.frozen, state.reference
+        changed, metrics = self.compiled(state.saved, constants, batch)
+        return dataclasses.replace(changed, frozen=constants[0], reference=constants[1]), metrics
 
-    moments = jax.tree_util.tree_map_with_path(of_leaf, (state.opt_state, state.average))
-    others = flatten(shardings(reference, mesh)) if reference is not None else {}
-    return TrainState(replicated, of_params, moments[0], replicated, replicated, moments[1], frozen, others)
-
-
-def _of_gradients(layout: TrainState) -> dict[str, NamedSharding]:
-    """Where gradients lie: like the moments they enter."""
-    found = dict(layout.params)
-    for path, sharding in jax.tree_util.tree_leaves_with_path(layout.opt_state):
-        part = getattr(path[-1], "name", None)  # of a moment of several arrays, such as codes and their scales
-        name = getattr(path[-2 if part == "codes" else -1], "key", None)
-        if name in found and not sharding.is_fully_replicated:
-            found[name] = sharding.with_memory_kind(None)
-    return found
-
-
-def _on_device(tree: Any, lies: Any) -> Any:
-    """Arrays, fetched from where they are offloaded to; ``lies`` are their shardings, None: on the device."""
-    return tree if lies is None else jax.tree.map(on_device, tree, lies)
-
-
-def abstract_state(
-    like: Params, tx: optax.GradientTransformation, mesh: Mesh, *, reference: Params | None = None,
-    extra: Mapping[str, Any] = MappingProxyType({}), average: bool = False, **options: bool,
-) -> TrainState:
-    """The state of a training of such parameters, and of arrays ``beside`` them: shapes, dtypes and shardings
-    (``state_shardings``, with its options), nothing allocated. ``average``: it keeps their moving average."""
-    trained, frozen = Partition(flatten(like)).split(flatten(like))
-    trained |= extra
-    others = flatten(reference) if reference is not None else {}
-    state = jax.eval_shape(lambda trained: _fresh(trained, tx, 0, average), trained)
-    state = dataclasses.replace(state, frozen=frozen, reference=others)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        state, state_shardings(state, like, mesh, reference=reference, **options),
-    )
-
-
-def init_state(
-    params: Params | Callable[[], Params], tx: optax.GradientTransformation, seed: int,
-    layout: TrainState | None = None, *, reference: Params | None = None,
-    extra: Mapping[str, Any] = MappingProxyType({}), average: bool = False,
-) -> TrainState:
-    """A state at step 0. A function that makes parameters runs inside ``jit``: with a ``layout``
-    (``state_shardings``) each device makes only its shards. Frozen leaves are taken over as they are, not copied."""
-    fresh = callable(params)
-    if fresh:
-        partition = Partition(jax.eval_shape(lambda: flatten(params())))
-        lies = None if layout is None else partition.join(layout.params, layout.frozen)
-        flat = jax.jit(lambda: flatten(params()), out_shardings=lies)()
-    else:
-        flat = flatten(params)
-        partition = Partition(flat)
-    trained = partition.split(flat)[0] | extra
-    start = jax.jit(
-        lambda trained: _fresh(trained, tx, seed, average), donate_argnums=0 if fresh else (),
-        out_shardings=None if layout is None else layout.saved,
-    )
-    return _completed(start(trained), partition.split(flat)[1], reference, layout)
-
-
-def complete_state(
-    saved: TrainState, params: Params | Callable[[], Params], layout: TrainState, reference: Params | None = None
-) -> TrainState:
-    """The state that a checkpoint was made of, with what it leaves out, from where it came from at the start."""
-    if not layout.frozen and not layout.reference:
-        return saved
-    flat = flatten(params() if callable(params) else params)
-    return _completed(saved, Partition(flat).split(flat)[1], reference, layout)
-
-
-def _completed(saved: TrainState, frozen: dict[str, Any], reference: Params | None, layout: TrainState | None):
-    others = flatten(reference) if reference is not None else {}
-    if layout is not None:
-        frozen, others = jax.device_put((frozen, others), (layout.frozen, layout.reference))
-    return dataclasses.replace(saved, frozen=frozen, reference=others)
-
-
-def _fresh(trained: dict[str, Array], tx: optax.GradientTransformation, seed: int, average: bool) -> TrainState:
-    key = jax.random.key_data(jax.random.key(seed, impl=_KEY_IMPL))
-    mean = trained if average else {}
-    return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), key, jnp.zeros(()), mean, {}, {})
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
+        """The lowered program, for abstract arguments."""
+        return self.compiled.lower(state.saved, (state.frozen, state.reference), batch)
 
 
 def make_step(
-    graphdef: nnx.GraphDef,
-    like: Params,
-    loss: Loss,
-    tx: optax.GradientTransformation,
-    transform: Callable[[Array], Transform] | None = None,
-    *,
-    accumulate: int = 1,
-    spike_factor: float = 0.0,
-    layout: TrainState | None = None,
-    compress: Literal["none", "bf16", "int8"] = "none",
-    reference: MakeReference | None = None,
-    average: float = 0.0,
-    privacy: PrivacyConfig | None = None,
+    graphdef: nnx.GraphDef, like: Params, loss: Loss, tx: optax.GradientTransformation,
+    transform: Callable[[Array], Transform] | None = None, *, options: StepOptions = StepOptions(),
+    layout: TrainState | None = None, reference: ReferenceBuilder | None = None,
 ) -> Step:
     """The compiled step.
 
-    ``like`` gives the parameters their structure (shapes are enough: ``nn.abstract``). ``transform`` gives
-    the Transform of a step (fake quantization, masks), which runs on the parameters before the forward pass and is
-    differentiated through; the step is a traced int32. With
-    ``accumulate`` = n the rows of the batch are visited in n micro-batches; as the loss is a sum and is divided once,
-    by the weight of the whole batch, the result is that of the whole batch. ``layout`` pins the sharding of the
-    returned state (``state_shardings``). With ``compress``, gradients are summed over the data axis of its mesh in so
-    many bits (``training.multihost.reduce``), once a step. With ``reference`` the loss is given the model that it makes as a
-    fourth argument. ``average`` is the decay of the moving average of what is trained, which is shorter at first. With
-    ``privacy`` the gradient is the mean over the rows of their clipped gradients, with noise (``training.optimizers.privacy``).
+    Args:
+        graphdef: of the model.
+        like: parameters that give the structure; shapes are enough (``nn.abstract``).
+        loss: see ``training.objectives.loss``. With ``reference`` it gets the reference model as a fourth argument.
+        tx: the optimizer.
+        transform: ``transform(step)``, of a traced int32, is a function of the parameters (fake quantization, masks)
+            that runs before the forward pass and is differentiated through.
+        options: see ``StepOptions``.
+        layout: the sharding of the returned state (``state.state_shardings``); None: on one device.
+        reference: makes the reference model, such as a teacher.
 
-    A step whose loss or gradient is not finite, or whose gradient norm exceeds ``spike_factor`` times its running mean
-    (0: no limit), leaves the parameters and the optimizer as they were and reports ``bad``.
+    A step whose loss or gradient is not finite, or whose gradient norm exceeds ``options.spike_factor`` times its
+    running mean, leaves the parameters and the optimizer as they were and reports ``bad``.
 
-    Metrics, all scalars on the device: ``loss`` (objective per token), ``nll`` (plain negative log-likelihood per
-    token, nats), ``weight`` (tokens), ``grad_norm`` (before clipping), ``bad`` (bool), and what else the loss sums.
+    Returns:
+        The step. Its metrics are scalars on the device: ``loss`` (objective per token), ``nll`` (plain negative
+        log-likelihood per token, nats), ``weight`` (tokens), ``grad_norm`` (before clipping), ``bad`` (bool), and the
+        other sums of the loss, per token.
     """
+    gradient = loss_gradient(graphdef, like, loss, transform, reference)
+    if options.privacy is not None:
+        gradient = clip_rows(gradient, options.privacy.clip_norm)
+    if options.gradient_compression == "none":
+        gradient = accumulated(sharded_like_moments(gradient, layout), options.accumulate)
+    else:
+        gradient = accumulated(gradient, options.accumulate)
+        gradient = compressed_over_data(gradient, layout, options.gradient_compression)
 
-    partition = Partition(flatten(like))
-
-    def objective(trainable, frozen, batch, key, now):
-        own, others = frozen
-        params = unflatten(like, partition.join(trainable, own, jax.random.fold_in(key, _ADAPTERS)))
-        model = nnx.merge(graphdef, transform(now)(params) if transform else params)
-        second = [reference(params, others, partition.extra(trainable))] if reference else []
-        value, sums = loss(model, batch, key, *second)
-        return value, {"loss": value, **sums}
-
-    gradient = jax.grad(objective, has_aux=True)
-    if privacy is not None:
-        gradient = clip_rows(gradient, privacy.clip_norm)
-    lies = _of_gradients(layout) if layout is not None else {}
-
-    def scattered(grads):
-        if compress != "none" or not lies:
-            return grads
-        return {path: jax.lax.with_sharding_constraint(g, lies[path]) for path, g in grads.items()}
-
-    def gradient_sums(trainable, frozen, now, batch, key):
-        if accumulate == 1:
-            grads, sums = gradient(trainable, frozen, batch, key, now)
-            return scattered(grads), sums
-        # Row i goes to micro-batch i % accumulate: with rows sharded in contiguous runs, no row changes its device.
-        micro = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-
-        def body(total, indexed):
-            index, each = indexed
-            grads, sums = gradient(trainable, frozen, each, jax.random.fold_in(key, index), now)
-            return jax.tree.map(jnp.add, total, (scattered(grads), sums)), None
-
-        first = jax.tree.map(lambda x: x[0], micro)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trainable, frozen, first, key, now)
-        )
-        return jax.lax.scan(body, zeros, (jnp.arange(accumulate), micro))[0]
-
-    def compressed_sums(*args):
-        grads, sums = per_replica(gradient_sums, frozen=3)(*args)
-        grads = all_reduce_compressed(grads, layout.params, lies, compress, jax.random.fold_in(args[-1], 1))
-        return grads, jax.tree.map(lambda x: jnp.sum(x, 0), sums)
-
-    def step(state: TrainState, frozen: tuple[dict, dict], batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        trainable = state.params
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=_KEY_IMPL), state.step)
-        sum_up = gradient_sums if compress == "none" else compressed_sums
-        grads, sums = sum_up(trainable, frozen, state.step, batch, key)
-        weight = jnp.maximum(sums["weight"], 1)
-        if privacy is None:
-            grads = jax.tree.map(lambda g: g / weight, grads)
-        else:
-            rows = len(batch["weights"])
-            noise = jax.random.fold_in(key, _NOISE)
-            grads = add_noise(grads, privacy.clip_norm * privacy.noise_multiplier, noise, rows)
+    def step(state: TrainState, constants: Constants, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key, impl=KEY_IMPL), state.step)
+        grads, sums, weight = _mean_gradient(gradient, state, constants, batch, key, options.privacy)
         norm = optax.tree.norm(grads)
-        bad = ~(jnp.isfinite(norm) & jnp.isfinite(sums["loss"]))
-        limit = jnp.inf
-        if spike_factor:
-            limit = jnp.where(state.step < _SPIKE_WARMUP, jnp.inf, spike_factor * state.norm_mean)
-            bad |= norm > limit
-        before, mean = _on_device((state.opt_state, state.average), layout and (layout.opt_state, layout.average))
-        updates, opt_state = tx.update(grads, before, trainable)
-        updated = optax.apply_updates(trainable, updates)
-        decay = jnp.minimum(average, (state.step + 1) / (state.step + 10))
-        averaged = {path: decay * old + (1 - decay) * updated[path] for path, old in mean.items()}
-        trainable, opt_state, averaged = jax.tree.map(
-            lambda old, new: jnp.where(bad, old, new), (trainable, before, mean), (updated, opt_state, averaged)
-        )
-        # A spike enters the mean at the limit: should the norm stay high, the mean follows and training goes on.
-        pace = 1 / jnp.minimum(state.step + 1, _SPIKE_HORIZON)
-        norm_mean = jnp.where(
-            jnp.isfinite(norm), state.norm_mean + pace * (jnp.minimum(norm, limit) - state.norm_mean), state.norm_mean
-        )
+        bad, limit = _judged(state, norm, sums["loss"], options.spike_factor)
+        params, opt_state, average = _updated(state, grads, bad, tx, options.ema_decay, layout)
         metrics = jax.tree.map(lambda x: x / weight, sums) | {
             "weight": sums["weight"], "grad_norm": norm, "bad": bad}
         return dataclasses.replace(
-            state, step=state.step + 1, params=trainable, opt_state=opt_state, norm_mean=norm_mean, average=averaged
+            state, step=state.step + 1, params=params, opt_state=opt_state,
+            norm_mean=_norm_mean(state, norm, limit), average=average,
         ), metrics
 
     out_shardings = None
@@ -287,33 +117,65 @@ def make_step(
     return Step(jax.jit(step, donate_argnums=0, out_shardings=out_shardings))
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """``step(state, batch) -> (state, metrics)``, compiled. What changes of the state passed in is donated: use only
-    the one that comes back."""
+def _mean_gradient(
+    gradient: GradientSums, state: TrainState, constants: Constants, batch: Batch, key: Array,
+    privacy: PrivacyConfig | None,
+) -> tuple[dict[str, Array], LossSums, Array]:
+    """(gradients per token, or with ``privacy`` per row and with noise; sums of the loss; their divisor)."""
+    grads, sums = gradient(state.params, constants, batch, key, state.step)
+    weight = jnp.maximum(sums["weight"], 1)
+    if privacy is None:
+        return jax.tree.map(lambda g: g / weight, grads), sums, weight
+    std = privacy.clip_norm * privacy.noise_multiplier
+    return add_noise(grads, std, jax.random.fold_in(key, _NOISE), len(batch["weights"])), sums, weight
 
-    compiled: Any  # of (state without what never changes, that, batch)
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        fixed = state.frozen, state.reference
-        moved, metrics = self.compiled(state.saved, fixed, batch)
-        return dataclasses.replace(moved, frozen=fixed[0], reference=fixed[1]), metrics
+def _judged(state: TrainState, norm: Array, loss: Array, spike_factor: float) -> tuple[Array, Array | float]:
+    """(whether a step is bad: not finite, or a spike; the gradient norm above which it is a spike)."""
+    bad = ~(jnp.isfinite(norm) & jnp.isfinite(loss))
+    if not spike_factor:
+        return bad, jnp.inf
+    limit = jnp.where(state.step < _SPIKE_WARMUP, jnp.inf, spike_factor * state.norm_mean)
+    return bad | (norm > limit), limit
 
-    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
-        """For abstract arguments."""
-        return self.compiled.lower(state.saved, (state.frozen, state.reference), batch)
+
+def _norm_mean(state: TrainState, norm: Array, limit: Array | float) -> Array:
+    """The running mean of the gradient norm after a step. A spike enters it at the limit: should the norm stay high,
+    the mean follows, and training goes on."""
+    pace = 1 / jnp.minimum(state.step + 1, _SPIKE_HORIZON)
+    return jnp.where(
+        jnp.isfinite(norm), state.norm_mean + pace * (jnp.minimum(norm, limit) - state.norm_mean), state.norm_mean
+    )
+
+
+def _updated(
+    state: TrainState, grads: dict[str, Array], bad: Array, tx: optax.GradientTransformation, ema_decay: float,
+    layout: TrainState | None,
+) -> tuple[dict[str, Array], optax.OptState, dict[str, Array]]:
+    """(parameters, optimizer state, moving average) after a step: those of before where the step is bad."""
+    opt_state, average = state.opt_state, state.average
+    if layout is not None:  # fetched from host memory, where they are offloaded
+        opt_state, average = jax.tree.map(on_device, (opt_state, average), (layout.opt_state, layout.average))
+    updates, new_opt_state = tx.update(grads, opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = jnp.minimum(ema_decay, (state.step + 1) / (state.step + 10))
+    new_average = {path: decay * old + (1 - decay) * params[path] for path, old in average.items()}
+    return jax.tree.map(
+        lambda old, new: jnp.where(bad, old, new), (state.params, opt_state, average),
+        (params, new_opt_state, new_average),
+    )
 
 
 def make_eval(
-    graphdef: nnx.GraphDef, like: Params, loss: Loss, reference: MakeReference | None = None
+    graphdef: nnx.GraphDef, like: Params, loss: Loss, reference: ReferenceBuilder | None = None
 ) -> Callable[[dict[str, Any], Batch, dict[str, Any]], LossSums]:
-    """A compiled ``(params, batch, reference's) -> {"nll", "weight", ...}`` of flat parameters: sums over the batch,
-    without dropout."""
+    """A compiled function ``(flat parameters, batch, leaves of the reference model) -> {"nll", "weight", ...}``: the
+    sums of the loss over the batch, without dropout."""
 
     @jax.jit
-    def evaluate(flat: dict[str, Any], batch: Batch, others: dict[str, Any] | None = None) -> LossSums:
+    def evaluate(flat: dict[str, Any], batch: Batch, of_reference: dict[str, Any] | None = None) -> LossSums:
         params = unflatten(like, flat)
-        second = [reference(params, others, {})] if reference else []
-        return loss(nnx.merge(graphdef, params), batch, None, *second)[1]
+        extra = [reference(params, of_reference, {})] if reference else []
+        return loss(nnx.merge(graphdef, params), batch, None, *extra)[1]
 
     return evaluate

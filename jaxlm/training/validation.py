@@ -1,4 +1,4 @@
-"""Validation during training: the loss on held-out batches, and BLEU where it picks the best checkpoint."""
+"""Validation during training: the loss on held-out batches, and BLEU where it selects the best checkpoint."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ __all__ = ["Validator"]
 
 
 class Validator:
-    """Called with the flat parameters every ``eval_every`` steps.
+    """Scores flat parameters on the validation data.
 
-    ``put`` moves a batch to the devices; ``check`` is called between batches and may raise to stop early.
+    Args:
+        setup: the training.
+        put: moves a batch to the devices.
+        check: is called between batches, and may raise to stop early.
+
+    Raises:
+        UserError: when ``eval.metric`` is "bleu" and the validation data are not translations.
     """
 
     def __init__(self, setup: Setup, put: Callable[[Batch], Batch], check: Callable[[], None]):
@@ -36,11 +42,11 @@ class Validator:
             if not isinstance(setup.valid_source, Bitext):
                 raise UserError('eval.metric "bleu" needs parallel validation text; set data.valid, or use "loss"')
         self._setup, self._put, self._check = setup, put, check
-        loss, asks = make_validation_loss(setup.config)
-        self._sums = make_eval(setup.graphdef, setup.like, loss, setup.reference.model if asks else None)
+        loss, needs_reference = make_validation_loss(setup.config)
+        self._sums = make_eval(setup.graphdef, setup.like, loss, setup.reference.build if needs_reference else None)
 
     def __call__(self, params: dict[str, Any], reference: dict[str, Any] | None = None) -> dict[str, float]:
-        """``valid_loss`` (nats a token, or a pair of preferences), ``valid_perplexity``, what else the loss sums, and
+        """``valid_loss`` (nats per token, or per pair of preferences), ``valid_perplexity``, the loss's other sums, and
         ``valid_bleu`` (cased, 13a) if that is the metric."""
         totals = {"nll": 0.0, "weight": 0.0}
         pending = None
@@ -49,7 +55,7 @@ class Validator:
                 break
             self._check()
             dispatched = self._sums(params, self._put(batch), reference)
-            _add(totals, pending)  # of the batch before: never wait for the one just dispatched
+            _add(totals, pending)  # of the previous batch: do not wait for the one just dispatched
             pending = dispatched
         _add(totals, pending)
         means = {name: total / totals["weight"] for name, total in totals.items()}
@@ -62,7 +68,7 @@ class Validator:
         return scores
 
     def _bleu(self, params: dict[str, Any]) -> float:
-        """Each process translates its share of the sentences, on a device of its own."""
+        """Each process translates its share of the sentences, on one of its own devices."""
         from jaxlm.evaluation.bleu import bleu  # sacrebleu, only where it is needed
 
         setup, options = self._setup, self._setup.config.eval
@@ -71,7 +77,7 @@ class Validator:
         if parts > 1:
             params = jax.tree.map(on_host, params)
             mesh = jax.set_mesh(make_mesh(devices=jax.local_devices()[:1]))
-            progress = None  # they go through unequal batches, and would disagree on where to stop
+            progress = None  # processes have unequal batches here, and could not agree on where to stop
         lm = LM(setup.config.model, setup.graphdef, unflatten(setup.like, params), setup.tokenizer)
         count = options.bleu_sentences or len(setup.valid_source.src)
         with mesh:
@@ -80,8 +86,8 @@ class Validator:
                 max_length=options.max_length, progress=progress,
             )
         translations = [""] * len(setup.valid_source.src[:count])
-        for other, theirs in enumerate(all_gather_object(mine)):
-            translations[other::parts] = theirs
+        for process, shard in enumerate(all_gather_object(mine)):
+            translations[process::parts] = shard
         return bleu(translations, setup.valid_source.tgt[:count])["bleu"]
 
 

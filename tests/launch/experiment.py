@@ -1,12 +1,12 @@
-"""What the launchers' tests train: a tiny translator on built-in data. ``train.steps`` may grow from start to start."""
+"""The experiment of the launchers' tests: a tiny translator on built-in data. Tests resume it with more steps."""
 
 from __future__ import annotations
 
-from jaxlm import nn
-from jaxlm.training.config import DataConfig, Experiment, OptimConfig, TrainConfig
+from jaxlm.nn import Seq2SeqConfig
+from jaxlm.training import DataConfig, Experiment, OptimConfig, TrainConfig
 
 config = Experiment(
-    model=nn.Seq2SeqConfig(width=16, heads=2, ffn=32, encoder_layers=1, decoder_layers=1),
+    model=Seq2SeqConfig(width=16, heads=2, ffn=32, encoder_layers=1, decoder_layers=1),
     data=DataConfig(
         train="builtin:phrasebook:train[:300]", tokenizer_kind="char", batch_tokens=2048, buckets=(128,), seed=3
     ),

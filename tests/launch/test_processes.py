@@ -39,6 +39,7 @@ def here(run: Path, steps: int) -> None:
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)), run)
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_devices_and_processes(tmp_path, cache):
     """Eight devices, then two processes of one, which SIGTERM stops, then four devices: as if nothing had happened."""
     run = tmp_path / "moved"

@@ -20,7 +20,8 @@ from jaxlm.nn.pipeline import Schedule, make_schedule
 from jaxlm.training.config import DataConfig, Experiment, MeshConfig
 from jaxlm.training.objectives.loss import make_loss
 from jaxlm.training.setup import prepare
-from jaxlm.training.step import Step, abstract_state, init_state, make_step
+from jaxlm.training.state import abstract_state, init_state
+from jaxlm.training.step import Step, make_step
 from tests.training.test_step import DECODER, SEQ2SEQ, VOCABULARY, assert_same, batches
 
 ONCE = dataclasses.replace(DECODER, layers=4, microbatches=4, windows=(3, 0), positions="relative")

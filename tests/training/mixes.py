@@ -22,7 +22,8 @@ from flax import nnx
 from jaxlm import nn
 from jaxlm.core.sharding import batch_sharding, make_mesh
 from jaxlm.training.objectives.loss import make_loss
-from jaxlm.training.step import abstract_state, init_state, make_step
+from jaxlm.training.state import abstract_state, init_state
+from jaxlm.training.step import StepOptions, make_step
 
 ROWS, LENGTH, VOCABULARY, STEPS = 16, 16, 64, 20
 SIZES = dict(vocab_size=VOCABULARY, width=16, heads=8, kv_heads=8, ffn=32)
@@ -109,7 +110,7 @@ def train(model: str, mix: dict | None = None, steps: int = STEPS):
     layout = None
     if mesh is not None:
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh, **mix))
-    step = make_step(graphdef, like, make_loss(config), tx, accumulate=accumulate, layout=layout)
+    step = make_step(graphdef, like, make_loss(config), tx, options=StepOptions(accumulate), layout=layout)
     init = nn.initializer(config)[1]
     losses = []
     with jax.set_mesh(mesh or make_mesh(devices=jax.devices()[:1])):

@@ -18,12 +18,16 @@ from jaxlm.core.sharding import batch_sharding, make_mesh
 from jaxlm.core.tree import flatten
 from jaxlm.training import loop
 from jaxlm.training.config import DataConfig, Experiment, LoraConfig, OptimConfig, TrainConfig
-from jaxlm.training.export import Exporter
 from jaxlm.training.loop import train
 from jaxlm.training.metrics import read_metrics
 from jaxlm.training.objectives.loss import lm_loss
+from jaxlm.training.program import make_program
+from jaxlm.training.run.checkpoints import Store, fresh_state
+from jaxlm.training.run.export import Exporter
+from jaxlm.training.run.signals import StopSignal
 from jaxlm.training.setup import prepare
-from jaxlm.training.step import abstract_state, init_state, make_step
+from jaxlm.training.state import abstract_state, init_state
+from jaxlm.training.step import StepOptions, make_step
 from tests.training.llamas import batch, tiny_llama
 from tests.training.test_lora import adapted
 
@@ -73,14 +77,14 @@ def test_resumed_is_uninterrupted(experiment, finished, tmp_path, monkeypatch):
     class Stopped(Exception):
         pass
 
-    advance = loop._Training._advance
+    advance = loop.Trainer.advance
 
     def until_five(self, each):
-        if self._step == 5:
+        if self.position.step == 5:
             raise Stopped
         advance(self, each)
 
-    monkeypatch.setattr(loop._Training, "_advance", until_five)
+    monkeypatch.setattr(loop.Trainer, "advance", until_five)
     with pytest.raises(Stopped):
         train(experiment, tmp_path)
     monkeypatch.undo()
@@ -93,17 +97,18 @@ def test_merged_besides(experiment, finished, tmp_path):
     """What is merged is what was trained and validated: over the rounded weights."""
     merging = dataclasses.replace(experiment, lora=dataclasses.replace(experiment.lora, merge=True))
     setup = prepare(merging, tmp_path)
-    run = loop._Training(setup, tmp_path, None)
-    state = run._start()
-    Exporter(setup, run._compression, tmp_path).write(run._flat(state), [0], lambda _: None)
+    trainer = loop.Trainer(setup, tmp_path, StopSignal())
+    trainer.state = fresh_state(setup, trainer.program)
+    Exporter(setup, trainer.program.compression, tmp_path).write(trainer.model_params(), [0], lambda _: None)
     merged, apart = jaxlm.load(tmp_path / "model"), jaxlm.load(tmp_path / "adapter")
     trained = merged.replace(params=setup.initial)
     np.testing.assert_allclose(merged(batch()["inputs"]), trained(batch()["inputs"]), atol=1e-4)
     assert np.abs(np.asarray(merged(batch()["inputs"]) - apart(batch()["inputs"]))).max() > 1e-2
 
 
-@pytest.mark.parametrize("options", [{"base": "nf4-g16", "dora": True}, {"base": "w4a16-rtn-g16"}],
-                         ids=lambda options: options["base"])
+@pytest.mark.parametrize("options", [
+    pytest.param({"base": "nf4-g16", "dora": True}, marks=pytest.mark.slow), {"base": "w4a16-rtn-g16"},
+], ids=lambda options: options["base"])
 def test_sharded_is_unsharded(base, options):
     lm, data = adapted(base, **options), batch(8)
     tx = optax.sgd(0.1, momentum=0.9)
@@ -113,7 +118,7 @@ def test_sharded_is_unsharded(base, options):
         if mesh is not None:
             layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(lm.params, tx, mesh))
             placed = jax.device_put(data, batch_sharding(mesh))
-        step = make_step(lm.graphdef, lm.params, lm_loss, tx, layout=layout, accumulate=2)
+        step = make_step(lm.graphdef, lm.params, lm_loss, tx, layout=layout, options=StepOptions(accumulate=2))
         state, losses = init_state(lm.params, tx, 0, layout), []
         for _ in range(2):
             state, metrics = step(state, placed or data)
@@ -140,11 +145,11 @@ def test_the_average_is_validated_and_exported(experiment, tmp_path):
     )
     train(plain, tmp_path)
     setup = prepare(plain, tmp_path)
-    run = loop._Training(setup, tmp_path, None)
-    store = run._open_store()
+    like = make_program(setup.config, setup.graphdef, setup.like, setup.mesh).state.params
+    store = Store(tmp_path / "checkpoints", keep_latest=4)
     mean = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(setup.initial).items()}
     for step in range(1, 5):
-        params = store.restore_part(step, "params", run._abstract.params)
+        params = store.restore_part(step, "params", like)
         rate = min(decay, step / (step + 9))
         mean = {path: rate * leaf + (1 - rate) * np.asarray(params[path]) for path, leaf in mean.items()}
     store.close()
@@ -156,9 +161,9 @@ def test_the_average_is_validated_and_exported(experiment, tmp_path):
 
 def test_mistakes(experiment, tmp_path):
     for changes, message in [
-        ({"init_from": ""}, "neither model nor init_from"),
-        ({"init_from": "", "model": jaxlm.nn.DecoderConfig(width=16, heads=2, layers=1)}, "name it in init_from"),
-        ({"lora": LoraConfig(rank=-1)}, "a rank of 1 or more"),
+        ({"init_from": ""}, "init_from"),
+        ({"init_from": "", "model": jaxlm.nn.DecoderConfig(width=16, heads=2, layers=1)}, "lora.rank .*init_from"),
+        ({"lora": LoraConfig(rank=-1)}, "lora.rank=-1"),
     ]:
         with pytest.raises(UserError, match=message):
             prepare(dataclasses.replace(experiment, **changes), tmp_path)

@@ -21,7 +21,8 @@ from jaxlm.training.config import LoraConfig
 from jaxlm.training.lora import add_adapters, freeze_base, remove_adapters
 from jaxlm.training.objectives.loss import lm_loss
 from jaxlm.training.partition import Partition
-from jaxlm.training.step import init_state, make_step
+from jaxlm.training.state import init_state
+from jaxlm.training.step import make_step
 from tests.training.llamas import batch, tiny_llama
 
 
@@ -91,7 +92,7 @@ def test_a_step_is_that_of_peft(base, tmp_path, options):
             assert_close(ours_here, theirs_here)
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_is_written_is_read_again(base, tmp_path, dora):
     lm = adapted(base, dora=dora)
     save_adapter(tmp_path / "adapter", lm.config, lm.params, base=str(base))
@@ -109,12 +110,23 @@ def test_adapters_start_by_changing_nothing(base):
     assert jax.tree.all(jax.tree.map(np.array_equal, remove_adapters(params), lm.params))
 
 
+def mixed(base, **options):
+    """A model whose attention is compressed by one recipe, and its feed-forward by another."""
+    of_mlp, of_attention = (adapted(base, base=recipe, **options) for recipe in ("w4a16-rtn-g16", "nf4-g16"))
+    other = flatten(of_mlp.params)
+    lm = of_attention.replace(params=map_params(
+        lambda path, leaf: other[path] if "/mlp/" in path else leaf, of_attention.params))
+    assert {type(leaf.base) for leaf in flatten(lm.params).values() if isinstance(leaf, LoRA)} == {QArray, Codebook}
+    return lm
+
+
 @pytest.mark.parametrize(("recipe", "dora"), [
-    ("nf4-g16", False), ("nf4-g16", True), ("w4a16-rtn-g16", False), ("w8a8-dynamic", False)
+    pytest.param("nf4-g16", False, marks=pytest.mark.slow), pytest.param("nf4-g16", True, marks=pytest.mark.slow),
+    pytest.param("w4a16-rtn-g16", False, marks=pytest.mark.slow), ("mixed", True), ("w8a8-dynamic", False),
 ])
 def test_a_compressed_base_trains_as_what_it_stands_for(base, recipe, dora):
     """The gradients are those over the dense weights that the codes mean (activations in int8: about those)."""
-    lm = adapted(base, base=recipe, dora=dora)
+    lm = mixed(base, dora=dora) if recipe == "mixed" else adapted(base, base=recipe, dora=dora)
     assert any(isinstance(leaf.base, QArray | Codebook) for leaf in flatten(lm.params).values()
                if isinstance(leaf, LoRA))
     dense = lm.replace(params=map_params(
@@ -154,8 +166,8 @@ def test_dropout_is_of_adapters_and_differs_from_layer_to_layer(base):
     joined = partition.join(trained, frozen, jax.random.key(0))
     keys = np.asarray(joined["decoder/layers/0/attn/q/kernel"].key)
     assert keys.shape == (2, 2) and not np.array_equal(keys[0], keys[1])
-    losses = {float(gradient_step(lm, batch(seed=seed))[0]) for seed in (0, 0)}
-    assert len(losses) == 1
+    assert jax.tree.all(jax.tree.map(
+        np.array_equal, joined, partition.join(trained, frozen, jax.random.key(0))))  # by the key alone
     wet = lm.replace(params=unflatten(lm.params, joined))
     assert np.abs(np.asarray(wet(batch()["inputs"]) - lm(batch()["inputs"]))).max() > 1e-3
     still = lm.replace(params=remove_adapters(lm.params))
@@ -165,9 +177,9 @@ def test_dropout_is_of_adapters_and_differs_from_layer_to_layer(base):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"target": "nothing"}, "lora.target 'nothing' matches no parameter"),
-    ({"target": ".*norm.*"}, "only kernels and tables have adapters"),
-    ({"base": "w4a16-gptq"}, "gptq needs more than the weights"),
+    ({"target": "nothing"}, "lora.target 'nothing'"),
+    ({"target": ".*norm.*"}, "lora.target .*norm"),
+    ({"base": "w4a16-gptq"}, "lora.base .*gptq"),
     ({"base": "w4a17"}, "w4a17"),
 ])
 def test_mistakes(base, options, message):

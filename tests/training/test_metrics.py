@@ -14,7 +14,7 @@ from jaxlm.core.tree import flatten
 from jaxlm.training import metrics as metrics_module
 from jaxlm.training.flops import peak_flops, step_flops
 from jaxlm.training.metrics import MetricsWriter, Throughput, peak_memory_bytes, read_metrics
-from jaxlm.training.progress import Reporter
+from jaxlm.training.run.reporter import Reporter
 
 B, S, T = 4, 12, 10
 

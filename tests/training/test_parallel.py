@@ -21,14 +21,15 @@ from jaxlm.core.leaves import LoRA
 from jaxlm.core.sharding import batch_sharding, make_mesh, override_sharding, shardings
 from jaxlm.core.tree import flatten, map_params
 from jaxlm.training.objectives.loss import make_loss
-from jaxlm.training.step import Step, abstract_state, init_state, make_step
+from jaxlm.training.state import abstract_state, init_state
+from jaxlm.training.step import Step, StepOptions, make_step
 from tests.training.hlo import collectives
 from tests.training.mixes import MIXES, differences, name
 
 CHECKED = [
     ("decoder", "data2-fsdp2-tensor2-accumulate2-rematfull-offload_optimizerTrue"),
-    ("decoder", "fsdp2-sequence2-tensor2-ring_min_keys1-accumulate2"),
-    ("seq2seq", "fsdp4-tensor2"),
+    pytest.param("decoder", "fsdp2-sequence2-tensor2-ring_min_keys1-accumulate2", marks=pytest.mark.slow),
+    pytest.param("seq2seq", "fsdp4-tensor2", marks=pytest.mark.slow),
     ("moe", "data2-fsdp2-tensor2"),
 ]
 
@@ -36,7 +37,7 @@ CHECKED = [
 @pytest.mark.parametrize(("model", "mix"), CHECKED)
 def test_a_mesh_is_one_device(model, mix):
     (mix,) = (each for each in MIXES if name(each) == mix)
-    worst = differences(model, mix, steps=3)
+    worst = differences(model, mix, steps=2)
     assert max(worst.values()) < 1e-5, worst
 
 
@@ -115,11 +116,14 @@ def plain():
     return gradient(SMALL)
 
 
-@pytest.mark.parametrize(("bits", "shard_optimizer"), [("bf16", True), ("int8", True), ("int8", False)])
+@pytest.mark.parametrize(("bits", "shard_optimizer"), [
+    ("bf16", True), *(pytest.param("int8", sharded, marks=pytest.mark.slow) for sharded in (True, False))])
 def test_gradients_in_fewer_bits(bits, shard_optimizer, plain):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     want, want_metrics, _ = plain
-    got, metrics, found = gradient(SMALL, mesh, compress=bits, shard_optimizer=shard_optimizer, accumulate=2)
+    got, metrics, found = gradient(
+        SMALL, mesh, options=StepOptions(gradient_compression=bits, accumulate=2), shard_optimizer=shard_optimizer
+    )
     np.testing.assert_allclose(metrics["loss"], want_metrics["loss"], rtol=1e-6)
     worst = {path: np.max(np.abs(got[path] - leaf)) / np.max(np.abs(leaf)) for path, leaf in want.items()}
     # Half a step of bfloat16, a step of int8, of two parts of the sum, and of the sum if it is rounded too.
@@ -133,7 +137,8 @@ def test_gradients_in_fewer_bits(bits, shard_optimizer, plain):
 
 @pytest.mark.parametrize(
     ("recipe", "sizes"),
-    [("w4a16-rtn-g8", dict(data=2, fsdp=2, tensor=2)), ("w8a8-dynamic", dict(data=1, sequence=4, tensor=2))],
+    [pytest.param("w4a16-rtn-g8", dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
+     ("w8a8-dynamic", dict(data=1, sequence=4, tensor=2))],
 )
 def test_training_for_compression(recipe, sizes):
     transform = fake_compress(load_recipe(recipe), 0)
@@ -146,12 +151,14 @@ def test_training_for_compression(recipe, sizes):
 
 @pytest.mark.parametrize(
     ("kind", "sizes"),
-    [("w4a16-rtn-g8", dict(data=1, sequence=4, tensor=2)), ("w8a8-dynamic", dict(data=2, fsdp=2, tensor=2)),
-     ("lora", dict(data=1, sequence=2, fsdp=2, tensor=2))],
+    [pytest.param("w4a16-rtn-g8", dict(data=1, sequence=4, tensor=2), marks=pytest.mark.slow),
+     pytest.param("w8a8-dynamic", dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
+     ("w8a8-dynamic under lora", dict(data=1, sequence=2, fsdp=2, tensor=2))],
 )
 def test_compressed_leaves_are_split_like_dense_ones(kind, sizes):
     graphdef, params = nn.build(SMALL, jax.random.key(0))
-    if kind == "lora":
+    params = load_recipe(kind.split()[0]).apply(params)
+    if "lora" in kind:
         def adapt(path, leaf):
             if not path.endswith("up/kernel"):
                 return leaf
@@ -159,8 +166,6 @@ def test_compressed_leaves_are_split_like_dense_ones(kind, sizes):
             return LoRA(leaf, a, b, jnp.ones((2, 1, 1)))
 
         params = map_params(adapt, params)
-    else:
-        params = load_recipe(kind).apply(params)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (8, 16)))
     logits = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens))
     want = logits(params, tokens)

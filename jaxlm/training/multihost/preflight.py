@@ -1,4 +1,4 @@
-"""Before step 0 of a training of several processes: is everyone there, with the same code, experiment and data?"""
+"""Checks before step 0 of a training of several processes: all are there, with the same code, experiment and data."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from jaxlm.training.setup import Setup
 __all__ = ["compare", "preflight", "timed_all_reduce"]
 
 _BYTES = 4 << 20  # of the all-reduce that is timed
-_VISIBLE = 60.0  # seconds in which a network file system shows a new file
+_VISIBLE = 60.0  # seconds that a network file system may take to show a new file
 
-# What must be the same everywhere, and what to do where it is not.
+# What must be the same in all processes, and the remedy where it is not.
 _REMEDIES = {
     "code": "install the same jaxlm on every host",
     "jax": "install the same versions on every host",
     "experiment": "start all processes with the same CONFIG.py and options",
     "data": "give every host the same files",
-    "devices": "give every process as many",
+    "devices": "give every process the same number of devices",
 }
 
 
 def preflight(setup: Setup, run: Path, timeout: float = 300.0) -> str | None:
-    """Compares the processes, and returns a line that says what there is; None where this process is alone.
+    """Compares the processes, and returns a line for the user about them; None where this process is the only one.
 
     Process 0 must have written ``run/experiment.json`` before.
 
     Raises:
-        UserError: a process differs from process 0, or does not see ``run``, or has not come here ``timeout`` seconds
-            after this one; the message names its host.
+        UserError: when a process differs from process 0, does not see ``run``, or has not called this ``timeout``
+            seconds after this process; the message names its host.
     """
     if jax.process_count() == 1:
         return None
     client = coordination_client()
     if client is None:
         raise UserError(
-            f"there are {jax.process_count()} processes that do not know of each other; start them with a script of "
+            f"there are {jax.process_count()} processes without a coordinator; start them with a script of "
             "launch/, or call jax.distributed.initialize() first"
         )
     mine = facts(setup)
@@ -70,7 +70,7 @@ def preflight(setup: Setup, run: Path, timeout: float = 300.0) -> str | None:
 
 
 def facts(setup: Setup) -> dict[str, str | int]:
-    """What the processes of a training must have in common."""
+    """What must be the same in all processes of a training."""
     code = hashlib.sha256()
     package = Path(__file__).parents[2]
     for path in sorted(package.rglob("*.py")):
@@ -87,7 +87,11 @@ def _digest(value: object) -> str:
 
 
 def compare(found: Mapping[int, Mapping[str, str | int]], hosts: Mapping[int, str]) -> None:
-    """UserError that names the processes whose facts differ from those of process 0."""
+    """Compares the ``facts`` of all processes with those of process 0.
+
+    Raises:
+        UserError: when a process differs; the message names its host, the fact and both values.
+    """
     for name, remedy in _REMEDIES.items():
         others = [i for i in sorted(found) if found[i][name] != found[0][name]]
         if others:
@@ -96,12 +100,12 @@ def compare(found: Mapping[int, Mapping[str, str | int]], hosts: Mapping[int, st
 
 
 def _check_shared(setup: Setup, run: Path) -> None:
-    """UserError where this process does not see what process 0 has written."""
+    """Raises UserError where this process does not see the file that process 0 has written."""
     path, deadline = run / "experiment.json", time.monotonic() + _VISIBLE
     while not path.exists():
         if time.monotonic() > deadline:
             raise UserError(
-                f"{host_names()[jax.process_index()]} does not see {run}, which process 0 has made; "
+                f"{host_names()[jax.process_index()]} does not see {run}, which process 0 has written; "
                 "choose an --out on a file system that all hosts share"
             )
         time.sleep(1)
@@ -113,7 +117,11 @@ def _check_shared(setup: Setup, run: Path) -> None:
 
 
 def timed_all_reduce(mesh: Mesh) -> float:
-    """Seconds of a sum of 4 MiB over all devices, the best of three. UserError if the sum is wrong."""
+    """Seconds of an all-reduce of 4 MiB over all devices, the best of three.
+
+    Raises:
+        UserError: when the sum is wrong.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     shape = (mesh.size, _BYTES // 4)
     x_NxK = jax.make_array_from_callback(shape, everywhere, lambda at: np.ones((1, shape[1]), np.float32))

@@ -1,10 +1,10 @@
-"""Gradients summed over the data axis in fewer bits than they have, for replicas that talk over a slow network.
+"""An all-reduce of gradients over the data axis in fewer bits, for replicas that are connected by a slow network.
 
-A sum is a scatter and a gather. Each device cuts its gradient into a part for each, sends them in bfloat16, or in int8
-with a scale for every 256 numbers, and adds up in float32 what it receives (arXiv:2306.10209, section 3.3, does so in
-int4). Where the optimizer is split over the data axis that is all, for each device has the part it needs; elsewhere the
-sums are rounded once more and gathered. int8 is rounded at random, up or down so that it is right on average: what is
-lost is noise of mean zero, and nothing has to be remembered for the next step.
+An all-reduce is a reduce-scatter and an all-gather. Each device cuts its gradient into one part per device, sends the
+parts in bfloat16, or in int8 with a scale for every 256 numbers, and adds up in float32 what it receives
+(arXiv:2306.10209, section 3.3, does so in int4). Where the optimizer is split over the data axis nothing else is
+needed, since each device has the part that it updates. Elsewhere the sums are rounded once more and gathered. int8 is
+rounded stochastically: the error is noise of mean zero, so none has to be carried to the next step.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ AXIS = "data"
 _BLOCK = 256
 
 
-def per_replica(fn: Callable[..., Any], frozen: int) -> Callable[..., Any]:
-    """``fn(*frozen arguments, batch, key)`` by each part of the data axis on its own rows, other axes as ever: results
-    have a new first dimension, of the parts. Each has its own key."""
+def per_replica(fn: Callable[..., Any], replicated: int) -> Callable[..., Any]:
+    """``fn(*arguments, batch, key)``, run by each replica of the data axis on its own rows and with its own key. The
+    first ``replicated`` arguments are the same for all. Results have a new first dimension, one entry per replica."""
 
     def one(*args):
         *shared, batch, key, part = args
@@ -37,8 +37,8 @@ def per_replica(fn: Callable[..., Any], frozen: int) -> Callable[..., Any]:
     def each(*args):
         parts = jax.sharding.get_abstract_mesh().shape[AXIS]
         run = jax.shard_map(
-            one, in_specs=(*[P()] * frozen, P(AXIS), P(), P(AXIS)), out_specs=P(AXIS), axis_names={AXIS},
-            check_vma=False,  # gradients are not to be summed by themselves
+            one, in_specs=(*[P()] * replicated, P(AXIS), P(), P(AXIS)), out_specs=P(AXIS), axis_names={AXIS},
+            check_vma=False,  # otherwise JAX would sum the gradients itself
         )
         return run(*args, jnp.arange(parts))
 
@@ -49,9 +49,14 @@ def all_reduce_compressed(
     gradients: dict[str, Array], params: dict[str, NamedSharding], sums: dict[str, NamedSharding], bits: Bits,
     key: Array,
 ) -> dict[str, Array]:
-    """The sums of gradients ``[parts, ...]`` over their first dimension, which is split over the data axis.
+    """The sums of gradients ``[replicas, ...]`` over their first dimension, which is split over the data axis.
 
-    ``params`` is how parameters lie, ``sums`` how the sums shall: the same, or split over data in one dimension.
+    Args:
+        gradients: by path.
+        params: the shardings of the parameters.
+        sums: the shardings of the results: those of the parameters, or split over the data axis in one dimension more.
+        bits: the format that is sent.
+        key: for the rounding to int8.
     """
     return {
         path: _sum(gradient, params[path], sums[path], bits, jax.random.fold_in(key, index))
@@ -66,7 +71,7 @@ def _sum(gradient: Array, whole: NamedSharding, wanted: NamedSharding, bits: Bit
 
     def local(gradient, key, device):
         gradient, key = gradient[0], jax.random.fold_in(key, device.reshape(()))
-        if split is None:  # in any parts
+        if split is None:  # any equal parts will do
             flat = gradient.reshape(-1)
             cut = jnp.pad(flat, (0, -flat.size % parts)).reshape(parts, -1)
         else:
@@ -95,7 +100,7 @@ def _encode(x_PxN: Array, bits: Bits, key: Array) -> tuple[Array, ...]:
     scale = jnp.max(jnp.abs(blocks), -1, keepdims=True) / 127
     scaled = blocks * jnp.where(scale > 0, 1 / scale, 0)
     rounded = jnp.floor(scaled + jax.random.uniform(key, scaled.shape))
-    return jnp.minimum(rounded, 127).astype(jnp.int8), scale  # 127 and almost 1 is 128 in float32
+    return jnp.minimum(rounded, 127).astype(jnp.int8), scale  # 127 plus almost 1 is 128 in float32
 
 
 def _decode(coded: tuple[Array, ...], size: int) -> Array:

@@ -1,7 +1,7 @@
-"""Who is there, before JAX starts: its runtime gives up without saying which process it waited for.
+"""Waits for all processes before JAX starts, since JAX's own time-out does not name the process that is missing.
 
-Process 0 listens at the address that JAX's coordinator will have. Every other process tells its number and host, and
-gets an answer: an empty line once all are there, or what is wrong.
+Process 0 listens at the address that JAX's coordinator will have. Every other process connects, sends its number,
+and gets an answer: an empty line once all are there, or an error message.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ _RETRY = 0.2  # seconds
 
 
 def rendezvous(address: str, index: int, count: int, hosts: Sequence[str], timeout: float) -> None:
-    """Returns when all processes have called; UserError in each that has if others have not after ``timeout`` seconds.
+    """Returns when all processes have called this.
 
     Args:
         address: ``host:port`` of process 0.
         index: number of this process.
-        count: how many there are.
-        hosts: the host of each process, where they are known: the names for who is missing.
+        count: number of processes.
+        hosts: the host of each process, for the message that names the missing ones; empty where they are not known.
         timeout: seconds from the call on.
+
+    Raises:
+        UserError: in each process that has called this, when others have not after ``timeout`` seconds.
     """
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + timeout
@@ -45,7 +48,7 @@ def _answer(port: int, count: int, hosts: Sequence[str], deadline: float, timeou
             raise UserError(f"port {port} of the coordinator is not free ({error.strerror}); choose another") from None
         while len(called) < count - 1 and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
-            with contextlib.suppress(OSError, ValueError):  # whoever else looks at the port
+            with contextlib.suppress(OSError, ValueError):  # something else connected to the port
                 caller = stack.enter_context(server.accept()[0])
                 caller.settimeout(10)
                 called[int(caller.makefile().readline())] = caller
@@ -53,7 +56,7 @@ def _answer(port: int, count: int, hosts: Sequence[str], deadline: float, timeou
         named = ", ".join(f"{hosts[i]} (process {i})" if len(hosts) == count else f"process {i}" for i in missing)
         line = f"no word after {timeout:.0f} s from {named}; start it, or look in its log" if missing else ""
         for caller in called.values():
-            with contextlib.suppress(OSError):  # it is gone, as JAX will find
+            with contextlib.suppress(OSError):  # it is gone, which JAX will report
                 caller.sendall(f"{line}\n".encode())
     if missing:
         raise UserError(line)

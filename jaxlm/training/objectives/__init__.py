@@ -1,0 +1,1 @@
+"""Losses, and the reference models that some of them ask."""

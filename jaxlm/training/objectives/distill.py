@@ -1,4 +1,4 @@
-"""Distillation: a student learns the distribution of a teacher (arXiv:1503.02531), and what its layers say."""
+"""Distillation: a student learns the output distribution of a teacher (arXiv:1503.02531), and its hidden states."""
 
 from __future__ import annotations
 
@@ -16,20 +16,28 @@ from jaxlm.training.objectives.loss import Batch, LossSums, cross_entropy
 __all__ = ["PROJECTION", "Teacher", "distill_loss", "divergence", "teacher_layers"]
 
 
-PROJECTION = "distill/projection"  # what it is trained as
+PROJECTION = "distill/projection"  # the path of the projection among the trained parameters
 
 
 def divergence(student_BxTxV: Array, teacher_BxTxV: Array, temperature: float) -> Array:
     """``temperature**2 * KL(teacher || student)`` of both softmaxes at that temperature, ``[B, T]`` in nats. The square
-    keeps its gradient of one size at all temperatures (arXiv:1503.02531, section 2)."""
+    keeps the size of its gradient the same at all temperatures (arXiv:1503.02531, section 2)."""
     ours = jax.nn.log_softmax(student_BxTxV / temperature, -1)
     theirs = jax.nn.log_softmax(teacher_BxTxV / temperature, -1)
     return temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - ours), -1)
 
 
 def teacher_layers(students: int, teachers: int, chosen: tuple[int, ...] = ()) -> list[int]:
-    """The layer of the teacher, from 1, that each of the student's is compared with: those of ``chosen``, or evenly
-    spread, the last with the last. UserError where these cannot be."""
+    """The layer of the teacher, from 1, that each layer of the student is compared with.
+
+    Args:
+        students: number of layers of the student.
+        teachers: number of layers of the teacher.
+        chosen: the layers; (): evenly spaced, the last one with the last one.
+
+    Raises:
+        UserError: when ``chosen`` does not have one layer of the teacher for each layer of the student.
+    """
     layers = list(chosen) or [int(layer) for layer in np.ceil(np.arange(1, students + 1) * teachers / students)]
     if len(layers) != students or not all(1 <= layer <= teachers for layer in layers):
         raise UserError(
@@ -40,8 +48,10 @@ def teacher_layers(students: int, teachers: int, chosen: tuple[int, ...] = ()) -
 
 
 class Teacher(NamedTuple):
+    """The reference model of ``distill_loss``."""
+
     model: Any
-    projection_DxE: Array | None = None  # from the student's states to the width of the teacher's; None: the same width
+    projection_DxE: Array | None = None  # from the student's width to the teacher's; None where they are the same
 
 
 def distill_loss(
@@ -50,10 +60,10 @@ def distill_loss(
 ) -> tuple[Array, LossSums]:
     """``(1 - weight) * cross-entropy + weight * divergence + hidden * difference``, summed over tokens.
 
-    The difference is that of the states after the student's layers, projected where there is a projection
-    (arXiv:1909.10351, equation 8), from those after the teacher's (``teacher_layers``), squared and averaged over
-    features and layers; of a translator, over its decoder's. ``batch`` is as in ``lm_loss`` or, with "src", as in
-    ``seq2seq_loss``. Sums, besides "nll" and "weight": "divergence", and "difference" where it counts.
+    The difference is the squared difference between the student's hidden states, projected where the widths differ
+    (arXiv:1909.10351, equation 8), and the teacher's (``teacher_layers``), averaged over features and layers; for a
+    translation model, over the layers of the decoder. ``batch`` is as in ``lm_loss`` or, with "src", as in
+    ``seq2seq_loss``. Sums: "nll", "weight", "divergence", and "difference" where ``config.hidden`` is set.
     """
     inputs = (batch["src"], batch["inputs"]) if "src" in batch else (batch["inputs"],)
     packing = {f"{name}_BxT": batch[name] for name in ("segment_ids", "positions") if name in batch}

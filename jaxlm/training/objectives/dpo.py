@@ -1,4 +1,4 @@
-"""Direct preference optimization (arXiv:2305.18290): of two answers to a prompt, the better one becomes likelier."""
+"""Direct preference optimization (arXiv:2305.18290): the preferred one of two answers becomes more likely."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ __all__ = ["dpo_loss"]
 _FIELDS = ("inputs", "targets", "weights")
 
 
-def dpo_loss(model: Any, batch: Batch, key: Array | None, reference: Any, *, config: DpoConfig) -> tuple[Array, LossSums]:
+def dpo_loss(
+    model: Any, batch: Batch, key: Array | None, reference: Any, *, config: DpoConfig
+) -> tuple[Array, LossSums]:
     """The loss, summed over pairs.
 
     ``batch``: chosen_inputs, chosen_targets, chosen_weights ``[B, T]`` of the preferred answers with their prompts, and
-    the same of ``rejected``, as ``data.batches.preferences`` makes them; weights are 0 but for the tokens of an answer. With
-    ``h = log(p(preferred) / p_ref(preferred)) - log(p(rejected) / p_ref(rejected))`` and smoothing e::
+    the same for ``rejected``, as ``data.batches.preferences`` makes them; weights are 0 outside of
+    answers. With smoothing e and
+    ``h = log(p(preferred) / p_ref(preferred)) - log(p(rejected) / p_ref(rejected))``::
 
         sigmoid: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)        (equation 7)
         ipo:     (h - 1 / (2 beta))**2                                        (arXiv:2310.12036, equation 17)
 
-    Sums, a pair having the weight 1 (0 where it is padding): "nll", the loss; "accuracy", how many have h > 0;
-    "margin", beta h; "tokens", of answers.
+    Each pair has the weight 1, or 0 where it is padding. Sums: "nll", the loss; "accuracy", the pairs with h > 0;
+    "margin", beta h; "weight", the pairs; "tokens", the tokens of all answers.
     """
-    # Row by row, so that a device keeps the rows that it has.
+    # Answers of one pair are adjacent rows, so that each device keeps the rows that it has.
     both = {name: jnp.stack([batch[f"{side}_{name}"] for side in ("chosen", "rejected")], 1) for name in _FIELDS}
     both = {name: x.reshape(-1, x.shape[-1]) for name, x in both.items()}
     wanted_Bx2 = _log_likelihood(model, both, key)
@@ -50,6 +53,6 @@ def dpo_loss(model: Any, batch: Batch, key: Array | None, reference: Any, *, con
 
 
 def _log_likelihood(model: Any, batch: Batch, key: Array | None) -> Array:
-    """Of both answers of each pair, in nats: ``[B, 2]``."""
+    """The log-likelihood of both answers of each pair, in nats: ``[B, 2]``."""
     _, nll_NxT = cross_entropy(model(batch["inputs"], key=key), batch["targets"])
     return -jnp.sum(batch["weights"] * nll_NxT, -1).reshape(-1, 2)

@@ -1,8 +1,8 @@
-"""Cross-entropy, summed over tokens so that sharding and accumulation stay exact.
+"""Cross-entropy losses, summed over tokens so that sharding and accumulation stay exact.
 
 A loss is a function ``(model, batch, key) -> (objective, sums)``: ``objective`` is the quantity to differentiate,
-``sums`` holds ``"nll"`` (plain negative log-likelihood in nats, whatever the objective adds) and ``"weight"`` (how many
-tokens count). All three are sums over the batch; whoever divides does so once, by the total weight of a step.
+``sums`` holds ``"nll"`` (the plain negative log-likelihood in nats, without what the objective adds) and ``"weight"``
+(the number of tokens that count). All three are sums over the batch; the step divides once, by its total weight.
 ``key`` is a PRNG key for dropout, or None for a deterministic forward pass.
 """
 
@@ -20,7 +20,8 @@ from jaxlm.core.sharding import num_shards
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.moe.routing import Routing
 
-__all__ = ["Batch", "Loss", "RouterWeights", "LossSums", "cross_entropy", "lm_loss", "make_loss", "router_loss", "seq2seq_loss"]
+__all__ = ["Batch", "Loss", "LossSums", "RouterWeights", "cross_entropy", "lm_loss", "make_loss", "router_loss",
+           "seq2seq_loss"]
 
 Batch = dict[str, Array]
 LossSums = dict[str, Array]
@@ -49,7 +50,7 @@ def cross_entropy(
 
 def _forward(logits_BxTxV, targets_BxT, label_smoothing, z_loss):
     lse_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
-    target_BxT = _chosen(logits_BxTxV, targets_BxT)
+    target_BxT = _target_logits(logits_BxTxV, targets_BxT)
     nll_BxT = lse_BxT - target_BxT
     objective_BxT = nll_BxT
     if label_smoothing:
@@ -59,9 +60,9 @@ def _forward(logits_BxTxV, targets_BxT, label_smoothing, z_loss):
     return objective_BxT, nll_BxT, lse_BxT
 
 
-def _chosen(logits_BxTxV, targets_BxT):
-    """The logits of the targets. A vocabulary split over devices is summed behind a mask, which GSPMD splits too under
-    any mesh; it cannot split an indexed lookup in all of them."""
+def _target_logits(logits_BxTxV, targets_BxT):
+    """The logits of the targets. Where the vocabulary is split over devices this is a masked sum, which GSPMD splits
+    under any mesh; it cannot split an indexed lookup under all of them."""
     if num_shards("vocab") == 1:
         return jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)[..., 0]
     hit_BxTxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxTxV.shape, 2) == targets_BxT[..., None]
@@ -76,7 +77,7 @@ def _cross_entropy_fwd(logits_BxTxV, targets_BxT, label_smoothing, z_loss):
 def _cross_entropy_bwd(label_smoothing, z_loss, residuals, cotangents):
     logits_BxTxV, targets_BxT, lse_BxT = residuals
     objective_BxT, nll_BxT = cotangents
-    softmax_BxT = nll_BxT + objective_BxT * (1 + 2 * z_loss * lse_BxT)  # what multiplies each of the three terms
+    softmax_BxT = nll_BxT + objective_BxT * (1 + 2 * z_loss * lse_BxT)  # the factor of each of the three terms
     target_BxT = nll_BxT + objective_BxT * (1 - label_smoothing)
     uniform_BxT = objective_BxT * (label_smoothing / logits_BxTxV.shape[-1])
     hit_BxTxV = jax.lax.broadcasted_iota(jnp.int32, logits_BxTxV.shape, 2) == targets_BxT[..., None]
@@ -89,11 +90,11 @@ cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
 
 
 def router_loss(routing: Routing, weights: RouterWeights) -> Array:
-    """What keeps the load of experts even and the logits of routers small: nats, summed over layers.
+    """The loss that keeps the load of experts even and the logits of routers small, in nats, summed over layers.
 
-    The first term is E * sum(f * P) over the E experts, f being the share of the choices that fell on an expert and P
-    its mean probability (arXiv:2101.03961, equation 4); the second is the mean of log(Z)^2, Z being the normaliser of
-    the router's softmax (arXiv:2202.08906, equation 5). Both are of all tokens, padding too.
+    The first term is E * sum(f * P) over the E experts, where f is the share of the choices that an expert got and P
+    its mean probability (arXiv:2101.03961, equation 4); the second is the mean of log(Z)^2, where Z is the
+    normalizer of the router's softmax (arXiv:2202.08906, equation 5). Both count all tokens, padding too.
     """
     share_LxE = routing.chosen_E / jnp.sum(routing.chosen_E, -1, keepdims=True)
     probability_LxE = routing.probability_E / routing.tokens[..., None]
@@ -101,7 +102,7 @@ def router_loss(routing: Routing, weights: RouterWeights) -> Array:
     return weights[0] * balance + weights[1] * jnp.sum(routing.square / routing.tokens)
 
 
-def _summed(
+def _token_sums(
     model, inputs: tuple[Array, ...], batch: Batch, label_smoothing: float, z_loss: float, router: RouterWeights | None,
     **given,
 ) -> tuple[Array, LossSums]:
@@ -123,27 +124,27 @@ def lm_loss(
 ) -> tuple[Array, LossSums]:
     """Next-token loss. ``batch``: inputs, targets, weights ``[B, T]``; segment_ids, positions if documents are packed.
 
-    With ``router`` the ``router_loss`` of the batch is added to each token's, and where experts have a capacity the
-    sums have ``"dropped"``: the share of choices that found no slot, times the weight.
+    With ``router`` the ``router_loss`` of the batch is added to the loss of each token. Where experts have a capacity
+    the sums have ``"dropped"``: the share of expert choices over capacity, times the weight.
     """
     packing = {f"{name}_BxT": batch[name] for name in ("segment_ids", "positions") if name in batch}
-    return _summed(model, (batch["inputs"],), batch, label_smoothing, z_loss, router, key=key, **packing)
+    return _token_sums(model, (batch["inputs"],), batch, label_smoothing, z_loss, router, key=key, **packing)
 
 
 def seq2seq_loss(
     model, batch: Batch, key: Array | None = None, *, label_smoothing: float = 0.0, z_loss: float = 0.0,
     router: RouterWeights | None = None,
 ) -> tuple[Array, LossSums]:
-    """Teacher-forced translation loss, else as ``lm_loss``. ``batch``: src ``[B, S]``; inputs, targets, weights
-    ``[B, T]``."""
-    return _summed(model, (batch["src"], batch["inputs"]), batch, label_smoothing, z_loss, router, key=key)
+    """Translation loss with teacher forcing, otherwise as ``lm_loss``. ``batch``: src ``[B, S]``; inputs, targets,
+    weights ``[B, T]``."""
+    return _token_sums(model, (batch["src"], batch["inputs"]), batch, label_smoothing, z_loss, router, key=key)
 
 
 def make_loss(
     config: ModelConfig, *, label_smoothing: float = 0.0, z_loss: float = 0.0, router: RouterWeights | None = None
 ) -> Loss:
-    """The loss that fits a model's kind: translation for ``seq2seq``, next-token for the rest. ``router`` counts where
-    there are experts."""
+    """The loss for a model's kind: translation for ``seq2seq``, next-token prediction for the others. ``router`` is
+    used where the model has experts."""
     loss = seq2seq_loss if config.kind == "seq2seq" else lm_loss
     router = router if getattr(config, "experts", 0) else None
     return partial(loss, label_smoothing=label_smoothing, z_loss=z_loss, router=router)

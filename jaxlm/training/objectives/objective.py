@@ -1,4 +1,4 @@
-"""Which loss an experiment trains with, and which it validates with."""
+"""The losses that an experiment trains with and validates with."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ __all__ = ["make_objective", "make_validation_loss"]
 
 
 def make_objective(config: Experiment) -> Loss:
-    """The loss of a step. UserError where two are asked for, or a setting makes no sense."""
+    """The loss of a step.
+
+    Raises:
+        UserError: when the experiment sets two objectives, or a field out of range.
+    """
     options, distill, dpo = config.train, config.distill, config.dpo
     if dpo.beta and distill.teacher:
-        raise UserError("dpo and distill are two objectives; leave one out")
+        raise UserError("dpo.beta and distill.teacher are two objectives; set one of them")
     if dpo.beta:
         return _preferences(config)
     plain = make_loss(
@@ -35,7 +39,7 @@ def make_objective(config: Experiment) -> Loss:
 
 
 def make_validation_loss(config: Experiment) -> tuple[Loss, bool]:
-    """The loss of validation, and whether it asks the reference."""
+    """The loss of validation, and whether it needs the reference model."""
     return (_preferences(config), True) if config.dpo.beta else (make_loss(config.model), False)
 
 

@@ -1,4 +1,4 @@
-"""The second model that some losses ask: a teacher, or the reference that preferences are measured from."""
+"""The reference model that some losses ask: a teacher, or the model that preferences are measured from."""
 
 from __future__ import annotations
 
@@ -24,34 +24,44 @@ __all__ = ["ReferenceModel", "make_reference_model"]
 
 @dataclass(frozen=True)
 class ReferenceModel:
-    """``model(params in training, own flat leaves, what is trained beside the model)`` is it. ``like`` are its own
-    leaves, abstract, and ``params`` the leaves themselves; None where it has none of its own, or they were not asked
-    for. ``beside`` is what is trained for its sake, as it starts."""
+    """How a loss gets its reference model, and the arrays for it."""
 
-    model: Callable[[Params, dict[str, Any], dict[str, jax.Array]], Any]
+    build: Callable[[Params, dict[str, Any], dict[str, jax.Array]], Any]
+    """(parameters in training, the reference model's own flat leaves, extra trained arrays) -> the reference model."""
     like: Params | None = None
+    """The reference model's own leaves, abstract; None where it has none."""
     params: Params | None = None
+    """The leaves themselves; None where it has none, or where they were not asked for."""
     extra: Mapping[str, jax.Array] = field(default_factory=dict)
+    """Arrays that are trained in addition to the model's, as they start."""
 
 
 def make_reference_model(
     config: Experiment, graphdef: nnx.GraphDef, like: Params, initial: Params | Callable[[], Params] | None
 ) -> ReferenceModel | None:
-    """The reference of an experiment, if it has any, with its weights where the model's (``initial``) are there too.
+    """The reference model of an experiment; None where its loss asks none.
 
-    - of preferences (``dpo``): the model at the start. With adapters that is the model without them, which takes no
-      memory; else a copy.
-    - of distillation: the teacher, dense or compressed as its directory has it. Where its states are compared with
-      narrower or wider ones, a map from these to them is trained too.
+    - Preferences (``dpo``): the model at the start. With adapters that is the model without them, which takes no
+      memory; otherwise a copy.
+    - Distillation: the teacher, dense or compressed, as its directory stores it. Where hidden states of another width
+      are compared, a projection from the student's width to the teacher's is trained too.
 
-    UserError where the teacher is of another kind, or has another vocabulary.
+    Args:
+        config: the experiment, with its model configuration complete.
+        graphdef: of the model in training.
+        like: the parameters of the model in training, abstract.
+        initial: those parameters at the start, or a function that makes them. None: the reference model is abstract.
+
+    Raises:
+        UserError: when the teacher is of another kind than the model or has another vocabulary; when preferences are
+            trained from random parameters.
     """
     if config.dpo.beta:
         if any(isinstance(leaf, LoRA) for leaf in flatten(like).values()):
             return ReferenceModel(lambda params, *_: nnx.merge(graphdef, remove_adapters(params)))
         if callable(initial):
-            raise UserError("preferences are measured from a model that is there; name it in init_from")
-        return _own(graphdef, like, initial)
+            raise UserError("dpo measures preferences from an existing model; name it in init_from")
+        return _with_own_leaves(graphdef, like, initial)
     if not config.distill.teacher:
         return None
     name, student = config.distill.teacher, config.model
@@ -67,23 +77,27 @@ def make_reference_model(
     if initial is None:
         return _teacher(*nn.abstract(teacher), None, extra)
     lm = load(name, dtype=student.dtype)
-    still = {"dtype": student.dtype} | dict.fromkeys(("dropout", "attention_dropout", "ffn_dropout"), 0.0)
+    inference = {"dtype": student.dtype} | dict.fromkeys(("dropout", "attention_dropout", "ffn_dropout"), 0.0)
     fields = {each.name for each in dataclasses.fields(lm.config)}
-    lm = lm.configure(**{name: value for name, value in still.items() if name in fields})
+    lm = lm.configure(**{name: value for name, value in inference.items() if name in fields})
     return _teacher(lm.graphdef, lm.params, lm.params, extra)
 
 
-def _projection(ours: int, theirs: int, seed: int) -> jax.Array:
-    return ours**-0.5 * jax.random.normal(jax.random.key(seed), (ours, theirs))
+def _projection(student_width: int, teacher_width: int, seed: int) -> jax.Array:
+    return student_width**-0.5 * jax.random.normal(jax.random.key(seed), (student_width, teacher_width))
 
 
-def _teacher(graphdef: nnx.GraphDef, like: Params, params: Params | None, extra: Mapping[str, jax.Array]) -> ReferenceModel:
-    own = _own(graphdef, like, params)
-    return dataclasses.replace(
-        own, model=lambda _, leaves, trained: Teacher(own.model(_, leaves), trained.get(PROJECTION)), extra=extra
-    )
+def _teacher(
+    graphdef: nnx.GraphDef, like: Params, params: Params | None, extra: Mapping[str, jax.Array]
+) -> ReferenceModel:
+    model = _with_own_leaves(graphdef, like, params)
+
+    def build(in_training, leaves, trained):
+        return Teacher(model.build(in_training, leaves), trained.get(PROJECTION))
+
+    return dataclasses.replace(model, build=build, extra=extra)
 
 
-def _own(graphdef: nnx.GraphDef, like: Params, params: Params | None) -> ReferenceModel:
+def _with_own_leaves(graphdef: nnx.GraphDef, like: Params, params: Params | None) -> ReferenceModel:
     shapes = jax.eval_shape(lambda params: params, like)
     return ReferenceModel(lambda _, leaves, *extra: nnx.merge(graphdef, unflatten(shapes, leaves)), shapes, params)

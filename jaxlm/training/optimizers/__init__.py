@@ -1,0 +1,1 @@
+"""Optimizers, and what wraps them: sparsity and privacy."""

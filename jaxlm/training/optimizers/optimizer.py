@@ -1,4 +1,4 @@
-"""Optimizers and their learning rate."""
+"""The optimizers and learning rate schedules of ``OptimConfig``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ __all__ = ["decay_mask", "make_optimizer", "make_schedule"]
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate of update ``t`` (counted from 0) in a training of ``steps`` updates, a float32 scalar.
 
-    Every shape first climbs linearly over ``warmup_steps``, reaching the peak ``lr`` at ``t = warmup_steps``; then
+    Every schedule first rises linearly over ``warmup_steps`` and reaches the peak ``lr`` at ``t = warmup_steps``. Then
     ``constant`` stays, ``inverse_sqrt`` falls with 1/sqrt(t) (arXiv:1706.03762, section 5.3), ``linear`` and ``cosine``
-    (arXiv:1608.03983) go down to ``lr * min_lr_ratio`` at ``t = steps``, and ``wsd`` stays until the last
-    ``decay_fraction`` of the steps and falls there as 1 - sqrt (arXiv:2405.18392).
+    (arXiv:1608.03983) fall to ``lr * min_lr_ratio`` at ``t = steps``, and ``wsd`` stays until the last
+    ``decay_fraction`` of the steps and then falls as 1 - sqrt (arXiv:2405.18392).
+
+    Raises:
+        UserError: when the warm-up leaves no steps to decay in.
     """
     warmup = config.warmup_steps
     if config.schedule in ("cosine", "linear", "wsd") and warmup >= steps:
         raise UserError(
-            f"optim.warmup_steps={warmup} leaves nothing of train.steps={steps} for {config.schedule} to decay in; "
+            f"optim.warmup_steps={warmup} leaves no steps of train.steps={steps} for {config.schedule} to decay in; "
             "lower the warm-up or train longer"
         )
 
@@ -56,7 +59,8 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 def decay_mask(pattern: str, params: dict[str, jax.Array]) -> dict[str, bool]:
     """True for the parameters of a flat dict that decay: those whose whole path matches the regular expression.
 
-    UserError where none does: what silently does nothing is a mistake.
+    Raises:
+        UserError: when the pattern is no regular expression, or matches no parameter.
     """
     try:
         mask = {path: re.fullmatch(pattern, path) is not None for path in params}
@@ -68,16 +72,16 @@ def decay_mask(pattern: str, params: dict[str, jax.Array]) -> dict[str, bool]:
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The optimizer after clipping by global norm, over flat dicts. Decay is decoupled, times the learning rate
-    (arXiv:1711.05101), whatever the optimizer.
+    """Clipping by global norm, then the optimizer, over flat dicts. Weight decay is decoupled from the gradient and
+    multiplied by the learning rate (arXiv:1711.05101), whatever the optimizer.
 
     - ``adamw``: arXiv:1412.6980.
-    - ``adamw8bit``: the same with moments of a byte each (``training.optimizers.adam8bit``).
-    - ``adafactor``: arXiv:1804.04235, second moments as rows and columns, no first; ``lr`` is relative to the size of
-      a parameter, as there, and the other constants are the paper's.
-    - ``lion``: arXiv:2302.06675; its ``lr`` is a third to a tenth of AdamW's.
-    - ``muon``: momentum ``b1`` made orthogonal (Jordan et al. 2024) for kernels, of each layer by itself, scaled to
-      the size of AdamW's updates (arXiv:2502.16982), and AdamW for everything else.
+    - ``adamw8bit``: the same with moments of one byte each (``training.optimizers.adam8bit``).
+    - ``adafactor``: arXiv:1804.04235, second moments factored into rows and columns, no first moments; ``lr`` is
+      relative to the size of a parameter and the other constants are the paper's.
+    - ``lion``: arXiv:2302.06675; a good ``lr`` is a third to a tenth of AdamW's.
+    - ``muon``: for kernels, momentum ``b1`` made orthogonal layer by layer (Jordan et al. 2024) and scaled to the size
+      of AdamW's updates (arXiv:2502.16982); AdamW for all other parameters.
     """
 
     def decayed(params):
@@ -101,8 +105,8 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def _muon(config: OptimConfig) -> optax.GradientTransformation:
-    """Leading dimensions are layers and experts, each with its own matrix. An update has the root mean square 0.2,
-    about that of Adam's."""
+    """Muon over kernels whose leading dimensions are layers and experts, each with its own matrix. An update has a root
+    mean square of 0.2, about that of Adam's."""
 
     def dimensions(params):
         return jax.tree.map(lambda x: contrib.MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
@@ -113,7 +117,8 @@ def _muon(config: OptimConfig) -> optax.GradientTransformation:
 
 
 def _orthogonal(params: dict[str, jax.Array]) -> dict[str, str]:
-    """Which parameters are Muon's: matrices that map features to features; no tables, and no head."""
+    """The optimizer of each parameter: Muon for matrices from features to features; Adam for tables, the head and all
+    other parameters."""
     inner = {path: bool(re.fullmatch(r".*/(kernel|kernel/[ab])", path)) and not path.startswith("head/")
              for path in params}
     return {path: "muon" if muon else "adam" for path, muon in inner.items()}

@@ -1,8 +1,8 @@
-"""Optimizers that keep weights at zero: gradual magnitude pruning and RigL, and the pull of SR-STE.
+"""Optimizers that keep weights at zero: gradual magnitude pruning, RigL, and the decay of SR-STE.
 
-Pruned weights are hard zeros in the parameters themselves, so that validation, checkpoints, averages and the exported
-model are all of the sparse model, without a mask beside them. A zero stays pruned under a magnitude criterion, so
-gradual pruning never takes a weight back (in the paper too a masked weight has no gradient); RigL does, by gradient.
+Pruned weights are zeros in the parameters themselves, so validation, checkpoints, averages and the exported model see
+the sparse model without a separate mask. Gradual pruning never takes a pruned weight back: zero is the smallest
+magnitude (in the paper too a masked weight gets no gradient). RigL does, by the gradient.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ __all__ = ["SparseState", "sr_ste_decay", "prunable_matrices", "with_sparsity"]
 
 
 class SparseState(NamedTuple):
-    count: jax.Array  # int32: updates so far; one left out as bad is none, so that no pruning is lost with it
-    masks: dict[str, jax.Array]  # bool, by path of the pruned matrices: which weights may be other than zero
+    count: jax.Array  # int32: updates so far; a skipped bad update does not count, so that no pruning is lost with it
+    masks: dict[str, jax.Array]  # bool, by path of the pruned matrices: True where a weight may differ from zero
     inner: optax.OptState
 
 
 def prunable_matrices(pattern: str, params: dict[str, jax.Array]) -> list[str]:
-    """The paths of the matrices to prune. UserError where there are none, or other things among them."""
+    """The paths of the matrices to prune.
+
+    Raises:
+        UserError: when ``pattern`` matches no parameter, or one that is no kernel and no table.
+    """
     paths = [path for path in params if re.fullmatch(pattern, path)]
     if not paths:
         raise UserError(f"prune.target {pattern!r} matches no parameter; see `jaxlm inspect`")
@@ -40,19 +44,24 @@ def prunable_matrices(pattern: str, params: dict[str, jax.Array]) -> list[str]:
 
 
 def with_sparsity(tx: optax.GradientTransformation, config: PruneConfig, end: int) -> optax.GradientTransformation:
-    """``tx`` over flat dicts, with weights kept at zero as ``config`` says and the last change at update ``end``.
+    """``tx`` over flat dicts, with weights kept at zero; the pruned set changes for the last time at update ``end``.
 
-    - ``gradual``: after update t the share ``sparsity * cubic(t)`` of each matrix is zero, those of least magnitude.
-    - ``rigl``: after update ``begin`` the final share is, those of least magnitude: at random initialization a random
-      set. Then ``drop * cosine(t)`` of the weights left are exchanged for those of largest gradient, which start at
-      zero (``schedule.regrow``). The optimizer's own update is done first, not left out as in the paper's algorithm.
+    - ``gradual``: after update t the share ``sparsity * cubic(t)`` of each matrix is zero: the weights of smallest
+      magnitude.
+    - ``rigl``: after update ``begin`` the final share of each matrix is zero: the weights of smallest magnitude, a
+      random set where the weights are random. At each change the share ``drop * cosine(t)`` of the remaining weights is
+      exchanged for the pruned weights of largest gradient, which start at zero (``schedule.regrow``). The optimizer's
+      own update comes first; the paper's algorithm skips it at a change.
 
-    Moments of weights that leave or join are zeroed. The gradient of a whole step must come in: that of the zeros is
-    looked at only when there is a change, and never reaches ``tx``.
+    The moments of weights that leave or join are set to zero. ``update`` needs the gradient of the whole step. The
+    gradients of pruned weights are read only at a change and never reach ``tx``.
+
+    Raises:
+        UserError: when a field of ``config`` is out of range.
     """
     begin, every = config.begin, config.every
     if not 0 < config.sparsity < 1:
-        raise UserError(f"prune.sparsity={config.sparsity} is impossible; use more than 0 and less than 1")
+        raise UserError(f"prune.sparsity={config.sparsity} must be more than 0 and less than 1")
     if not 0 <= begin < end or every < 1:
         raise UserError(
             f"prune.begin={begin}, prune.end={end}, prune.every={every}: begin before the end, every 1 or more"
@@ -106,15 +115,15 @@ def _where(masks: dict, tree: dict, otherwise: Callable) -> dict:
 
 
 def _keep_zero(masks: dict, updates: dict, params: dict) -> dict:
-    """Updates that make zero what is outside the masks."""
+    """Updates that make the weights outside the masks zero."""
     return updates | {path: jnp.where(mask, updates[path], -params[path]) for path, mask in masks.items()}
 
 
 def sr_ste_decay(
     prune: Callable[[dict[str, jax.Array]], dict[str, jax.Array]], decay: float, begin: int
 ) -> optax.GradientTransformation:
-    """Adds ``decay`` times each weight that ``prune`` makes zero to its gradient, from update ``begin`` on, so that
-    fewer weights move in and out of the pruned set (SR-STE, arXiv:2102.04010, equation 9)."""
+    """From update ``begin`` on, adds ``decay`` times each weight that ``prune`` would set to zero to its gradient, so
+    that fewer weights move in and out of the pruned set (SR-STE, arXiv:2102.04010, equation 9)."""
 
     def update(grads, count, params):
         strength = jnp.where(count >= begin, decay, 0.0)

@@ -50,7 +50,8 @@ def main() -> None:
     from jaxlm.planning.topology import parse_topology
     from jaxlm.training.config import DataConfig, Experiment, MeshConfig, OptimConfig, TrainConfig
     from jaxlm.training.program import make_program
-    from jaxlm.training.step import Step, init_state
+    from jaxlm.training.state import init_state
+    from jaxlm.training.step import Step
 
     model = nn.DecoderConfig(
         width=args.width, heads=8, layers=args.layers, vocab_size=8192, tie_embeddings=False, remat=args.remat

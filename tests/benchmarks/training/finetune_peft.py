@@ -51,7 +51,8 @@ def ours(name: str, args) -> dict[str, float]:
     from jaxlm.training.partition import Partition
     from jaxlm.training.program import make_program
     from jaxlm.training.setup import prepare
-    from jaxlm.training.step import init_state, make_eval
+    from jaxlm.training.state import init_state
+    from jaxlm.training.step import make_eval
 
     keep_freed_memory()
     jax.block_until_ready(jax.numpy.zeros(8) + 1)

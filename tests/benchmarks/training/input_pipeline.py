@@ -28,7 +28,8 @@ from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.training.config import OptimConfig
 from jaxlm.training.objectives.loss import make_loss
 from jaxlm.training.optimizers.optimizer import make_optimizer
-from jaxlm.training.step import init_state, make_step
+from jaxlm.training.state import init_state
+from jaxlm.training.step import make_step
 
 ROUNDS = 2
 TEMPLATE = (

@@ -28,7 +28,8 @@ def jaxlm_step(tokens: np.ndarray) -> Callable[[int], None]:
     from jaxlm.training.config import OptimConfig
     from jaxlm.training.objectives.loss import make_loss
     from jaxlm.training.optimizers.optimizer import make_optimizer
-    from jaxlm.training.step import init_state, make_step
+    from jaxlm.training.state import init_state
+    from jaxlm.training.step import make_step
 
     config = nn.preset("nano", vocab_size=VOCAB)
     graphdef, like = nn.abstract(config)

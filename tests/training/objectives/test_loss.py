@@ -106,7 +106,6 @@ def test_packed_documents_reach_the_model():
     """Two documents in one row give the loss of the two alone."""
     config = nn.preset("nano", vocab_size=V, width=16, heads=2, layers=1)
     graphdef, params = nn.build(config, jax.random.key(0))
-    model = nnx.merge(graphdef, params)
     random = np.random.default_rng(0)
     a, b = (random.integers(0, V, (2, n)).astype(np.int32) for n in (3, 4))
 
@@ -115,8 +114,10 @@ def test_packed_documents_reach_the_model():
         return {"inputs": inputs[None], "targets": targets[None], "weights": np.ones((1, len(inputs)), np.float32),
                 **{name: np.array([values], np.int32) for name, values in packing.items()}}
 
-    loss = make_loss(config)
-    together = loss(
-        model, batch(np.concatenate([a, b], 1), segment_ids=[1] * 3 + [2] * 4, positions=[0, 1, 2, 0, 1, 2, 3]), None
-    )[0]
-    np.testing.assert_allclose(together, loss(model, batch(a), None)[0] + loss(model, batch(b), None)[0], rtol=1e-6)
+    @jax.jit
+    def loss(params, batch):
+        return make_loss(config)(nnx.merge(graphdef, params), batch, None)[0]
+
+    packing = dict(segment_ids=[1] * 3 + [2] * 4, positions=[0, 1, 2, 0, 1, 2, 3])
+    together = loss(params, batch(np.concatenate([a, b], 1), **packing))
+    np.testing.assert_allclose(together, loss(params, batch(a)) + loss(params, batch(b)), rtol=1e-6)

@@ -15,7 +15,8 @@ from jaxlm.training.config import OptimConfig
 from jaxlm.training.objectives.loss import lm_loss
 from jaxlm.training.optimizers.adam8bit import BlockQuantized, dynamic_table, scale_by_adam8bit
 from jaxlm.training.optimizers.optimizer import decay_mask, make_optimizer
-from jaxlm.training.step import abstract_state, init_state, make_step
+from jaxlm.training.state import abstract_state, init_state
+from jaxlm.training.step import make_step
 from tests.training.llamas import batch
 
 
@@ -74,12 +75,12 @@ def test_decay_goes_by_rule():
     for name in ("adamw", "adamw8bit", "adafactor", "lion", "muon"):
         tx = make_optimizer(OptimConfig(name=name, lr=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5,
                                         decayed="a/.*"), 10)
-        updates, _ = tx.update(zeros, tx.init(params), params)
+        updates = jax.jit(lambda params, tx=tx: tx.update(zeros, tx.init(params), params)[0])(params)
         np.testing.assert_allclose(updates["a/kernel"], -0.05, rtol=1e-5, err_msg=name)
         assert not np.any(updates["head/kernel"]) and not np.any(updates["norm/scale"])
-    with pytest.raises(UserError, match="optim.decayed 'nothing' matches no parameter"):
+    with pytest.raises(UserError, match="optim.decayed 'nothing'"):
         decay_mask("nothing", params)
-    with pytest.raises(UserError, match="is no regular expression"):
+    with pytest.raises(UserError, match=r"optim.decayed: '\('"):
         decay_mask("(", params)
 
 
@@ -104,6 +105,7 @@ def test_moments_are_split_over_data(name, offload):
     assert whole == pytest.approx(ratio * adam, rel=0.05)
 
 
+@pytest.mark.slow
 def test_split_in_codes_trains_as_whole():
     """Two steps on a mesh of four devices, offloaded too, against one; a code may round the other way."""
     config, tx = WIDE, make_optimizer(OptimConfig(name="adamw8bit", lr=1e-3, warmup_steps=0), 10)

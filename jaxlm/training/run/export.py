@@ -1,4 +1,4 @@
-"""What a training leaves behind: a model directory, an adapter, or both."""
+"""Exports a finished training: as a model directory, an adapter, or both."""
 
 from __future__ import annotations
 
@@ -17,18 +17,27 @@ __all__ = ["Exporter"]
 
 
 class Exporter:
-    """Writes into a run, and says so by lines.
+    """Writes the model of a training into its run directory.
 
-    - RUN/model: the model; of adapters only with ``lora.merge``.
-    - RUN/adapter: of adapters, in the format of PEFT, for the model that the training started from.
-    - RUN/compressed: the model as it was trained and validated, where it was trained to be compressed (``qat``).
+    - RUN/model: the model. A training of adapters writes it only with ``lora.merge``.
+    - RUN/adapter: of a training of adapters, in the format of PEFT, for the model that the training started from.
+    - RUN/compressed: the compressed model that was trained and validated, of a training with ``qat``.
     """
 
     def __init__(self, setup: Setup, compression: CompressionAwareTraining, run: Path):
         self._setup, self._compression, self._run = setup, compression, run
 
     def write(self, params: dict[str, Any], steps: list[int], line: Callable[[str], None]) -> Path:
-        """Of flat parameters that were had at ``steps``. Returns the first directory it wrote."""
+        """Exports flat parameters.
+
+        Args:
+            params: the parameters.
+            steps: the steps that they are the mean of.
+            line: is called with a line for the user about each directory.
+
+        Returns:
+            The first directory that was written.
+        """
         config = self._setup.config
         info = {"training": {"data": config.data.train, "steps": steps}}
         what = f"({'the mean of steps' if len(steps) > 1 else 'step'} {', '.join(map(str, steps))})"
@@ -43,7 +52,7 @@ class Exporter:
         if self._compression.quantizes:
             compressed = self._write("compressed", self._compression.compressed(params), info | {
                 "recipe": recipe.to_json()}, recipe.storage)
-            line(f"as it was trained and validated, by {recipe.name}: {compressed}")
+            line(f"compressed model, as trained and validated, by {recipe.name}: {compressed}")
         return paths[0]
 
     def _model(self, params: dict[str, Any], info: dict[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""What the user sees while training: a bar on a terminal, plain lines elsewhere."""
+"""What the user sees while training: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Reporter"]
 
 
 class Reporter:
-    """Shows lines and progress on standard output. ``enabled`` False (every process but the first) shows nothing."""
+    """Shows lines and progress on standard output; shows nothing where ``enabled`` is False (all but process 0)."""
 
     def __init__(self, steps: int, step: int, enabled: bool = True):
         self._enabled = enabled
@@ -28,19 +28,19 @@ class Reporter:
             self._bar.start()
 
     def line(self, text: str) -> None:
-        """A line that stays: data, validation, checkpoints, warnings."""
+        """Shows a line that stays: about data, validation, checkpoints, or a warning."""
         if self._bar:
             self._bar.console.print(text, markup=False, soft_wrap=True)
         elif self._enabled:
             print(text, flush=True)
 
     def advance(self, step: int) -> None:
-        """Moves the bar; plain output has only the rows of ``train``."""
+        """Moves the bar; plain output shows only the rows of ``train``."""
         if self._bar:
             self._bar.update(self._task, completed=step)
 
     def train(self, row: dict[str, Any]) -> None:
-        """A training row of ``metrics.jsonl``."""
+        """Shows a training row of ``metrics.jsonl``."""
         loss = "(no update)" if row["loss"] is None else f"{row['loss']:.4f}"
         text = f"loss {loss}  lr {row['lr']:.2e}"
         if row["step_ms"]:
