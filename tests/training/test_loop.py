@@ -288,7 +288,7 @@ def changed(config: Experiment, section: str, **fields) -> Experiment:
         ("model", dict(vocab_size=3), "model.vocab_size=3"),
         ("optim", dict(warmup_steps=30), "optim.warmup_steps=30 .*train.steps=30"),
         ("eval", dict(metric="bleu"), "eval.metric .*data.valid"),
-        (None, dict(model=nn.preset("tiny")), "seq2seq .* bitext"),
+        (None, dict(model=nn.preset("tiny")), "seq2seq .*bitext"),
     ],
 )
 def test_mistakes_are_found_before_the_first_step(folder, tmp_path, section, fields, message):
