@@ -46,7 +46,7 @@ WINGS = {
     "hf": ["families", "quantized", "gguf", "peft"],
     "nn": ["attention", "moe"],
     "serving": ["protocol", "routes"],
-    "training": ["optimizers", "objectives", "multihost"],
+    "training": ["optimizers", "objectives", "multihost", "run"],
 }
 # Compression knows parameters by their paths, and what a model is (its configuration), but not what computes it.
 STRANGERS = [("compression", "nn"), ("nn", "compression"), ("data", "nn"), ("nn", "data")]

@@ -251,7 +251,7 @@ def _contamination(
     }
     for name, contamination in found.items():
         if data.contamination == "fail" and contamination.exact + contamination.near:
-            raise UserError(f"data.{name}: {contamination}; remove them from one of the two, or set data.contamination=report")
+            raise UserError(f"data.{name}: {contamination}; remove them, or set data.contamination=report")
     return tuple(f"data.{name}: {contamination}" for name, contamination in found.items())
 
 

@@ -168,7 +168,8 @@ def test_eight_devices_equal_one():
     np.testing.assert_allclose(losses[:2], others[:2], rtol=1e-5)
     np.testing.assert_allclose(losses[2:], others[2:], rtol=1e-3)
     mask = state.opt_state.masks[KERNEL]
-    assert mask.sharding == shard_over(state.params[KERNEL].sharding, mask.shape) and not mask.sharding.is_fully_replicated
+    assert mask.sharding == shard_over(state.params[KERNEL].sharding, mask.shape)
+    assert not mask.sharding.is_fully_replicated
 
 
 # ---- whole trainings
