@@ -58,7 +58,7 @@ class RunLog:
             self._writer.write(row)
 
     def start(self, step: int, state: TrainState, preflight: str | None) -> None:
-        """Logs what a run starts with, at ``step``: data, model, mesh, the (abstract) state, contamination and notes."""
+        """Logs what a run starts with, at ``step``: data, model, mesh, the abstract state, contamination, notes."""
         setup = self._setup
         self.line(setup.report)
         self.line(state_report(setup.like, state))
