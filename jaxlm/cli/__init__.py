@@ -1,7 +1,7 @@
-"""``jaxlm COMMAND ...``: finds the command, and turns what users can mend into one line and exit status 2.
+"""``jaxlm COMMAND ...``: the table of commands, and ``main``, which runs one.
 
-A command is a module with ``add_arguments(parser)`` and ``run(args)``. It imports JAX inside ``run``, so that help is
-there at once.
+A command is a module of this package with ``add_arguments(parser)`` and ``run(args)``. It imports JAX inside ``run``,
+so that ``--help`` is fast. A mistake of the user ends in one line on standard error and exit status 2.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxlm.core.errors import UserError
 
 COMMANDS = {
-    "quickstart": "train, compress, evaluate and translate on built-in data, in minutes on a CPU",
-    "train": "train the experiment of a Python file, or go on where it stopped",
-    "evaluate": "perplexity of a model on some data; BLEU and chrF where it translates",
-    "compress": "make a model smaller by a recipe",
-    "recipes": "list what compress can do, by name",
-    "presets": "list the shapes of models and meshes that have names",
-    "generate": "continue a text",
-    "translate": "translate lines",
-    "export": "write a model for transformers",
-    "serve": "models by HTTP, with OpenAI's interface and a page to use them",
-    "inspect": "what is in a model: configuration, sizes, tensors",
-    "plan": "forecast a training or a server on devices that are not there",
+    "quickstart": "train, compress, evaluate and translate with built-in data, in minutes on a CPU",
+    "train": "train the experiment of a Python file, or resume it",
+    "evaluate": "measure perplexity on data, and BLEU and chrF of a translation model",
+    "compress": "make a model smaller with a recipe or to a budget",
+    "recipes": "list the recipes of compress",
+    "presets": "list the named shapes of models and meshes",
+    "generate": "continue texts or answer messages",
+    "translate": "translate the lines of a file",
+    "export": "write a model for transformers, vLLM or llama.cpp",
+    "serve": "serve models over HTTP, with OpenAI's API and a page in the browser",
+    "inspect": "show the configuration, sizes and tensors of a model",
+    "plan": "forecast a training or a server for devices that need not exist",
 }
 
 
 class Parser(argparse.ArgumentParser):
-    """Mistakes are UserErrors of one line; options are written out, for train takes more of them than it names."""
+    """An argument parser whose errors are UserErrors. Options cannot be abbreviated, because some commands accept more
+    options than they declare (``--a.b VALUE``)."""
 
-    def __init__(self, **options):
+    def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
@@ -45,27 +46,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs a command line (``sys.argv`` by default) and exits: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Runs a command line (``sys.argv`` by default) and exits: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         status = 0
     except UserError as error:
-        status = _complain(str(error))
-    except BrokenPipeError:  # whoever read our output has seen enough
+        status = _report(str(error))
+    except BrokenPipeError:  # the reader of standard output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except OSError as error:
         if error.filename is None:
             raise
-        status = _complain(f"{error.filename}: {error.strerror}")
+        status = _report(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("jaxlm: interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
 
 
-def _complain(message: str) -> int:
+def _report(message: str) -> int:
+    """Prints a user's mistake as one line; the exit status."""
     print(f"jaxlm: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
@@ -86,15 +88,21 @@ def _run(argv: list[str]) -> None:
     command = importlib.import_module(f"jaxlm.cli.{name}")
     parser = Parser(prog=f"jaxlm {name}", description=command.__doc__)
     command.add_arguments(parser)
-    args, others = parser.parse_known_args(argv[1:])
-    taken = getattr(args, "overrides", None)  # what begins the names of settings, "--a.b", where it takes any
-    for i, word in enumerate(others):
-        named = word.startswith("--")
-        if taken is None or (named and not word[2:].startswith(taken)) or (taken and not named and i == 0):
-            parser.error(f"unknown argument {word!r}")
-    args.overrides = others
+    args, rest = parser.parse_known_args(argv[1:])
+    _check_rest(parser, rest, getattr(args, "overrides", None))
+    args.overrides = rest
     _prepare()
     command.run(args)
+
+
+def _check_rest(parser: Parser, rest: list[str], prefix: str | None) -> None:
+    """Checks the arguments that the parser does not know: settings ``--a.b VALUE`` whose names begin with ``prefix``;
+    none at all if that is None."""
+    for i, word in enumerate(rest):
+        is_option = word.startswith("--")
+        wrong_option = is_option and not word[2:].startswith(prefix or "")
+        if prefix is None or wrong_option or (prefix and not is_option and i == 0):
+            parser.error(f"unknown argument {word!r}")
 
 
 def _overview() -> str:
@@ -102,16 +110,16 @@ def _overview() -> str:
     lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
     return "\n".join([
         "jaxlm trains language and translation models, makes them smaller and faster, and measures both.", "",
-        "usage: jaxlm COMMAND ...        (jaxlm COMMAND --help tells more)", "", *lines,
+        "usage: jaxlm COMMAND ...        (jaxlm COMMAND --help describes it)", "", *lines,
     ])
 
 
 def _prepare() -> None:
-    """What the environment leaves open: compiled programs are kept for the next start, and libraries keep quiet."""
+    """Keeps compiled programs for the next start, and libraries quiet, unless the environment says otherwise."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # of XLA and JAX's runtime: errors
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA logs errors only
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("jaxlm: %(message)s"))
     logger = logging.getLogger("jaxlm")

@@ -1,62 +1,74 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands share."""
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+from typing import TYPE_CHECKING
 
 from jaxlm.core.errors import UserError
 
+if TYPE_CHECKING:
+    from jaxlm.model import LM
+    from jaxlm.training.config import Experiment
 
-def add_model(parser, *, adapter: bool = False) -> None:
-    """``MODEL``, and ``--adapter`` where the command works on the model as it computes."""
+
+def add_model(parser: argparse.ArgumentParser, *, adapter: bool = False) -> None:
+    """``MODEL``, and with ``adapter`` also ``--adapter``."""
     parser.add_argument("model", metavar="MODEL", help="a model directory, a training run or hf://org/name")
     if adapter:
-        parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT, to merge into the model")
+        parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT's format, merged into the model")
 
 
-def add_kv_cache(parser) -> None:
+def add_kv_cache(parser: argparse.ArgumentParser) -> None:
     """``--kv-cache``."""
     parser.add_argument(
         "--kv-cache", choices=("full", "int8", "int4", "fp8"),
-        help="how decoding keeps keys and values, and scoring rounds them alike (as the model was saved)",
+        help="the format of cached keys and values; scoring rounds them in the same way (default: as saved)",
     )
 
 
-def add_languages(parser) -> None:
-    """Of models that translate between many languages."""
-    for name, side in (("source", "translate from"), ("target", "translate into")):
+def add_languages(parser: argparse.ArgumentParser) -> None:
+    """``--source-language`` and ``--target-language``."""
+    for side in ("source", "target"):
         parser.add_argument(
-            f"--{name}-language", metavar="CODE", help=f"{side}, for a model with many, as it spells them (deu_Latn)"
+            f"--{side}-language", metavar="CODE", help=f"the {side} language of a multilingual model, as deu_Latn"
         )
 
 
-def add_search(parser) -> None:
-    """How a command translates."""
-    parser.add_argument("--beam", type=int, metavar="N", help="1 is greedy (as the model says, or 5)")
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """The options of beam search for translations."""
+    parser.add_argument("--beam", type=int, metavar="N",
+                        help="width of the beam; 1 is greedy (default: the model's, or 5)")
     parser.add_argument(
-        "--length-penalty", type=float, metavar="X", help="exponent of the length (as the model says, or 1)"
+        "--length-penalty", type=float, metavar="X", help="exponent of the length (default: the model's, or 1)"
     )
     parser.add_argument(
         "--max-length", type=int, metavar="N",
-        help="tokens of a translation (as the model says, or 128; at most 2 x source + 10)",
+        help="tokens of a translation (default: the model's, or 128; at most 2 x source + 10)",
     )
 
 
-GENERATION = "generation."  # what begins the names of its settings
+GENERATION = "generation."  # the prefix of options that set fields of generation_config.json
 
 
-def add_generation(parser) -> None:
-    """Leave to set anything of generation_config.json, or to pass it by."""
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """``--generation.FIELD VALUE`` for every field of generation_config.json, and ``--ignore-generation-config``."""
     parser.epilog = (
-        "What is not given is as generation_config.json has it. Any setting of that file can be given by its name, as\n"
-        "in --generation.repetition_penalty 1.2"
+        "Defaults are those of the model's generation_config.json. Every field of that file is an option too, as in\n"
+        "--generation.repetition_penalty 1.2"
     )
-    parser.add_argument("--ignore-generation-config", action="store_true", help="as if the model had no such file")
+    parser.add_argument(
+        "--ignore-generation-config", action="store_true", help="do not read the model's generation_config.json"
+    )
     parser.set_defaults(overrides=GENERATION)
 
 
-def with_generation(lm, args) -> Any:
-    """The model with the settings that ``add_generation`` took. UserError on what is none."""
+def with_generation(lm: LM, args: argparse.Namespace) -> LM:
+    """The model with the generation settings of the command line.
+
+    Raises:
+        UserError: when a setting does not exist or its value is not valid.
+    """
     from jaxlm.inference.generation_config import GenerationConfig
 
     changes = parse_overrides(args.overrides)
@@ -67,7 +79,11 @@ def with_generation(lm, args) -> Any:
 
 
 def parse_overrides(words: list[str]) -> dict[str, str]:
-    """``["--a.b", "1", "--c.d=2"]`` as ``{"a.b": "1", "c.d": "2"}``; UserError on anything else."""
+    """``["--a.b", "1", "--c.d=2"]`` as ``{"a.b": "1", "c.d": "2"}``.
+
+    Raises:
+        UserError: when a word is not an option, or an option has no value.
+    """
     changes = {}
     rest = iter(words)
     for word in rest:
@@ -82,18 +98,22 @@ def parse_overrides(words: list[str]) -> dict[str, str]:
     return changes
 
 
-def load_experiment(path: str, overrides: list[str]) -> Any:
-    """The Experiment that a Python file defines, with fields set by ``--a.b VALUE``. UserError where it is none."""
+def load_experiment(path: str, overrides: list[str]) -> Experiment:
+    """The ``config`` that a Python file defines, with fields replaced by ``--a.b VALUE``.
+
+    Raises:
+        UserError: when the file does not define an Experiment, or a field does not exist.
+    """
     from jaxlm.core.config import load_config, override
     from jaxlm.training.config import Experiment
 
     config = load_config(path)
     if not isinstance(config, Experiment):
-        raise UserError(f"{path}: config is a {type(config).__name__}; it must be a jaxlm Experiment")
+        raise UserError(f"{path}: config is of type {type(config).__name__}; it must be a jaxlm Experiment")
     changes = parse_overrides(overrides)
     of_model = {key: changes.pop(key) for key in list(changes) if key.startswith("model.")}
     config = override(config, changes)
-    if of_model:  # the model that they change may be that of init_from
+    if of_model:  # they may change the model that init_from names
         from jaxlm.training.setup import with_model
 
         config = override(with_model(config), of_model)

@@ -1,39 +1,41 @@
-"""Scores a model on some data: loss and perplexity a token, word and byte; BLEU and chrF where it translates.
+"""Measures a model on data: loss and perplexity per token, word and byte; for a translation model also BLEU and chrF.
 
     jaxlm evaluate runs/quickstart/run --data builtin:phrasebook:test
 
 SPEC is text:PATH, jsonl:PATH, chat:PATH, instruct:PATH, tokens:PATH.npy, bitext:SRC,TGT, wmt14:FOLDER/en-de:test,
-tfds:NAME/CONFIG:SPLIT or builtin:phrasebook. A training run brings its own: the data.test of its experiment.
+tfds:NAME/CONFIG:SPLIT or builtin:phrasebook. The default for a training run is the data.test of its experiment.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 from jaxlm.cli.arguments import add_generation, add_kv_cache, add_languages, add_model, add_search, with_generation
-from jaxlm.cli.output import Progress, add_json, check_file, print_fields, write_json
+from jaxlm.cli.output import ProgressBar, add_json, check_writable, print_fields, write_json
 from jaxlm.core.errors import UserError
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, adapter=True)
     add_kv_cache(parser)
-    parser.add_argument("--data", metavar="SPEC", help="what to score the model on")
-    parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens in a window; 0: what fits")
-    parser.add_argument("--stride", type=int, default=0, metavar="N", help="tokens between windows; 0: the context")
-    parser.add_argument("--batch-size", type=int, default=0, metavar="N", help="rows at a time; 0: what fits")
+    parser.add_argument("--data", metavar="SPEC", help="the data")
+    parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens in a window; 0: what fits (0)")
+    parser.add_argument("--stride", type=int, default=0, metavar="N",
+                        help="tokens between the starts of windows; 0: the context (0)")
+    parser.add_argument("--batch-size", type=int, default=0, metavar="N", help="rows at a time; 0: what fits (0)")
     add_languages(parser)
     add_search(parser)
-    parser.add_argument("--sentences", type=int, default=0, metavar="N", help="translate only the first N; 0: all")
-    parser.add_argument("--no-translations", action="store_true", help="leave BLEU and chrF out")
+    parser.add_argument("--sentences", type=int, default=0, metavar="N", help="translate only the first N; 0: all (0)")
+    parser.add_argument("--no-translations", action="store_true", help="do not translate: no BLEU and chrF")
     parser.add_argument("--speed", action="store_true", help="also measure tokens per second")
     add_json(parser)
     add_generation(parser)
 
 
-def run(args) -> None:
-    check_file(args.json)
+def run(args: argparse.Namespace) -> None:
+    check_writable(args.json)
     spec = args.data or _test_data(Path(args.model))
     import jaxlm
 
@@ -44,14 +46,18 @@ def run(args) -> None:
         spec, context=args.context, stride=args.stride, batch_size=args.batch_size,
         source_language=args.source_language, target_language=args.target_language, beam=args.beam,
         length_penalty=args.length_penalty, max_length=args.max_length, sentences=args.sentences,
-        translations=not args.no_translations, speed=args.speed, progress=Progress(),
+        translations=not args.no_translations, speed=args.speed, progress=ProgressBar(),
     )
     print_fields(scores)
     write_json(args.json, scores)
 
 
 def _test_data(run: Path) -> str:
-    """The SPEC that a training run keeps for the end. UserError where there is none."""
+    """The ``data.test`` of a training run's experiment.
+
+    Raises:
+        UserError: when there is none.
+    """
     path = run / "experiment.json"
     if path.is_file():
         from jaxlm.core.config import from_dict
@@ -59,4 +65,4 @@ def _test_data(run: Path) -> str:
 
         if spec := from_dict(Experiment, json.loads(path.read_text(encoding="utf-8")), stored=True).data.test:
             return spec
-    raise UserError(f"{run} names no test data of its own; give --data SPEC")
+    raise UserError(f"{run} has no experiment with data.test; give --data SPEC")

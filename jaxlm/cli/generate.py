@@ -1,34 +1,43 @@
-"""Continues texts, or answers messages. Greedy, unless a temperature is given or the model's generation_config.json
-samples; a beam searches for the most likely continuation.
+"""Continues texts, or answers messages.
 
     jaxlm generate MODEL --prompt "Once upon a time" --max-new-tokens 64 --temperature 0.8
+
+Generation is greedy unless a temperature is given or the model's generation_config.json asks for sampling. With --beam,
+beam search looks for the most likely continuation.
 """
 
 from __future__ import annotations
+
+import argparse
 
 from jaxlm.cli.arguments import add_generation, add_kv_cache, add_model, with_generation
 from jaxlm.cli.output import print_notes
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, adapter=True)
     add_kv_cache(parser)
-    parser.add_argument("--prompt", metavar="TEXT", action="append", required=True, help="may be repeated")
-    parser.add_argument("--chat", action="store_true", help="prompts are messages, for the model's chat template")
-    parser.add_argument("--system", metavar="TEXT", help="with --chat: a message from the system before each")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="(as the model says, or 64)")
-    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (as the model says, or 0)")
-    parser.add_argument("--top-k", type=int, metavar="N", help="of the N likeliest; 0: all (as the model says, or 0)")
-    parser.add_argument("--top-p", type=float, metavar="X", help="of the likeliest that make up X")
-    parser.add_argument("--min-p", type=float, metavar="X", help="of those at least X times the best")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the samples (0)")
-    parser.add_argument("--stop", metavar="TEXT", action="append", help="end before TEXT; may be repeated")
-    parser.add_argument("--beam", type=int, metavar="N", help="1: no search (as the model says, or 1)")
-    parser.add_argument("--length-penalty", type=float, metavar="X", help="of the beam search")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", required=True,
+                        help="the text to continue; may be repeated")
+    parser.add_argument("--chat", action="store_true", help="prompts are messages of a user, for the chat template")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message before each prompt")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N",
+                        help="tokens of a continuation (default: the model's, or 64)")
+    parser.add_argument("--temperature", type=float, metavar="X", help="0 is greedy (default: the model's, or 0)")
+    parser.add_argument("--top-k", type=int, metavar="N", help="sample from the N most likely tokens; 0: all")
+    parser.add_argument("--top-p", type=float, metavar="X",
+                        help="sample from the most likely tokens with total probability X")
+    parser.add_argument("--min-p", type=float, metavar="X",
+                        help="sample from tokens at least X times as likely as the best")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling (0)")
+    parser.add_argument("--stop", metavar="TEXT", action="append", help="end before this text; may be repeated")
+    parser.add_argument("--beam", type=int, metavar="N",
+                        help="width of the beam; 1: no beam search (default: the model's, or 1)")
+    parser.add_argument("--length-penalty", type=float, metavar="X", help="exponent of the length in beam search")
     add_generation(parser)
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     import jaxlm
 
     lm = with_generation(jaxlm.load(args.model, adapter=args.adapter, kv_cache=args.kv_cache), args)

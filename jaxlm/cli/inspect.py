@@ -1,46 +1,47 @@
-"""Shows what is in a model: its configuration, its sizes, and every tensor with its representation.
+"""Shows the configuration of a model, its sizes, and every tensor with its representation.
 
     jaxlm inspect MODEL
     jaxlm inspect MODEL --html page.html --beside DENSE --data text:some.txt
 
---html draws it too, on one page that needs no other file: the course of its training, bits, zeros and errors of each
-layer's kernels, where weights lie on a mesh, and with --text what a model looks at in a text. --beside and --data set
-it beside other models, by size and quality.
+--html also writes a page with figures, in a single file: the curves of its training; bits, zeros and errors of each
+layer's kernels; the sharding of weights on a mesh; and with --text attention and attributions for a text. --beside and
+--data compare the model with others by size and quality.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from jaxlm.cli.arguments import add_model
 from jaxlm.cli.output import (
-    Progress,
+    ProgressBar,
     add_json,
-    check_file,
+    check_writable,
+    format_bytes,
+    format_shape,
     print_fields,
     print_table,
-    shape_str,
-    size,
     write_json,
     write_text,
 )
 from jaxlm.core.errors import UserError
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_json(parser)
-    parser.add_argument("--html", metavar="FILE", type=Path, help="also draw it, on one page of its own")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="also write a page with figures")
     parser.add_argument("--beside", metavar="MODEL", action="append", default=[],
-                        help="of the page: another model, the first of them the dense one; can be given again")
-    parser.add_argument("--data", metavar="SPEC", help="of the page: what to measure this model and those beside it on")
-    parser.add_argument("--text", default="", help="of the page: what to show attention and attributions of")
-    parser.add_argument("--preset", default="fsdp+tp", help="of the page: the mesh that is drawn (%(default)s)")
-    parser.add_argument("--devices", type=int, default=8, metavar="N", help="of the page: its devices (%(default)s)")
+                        help="page: another model to compare with, the dense one first; may be repeated")
+    parser.add_argument("--data", metavar="SPEC", help="page: the data on which the models are compared")
+    parser.add_argument("--text", default="", help="page: the text for attention and attributions")
+    parser.add_argument("--preset", default="fsdp+tp", help="page: the mesh whose sharding is drawn (%(default)s)")
+    parser.add_argument("--devices", type=int, default=8, metavar="N", help="page: devices of that mesh (%(default)s)")
 
 
-def run(args) -> None:
-    check_file(args.json)
+def run(args: argparse.Namespace) -> None:
+    check_writable(args.json)
     _check_page(args)
     import jax
 
@@ -66,7 +67,9 @@ def run(args) -> None:
     config = to_dict(lm.config)
     sizes = lm.info.get("tensor_bytes", {})  # a checkpoint in training has none
     tensors = [_row(path, leaf, sizes.get(path)) for path, leaf in flatten(lm.params).items()]
-    shown = {name: size(value) if name.startswith("bytes") and value else value for name, value in summary.items()}
+    shown = {
+        name: format_bytes(value) if name.startswith("bytes") and value else value for name, value in summary.items()
+    }
     print_fields({name: value for name, value in shown.items() if value})
     print()
     usual = to_dict(type(lm.config)())
@@ -82,16 +85,20 @@ def run(args) -> None:
 
 
 def _check_page(args) -> None:
-    """UserError now rather than after the work."""
+    """Checks the options of the page before the work.
+
+    Raises:
+        UserError: when options contradict each other or have no meaning.
+    """
     from jaxlm.core.sharding import PRESETS
 
     if args.html is None and (args.beside or args.data or args.text):
-        raise UserError("--beside, --data and --text are of the page; add --html FILE")
+        raise UserError("--beside, --data and --text are for the page; add --html FILE")
     if args.data and not args.beside:
-        raise UserError("--data compares models; name another with --beside")
-    check_file(args.html, "--html")
+        raise UserError("--data compares models; add another one with --beside")
+    check_writable(args.html, "--html")
     if args.preset not in PRESETS:
-        raise UserError(f"--preset {args.preset}: there is none of that name; choose from {', '.join(PRESETS)}")
+        raise UserError(f"--preset {args.preset}: unknown; choose from {', '.join(PRESETS)}")
     if args.devices < 1:
         raise UserError(f"--devices {args.devices}: give a positive number")
 
@@ -107,7 +114,7 @@ def _write_page(args, lm, summary, config, tensors) -> None:
     compared = ()
     if args.data:
         compared = compare({model: jaxlm.load(model) for model in [*args.beside, args.model]}, args.data,
-                           progress=Progress())
+                           progress=ProgressBar())
     pictures = album(lm, Path(args.model), dense=dense, compared=compared, preset=args.preset, devices=args.devices,
                      text=args.text)
     write_text(args.html, page(name, summary, pictures, config, tensors))
@@ -132,7 +139,7 @@ def _row(path, leaf, size) -> dict:
 
 def _shown(row) -> dict:
     return row | {
-        "shape": shape_str(row["shape"]), "bits": f"{row['bits']:.2f}", "sparsity": f"{row['sparsity']:.0%}"
+        "shape": format_shape(row["shape"]), "bits": f"{row['bits']:.2f}", "sparsity": f"{row['sparsity']:.0%}"
     }
 
 

@@ -1,64 +1,73 @@
-"""What commands print: tables, figures, progress, and JSON files."""
+"""What commands print and write: tables, fields, progress, and files."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.core.errors import UserError
 
+if TYPE_CHECKING:
+    from jaxlm.model import LM
+
 __all__ = [
-    "Progress", "add_json", "check_file", "print_fields", "print_notes", "print_table", "shape_str", "size",
-    "write_json", "write_text",
+    "ProgressBar", "add_json", "check_writable", "format_bytes", "format_shape", "print_fields", "print_notes",
+    "print_table", "write_json", "write_text",
 ]
 
-_EVERY = 5.0  # seconds between plain lines of progress
+_LINE_SECONDS = 5.0  # between lines of progress if standard error is not a terminal
 
 
-def add_json(parser) -> None:
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the figures to FILE")
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json FILE``."""
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the results to FILE")
 
 
-def check_file(path: Path | None, option: str = "--json") -> None:
-    """UserError now rather than after the work, if the file cannot be written."""
+def check_writable(path: Path | None, option: str = "--json") -> None:
+    """Checks a file before the work that it is to hold. ``option`` is the option that names it.
+
+    Raises:
+        UserError: when the file is a directory, or its directory does not exist.
+    """
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        reason = "that is a directory" if path.is_dir() else "its directory does not exist"
+        reason = "this is a directory" if path.is_dir() else "its directory does not exist"
         raise UserError(f"{option} {path}: {reason}")
 
 
 def write_json(path: Path | None, data: Any) -> None:
-    """All or nothing; nothing where there is no path."""
+    """Writes a JSON file, or nothing if ``path`` is None."""
     if path is not None:
         write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """All or nothing."""
+    """Writes a file completely or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:
-    """``name  value`` lines."""
+    """Prints lines of ``name  value``."""
     width = max(map(len, fields))
     for name, value in fields.items():
         print(f"{name:<{width}}  {_cell(value)}")
 
 
-def print_notes(lm) -> None:
-    """What a user should know of how a model was loaded: to standard error, which is not for results."""
+def print_notes(lm: LM) -> None:
+    """Prints notes about how a model was loaded to standard error; standard output is for results."""
     for note in lm.info["notes"]:
         print(f"note: {note}", file=sys.stderr)
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of the same fields under their names; numbers to the right."""
+    """Prints rows with the same fields under the names of the fields; numbers are aligned to the right."""
     header = list(rows[0])
     cells = [[_cell(row[name]) for name in header] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
@@ -82,12 +91,13 @@ def _cell(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def shape_str(shape: Sequence[int]) -> str:
+def format_shape(shape: Sequence[int]) -> str:
+    """``2 x 3``."""
     return " x ".join(map(str, shape))
 
 
-def size(count: int) -> str:
-    """Bytes for people: ``8.3 MiB``."""
+def format_bytes(count: int) -> str:
+    """A number of bytes for people: ``8.3 MiB``."""
     amount, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if amount < 1024 or unit == "TiB":
@@ -96,10 +106,10 @@ def size(count: int) -> str:
     return f"{amount:.1f} {unit}" if unit != "B" else f"{count} B"
 
 
-class Progress:
-    """Call it with (what, done, of how many). On a terminal a bar, elsewhere a line every few seconds.
+class ProgressBar:
+    """A ``jaxlm.core.progress.Progress`` that draws a bar on a terminal, and elsewhere prints a line every few seconds.
 
-    Both go to standard error: standard output belongs to results.
+    Both go to standard error; standard output is for results.
     """
 
     def __init__(self) -> None:
@@ -113,6 +123,6 @@ class Progress:
             end = "\r\033[K" if done >= total else ""
             print(f"\r\033[K{what} [{'=' * filled}{' ' * (30 - filled)}] {done:,}/{total:,}", end=end, file=sys.stderr)
             sys.stderr.flush()
-        elif now - self._shown > _EVERY:
+        elif now - self._shown > _LINE_SECONDS:
             print(f"{what} {done:,}/{total:,}", file=sys.stderr, flush=True)
             self._shown = now

@@ -1,28 +1,30 @@
-"""Trains a small English-German translator on built-in phrases, compresses it three ways, and shows what each costs.
+"""Trains a small English-German translator on built-in phrases, compresses it in three ways, and compares the results.
 
     jaxlm quickstart --out runs/quickstart
 
-Minutes on a CPU. DIR gets the models, report.md with its pictures, and report.json. The phrases are made by a program:
-their figures say that everything works, and nothing about real text.
+This takes minutes on a CPU. DIR gets the models, report.md with figures, and report.json. The phrases are written by a
+program, so the scores show that everything works and say nothing about real text.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from jaxlm.cli.output import Progress, print_table, size, write_json
+from jaxlm.cli.output import ProgressBar, format_bytes, print_table, write_json
 
 RECIPES = ("w8a8-dynamic", "w4a16-rtn-g64", "sparse50-magnitude+w4a16-rtn-g64+huffman")
 TRAIN, VALID, TEST = (f"builtin:phrasebook:{part}" for part in ("train", "valid", "test"))
-SHOWN = 4  # sentences translated by each model
+SHOWN = 4  # sentences that are shown with the translations of each model
 
 
-def add_arguments(parser) -> None:
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/quickstart"), help="%(default)s")
-    parser.add_argument("--steps", type=int, default=700, metavar="N", help="of training (%(default)s)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("runs/quickstart"),
+                        help="where to write (%(default)s)")
+    parser.add_argument("--steps", type=int, default=700, metavar="N", help="training steps (%(default)s)")
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     import jaxlm
     from jaxlm.data.sources.spec import open_source
     from jaxlm.evaluation.compare import compare
@@ -35,7 +37,7 @@ def run(args) -> None:
         print(f"compressing: {recipe}", flush=True)
         models[recipe] = jaxlm.compress(jaxlm.load(trained, expand=False), recipe).save(out / recipe)
     lms = {name: jaxlm.load(path) for name, path in models.items()}
-    rows = compare(lms, TEST, progress=Progress())
+    rows = compare(lms, TEST, progress=ProgressBar())
     test = open_source(TEST)
     sources, references = test.src[:SHOWN], test.tgt[:SHOWN]
     translations = {name: lm.translate(sources) for name, lm in lms.items()}
@@ -70,8 +72,8 @@ def _shown(row, dense) -> dict[str, object]:
     """A row of the table, with each figure beside the dense model's."""
     return {
         "model": row.name,
-        "on disk": f"{size(row.bytes_on_disk)} ({row.bytes_on_disk / dense.bytes_on_disk:.2f}x)",
-        "in memory": f"{size(row.bytes_in_memory)} ({row.bytes_in_memory / dense.bytes_in_memory:.2f}x)",
+        "on disk": f"{format_bytes(row.bytes_on_disk)} ({row.bytes_on_disk / dense.bytes_on_disk:.2f}x)",
+        "in memory": f"{format_bytes(row.bytes_in_memory)} ({row.bytes_in_memory / dense.bytes_in_memory:.2f}x)",
         "bits a weight": f"{row.bits_per_weight:.2f}",
         "perplexity": f"{row.perplexity:.3f} ({row.perplexity - dense.perplexity:+.3f})",
         "BLEU": f"{row.bleu:.1f} ({row.bleu - dense.bleu:+.1f})",

@@ -2,22 +2,25 @@
 
     jaxlm recipes
 
-They compose with "+", applied from left to right; numbers in a name are yours to choose. "on CPU" says how a model of
-matrices from about 512 x 512 on runs there: "faster" than the dense one, or "as dense", its weights expanded when it
-is loaded, which saves space on disk only. With jax 0.12, integers of one scale an output channel (-channel) are faster
-too. GPUs and TPUs hold every recipe as it is stored, 4-bit integers two a byte; their speed has not been measured.
+Recipes are joined with "+" and applied from left to right; the numbers in a name can be changed. "on CPU" says how fast
+a model with matrices of 512 x 512 or more runs on a CPU: "faster" than the dense model, or "as dense", because its
+weights are expanded when it is loaded, which saves space only on disk. With jax 0.12, integers with one scale per
+output channel (-channel) are faster too. GPUs and TPUs keep every recipe in its stored form, 4-bit integers two to a
+byte; their speed has not been measured.
 """
 
 from __future__ import annotations
 
+import argparse
+
 from jaxlm.cli.output import print_table
 
 
-def add_arguments(parser) -> None:
-    """It takes none."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """This command has no arguments."""
 
 
-def run(args) -> None:
+def run(args: argparse.Namespace) -> None:
     from jaxlm.compression.names import NAMES, STORAGE
 
     print_table([

