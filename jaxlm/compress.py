@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlm import nn
-from jaxlm.checkpoint.storage import leaf_bytes, pack_params, stored
+from jaxlm.checkpoint.storage import PackedWeights, leaf_bytes
 from jaxlm.compression.calibration import Calibration
 from jaxlm.compression.fit.budget import Budget, Fit, Fitted, LossTarget
 from jaxlm.compression.fit.sensitivity import CANDIDATES, SPARSITY_CANDIDATES, measure_sensitivity
@@ -25,7 +23,7 @@ from jaxlm.core.leaves import dequantize, is_leaf, merge_adapters
 from jaxlm.core.progress import Progress
 from jaxlm.core.tree import Leaf, Params, flatten
 from jaxlm.data.calibration import calibration_batches, hold_out
-from jaxlm.hf.directory import weight_bytes, write_model
+from jaxlm.hf.directory import model_bytes
 from jaxlm.model import LM
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.layerwise import LayerwiseModel
@@ -86,10 +84,12 @@ def compress(
     else:
         done, fitted_kernels = recipe.run(lm.config, lm.params, calibration), ()
     alike = not any(getattr(step, "folds_scales", False) for step in recipe.steps)
-    rows = make_report(lm.params if alike else None, done.params, stored(*pack_params(done.params, recipe.storage)))
+    packed = PackedWeights(done.params, recipe.storage)
+    rows = make_report(lm.params if alike else None, done.params, packed.sizes)
     return lm.replace(
-        config=done.config, graphdef=nn.initializer(done.config)[0], params=done.params, recipe=recipe,
-        report=tuple(rows), fitted_kernels=fitted_kernels, info=lm.info | {"notes": [*lm.info.get("notes", ()), *done.notes]},
+        config=done.config, graphdef=nn.initializer(done.config)[0], params=done.params, packed=packed, recipe=recipe,
+        report=tuple(rows), fitted_kernels=fitted_kernels,
+        info=lm.info | {"notes": [*lm.info.get("notes", ()), *done.notes]},
     )
 
 
@@ -106,7 +106,8 @@ def _fit(
     zeros = isinstance(target, Budget) and bool(target.zeros)
     size = _nonzero if zeros else partial(leaf_bytes, storage=storage)
     calibrating = dataclasses.replace(calibration, task="trying each kernel")
-    seen = measure_sensitivity(lm.config, lm.params, calibrating, size, candidates=SPARSITY_CANDIDATES if zeros else CANDIDATES)
+    candidates = SPARSITY_CANDIDATES if zeros else CANDIDATES
+    seen = measure_sensitivity(lm.config, lm.params, calibrating, size, candidates=candidates)
     best = Fit(lm.config, lm.params, calibration, seen, size, storage, name)
     if zeros:
         return best.within(target, lambda config, params: sum(map(_nonzero, _kernels(params).values())))
@@ -117,8 +118,7 @@ def _fit(
 
 def _kernel_bytes(storage: str, config: ModelConfig, params: Params) -> int:
     """What the kernels of the blocks take in a file."""
-    sizes = stored(*pack_params(params, storage))
-    return sum(sizes[path][0] for path in _kernels(params))
+    return sum(leaf_bytes(leaf, storage) for leaf in _kernels(params).values())
 
 
 def _kernels(params: Params) -> dict[str, Leaf]:
@@ -133,8 +133,7 @@ def _nonzero(leaf: Leaf) -> int:
 
 def _file_bytes(storage: str, config: ModelConfig, params: Params) -> int:
     """What all weights take on disk."""
-    with tempfile.TemporaryDirectory() as scratch:
-        return weight_bytes(write_model(Path(scratch) / "model", config, params, None, storage=storage))
+    return model_bytes(config, params, PackedWeights(params, storage))
 
 
 def _loss(lm: LM, batches: Sequence[tuple[np.ndarray, ...]], params: Params) -> float:

@@ -1,4 +1,4 @@
-"""``LM``: a model in hand, with the verbs as methods; ``load`` gets one from disk."""
+"""``LM``, a model with everything it can do as methods, and ``load``, which reads one from disk."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxlm import nn
+from jaxlm.checkpoint.storage import PackedWeights
 from jaxlm.compression.fit.budget import FittedKernel
 from jaxlm.compression.platforms import place
 from jaxlm.compression.recipe import Recipe
@@ -31,12 +32,12 @@ from jaxlm.hf.directory import (
     read_json,
     read_model,
     read_model_config,
-    read_tokenizer,
     write_model,
 )
 from jaxlm.hf.gguf.export import GGUF_PREFIX, export_gguf
 from jaxlm.hf.hub import local_path
-from jaxlm.hf.peft.adapters import ADAPTER_CONFIG, Adapter, apply_adapter, read_adapter
+from jaxlm.hf.peft.adapters import read_adapter
+from jaxlm.hf.peft.base_models import apply_adapters, weights_of
 from jaxlm.inference.generation_config import PLAIN, GenerationConfig
 from jaxlm.nn.config import KVCache, ModelConfig
 
@@ -46,14 +47,17 @@ if TYPE_CHECKING:
 __all__ = ["LM", "base_fields", "load", "model_config", "model_tokenizer"]
 
 
-
 @dataclass(frozen=True)
 class LM:
     """A language or translation model: structure, parameters and tokenizer.
 
-    ``generation`` has the defaults of ``generate`` and ``translate``, from generation_config.json.
-    ``info`` says where it came from (see ``hf.directory.read_model``; ``notes`` were made while loading).
-    ``recipe`` and ``report`` are those of ``compress``, and ``fitted_kernels`` what it chose for each kernel where it was given a budget.
+    Attributes:
+        config, graphdef, params, tokenizer: the model itself.
+        generation: the defaults of ``generate`` and ``translate``, from generation_config.json.
+        info: where the model came from (see ``hf.directory.read_model``); ``notes`` are lines for the user.
+        recipe, report: how ``compress`` made the model, and what it did to each tensor.
+        fitted_kernels: what ``compress`` chose for each kernel where it was given a budget.
+        packed: the parameters as ``compress`` measured them and ``save`` writes them.
     """
 
     config: ModelConfig
@@ -65,26 +69,31 @@ class LM:
     recipe: Recipe | None = None
     report: tuple[Row, ...] = ()
     fitted_kernels: tuple[FittedKernel, ...] = ()
+    packed: PackedWeights | None = field(default=None, repr=False, compare=False)
 
     def __call__(self, *tokens: jax.Array) -> jax.Array:
-        """Float32 logits ``[B, T, V]`` of tokens ``[B, T]``; of (source ``[B, S]``, decoder inputs ``[B, T]``) where
-        the model translates."""
+        """Float32 logits ``[B, T, V]`` of tokens ``[B, T]``; a translation model takes sources ``[B, S]`` and decoder
+        inputs ``[B, T]``."""
         return _logits(self.graphdef, self.params, *tokens)
 
     def replace(self, **changes: Any) -> LM:
-        """The same model but for some fields: ``lm.replace(params=transform(lm.params))``."""
+        """The same model with other values of some fields: ``lm.replace(params=transform(lm.params))``."""
+        if "params" in changes:
+            changes = {"packed": None} | changes
         return dataclasses.replace(self, **changes)
 
     def configure(self, **fields: Any) -> LM:
         """The same parameters under a configuration with other fields: ``lm.configure(kv_cache="int8")``.
 
-        UserError on a field that there is not, or a value it cannot have.
+        Raises:
+            UserError: the configuration has no such field, or the field cannot have that value.
         """
         config = from_dict(type(self.config), to_dict(self.config) | fields)
         return self.replace(config=config, graphdef=nn.initializer(config)[0])
 
     def save(self, directory: str | Path) -> Path:
-        """Writes a model directory (see ``write_model``), with compression.json if the model was just compressed."""
+        """Writes a model directory (see ``hf.directory.write_model``) and returns it; with compression.json where
+        ``compress`` has just made the model."""
         files = {}
         if self.report:
             rows = [row.to_json() for row in self.report]
@@ -94,15 +103,21 @@ class LM:
         return write_model(
             directory, self.config, self.params, self.tokenizer, self.generation, files=files,
             storage="plain" if self.recipe is None else self.recipe.storage,
-            info={} if self.recipe is None else {"recipe": self.recipe.to_json()},
+            info={} if self.recipe is None else {"recipe": self.recipe.to_json()}, packed=self.packed,
         )
 
     def export(self, directory: str | Path, *, format: str | None = None, dtype: str = "float32") -> Path:
-        """Writes the model for others to load, and says where.
+        """Writes the model for other programs to load, and returns where it is.
 
-        ``format`` is a Hugging Face family (default: the plainest), "compressed-tensors" (see ``export_model``), or
-        "gguf-f16", "gguf-q8_0", "gguf-q4_0" or "gguf-q4_k" (see ``hf.gguf.export``; ``directory`` may be the
-        name of the file, and ``dtype`` has no part in it).
+        Args:
+            directory: what to write; for GGUF it may be the name of the file.
+            format: a family of Hugging Face models (default: the plainest that can be the model), "compressed-tensors"
+                (see ``hf.directory.export_model``), or "gguf-f16", "gguf-q8_0", "gguf-q4_0" or "gguf-q4_k" (see
+                ``hf.gguf.export``).
+            dtype: of dense weights; GGUF does not use it.
+
+        Raises:
+            UserError: the format cannot hold the model.
         """
         if format and format.startswith(GGUF_PREFIX):
             kind = format.removeprefix(GGUF_PREFIX)
@@ -112,25 +127,25 @@ class LM:
         )
 
     def generate(self, prompts: Any, **options: Any) -> list[str]:
-        """Continuations of texts or conversations; see ``jaxlm.inference.generation.generate``."""
+        """Continues texts or conversations; see ``jaxlm.inference.generation.generate``."""
         from jaxlm.inference.generation import generate
 
         return generate(self, prompts, **options)
 
     def engine(self, **options: Any) -> Engine:
-        """What serves many requests at once; see ``jaxlm.inference.engine.engine.Engine``."""
+        """An engine that serves many requests at once; see ``jaxlm.inference.engine.engine.Engine``."""
         from jaxlm.inference.engine.engine import Engine
 
         return Engine(self, **options)
 
     def translate(self, sentences: str | Sequence[str], **options: Any) -> list[str]:
-        """Translations of sentences; see ``jaxlm.inference.translation.translate``."""
+        """Translates sentences; see ``jaxlm.inference.translation.translate``."""
         from jaxlm.inference.translation import translate
 
         return translate(self, sentences, **options)
 
     def evaluate(self, spec: str, **options: Any) -> dict[str, Any]:
-        """Perplexity, and BLEU and chrF where it translates; see ``jaxlm.evaluation.evaluate.evaluate``."""
+        """Measures perplexity, and BLEU and chrF of a translation model; see ``jaxlm.evaluation.evaluate.evaluate``."""
         from jaxlm.evaluation.evaluate import evaluate
 
         return evaluate(self, spec, **options)
@@ -151,22 +166,24 @@ def load(
     dtype: str = "float32",
     kv_cache: KVCache | None = None,
 ) -> LM:
-    """A model from a model directory, a training run (its exported model, or its best or latest checkpoint) or
-    ``hf://org/name``.
+    """Reads a model.
 
-    Parameters of a Hugging Face model get ``dtype``; on a ``mesh`` each device reads its own part of them.
-    ``expand`` makes dense whatever this platform cannot run at speed as it is (``info["notes"]`` says what); without it
-    the parameters are what the file holds.
+    Args:
+        path: a model directory, a training run (its exported model, else its best, else its latest checkpoint) or
+            ``hf://org/name``; or a LoRA adapter of PEFT that names its base model.
+        adapter: a LoRA adapter of PEFT for the model: a directory, or on the hub.
+        merge: merges adapters into the weights; without it they are kept apart, in ``LoRA`` leaves.
+        expand: makes dense what this platform cannot run at speed as it is (``info["notes"]`` lists it); without it
+            parameters have the representation of the file.
+        mesh: where to put the parameters; each device reads its own part of them.
+        dtype: of the parameters of a Hugging Face model.
+        kv_cache: how decoding stores keys and values (``jaxlm.nn.attention.kv_cache``); None: as the model was saved.
 
-    ``kv_cache`` says how decoding keeps keys and values (``jaxlm.nn.attention.kv_cache``); None is as the model was saved.
-
-    ``adapter`` is a LoRA adapter of PEFT for the model, a directory or on the hub; ``path`` may itself be one that says
-    where its base model is. It is merged into the weights, or without ``merge`` kept apart in ``LoRA`` leaves.
-
-    UserError where there is no such model, or something in it is damaged.
+    Raises:
+        UserError: there is no such model, or one of its files is damaged; the message names the file.
     """
     keep_freed_memory()
-    path, adapters = _base(path)
+    path, adapters = weights_of(path)
     if adapter is not None:
         adapters.append(read_adapter(local_path(adapter)))
     config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype)
@@ -176,11 +193,12 @@ def load(
         params, placed = place(params, jax.default_backend())
         notes += placed
     if adapters:
-        config, params, tokenizer = _adapted(path, adapters, config, params, tokenizer)
+        config, params, tokenizer = apply_adapters(path, adapters, config, params, tokenizer)
         params = params if mesh is None else jax.device_put(params, shardings(params, mesh))
         if merge:
-            over = sum(isinstance(leaf, LoRA) and isinstance(leaf.base, QArray) for leaf in flatten(params).values())
-            notes += [f"{over} quantized tensors are dense with the adapter merged into them"] if over else []
+            count = sum(isinstance(leaf, LoRA) and isinstance(leaf.base, QArray) for leaf in flatten(params).values())
+            if count:
+                notes.append(f"{count} quantized tensors are dense with the adapter merged into them")
             params = merge_adapters(params)
     recipe = Recipe.from_json(info["recipe"]) if "recipe" in info else None
     if recipe is None and (trained_for := info.get("training", {}).get("recipe")):
@@ -189,44 +207,21 @@ def load(
     return lm if kv_cache is None else lm.configure(kv_cache=kv_cache)
 
 
-def _base(path: str | Path) -> tuple[Path, list[Adapter]]:
-    """Where the weights of a MODEL are, and the adapter that it is on them, if it is one: a directory of PEFT, or a run
-    that has trained adapters and not merged them."""
-    path = local_path(path)
-    if (path / "adapter" / ADAPTER_CONFIG).is_file() and not (path / "model").exists():
-        path = path / "adapter"
-    if not (path / ADAPTER_CONFIG).is_file() or (path / "config.json").is_file():
-        return path, []
-    adapter = read_adapter(path)
-    return local_path(adapter.base_model), [adapter]
-
-
 def model_config(path: str | Path) -> ModelConfig:
-    """The configuration of the model that ``load`` would give, read without its weights."""
-    return read_model_config(_base(path)[0])
+    """The configuration of the model that ``load`` would return, read without its weights."""
+    return read_model_config(weights_of(path)[0])
 
 
 def model_tokenizer(path: str | Path) -> Tokenizer | None:
-    """The tokenizer of the model that ``load`` would give, if it has any."""
-    base, adapters = _base(path)
-    homes = [*(adapter.file.parent for adapter in adapters), base, base / "model"]
-    home = next((home for home in homes if find_tokenizer(home)), None)
-    return None if home is None else Tokenizer.load(home)
+    """The tokenizer of the model that ``load`` would return, if it has one."""
+    base, adapters = weights_of(path)
+    directories = [*(adapter.file.parent for adapter in adapters), base, base / "model"]
+    directory = next((each for each in directories if find_tokenizer(each)), None)
+    return None if directory is None else Tokenizer.load(directory)
 
 
 def base_fields(path: str | Path) -> Mapping[str, Any] | None:
-    """The config.json that the weights of a MODEL have beside them; None for a run that has exported nothing."""
-    base, _ = _base(path)
+    """The config.json beside the weights of a model; None for a training run that has not exported a model."""
+    base, _ = weights_of(path)
     file = next((file for file in (base / "config.json", base / "model/config.json") if file.is_file()), None)
     return None if file is None else read_json(file)
-
-
-def _adapted(
-    path: Path, adapters: Sequence[Adapter], config: ModelConfig, params: Params, tokenizer: Tokenizer | None
-) -> tuple[ModelConfig, Params, Tokenizer | None]:
-    """The model with its adapters kept apart, and the tokenizer that the last one with a tokenizer was trained with."""
-    fields = read_json(path / "config.json") if (path / "config.json").is_file() else None
-    for adapter in adapters:
-        config, params = apply_adapter(adapter, config, params, fields)
-        tokenizer = read_tokenizer(adapter.file.parent, config) or tokenizer
-    return config, params, tokenizer

@@ -1,19 +1,20 @@
-"""Arrays as byte streams: how codes and floats are laid out, and which coding each stream gets. All of it is lossless.
+"""Arrays as byte streams: how codes and floats are laid out, and how each stream is coded. All of it is lossless.
 
 A *layout* says which values are kept:
 
     full    all of them
-    mask    those that are not zero, and a bit for each value that says which those are
+    mask    those that are not zero, and a bit for each value that says whether it is one of them
     gaps    those that are not zero, and the number of zeros before each (255: that many zeros and no value)
 
-The values kept, the mask and the gaps are streams of symbols of up to 8 bits; which streams the values make, their
-*kind* says (``Codes``, ``Words``, ``Planes``). A *method* says how a stream is stored: ``raw`` (bit-packed),
-``huffman`` or ``zstd``. For each array the layout, and for each stream the method, that take the fewest bytes are
-chosen, and recorded beside the streams.
+The values kept, the mask and the gaps are streams of symbols of up to 8 bits. A *symbolizer* (``Codes``, ``Words``,
+``Planes``) turns values into streams of symbols and back. A *method* says how a stream is stored: ``raw`` (bit-packed),
+``huffman`` or ``zstd``. An array gets the layout, and each of its streams the method, that take the fewest bytes; both
+are recorded beside the streams.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,15 +26,37 @@ from jaxlm.checkpoint import huffman
 from jaxlm.checkpoint.bitpack import pack_bits, packed_size, unpack_bits
 from jaxlm.checkpoint.huffman import CorruptError
 
-ESCAPE = 255
-CodedStreams = dict[str, tuple[str, np.ndarray]]  # stream -> method, bytes
-SymbolStreams = dict[str, tuple[int, np.ndarray]]  # stream -> bits of a symbol, symbols
-ReadStream = Callable[[str, int, int], np.ndarray]  # a stream, the bits of a symbol, how many -> symbols
+ESCAPE = 255  # in the gaps stream: this many zeros and no value
+SymbolStreams = dict[str, tuple[int, np.ndarray]]  # name of a stream -> bits of a symbol, symbols
+ReadStream = Callable[[str, int, int], np.ndarray]  # name of a stream, bits of a symbol, number of symbols -> symbols
+
+
+@dataclass(frozen=True)
+class CodedStream:
+    """A stream as it is stored. Its size is known at once, its bytes are made when they are first asked for."""
+
+    method: str
+    nbytes: int
+    make: Callable[[], np.ndarray]
+
+    @staticmethod
+    def of(method: str, data: np.ndarray) -> CodedStream:
+        """A stream whose bytes are there."""
+        return CodedStream(method, data.nbytes, lambda: data)
+
+    @functools.cached_property
+    def data(self) -> np.ndarray:
+        """Its bytes, flat uint8."""
+        return self.make()
+
+
+CodedStreams = dict[str, CodedStream]
 
 
 @dataclass(frozen=True)
 class CodedArray:
-    """One array, coded. ``gaps`` is the number of entries of the gaps stream, the only count not known from others."""
+    """One array, coded. ``gaps`` is the number of entries of the gaps stream, the only count that does not follow from
+    others."""
 
     layout: str
     streams: CodedStreams
@@ -41,25 +64,30 @@ class CodedArray:
 
     @property
     def nbytes(self) -> int:
-        return sum(data.nbytes for _, data in self.streams.values())
+        return sum(stream.nbytes for stream in self.streams.values())
 
 
-def encode_stream(symbols: np.ndarray, width: int, storage: str) -> tuple[str, np.ndarray]:
-    """Flat uint8 symbols of ``width`` bits by the cheapest method; ``plain`` storage has only ``raw``."""
-    raw = packed_size(len(symbols), width)
-    choices = {}
-    if storage == "huffman" and len(symbols):
-        if huffman.coded_size(np.bincount(symbols, minlength=256)) < raw:
-            choices["huffman"] = huffman.encode(symbols)
-        choices["zstd"] = np.frombuffer(zstandard.ZstdCompressor(level=3).compress(symbols.data), np.uint8)
-    method = min(choices, key=lambda name: len(choices[name]), default="raw")
-    if method == "raw" or len(choices[method]) >= raw:
-        return "raw", pack_bits(symbols, width)
-    return method, choices[method]
+def encode_stream(symbols: np.ndarray, width: int, storage: str) -> CodedStream:
+    """Flat uint8 symbols of ``width`` bits by the method of the fewest bytes; ``plain`` storage has only ``raw``."""
+    best = CodedStream("raw", packed_size(len(symbols), width), functools.partial(pack_bits, symbols, width))
+    if storage != "huffman" or not len(symbols):
+        return best
+    candidates = []
+    if huffman.least_size(np.bincount(symbols, minlength=256)) < best.nbytes:
+        size, make = huffman.encoded_size(symbols), functools.partial(huffman.encode, symbols)
+        candidates.append(CodedStream("huffman", size, make))
+    compressed = zstandard.ZstdCompressor(level=3).compress(symbols.data)
+    candidates.append(CodedStream.of("zstd", np.frombuffer(compressed, np.uint8)))
+    smallest = min(candidates, key=lambda stream: stream.nbytes)
+    return smallest if smallest.nbytes < best.nbytes else best
 
 
 def decode_stream(method: str, data: np.ndarray, width: int, count: int) -> np.ndarray:
-    """The ``count`` symbols of a stream. Raises CorruptError before it allocates more than ``count`` bytes."""
+    """The ``count`` symbols of a stream.
+
+    Raises:
+        CorruptError: the bytes are not such a stream; before more than ``count`` bytes are allocated.
+    """
     if data.dtype != np.uint8 or data.ndim != 1 or count < 0:
         raise CorruptError(f"{data.dtype}{list(data.shape)} cannot be {count} symbols")
     if method == "huffman":
@@ -82,7 +110,8 @@ def decode_stream(method: str, data: np.ndarray, width: int, count: int) -> np.n
 
 
 class Codes:
-    """Flat unsigned codes of 1 to 8 bits (uint8): one stream, as many a symbol as fit in 8 bits, the first lowest."""
+    """Flat unsigned codes of 1 to 8 bits (uint8): one stream, each symbol as many codes as fit in 8 bits, the first
+    code in the lowest bits."""
 
     def __init__(self, bits: int):
         if bits not in range(1, 9):
@@ -107,7 +136,7 @@ class Codes:
 
 
 class Words:
-    """Flat unsigned integers, the bits of an array's values: one stream, their bytes."""
+    """Flat unsigned integers, the bits of an array's values: one stream of their bytes."""
 
     def __init__(self, dtype: np.dtype):
         self.bits, self.dtype = _word(dtype)
@@ -120,13 +149,13 @@ class Words:
 
 
 class Planes:
-    """Flat unsigned integers, the bits of an array's values: one stream a byte, the highest byte first.
+    """Flat unsigned integers, the bits of an array's values: one stream for each byte, the highest byte first.
 
-    Those of floats are rotated by one bit: the sign moves to the end, and the first byte is the exponent. Weights have
-    few exponents, so the first stream has room for two bits of the second byte, the head of the mantissa: its symbols
-    are the ranks of the first bytes among those that occur, followed by as many of those bits as fit in 8, at most 2.
-    A Huffman code wastes less of a larger alphabet, and large mantissas are rarer than small ones. The stream ``tops``
-    has a bit for each of the 256 first bytes, whether it occurs; ``plane1`` has the bits that are left.
+    Floats are first rotated by one bit: the sign moves to the end, and the first byte is the exponent. Weights have few
+    exponents, so the first stream has room for two bits of the second byte, the head of the mantissa: a symbol is the
+    rank of the first byte among the first bytes that occur, followed by as many of those bits as fit in 8, at most 2.
+    A Huffman code wastes less on a larger alphabet, and large mantissas are rarer than small ones. The stream ``tops``
+    has one bit for each of the 256 possible first bytes: whether it occurs. ``plane1`` has the rest of the second byte.
     """
 
     def __init__(self, dtype: np.dtype):
@@ -165,11 +194,11 @@ class Planes:
 
     @staticmethod
     def _room(tops: int) -> int:
-        """How many bits beside the rank of a first byte fit in 8."""
+        """The number of bits that fit in 8 beside the rank of one of ``tops`` first bytes."""
         return min(2, 8 - (max(tops, 1) - 1).bit_length())
 
     def _rest(self, room: int) -> list[tuple[int, int, int]]:
-        """(number, bits, shift) of the planes after the first."""
+        """(number, bits, shift) of each plane after the first."""
         return [(i, 8 if i > 1 else 8 - room, self.bits - 8 * (i + 1)) for i in range(1, self.bits // 8)]
 
 
@@ -182,29 +211,29 @@ def _word(dtype: np.dtype) -> tuple[int, np.dtype]:
 Symbolizer = Codes | Words | Planes
 
 
-def encode(values: np.ndarray, kind: Symbolizer, storage: str) -> CodedArray:
-    """Flat values (of the kind's dtype) in the layout that takes the fewest bytes."""
+def encode(values: np.ndarray, symbolizer: Symbolizer, storage: str) -> CodedArray:
+    """Flat values (of the symbolizer's dtype) in the layout that takes the fewest bytes."""
     nonzero = values != 0
     zeros = 1 - nonzero.mean() if len(values) else 0.0
-    parts = [_encode_kept(values, kind, storage, "full", {})]
-    if zeros * kind.bits > 1 or (storage == "huffman" and zeros > 0.25):
-        kept = values[nonzero]
+    layouts = [CodedArray("full", _encode_kept(values, symbolizer, storage))]
+    if zeros * symbolizer.bits > 1 or (storage == "huffman" and zeros > 0.25):
+        kept = _encode_kept(values[nonzero], symbolizer, storage)
         mask = encode_stream(np.packbits(nonzero, bitorder="little"), 8, storage)
-        parts.append(_encode_kept(kept, kind, storage, "mask", {"mask": mask}))
+        layouts.append(CodedArray("mask", {"mask": mask} | kept))
         if storage == "huffman":
             gaps = _gaps(nonzero)
-            coded = encode_stream(gaps, 8, storage)
-            parts.append(_encode_kept(kept, kind, storage, "gaps", {"gaps": coded}, len(gaps)))
-    return min(parts, key=lambda part: part.nbytes)
+            layouts.append(CodedArray("gaps", {"gaps": encode_stream(gaps, 8, storage)} | kept, len(gaps)))
+    return min(layouts, key=lambda coded: coded.nbytes)
 
 
-def _encode_kept(kept: np.ndarray, kind: Symbolizer, storage: str, layout: str, where: CodedStreams, gaps: int = 0) -> CodedArray:
-    coded = {name: encode_stream(symbols, width, storage) for name, (width, symbols) in kind.split(kept).items()}
-    return CodedArray(layout, where | coded, gaps)
+def _encode_kept(kept: np.ndarray, symbolizer: Symbolizer, storage: str) -> CodedStreams:
+    return {
+        name: encode_stream(symbols, width, storage) for name, (width, symbols) in symbolizer.split(kept).items()
+    }
 
 
 def _gaps(nonzero: np.ndarray) -> np.ndarray:
-    """The zeros before each value that is not zero; those after the last one are implied."""
+    """The number of zeros before each value that is not zero; those after the last one are implied."""
     runs = np.diff(np.flatnonzero(nonzero), prepend=-1) - 1
     entries = runs // ESCAPE + 1
     gaps = np.full(entries.sum(), ESCAPE, np.uint8)
@@ -212,34 +241,38 @@ def _gaps(nonzero: np.ndarray) -> np.ndarray:
     return gaps
 
 
-def decode(part: CodedArray, kind: Symbolizer, count: int) -> np.ndarray:
-    """The ``count`` values of a part, or CorruptError."""
+def decode(coded: CodedArray, symbolizer: Symbolizer, count: int) -> np.ndarray:
+    """The ``count`` values of an array.
+
+    Raises:
+        CorruptError: a stream is missing or not what it should be, or the streams do not fit each other.
+    """
 
     def stream(name: str, width: int, symbols: int) -> np.ndarray:
-        if name not in part.streams:
+        if name not in coded.streams:
             raise CorruptError(f"its stream {name!r} is missing")
-        method, data = part.streams[name]
-        return decode_stream(method, data, width, symbols)
+        found = coded.streams[name]
+        return decode_stream(found.method, found.data, width, symbols)
 
-    if part.layout == "full":
+    if coded.layout == "full":
         where, kept = None, count
-    elif part.layout == "mask":
+    elif coded.layout == "mask":
         where = np.unpackbits(stream("mask", 8, packed_size(count, 1)), bitorder="little")[:count].view(bool)
         kept = int(np.count_nonzero(where))
-    elif part.layout == "gaps":
-        if not 0 <= part.gaps <= count:
-            raise CorruptError(f"{part.gaps} gaps in {count} values")
-        gaps = stream("gaps", 8, part.gaps)
+    elif coded.layout == "gaps":
+        if not 0 <= coded.gaps <= count:
+            raise CorruptError(f"{coded.gaps} gaps in {count} values")
+        gaps = stream("gaps", 8, coded.gaps)
         is_value = gaps != ESCAPE
         where = (np.cumsum(gaps + is_value.astype(np.int64)) - 1)[is_value]
         kept = len(where)
         if kept and where[-1] >= count:
             raise CorruptError("its gaps reach past the end")
     else:
-        raise CorruptError(f"unknown layout {part.layout!r}")
-    values = kind.join(stream, kept)
+        raise CorruptError(f"unknown layout {coded.layout!r}")
+    values = symbolizer.join(stream, kept)
     if where is None:
         return values
-    dense = np.zeros(count, kind.dtype)
+    dense = np.zeros(count, symbolizer.dtype)
     dense[where] = values
     return dense

@@ -66,11 +66,29 @@ def code_lengths(counts: np.ndarray, limit: int = LIMIT) -> np.ndarray:
     return lengths
 
 
-def coded_size(counts: np.ndarray) -> int:
-    """The bytes that ``encode`` makes of symbols with these counts, but for its index of chunks: a lower bound."""
+def least_size(counts: np.ndarray) -> int:
+    """A lower bound on the bytes that ``encode`` makes of symbols with these counts: all but its index of chunks."""
     lengths = code_lengths(counts)
     first, last = _span(lengths)
     return 5 + packed_size(last - first + 1, 4) + packed_size(int(counts @ lengths.astype(np.int64)), 1)
+
+
+def encoded_size(symbols: np.ndarray) -> int:
+    """The bytes that ``encode`` makes of flat uint8 ``symbols``, told from the lengths of their codes."""
+    lengths = code_lengths(np.bincount(symbols, minlength=_SYMBOLS))
+    sizes = [_chunk_sizes(symbols[i : i + BLOCK], lengths) for i in range(0, len(symbols), BLOCK)]
+    sizes = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
+    first, last = _span(lengths)
+    return 2 + packed_size(last - first + 1, 4) + len(_index(sizes)) + int(sizes.sum())
+
+
+def _chunk_sizes(symbols: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The byte size of each chunk of a block."""
+    chunks, steps = _shape(len(symbols))
+    bits = np.zeros(4 * steps * chunks, np.uint8)
+    np.take(lengths, symbols, out=bits[: len(symbols)])
+    per_lane = bits.reshape(steps, 4 * chunks).sum(0, dtype=np.int64)
+    return (per_lane.reshape(chunks, 4).sum(1) + 7) >> 3
 
 
 def encode(symbols: np.ndarray) -> np.ndarray:

@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxlm import nn
-from jaxlm.checkpoint.storage import pack_params, tensor_bytes, unpack_params
+from jaxlm.checkpoint.storage import PackedWeights, tensor_bytes, unpack_params
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.disk import replaced_directory
 from jaxlm.core.errors import UserError
@@ -31,15 +32,15 @@ from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.config import RUNTIME_FIELDS, jaxlm_section, read_config
 from jaxlm.hf.quantized.compressed_tensors_export import to_compressed_tensors
 from jaxlm.hf.reader import read_hf_model
-from jaxlm.hf.tensor_files import TensorFiles, write_tensors
+from jaxlm.hf.tensor_files import LazyTensor, TensorFiles, write_tensors, written_bytes
 from jaxlm.hf.validate import validate_sizes
 from jaxlm.hf.writer import plan_export, simplest_hf_config, to_hf_config, to_hf_tensors
 from jaxlm.inference.generation_config import FILE as GENERATION_FILE
 from jaxlm.inference.generation_config import PLAIN, GenerationConfig
 from jaxlm.nn.config import ModelConfig
 
-__all__ = ["export_model", "read_generation", "read_model", "read_model_config", "read_tokenizer", "weight_bytes",
-           "write_model"]
+__all__ = ["export_model", "model_bytes", "read_generation", "read_model", "read_model_config", "read_tokenizer",
+           "weight_bytes", "write_model"]
 
 COMPRESSED_TENSORS = "compressed-tensors"
 _OWN_TYPES = "jaxlm-"  # the prefix of our own model types
@@ -55,6 +56,7 @@ def write_model(
     storage: str = "plain",
     info: Mapping[str, Any] | None = None,
     files: Mapping[str, Any] | None = None,
+    packed: PackedWeights | None = None,
 ) -> Path:
     """Writes a model directory, whole or not at all, in place of an older one of that name.
 
@@ -67,6 +69,7 @@ def write_model(
         storage: "plain", or "huffman" for entropy coding.
         info: JSON-safe facts about how the model was made, kept in config.json under "jaxlm".
         files: JSON-safe contents of further files, by name.
+        packed: these very parameters packed in this storage; what holds others is not used.
 
     Returns:
         The directory.
@@ -75,22 +78,38 @@ def write_model(
         UserError: the directory holds something else, or the disk is full.
     """
 
+    if packed is not None and not packed.holds(params, storage):
+        packed = None
+
     def write_weights(new: Path, params: Params) -> None:
-        fields = to_dict(config)
-        dense = storage == "plain" and not any(is_leaf(leaf) for leaf in flatten(params).values())
-        if dense and (family := simplest_hf_config(config)):
-            runtime = {name: fields[name] for name in RUNTIME_FIELDS if name in fields}
-            types = {str(leaf.dtype) for leaf in flatten(params).values()}
-            dtype = "bfloat16" if types == {"bfloat16"} else "float32"
-            _write_family(new, family, config, params, dtype, {"jaxlm": {**(info or {}), "runtime": runtime}})
-        else:
-            model_type = _OWN_TYPES + fields.pop("kind")
-            _write_json(new / "config.json", {"model_type": model_type, **fields, "jaxlm": dict(info or {})})
-            tensors, weights = pack_params(params, storage)
-            write_tensors(new, tensors, json.dumps(weights))
+        fields, tensors, metadata = _weights(config, params, packed or PackedWeights(params, storage), info or {})
+        _write_json(new / "config.json", fields)
+        write_tensors(new, tensors, metadata)
 
     files = {GENERATION_FILE: generation.to_json(config), **(files or {})}
     return _write(directory, merge_adapters(params), tokenizer, write_weights, files)
+
+
+def model_bytes(config: ModelConfig, params: Params, packed: PackedWeights) -> int:
+    """The size of the weights that ``write_model`` would write, without writing them; ``packed`` holds ``params``."""
+    _, tensors, metadata = _weights(config, params, packed, {})
+    return written_bytes(tensors, metadata)
+
+
+def _weights(
+    config: ModelConfig, params: Params, packed: PackedWeights, info: Mapping[str, Any]
+) -> tuple[dict[str, Any], Mapping[str, np.ndarray | LazyTensor], str]:
+    """config.json, the tensors of the files, and their metadata."""
+    fields = to_dict(config)
+    dense = packed.storage == "plain" and not any(is_leaf(leaf) for leaf in flatten(params).values())
+    if dense and (family := simplest_hf_config(config)):
+        runtime = {name: fields[name] for name in RUNTIME_FIELDS if name in fields}
+        types = {str(leaf.dtype) for leaf in flatten(params).values()}
+        family = family | {"dtype": "bfloat16" if types == {"bfloat16"} else "float32"}
+        tensors = to_hf_tensors(config, params, family, jnp.dtype(family["dtype"]))
+        return family | {"jaxlm": {**info, "runtime": runtime}}, tensors, ""
+    model_type = _OWN_TYPES + fields.pop("kind")
+    return {"model_type": model_type, **fields, "jaxlm": dict(info)}, packed.tensors, json.dumps(packed.metadata)
 
 
 def export_model(
@@ -128,7 +147,9 @@ def export_model(
             _write_json(new / "config.json", fields | {"dtype": dtype, "quantization_config": quantization})
             write_tensors(new, tensors)
         else:
-            _write_family(new, fields, config, params, dtype, {})
+            family = fields | {"dtype": dtype}
+            _write_json(new / "config.json", family)
+            write_tensors(new, to_hf_tensors(config, params, family, jnp.dtype(dtype)))
 
     return _write(directory, params, tokenizer, write_weights, {GENERATION_FILE: generation.to_json(config)})
 
@@ -155,14 +176,6 @@ def _write(
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("jaxlm.write_model")
     return directory
-
-
-def _write_family(
-    new: Path, fields: dict[str, Any], config: ModelConfig, params: Params, dtype: str, more: dict[str, Any]
-) -> None:
-    fields = fields | {"dtype": dtype}
-    _write_json(new / "config.json", fields | more)
-    write_tensors(new, to_hf_tensors(config, params, fields, jnp.dtype(dtype)))
 
 
 def read_model(

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxlm.core.errors import UserError
 
-__all__ = ["WEIGHTS_FILE", "INDEX_FILE", "LazyTensor", "TensorFiles", "write_tensors"]
+__all__ = ["WEIGHTS_FILE", "INDEX_FILE", "LazyTensor", "TensorFiles", "write_tensors", "written_bytes"]
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -227,14 +227,7 @@ def write_tensors(
 
     ``metadata`` is stored in the header under "jaxlm". Equal arguments give equal bytes.
     """
-    files: list[dict[str, np.ndarray | LazyTensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if files[-1] and size + tensor.nbytes > max_file_bytes:
-            files.append({})
-            size = 0
-        files[-1][name] = tensor
-        size += tensor.nbytes
+    files = _split(tensors, max_file_bytes)
     if len(files) == 1:
         _write_file(directory / WEIGHTS_FILE, files[0], metadata)
         return
@@ -248,31 +241,60 @@ def write_tensors(
     (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, tensors: Mapping[str, np.ndarray | LazyTensor], metadata: str) -> None:
-    """Writes one file: eight bytes with the length of the header, the header in JSON, and the arrays end to end (see
-    github.com/huggingface/safetensors). Larger types come first, so that all arrays are aligned."""
-    order = sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+def written_bytes(
+    tensors: Mapping[str, np.ndarray | LazyTensor], metadata: str = "", *, max_file_bytes: int = 5 * 10**9
+) -> int:
+    """The size of the safetensors files that ``write_tensors`` would write, headers included, without making them."""
+    files = _split(tensors, max_file_bytes)
+    return sum(tensor.nbytes for tensor in tensors.values()) + sum(len(_header(file, metadata, {})) for file in files)
+
+
+def _split(
+    tensors: Mapping[str, np.ndarray | LazyTensor], max_file_bytes: int
+) -> list[dict[str, np.ndarray | LazyTensor]]:
+    """The tensors of each file."""
+    files: list[dict[str, np.ndarray | LazyTensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > max_file_bytes:
+            files.append({})
+            size = 0
+        files[-1][name] = tensor
+        size += tensor.nbytes
+    return files
+
+
+def _in_order(tensors: Mapping[str, np.ndarray | LazyTensor]) -> list[tuple[str, np.ndarray | LazyTensor]]:
+    """Larger types come first, so that all arrays are aligned."""
+    return sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+
+
+def _header(tensors: Mapping[str, np.ndarray | LazyTensor], metadata: str, checksums: Mapping[str, str]) -> bytes:
+    """The length of the header in eight bytes, and the header. Checksums that are not known yet are zeros."""
     entries: dict[str, Any] = {}
     end = 0
-    for name, tensor in order:
+    for name, tensor in _in_order(tensors):
         offsets = [end, end := end + tensor.nbytes]
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    checksums = {name: checksums.get(name, "0" * 8) for name in entries}
+    notes = {"format": "pt", "jaxlm": metadata, _CRC32: json.dumps(checksums)}  # transformers asks for "pt"
+    text = json.dumps({"__metadata__": notes} | entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
-    def header(checksums: dict[str, str]) -> bytes:
-        notes = {"format": "pt", "jaxlm": metadata, _CRC32: json.dumps(checksums)}  # transformers asks for "pt"
-        text = json.dumps({"__metadata__": notes} | entries, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
 
+def _write_file(path: Path, tensors: Mapping[str, np.ndarray | LazyTensor], metadata: str) -> None:
+    """Writes one file: eight bytes with the length of the header, the header in JSON, and the arrays end to end (see
+    github.com/huggingface/safetensors)."""
     with path.open("wb") as file:
-        file.write(header({name: "0" * 8 for name, _ in order}))
+        file.write(_header(tensors, metadata, {}))
         checksums = {}
-        for name, tensor in order:
+        for name, tensor in _in_order(tensors):
             array = np.ascontiguousarray(tensor.make() if isinstance(tensor, LazyTensor) else tensor)
             checksums[name] = _crc32(array)
             file.write(array.reshape(-1).view(np.uint8).data)
         file.seek(0)
-        file.write(header(checksums))
+        file.write(_header(tensors, metadata, checksums))
 
 
 def _crc32(array: np.ndarray) -> str:

@@ -30,7 +30,7 @@ from flax import nnx
 
 from jaxlm.checkpoint import codec, huffman
 from jaxlm.checkpoint import storage as formats
-from jaxlm.checkpoint.codec import CodedArray, Codes, CorruptError, Planes
+from jaxlm.checkpoint.codec import CodedArray, CodedStream, Codes, CorruptError, Planes
 from jaxlm.checkpoint.storage import pack_params, unpack_params
 from jaxlm.compression.prune.scores import magnitude
 from jaxlm.compression.quantize.rtn import quantize
@@ -89,7 +89,8 @@ def symbols_of(rng: np.random.Generator) -> np.ndarray:
 
 def fuzz_stream(rng: np.random.Generator) -> bool:
     symbols = symbols_of(rng)
-    method, data = codec.encode_stream(symbols, 8, "huffman")
+    stream = codec.encode_stream(symbols, 8, "huffman")
+    method, data = stream.method, stream.data
     if rng.random() < 0.7:
         method, data = "huffman", huffman.encode(symbols)
     data = damaged(rng, data)
@@ -112,8 +113,8 @@ def fuzz_part(rng: np.random.Generator) -> bool:
     part = codec.encode(values, kind, "huffman")
     streams = dict(part.streams)
     for name in rng.choice(list(streams), rng.integers(1, 3)):
-        method, data = streams[name]
-        streams[name] = str(rng.choice([method] * 9 + ["raw", "huffman", "zstd", "lzma"])), damaged(rng, data)
+        method = str(rng.choice([streams[name].method] * 9 + ["raw", "huffman", "zstd", "lzma"]))
+        streams[name] = CodedStream.of(method, damaged(rng, streams[name].data))
     layout = str(rng.choice([part.layout] * 9 + ["full", "mask", "gaps", "rows"]))
     gaps = rng.choice([part.gaps] * 6 + [0, 5, -1, len(values), 10**15]).item()
     try:

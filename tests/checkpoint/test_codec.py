@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from jaxlm.checkpoint import huffman
 from jaxlm.checkpoint.codec import (
     CodedArray,
+    CodedStream,
     Codes,
     CorruptError,
     Planes,
@@ -112,7 +113,7 @@ def test_floats_are_within_2_percent_of_the_entropy_of_their_exponents(dtype, sc
     words = (np.random.default_rng(0).normal(size=300_000) * scale).astype(dtype).view(kind.dtype)
     exponents = (words >> kind.dtype.type(kind.bits - 9)).astype(np.uint8)
     part = encode(words, kind, "huffman")
-    first, rest = part.streams["plane0"][1].nbytes, len(words) * (kind.bits - 8) / 8
+    first, rest = part.streams["plane0"].nbytes, len(words) * (kind.bits - 8) / 8
     assert part.nbytes < entropy_bytes(exponents) + rest
     _, symbols = kind.split(words)["plane0"]
     assert first < 1.02 * entropy_bytes(symbols)
@@ -146,16 +147,16 @@ def test_bfloat16_weights_take_less_than_70_percent():
     weights = (np.random.default_rng(0).normal(size=200_000) * 0.02).astype(ml_dtypes.bfloat16)
     part = encode(weights.view(np.uint16), Planes(weights.dtype), "huffman")
     assert part.nbytes < 0.7 * weights.nbytes
-    assert part.streams["plane1"][0] == "raw"  # sign and mantissa do not compress
+    assert part.streams["plane1"].method == "raw"  # sign and mantissa do not compress
 
 
 @pytest.mark.parametrize("symbols", [np.zeros(50_000, np.uint8), np.resize(np.arange(7, dtype=np.uint8), 50_000)])
 def test_the_cheapest_method_is_chosen(symbols):
-    method, data = encode_stream(symbols, 8, "huffman")
-    assert method == "zstd" and len(data) < 100
+    stream = encode_stream(symbols, 8, "huffman")
+    assert stream.method == "zstd" and len(stream.data) < 100
     noise = np.random.default_rng(0).integers(0, 256, 5000).astype(np.uint8)
-    assert encode_stream(noise, 8, "huffman")[0] == "raw"
-    assert encode_stream(symbols, 8, "plain")[0] == "raw"
+    assert encode_stream(noise, 8, "huffman").method == "raw"
+    assert encode_stream(symbols, 8, "plain").method == "raw"
 
 
 @pytest.mark.parametrize("spread", [0.5, 3, 1000])
@@ -169,9 +170,9 @@ def test_no_other_method_takes_fewer_bytes(width, count, spread):
         "zstd": len(zstandard.ZstdCompressor(level=3).compress(symbols.data)),
         "raw": -(-count * width // 8),
     }
-    method, data = encode_stream(symbols, width, "huffman")
-    assert len(data) == sizes[method] == min(sizes.values())
-    np.testing.assert_array_equal(decode_stream(method, data, width, count), symbols)
+    stream = encode_stream(symbols, width, "huffman")
+    assert len(stream.data) == stream.nbytes == sizes[stream.method] == min(sizes.values())
+    np.testing.assert_array_equal(decode_stream(stream.method, stream.data, width, count), symbols)
 
 
 @pytest.mark.parametrize("zeros", [0, 0.5, 0.9])
@@ -181,14 +182,14 @@ def test_damage_raises_corrupt_and_never_grows(zeros):
     part = encode(codes, kind, "huffman")
     for _ in range(300):
         name = rng.choice(list(part.streams))
-        method, data = part.streams[name]
+        method, data = part.streams[name].method, part.streams[name].data
         broken = data.copy()
         broken[rng.integers(len(data))] ^= 1 << rng.integers(8)
         broken = broken[: rng.choice([len(data), rng.integers(len(data))])]
         method = rng.choice([method, "raw", "huffman", "zstd", "lzma"], p=[0.8, 0.05, 0.05, 0.05, 0.05])
         layout = rng.choice([part.layout, "full", "gaps", "mask", "rows"], p=[0.8, 0.05, 0.05, 0.05, 0.05])
         gaps = rng.choice([part.gaps, -1, 5, 10**15], p=[0.7, 0.1, 0.1, 0.1])
-        damaged = CodedArray(layout, part.streams | {name: (method, broken)}, gaps)
+        damaged = CodedArray(layout, part.streams | {name: CodedStream.of(method, broken)}, gaps)
         try:
             assert decode(damaged, kind, len(codes)).shape == codes.shape
         except (CorruptError, ValueError):
@@ -207,12 +208,12 @@ def test_what_no_encoder_writes_is_corrupt():
             decode_stream("raw", data, 8, 5)
     words = np.arange(1, 6, dtype=np.uint16)
     part = encode(words, Planes(words.dtype), "huffman")
-    nothing = CodedArray("full", part.streams | {"tops": ("raw", np.zeros(32, np.uint8))})
+    nothing = CodedArray("full", part.streams | {"tops": CodedStream.of("raw", np.zeros(32, np.uint8))})
     with pytest.raises(CorruptError, match="first bytes"):
         decode(nothing, Planes(words.dtype), 5)
 
 
 def test_a_frame_that_claims_more_than_is_due_is_not_decompressed():
-    _, bomb = encode_stream(np.zeros(10**7, np.uint8), 8, "huffman")
+    bomb = encode_stream(np.zeros(10**7, np.uint8), 8, "huffman").data
     with pytest.raises(CorruptError, match="does not hold"):
         decode_stream("zstd", bomb, 8, 1000)

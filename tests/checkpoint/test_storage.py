@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxlm.checkpoint import storage
-from jaxlm.checkpoint.storage import pack_params, stored, unpack_params
+from jaxlm.checkpoint.storage import PackedWeights, leaf_bytes, pack_params, tensor_bytes, unpack_params
 from jaxlm.compression.prune.scores import magnitude, n_of_m
 from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core.errors import UserError
@@ -120,25 +120,38 @@ def test_int4_codes_on_a_device_are_the_same_file(params):
 
 
 def test_sizes_are_those_of_the_bits(params):
-    tensors, meta = pack_params(tree({"w4": quantize(normal(256, 64), bits=4, group=128)}))
-    assert stored(tensors, meta) == {"w4/kernel": (256 * 64 // 2 + 2 * 64 * 4, "codes full (raw), scale array")}
+    packed = PackedWeights(tree({"w4": quantize(normal(256, 64), bits=4, group=128)}))
+    assert packed.sizes == {"w4/kernel": (256 * 64 // 2 + 2 * 64 * 4, "codes full (raw), scale array")}
     scales = jnp.asarray(np.float16(np.random.default_rng(0).random((64, 2))), jnp.float32)
     half = dataclasses.replace(quantize(normal(256, 64), bits=4, group=128), scale=scales)
     even = jnp.asarray(np.arange(256 * 64).reshape(64, 256) % 16, jnp.uint8)
     powers = dataclasses.replace(codebook(normal(256, 64), bits=4, group=32, kind="mxfp4"), codes=even)
     factors = LowRank(normal(256, 8), quantize(normal(8, 64), bits=8))
-    tensors, meta = pack_params(tree({"half": half, "powers": powers, "factors": factors}))
-    assert stored(tensors, meta) == {
+    assert PackedWeights(tree({"half": half, "powers": powers, "factors": factors})).sizes == {
         "half/kernel": (256 * 64 // 2 + 2 * 64 * 2, "codes full (raw), scale array"),
         "powers/kernel": (256 * 64 // 2 + 16 * 4 + 8 * 64, "codes full (raw), table array, scale array"),
         "factors/kernel": (256 * 8 * 4 + 8 * 64 + 64 * 4, "a/dense array, b/codes full (raw), b/scale array"),
     }
-    tensors, meta = pack_params(params, "huffman")
-    sizes = stored(tensors, meta)
-    assert sum(size for size, _ in sizes.values()) == sum(array.nbytes for array in tensors.values())
-    for storage in ("plain", "huffman"):
-        sizes = stored(*pack_params(tree({"sparse": magnitude(normal(200, 300), sparsity=0.9)}), storage))
-        assert sizes["sparse/kernel"][0] < (0.14 if storage == "plain" else 0.12) * 200 * 300 * 4
+    sparse = tree({"sparse": magnitude(normal(200, 300), sparsity=0.9)})
+    for how, most in (("plain", 0.14), ("huffman", 0.12)):
+        tensors, meta = pack_params(params, how)
+        real = tensor_bytes(lambda name: tensors[name].nbytes, meta)  # noqa: B023
+        assert {path: size.nbytes for path, size in PackedWeights(params, how).sizes.items()} == real
+        assert {path: leaf_bytes(leaf, how) for path, leaf in flatten(params).items()} == real
+        assert PackedWeights(sparse, how).sizes["sparse/kernel"].nbytes < most * 200 * 300 * 4
+
+
+def test_weights_are_packed_once_and_never_stale(params, monkeypatch):
+    calls = []
+    pack_leaf = storage.pack_leaf
+    monkeypatch.setattr(storage, "pack_leaf", lambda leaf, how: calls.append(how) or pack_leaf(leaf, how))
+    packed = PackedWeights(params, "huffman")
+    assert packed.sizes and packed.metadata and packed.tensors and packed.sizes
+    assert len(calls) == len(flatten(params)), "sizes and bytes are of one packing"
+    again = map_params(lambda path, leaf: leaf, params)
+    other = map_params(lambda path, leaf: jax.tree.map(jnp.copy, leaf) if path == "w4/kernel" else leaf, params)
+    assert packed.holds(params, "huffman") and packed.holds(again, "huffman")
+    assert not packed.holds(params, "plain") and not packed.holds(other, "huffman")
 
 
 @pytest.mark.parametrize("storage", ["plain", "huffman"])
