@@ -125,7 +125,7 @@ def _walk(stack: Stack, x_TxD: Array, masks: dict[str, Array], memory: Array | N
         def body(x, xs, graphdef=graphdef):
             layer, traits = xs
             seen: list[Array] = []
-            x, *_ = stack.run_layer(nnx.merge(graphdef, layer), x, view, traits, memory=memory, seen=seen)
+            x, *_ = stack.run_layer(nnx.merge(graphdef, layer), x, view, traits, memory_BxMxD=memory, seen=seen)
             return x, tuple(weights[0] for weights in seen)
 
         x_1xTxD, seen = jax.lax.scan(body, x_1xTxD, (params, stack.layer_settings(i)))

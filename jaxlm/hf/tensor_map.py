@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from jaxlm.core.errors import UserError
 from jaxlm.hf.families.fields import Family, TensorSpec
-from jaxlm.nn.config import ModelConfig
-from jaxlm.nn.stack import layer_groups_of
+from jaxlm.nn.config import ModelConfig, layer_groups_of
 
 __all__ = ["HfTensor", "split_layer_path", "tensors_of_param"]
 

@@ -22,8 +22,15 @@ from jaxlm.hf.families.fields import TensorSpec
 from jaxlm.hf.families.registry import FAMILIES
 from jaxlm.hf.tensor_files import LazyTensor
 from jaxlm.hf.tensor_map import split_layer_path, tensors_of_param
-from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, RopeScaling, Seq2SeqConfig, StackConfig
-from jaxlm.nn.stack import layer_groups_of
+from jaxlm.nn.config import (
+    DecoderConfig,
+    LSTMConfig,
+    ModelConfig,
+    RopeScaling,
+    Seq2SeqConfig,
+    StackConfig,
+    layer_groups_of,
+)
 
 __all__ = ["ExportPlan", "ParamSlice", "plan_export", "simplest_hf_config", "to_hf_config", "to_hf_tensors"]
 

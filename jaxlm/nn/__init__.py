@@ -1,46 +1,36 @@
-"""Models: structure as Flax NNX modules, parameters as a tree beside it.
+"""Models: Flax NNX modules for the structure, and the parameters as a tree beside it.
 
 ``graphdef, params = nn.build(config, key)``, and ``nnx.merge(graphdef, params)`` is the model, inside ``jit`` or out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import jax
-from flax import nnx
+from jaxlm.core.lazy import lazy
 
-from jaxlm.core.tree import Params
-from jaxlm.nn.config import PRESETS, DecoderConfig, LSTMConfig, ModelConfig, Seq2SeqConfig, preset
-from jaxlm.nn.decoder import DecoderLM
-from jaxlm.nn.recurrent import LSTMLM
-from jaxlm.nn.seq2seq import Seq2Seq
-
-__all__ = [
-    "LSTMLM", "PRESETS", "DecoderConfig", "DecoderLM", "LSTMConfig", "ModelConfig", "Seq2Seq", "Seq2SeqConfig",
-    "abstract", "build", "initializer", "preset",
-]
-
-_MODELS = {"decoder": DecoderLM, "seq2seq": Seq2Seq, "lstm": LSTMLM}
-
-
-def initializer(config: ModelConfig) -> tuple[nnx.GraphDef, Callable[[jax.Array], Params]]:
-    """The model's structure and the pure function from a key to its parameters (to jit with out_shardings)."""
-
-    def make(key):
-        return _MODELS[config.kind](config, rngs=nnx.Rngs(params=key))
-
-    graphdef = nnx.graphdef(nnx.eval_shape(make, jax.random.key(0)))
-    return graphdef, lambda key: nnx.state(make(key))
-
-
-def build(config: ModelConfig, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
-    """A freshly initialised model."""
-    graphdef, init = initializer(config)
-    return graphdef, jax.jit(init)(key)
-
-
-def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
-    """The model with shapes and dtypes in place of arrays; allocates nothing."""
-    graphdef, init = initializer(config)
-    return graphdef, jax.eval_shape(init, jax.random.key(0))
+if TYPE_CHECKING:
+    from jaxlm.nn.config import (
+        PRESETS,
+        DecoderConfig,
+        LSTMConfig,
+        ModelConfig,
+        RopeScaling,
+        Seq2SeqConfig,
+        StackConfig,
+        layer_groups_of,
+        preset,
+    )
+    from jaxlm.nn.decoder import DecoderLM
+    from jaxlm.nn.layerwise import LayerwiseModel
+    from jaxlm.nn.models import abstract, build, initializer
+    from jaxlm.nn.recurrent import LSTMLM
+    from jaxlm.nn.seq2seq import Seq2Seq
+else:  # imported at first use, so that the configuration of a model is read without Flax
+    __getattr__, __dir__, __all__ = lazy(
+        __name__,
+        config="PRESETS DecoderConfig LSTMConfig ModelConfig RopeScaling Seq2SeqConfig StackConfig layer_groups_of "
+        "preset",
+        decoder="DecoderLM", layerwise="LayerwiseModel", models="abstract build initializer", recurrent="LSTMLM",
+        seq2seq="Seq2Seq",
+    )

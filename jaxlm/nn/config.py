@@ -1,8 +1,9 @@
-"""What a model is, as data: three frozen dataclasses and the presets built from them."""
+"""The configuration of models: three frozen dataclasses (decoder, encoder-decoder, LSTM) and presets of them."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +11,13 @@ Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "swiglu", "geg
 Positions = Literal["rotary", "sinusoidal", "sinusoidal_t2t", "learned", "relative", "none"]
 KVCache = Literal["full", "int8", "int4", "fp8"]
 NormPosition = Literal["pre", "post", "output", "sandwich"]
+Remat = Literal["none", "full", "dots", "offload", "offload_dots"]
+Side = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are changed for contexts longer than those of pre-training; see ``nn.positions``."""
+    """How rotary frequencies change for contexts longer than that of pre-training; see ``nn.positions``."""
 
     method: Literal["none", "linear", "dynamic", "yarn", "llama3", "longrope"] = "none"
     factor: float = 1.0
@@ -25,13 +28,57 @@ class RopeScaling:
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
     truncate: bool = True
-    short_factor: tuple[float, ...] = ()  # longrope: a divisor for each frequency, up to the original context ...
-    long_factor: tuple[float, ...] = ()  # ... and beyond it
+    short_factor: tuple[float, ...] = ()  # longrope: a divisor for each frequency, up to the original context
+    long_factor: tuple[float, ...] = ()  # longrope: the divisors beyond the original context
+
+
+class _Model:
+    """What code asks of the configuration of any model.
+
+    The answers here are those of a model without attention; ``StackConfig`` has fields or properties of these names.
+    """
+
+    kind: str
+    vocab_size: int
+    layers: int
+    experts: int
+    remat: Remat
+    positions: Positions
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The Transformer stacks of the model, in the order they run."""
+        return ()
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all stacks together."""
+        return self.layers
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence that the model is made for; None: no limit is known."""
+        return None
+
+    @property
+    def position_limit(self) -> int | None:
+        """The longest sequence that the model can read at all: the rows of a learned position table. None: no limit."""
+        return None
+
+    @property
+    def source_vocab_size(self) -> int:
+        """Rows of the embedding table of the source side."""
+        return self.vocab_size
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether training keeps activations in the memory of the host."""
+        return self.remat.startswith("offload")
 
 
 @dataclass(frozen=True)
-class StackConfig:
-    """The part of a Transformer that decoders, encoders and their combination have in common.
+class StackConfig(_Model):
+    """The settings that decoders, encoders and encoder-decoders have in common.
 
     Sizes are counts; 0 means "derive": ``kv_heads`` = ``heads``, ``head_dim`` = ``width // heads``,
     ``ffn`` = ``4 * width``. ``vocab_size`` 0 is filled from the tokenizer when training starts.
@@ -44,7 +91,7 @@ class StackConfig:
     head_dim: int = 0
     ffn: int = 0
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_position: NormPosition = "pre"  # of what: see ``nn.stack.Block``
+    norm_position: NormPosition = "pre"  # see ``nn.block.Block``
     parallel: bool = False  # attention and MLP read the same input (arXiv:2204.06745, section 2.1)
     norm_bias: bool = True  # LayerNorm only
     norm_eps: float = 1e-5
@@ -56,26 +103,26 @@ class StackConfig:
     rope_theta: float = 10000.0
     rope_local_theta: float = 0.0  # in layers with a window, without scaling; 0: as in the others (arXiv:2503.19786)
     rope_scaling: RopeScaling = RopeScaling()
-    rotary_fraction: float = 1.0  # of each head that is rotated, the first dimensions
+    rotary_fraction: float = 1.0  # the share of each head's dimensions that is rotated, from the first on
     relative_buckets: int = 32  # T5 (arXiv:1910.10683, section 2.1)
     relative_max_distance: int = 128
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: Literal["none", "head", "width"] = "none"  # of queries and keys (arXiv:2302.05442), each head or all
+    qk_norm: Literal["none", "head", "width"] = "none"  # of queries and keys (arXiv:2302.05442): each head, or all
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
-    attention_scale_by_layer: bool = False  # divided by the layer's number too, which is 1 for the first
+    attention_scale_by_layer: bool = False  # logits are also divided by the layer's number, counted from 1
     attention_softcap: float = 0.0  # 0: off; c * tanh(logits / c) (arXiv:2408.00118)
-    ring_min_keys: int = 8192  # keys from which attention over a split sequence goes around a ring (``nn.attention.ring``)
+    ring_min_keys: int = 8192  # the fewest keys for which split sequences use ring attention (``nn.attention.ring``)
     logit_softcap: float = 0.0
     windows: tuple[int, ...] = ()  # sliding windows, cycled over layers; 0 is full attention
-    experts: int = 0  # mixture-of-experts MLPs (``nn.moe.layer``); 0: dense ones
+    experts: int = 0  # of mixture-of-experts MLPs (``nn.moe.layer``); 0: dense MLPs
     experts_per_token: int = 2
     expert_ffn: int = 0  # 0: d_ffn
     expert_renormalize: bool = True  # the weights of a token's experts sum to 1
     expert_routing: Literal["dropless", "capacity"] = "dropless"  # see ``nn.moe.routing``
     capacity_factor: float = 1.25  # slots of an expert, as a multiple of its even share of a group's tokens
-    dense_layers: tuple[int, ...] = ()  # layers without experts in a model that has them
+    dense_layers: tuple[int, ...] = ()  # layers with a dense MLP in a model with experts
     embed_scale: bool = False  # multiply embeddings by sqrt(width)
     tie_embeddings: bool = True
     logits_bias: bool = False
@@ -83,10 +130,10 @@ class StackConfig:
     attention_dropout: float = 0.0
     ffn_dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters stay float32
-    kv_cache: KVCache = "full"  # how decoding keeps keys and values: see ``nn.attention.kv_cache``
+    kv_cache: KVCache = "full"  # the format of cached keys and values: see ``nn.attention.quantized_kv``
     scan_layers: bool = True
-    remat: Literal["none", "full", "dots", "offload", "offload_dots"] = "none"  # see ``nn.stack``
-    microbatches: int = 0  # of a batch, on a mesh with stages; 0: as many as stages. Segments are trips around them
+    remat: Remat = "none"  # what is kept for the backward pass: see ``nn.remat``
+    microbatches: int = 0  # of a batch, on a mesh with pipeline stages; 0: as many as stages
     pad_id: int = 0
     bos_id: int = 1
     eos_id: int = 2
@@ -109,11 +156,24 @@ class StackConfig:
 
     @property
     def d_rotary(self) -> int:
+        """Dimensions of a head that are rotated."""
         return int(self.d_head * self.rotary_fraction)
 
     @property
     def gated(self) -> bool:
         return self.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
+
+    @property
+    def context_length(self) -> int:
+        return self.max_positions
+
+    @property
+    def position_limit(self) -> int | None:
+        return self.max_positions if self.positions == "learned" else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of this layer is a mixture of experts."""
+        return self.experts > 0 and layer not in self.dense_layers
 
 
 @dataclass(frozen=True)
@@ -122,17 +182,33 @@ class DecoderConfig(StackConfig):
 
     kind: Literal["decoder"] = "decoder"
     layers: int = 6
-    layer_groups: tuple[int, ...] = ()  # layers in each scanned run; () is as few runs as layers of equal shape allow
+    layer_groups: tuple[int, ...] = ()  # the lengths of its layer groups (``layer_groups_of``); (): as few as possible
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return ("decoder",)
+
+    def side(self, side: Side) -> StackConfig:
+        """The configuration of a stack."""
+        return self
+
+    def side_layers(self, side: Side) -> int:
+        """Layers of a stack."""
+        return self.layers
+
+    def side_layer_groups(self, side: Side) -> tuple[int, ...]:
+        """The field ``layer_groups`` of a stack."""
+        return self.layer_groups
 
 
 @dataclass(frozen=True)
 class Seq2SeqConfig(StackConfig):
-    """An encoder-decoder model. The sizes are those of both stacks, save where the decoder has its own."""
+    """An encoder-decoder model. Sizes hold for both stacks, unless the decoder has its own."""
 
     kind: Literal["seq2seq"] = "seq2seq"
     encoder_layers: int = 6
     decoder_layers: int = 6
-    encoder_layer_groups: tuple[int, ...] = ()
+    encoder_layer_groups: tuple[int, ...] = ()  # as ``DecoderConfig.layer_groups``
     decoder_layer_groups: tuple[int, ...] = ()
     decoder_heads: int = 0  # 0: as the encoder
     decoder_ffn: int = 0
@@ -140,16 +216,40 @@ class Seq2SeqConfig(StackConfig):
 
     @property
     def encoder(self) -> StackConfig:
-        return dataclasses.replace(self, kv_cache="full")  # it has none
+        return dataclasses.replace(self, kv_cache="full")  # an encoder has no cache
 
     @property
     def decoder(self) -> StackConfig:
         heads, ffn = self.decoder_heads or self.heads, self.decoder_ffn or self.ffn
         return dataclasses.replace(self, heads=heads, head_dim=self.head_dim, ffn=ffn)
 
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        return ("encoder", "decoder")
+
+    def side(self, side: Side) -> StackConfig:
+        """The configuration of a stack."""
+        return self.encoder if side == "encoder" else self.decoder
+
+    def side_layers(self, side: Side) -> int:
+        """Layers of a stack."""
+        return self.encoder_layers if side == "encoder" else self.decoder_layers
+
+    def side_layer_groups(self, side: Side) -> tuple[int, ...]:
+        """The field ``encoder_layer_groups`` or ``decoder_layer_groups``."""
+        return self.encoder_layer_groups if side == "encoder" else self.decoder_layer_groups
+
+    @property
+    def num_layers(self) -> int:
+        return self.encoder_layers + self.decoder_layers
+
+    @property
+    def source_vocab_size(self) -> int:
+        return self.src_vocab_size or self.vocab_size
+
 
 @dataclass(frozen=True)
-class LSTMConfig:
+class LSTMConfig(_Model):
     """A recurrent language model: the baseline (Hochreiter & Schmidhuber 1997; Merity et al., arXiv:1708.02182)."""
 
     kind: Literal["lstm"] = "lstm"
@@ -168,14 +268,42 @@ class LSTMConfig:
     def d_hidden(self) -> int:
         return self.hidden or self.width
 
+    @property
+    def experts(self) -> int:
+        return 0
+
+    @property
+    def remat(self) -> Remat:
+        return "none"
+
+    @property
+    def positions(self) -> Positions:
+        return "none"
+
 
 ModelConfig = DecoderConfig | Seq2SeqConfig | LSTMConfig
 KINDS: dict[str, type] = {"decoder": DecoderConfig, "seq2seq": Seq2SeqConfig, "lstm": LSTMConfig}
 
+
+def layer_groups_of(config: DecoderConfig | Seq2SeqConfig, side: Side) -> list[range]:
+    """The layers of each layer group of a stack.
+
+    A layer group is a run of consecutive layers whose parameters have the same shapes and representations. They are
+    stacked in arrays with a leading layer dimension. Without ``layer_groups`` in the configuration there are as few
+    groups as layers with and without experts allow.
+    """
+    counts = config.side_layer_groups(side)
+    if not counts:
+        kinds = [config.has_experts(layer) for layer in range(config.side_layers(side))]
+        counts = tuple(len(list(run)) for _, run in itertools.groupby(kinds))
+    ends = itertools.accumulate(counts)
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
 _TRANSLATION = Seq2SeqConfig(
     norm="layernorm", activation="relu", positions="sinusoidal_t2t", position_offset=1, embed_scale=True,
     qkv_bias=True, out_bias=True, mlp_bias=True, dropout=0.1, max_positions=1024,
-)  # Vaswani et al. 2017 (arXiv:1706.03762), pre-norm (arXiv:2002.04745); positions as in M2M-100, to export as one
+)  # Vaswani et al. 2017 (arXiv:1706.03762), pre-norm (arXiv:2002.04745), with the positions of M2M-100 to export as one
 _LLAMA = DecoderConfig(tie_embeddings=False)
 
 PRESETS: dict[str, ModelConfig] = {
@@ -214,5 +342,9 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str, **changes) -> ModelConfig:
-    """The named preset with fields replaced: ``preset("tiny", vocab_size=8000)``. KeyError on an unknown name."""
+    """The named preset with fields replaced: ``preset("tiny", vocab_size=8000)``.
+
+    Raises:
+        KeyError: when there is no preset of this name.
+    """
     return dataclasses.replace(PRESETS[name], **changes)

@@ -1,4 +1,4 @@
-"""The small parts every model is made of: linear maps, norms, embeddings, feed-forward blocks."""
+"""The layers that every model is made of: linear maps, norms, embeddings, feed-forward layers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from jaxlm.core.leaves import is_leaf
 from jaxlm.core.sharding import constrain, num_shards
 from jaxlm.nn.config import StackConfig
 
+__all__ = ["ACTIVATIONS", "Embedding", "Linear", "Mlp", "Norm", "gelu", "softcap", "split_key", "truncated_normal"]
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
+
+def truncated_normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
+    """Normal float32 numbers, cut off at three standard deviations."""
     return std * jax.random.truncated_normal(rngs.params(), -3.0, 3.0, shape, jnp.float32)
 
 
 class Linear(nnx.Module):
-    """``x_..xI @ kernel_IxO (+ bias_O)``. The kernel may be any leaf ``ops.dot`` knows.
+    """``x_..xI @ kernel_IxO (+ bias_O)``. The kernel may be any leaf that ``ops.dot`` knows.
 
-    ``scale`` shrinks the initial standard deviation ``1 / sqrt(I)``: residual outputs use it (GPT-2, section 2.3).
+    ``scale`` multiplies the initial standard deviation ``1 / sqrt(I)``. The last projection before a residual stream
+    uses it (GPT-2, section 2.3).
     """
 
     def __init__(self, n_in: int, n_out: int, axes: tuple[str, str], *, bias: bool, rngs: nnx.Rngs, scale: float = 1.0):
-        self.kernel = nnx.Param(normal(rngs, (n_in, n_out), scale * n_in**-0.5), axes=axes)
+        self.kernel = nnx.Param(truncated_normal(rngs, (n_in, n_out), scale * n_in**-0.5), axes=axes)
         self.bias = nnx.Param(jnp.zeros(n_out), axes=axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,14 +45,14 @@ class Norm(nnx.Module):
 
     def __init__(self, width: int, config: StackConfig):
         self.eps = config.norm_eps
-        self.centred = config.norm == "layernorm"
+        self.centered = config.norm == "layernorm"
         self.scale = nnx.Param(jnp.ones(width), axes=("norm",))
-        has_bias = self.centred and config.norm_bias
+        has_bias = self.centered and config.norm_bias
         self.bias = nnx.Param(jnp.zeros(width), axes=("norm",)) if has_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        if self.centred:
+        if self.centered:
             y = y - jnp.mean(y, -1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
         y = y * self.scale.get_value()
@@ -58,43 +62,50 @@ class Norm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A table of rows; also the output head where embeddings are tied."""
+    """A table of one row a token; also the output head if embeddings are tied."""
 
     def __init__(self, rows: int, width: int, axes: tuple[str, str], *, rngs: nnx.Rngs, std: float = 0.02):
-        self.table = nnx.Param(normal(rngs, (rows, width), std), axes=axes)
+        self.table = nnx.Param(truncated_normal(rngs, (rows, width), std), axes=axes)
 
     def __call__(self, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """The rows of these tokens: ``[..., width]``."""
         table = self.table.get_value()
         if is_leaf(table):
             return ops.take(table, ids).astype(dtype)
-        # Whole rows, before and (the gradient) after: a lookup of parts of rows would move the activations of all
-        # devices around instead. Rows split over "tensor" stay so; each device looks up its own.
-        table = constrain(table, (self.table.get_metadata("axes")[0], "features"))
-        if self.table.get_metadata("axes")[0] == "vocab" and num_shards("vocab") > 1 and len(table) % num_shards("vocab") == 0:
-            return _split_lookup(table, ids).astype(dtype)
+        # Each device gets whole rows (and whole rows of the gradient): a lookup of parts of rows would move the
+        # activations of all devices instead. Rows that are split over "tensor" stay split; a device looks up its own.
+        axis = self.table.get_metadata("axes")[0]
+        table = constrain(table, (axis, "features"))
+        shards = num_shards("vocab")
+        if axis == "vocab" and shards > 1 and len(table) % shards == 0:
+            return _sharded_lookup(table, ids).astype(dtype)
         return ops.take(table, ids).astype(dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
+        """``x`` times every row: ``[..., rows]``."""
         return ops.dot_t(x, self.table.get_value())
 
 
-def _split_lookup(table_VxD: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows, in float32, of a table whose rows are split over "tensor". GSPMD would do the same, save that it fails
-    where other axes are manual; and XLA on CPU aborts at a sum of bfloat16 in ``shard_map``."""
-    def of_part(table_VxD, ids, first):
-        own = ids - first[0]
-        mine = (own >= 0) & (own < len(table_VxD))
-        rows = jnp.take(table_VxD, jnp.where(mine, own, 0), axis=0).astype(jnp.float32)
-        return jax.lax.psum(jnp.where(mine[..., None], rows, 0), "tensor")
+def _sharded_lookup(table_VxD: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows, in float32, of a table whose rows are split over "tensor".
+
+    GSPMD would do the same, but fails where other axes are manual. The rows are float32 because XLA on CPU aborts at a
+    sum of bfloat16 in ``shard_map``.
+    """
+    def lookup(table_VxD, ids, first):
+        own_ids = ids - first[0]
+        is_own = (own_ids >= 0) & (own_ids < len(table_VxD))
+        rows = jnp.take(table_VxD, jnp.where(is_own, own_ids, 0), axis=0).astype(jnp.float32)
+        return jax.lax.psum(jnp.where(is_own[..., None], rows, 0), "tensor")
 
     firsts = jnp.arange(0, len(table_VxD), len(table_VxD) // num_shards("vocab"))
     return jax.shard_map(
-        of_part, in_specs=(P("tensor"), P(), P("tensor")), out_specs=P(), axis_names={"tensor"}
+        lookup, in_specs=(P("tensor"), P(), P("tensor")), out_specs=P(), axis_names={"tensor"}
     )(table_VxD, ids, firsts)
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """``x * Phi(x)`` (arXiv:1606.08415) by erf: ``jax.nn.gelu`` goes by erfc, 2.4 times the work on CPU."""
+    """``x * Phi(x)`` (arXiv:1606.08415) by erf. ``jax.nn.gelu`` uses erfc, which is 2.4 times the work on CPU."""
     return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
 
 
@@ -112,7 +123,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Mlp(nnx.Module):
-    """The feed-forward block: ``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (arXiv:2002.05202)."""
+    """The feed-forward layer: ``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (arXiv:2002.05202)."""
 
     def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, scale: float):
         width, ffn, bias = config.width, config.d_ffn, config.mlp_bias
@@ -128,7 +139,7 @@ class Mlp(nnx.Module):
 
 
 def split_key(key: jax.Array | None, n: int) -> list[jax.Array | None]:
-    """``n`` keys, or ``n`` times None where there is no randomness."""
+    """``n`` keys; without a key, ``n`` times None."""
     return [None] * n if key is None else list(jax.random.split(key, n))
 
 

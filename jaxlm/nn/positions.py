@@ -1,4 +1,4 @@
-"""Where a token stands: rotary, sinusoidal and relative positions. (Learned ones are an ``Embedding``.)"""
+"""Positions of tokens: rotary, sinusoidal and relative. (Learned positions are an ``Embedding``.)"""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jaxlm.nn.config import RopeScaling, StackConfig
 
 
 def rotary_angles(positions_BxT: jax.Array, config: StackConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines ``[B, T, 1, d_rotary / 2]`` of the rotation of each pair (arXiv:2104.09864).
+    """Cosines and sines ``[B, T, 1, d_rotary / 2]`` of the rotation of each pair of dimensions (arXiv:2104.09864).
 
-    Methods whose frequencies depend on the length of the text take it from the largest position there is. While
-    decoding, keys stay as they were rotated: what was read at another length keeps the frequencies of that length.
+    Methods whose frequencies depend on the length of the text take the largest position for it. While decoding, cached
+    keys stay as they were rotated, with the frequencies of the length at that time.
     """
     scaling, size = config.rope_scaling, config.d_rotary
     length = jnp.max(positions_BxT) + 1
@@ -34,7 +34,7 @@ def rotary_angles(positions_BxT: jax.Array, config: StackConfig) -> tuple[jax.Ar
 
 
 def local_rotary_angles(positions_BxT: jax.Array, config: StackConfig) -> tuple[jax.Array, jax.Array]:
-    """``rotary_angles`` of the layers with a window, where those have a base of their own."""
+    """``rotary_angles`` of the layers with a window, with the base ``rope_local_theta``."""
     return _angles(positions_BxT, _frequencies(config.d_rotary, config.rope_local_theta))
 
 
@@ -48,11 +48,11 @@ def _frequencies(size: int, theta: float) -> np.ndarray:
 
 
 def _scaled(frequencies_K: np.ndarray, theta: float, scaling: RopeScaling) -> np.ndarray:
-    """Frequencies by the methods that depend on nothing else."""
+    """The frequencies under the methods that do not depend on the length of the text."""
     slowed = frequencies_K / scaling.factor
     if scaling.method == "linear":  # position interpolation (arXiv:2306.15595)
         return slowed
-    if scaling.method == "llama3":  # arXiv:2407.21783; between two wavelengths, a mixture
+    if scaling.method == "llama3":  # arXiv:2407.21783; between two wavelengths a mixture of both
         turns = scaling.original_positions * frequencies_K / (2 * np.pi)
         kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         kept = np.clip(kept, 0.0, 1.0)
@@ -71,9 +71,8 @@ def _scaled(frequencies_K: np.ndarray, theta: float, scaling: RopeScaling) -> np
     return frequencies_K
 
 
-def slowing(config: StackConfig) -> np.ndarray | None:
-    """What the scaling divides each frequency by, ``[d_rotary / 2]``, where that depends on nothing else; None without
-    scaling."""
+def frequency_divisors(config: StackConfig) -> np.ndarray | None:
+    """By what the scaling divides each frequency, ``[d_rotary / 2]`` (``_scaled``); None without scaling."""
     if config.rope_scaling.method == "none":
         return None
     frequencies_K = _frequencies(config.d_rotary, config.rope_theta)
@@ -85,15 +84,15 @@ def rotate(x_BxTxHxK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = cos.shape[-1]
     x = x_BxTxHxK.astype(jnp.float32)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = [a * cos - b * sin, b * cos + a * sin]
-    return jnp.concatenate(turned + [rest] * (rest.shape[-1] > 0), -1).astype(x_BxTxHxK.dtype)
+    rotated = [a * cos - b * sin, b * cos + a * sin]
+    return jnp.concatenate(rotated + [rest] * (rest.shape[-1] > 0), -1).astype(x_BxTxHxK.dtype)
 
 
 def sinusoids(positions_BxT: jax.Array, config: StackConfig) -> jax.Array:
     """``[B, T, width]``: sines in the first half, cosines in the second (arXiv:1706.03762, section 3.5).
 
-    Wavelengths go geometrically from 2 pi to just below 10000 * 2 pi, as in the paper, or, for ``sinusoidal_t2t``, to
-    10000 * 2 pi itself, as in the code its authors published (tensor2tensor) and in what followed that (fairseq).
+    Wavelengths are a geometric sequence from 2 pi on. It ends just below 10000 * 2 pi, as in the paper; for
+    ``sinusoidal_t2t`` it ends at 10000 * 2 pi, as in the code of the paper's authors (tensor2tensor) and in fairseq.
     """
     half = config.width // 2
     steps = half - 1 if config.positions == "sinusoidal_t2t" else half

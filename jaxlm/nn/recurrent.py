@@ -1,4 +1,4 @@
-"""The LSTM language model: the recurrent baseline."""
+"""The LSTM language model, the recurrent baseline."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from jaxlm.nn.layers import Embedding, Linear, split_key
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LSTMState:
-    """The state of every layer. Left padding (slots before ``start``) leaves it at zero. In beam search each of the B
-    sentences has several rows, its beams, one after the other."""
+    """The state of every layer. Padding at the left (slots before ``start``) leaves it at zero.
 
-    hidden: tuple[jax.Array, ...]  # a layer: [B * beams, H]
+    In beam search each of the B sentences has several rows, its beams, one after the other.
+    """
+
+    hidden: tuple[jax.Array, ...]  # for each layer [B * beams, H]
     cell: tuple[jax.Array, ...]
     index: jax.Array  # int32 scalar: tokens read so far, padding included
     start: jax.Array  # int32 [B]
@@ -33,7 +35,7 @@ class LSTMState:
         return replace(self, hidden=hidden, cell=cell)
 
     def take(self, rows_B: jax.Array) -> LSTMState:
-        """That of some of the sentences."""
+        """The state of some of the sentences."""
 
         def of(x_RxH):
             x_BxKxH = x_RxH.reshape(len(self.start), -1, x_RxH.shape[-1])
@@ -43,11 +45,11 @@ class LSTMState:
         return replace(self, hidden=hidden, cell=cell, start=self.start[rows_B])
 
     def grow(self, count: int) -> LSTMState:
-        """The same: its size does not depend on how much it has read."""
+        """The same state: its size does not depend on the number of tokens."""
         return self
 
     def reorder(self, beams_BxK: jax.Array) -> LSTMState:
-        """After ``fork``: beam k goes on from the state of the given beam of its sentence."""
+        """After ``fork``: beam k continues from the state of the given beam of its sentence."""
         batch, beams = beams_BxK.shape
         rows = (beams * jnp.arange(batch)[:, None] + beams_BxK).reshape(-1)
         hidden, cell = jax.tree.map(lambda x: x[rows], (self.hidden, self.cell))
@@ -66,7 +68,7 @@ class LSTMLayer(nnx.Module):
         self.input.bias.set_value(self.input.bias.get_value().at[hidden : 2 * hidden].set(1.0))
 
     def __call__(self, x_BxTxD: jax.Array, h_BxH: jax.Array, c_BxH: jax.Array, real_BxT: jax.Array):
-        """``(outputs [B, T, H], h, c)``; where ``real`` is false a step leaves the state as it was."""
+        """``(outputs [B, T, H], h, c)``; where ``real`` is false, a step does not change the state."""
 
         def step(carry, inputs):
             h, c = carry
@@ -84,7 +86,7 @@ class LSTMLayer(nnx.Module):
 
 
 class LSTMLM(nnx.Module):
-    """Tokens to the logits of their successors, with the same protocol as ``DecoderLM``."""
+    """From tokens to the logits of the tokens that follow them, with the same methods as ``DecoderLM``."""
 
     def __init__(self, config: LSTMConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -1,24 +1,31 @@
-"""What of a layer is kept for the backward pass, by name."""
+"""Rematerialization: which values of a layer the forward pass keeps for the backward pass, by the name of a policy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 
 from jaxlm.core.sharding import HOST_MEMORY
+from jaxlm.nn.config import Remat
 
-LAYER_INPUT = "layer_input"  # what ``jax.ad_checkpoint.checkpoint_name`` calls the input of a layer
+__all__ = ["LAYER_INPUT", "with_remat"]
+
+LAYER_INPUT = "layer_input"  # the name of a layer's input for ``jax.ad_checkpoint.checkpoint_name``
 
 
-def rematerialised(body, policy: str, *, mapped: bool = False, chosen: bool = False):
-    """What of a layer is kept for the backward pass; the rest is computed again.
+def with_remat(body: Callable, policy: Remat, *, mapped: bool = False, chosen: bool = False) -> Callable:
+    """``body``, which runs a layer, keeping only some values for its backward pass; it computes the others again.
 
-    - ``none``: everything, save, where they are ``chosen``, the parameters
-    - ``full``: its input; ``offload``: that too, in the memory of the host
-    - ``dots``: also what matrix products with parameters gave; ``offload_dots``: only those, in the memory of the host
+    - ``none`` keeps everything, except the parameters where they are ``chosen``
+    - ``full`` keeps the layer's input; ``offload`` keeps it in the memory of the host
+    - ``dots`` keeps the layer's input and the results of products with parameters; ``offload_dots`` keeps only these
+      results, in the memory of the host
 
-    Layers that are ``mapped`` over stages have products with parameters that differ from stage to stage.
+    Args:
+        mapped: the layer is mapped over pipeline stages, so that products with parameters have a batch dimension.
+        chosen: the parameters are selected inside ``body``.
     """
     if policy == "none" and not chosen:
         return body
@@ -38,8 +45,8 @@ def rematerialised(body, policy: str, *, mapped: bool = False, chosen: bool = Fa
     return partial(jax.checkpoint, prevent_cse=False, policy=saveable)(body)
 
 
-def _one_batch_dimension(policy, primitive, *operands, **params):
-    """A policy for products without batch dimensions, extended to those with one."""
+def _one_batch_dimension(policy: Callable, primitive, *operands, **params):
+    """A policy for products without batch dimensions, extended to products with one."""
     if primitive.name == "dot_general":
         contracted, (batched, _) = params["dimension_numbers"]
         if len(batched) == 1:

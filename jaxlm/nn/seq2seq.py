@@ -6,15 +6,17 @@ import jax
 from flax import nnx
 
 from jaxlm.nn.attention.kv_cache import Cache
-from jaxlm.nn.config import Seq2SeqConfig
-from jaxlm.nn.decoder import embed, head, head_logits
+from jaxlm.nn.config import Seq2SeqConfig, layer_groups_of
+from jaxlm.nn.decoder import embed, head_logits, output_head
 from jaxlm.nn.layers import Embedding
-from jaxlm.nn.moe.routing import Routing, joined
-from jaxlm.nn.stack import Stack, layer_groups_of
+from jaxlm.nn.moe.routing import Routing, concat_routings
+from jaxlm.nn.stack import Stack
+
+__all__ = ["Seq2Seq"]
 
 
 class Seq2Seq(nnx.Module):
-    """Source tokens and target prefix to the logits of the next target token."""
+    """From source tokens and the beginning of the target to the logits of the target tokens that follow."""
 
     def __init__(self, config: Seq2SeqConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -24,7 +26,7 @@ class Seq2Seq(nnx.Module):
         self.src_embed = Embedding(rows, config.width, axes, rngs=rngs, std=std) if rows else None
         self.encoder = Stack(config.encoder, layer_groups_of(config, "encoder"), causal=False, cross=False, rngs=rngs)
         self.decoder = Stack(config.decoder, layer_groups_of(config, "decoder"), causal=True, cross=True, rngs=rngs)
-        self.head, self.logits_bias = head(config, rngs=rngs)
+        self.head, self.logits_bias = output_head(config, rngs=rngs)
 
     def __call__(
         self,
@@ -45,54 +47,57 @@ class Seq2Seq(nnx.Module):
         src_mask_BxS: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing | None]:
-        """Logits ``[B, T, V]`` in float32, and what the routers did, where there are experts, the encoder's first.
+        """Logits ``[B, T, V]`` in float32, and what the routers did, the encoder's first (None without experts).
 
-        ``tgt`` is the decoder's input, beginning with ``bos_id``.
-        The mask says which source tokens are real (default: those that are not ``pad_id``). Dropout needs a ``key``.
+        Args:
+            tgt_BxT: the decoder's input, which begins with ``bos_id``.
+            src_mask_BxS: false for source tokens that are padding; default: those that are ``pad_id``.
+            key: for dropout; without it there is none.
         """
-        x_BxTxD, routing, _ = self._translate(src_BxS, tgt_BxT, src_mask_BxS, key)
+        x_BxTxD, routing, _ = self._encode_decode(src_BxS, tgt_BxT, src_mask_BxS, key)
         return head_logits(self, x_BxTxD), routing
 
-    def with_states(
+    def with_hidden_states(
         self, src_BxS: jax.Array, tgt_BxT: jax.Array, *, key: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Logits as of a call, and what each layer of the decoder gave, ``[L, B, T, D]``."""
-        x_BxTxD, _, states_LxBxTxD = self._translate(src_BxS, tgt_BxT, None, key, states=True)
+        """Logits as of a call, and the output of each layer of the decoder, ``[L, B, T, D]``."""
+        x_BxTxD, _, states_LxBxTxD = self._encode_decode(src_BxS, tgt_BxT, None, key, hidden_states=True)
         return head_logits(self, x_BxTxD), states_LxBxTxD
 
-    def _translate(self, src_BxS, tgt_BxT, src_mask_BxS, key, *, states: bool = False):
+    def _encode_decode(self, src_BxS, tgt_BxT, src_mask_BxS, key, *, hidden_states: bool = False):
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         src_mask_BxS = self.source_mask(src_BxS, src_mask_BxS)
-        memory_BxSxD, of_encoder, _ = self._encode(src_BxS, src_mask_BxS, encoder_key)
-        x_BxTxD, of_decoder, states_LxBxTxD = self.decoder(
+        memory_BxSxD, encoder_routing, _ = self._encode(src_BxS, src_mask_BxS, encoder_key)
+        x_BxTxD, decoder_routing, states_LxBxTxD = self.decoder(
             embed(self.embed, tgt_BxT, self.config),
             memory_BxMxD=memory_BxSxD,
             memory_mask_BxM=src_mask_BxS,
             key=decoder_key,
-            states=states,
+            hidden_states=hidden_states,
         )
-        return x_BxTxD, joined([of_encoder, of_decoder]), states_LxBxTxD
+        return x_BxTxD, concat_routings([encoder_routing, decoder_routing]), states_LxBxTxD
 
     def encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array | None = None) -> jax.Array:
         """The encoder's output ``[B, S, D]``."""
         return self._encode(src_BxS, self.source_mask(src_BxS, src_mask_BxS), None)[0]
 
     def init_cache(self, memory_BxSxD: jax.Array, src_mask_BxS: jax.Array, length: int) -> Cache:
-        """A cache for targets of at most ``length`` tokens, with the memory projected once for every layer."""
+        """A cache for targets of at most ``length`` tokens, with keys and values of the encoder's output for every
+        layer."""
         cache = self.decoder.init_cache(memory_BxSxD.shape[0], length)
         return cache.replace(memory=self.decoder.memory_key_values(memory_BxSxD), memory_mask=src_mask_BxS)
 
     def decode(self, tokens_BxT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Appends T target tokens to every row: their logits ``[B, T, V]`` and the longer cache."""
+        """Appends T target tokens to every row: their logits ``[B, T, V]``, and the cache with them."""
         x_BxTxD, cache = self.decoder.decode(embed(self.embed, tokens_BxT, self.config), cache)
         return head_logits(self, x_BxTxD), cache
 
     def source_mask(self, src_BxS: jax.Array, src_mask_BxS: jax.Array | None = None) -> jax.Array:
-        """Which source tokens are real, bool ``[B, S]``: as given, else those that are not padding."""
+        """Bool ``[B, S]``, false for padding: as given, else where the token is ``pad_id``."""
         return src_BxS != self.config.pad_id if src_mask_BxS is None else src_mask_BxS
 
     def embed_source(self, src_BxS: jax.Array) -> jax.Array:
-        """``[B, S, D]``, from the table of the source's vocabulary."""
+        """The embeddings of source tokens, ``[B, S, D]``."""
         return embed(self.embed if self.src_embed is None else self.src_embed, src_BxS, self.config)
 
     def _encode(self, src_BxS: jax.Array, src_mask_BxS: jax.Array, key: jax.Array | None):

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh
 
 from jaxlm.core.sharding import abstract_mesh, bytes_per_device, num_batch_shards
 from jaxlm.core.tree import flatten
-from jaxlm.nn.attention.flash import in_blocks
+from jaxlm.nn.attention.flash import uses_flash
 from jaxlm.nn.config import ModelConfig
 from jaxlm.planning.abstract_models import abstract_batch, abstract_trained, with_vocab_size
 from jaxlm.planning.topology import Topology
@@ -150,7 +150,7 @@ def _activations(
     heads, gates = model.heads * model.d_head, 3 if model.gated else 2
     wide = tokens * (heads + 2 * model.n_kv_heads * model.d_head + gates * model.d_ffn) * item / tensor
     scores = 3 * rows * model.heads * length**2 * 4 / tensor
-    if in_blocks(length, length) and ways["sequence"] == 1 and not model.attention_dropout:
+    if uses_flash(length, length) and ways["sequence"] == 1 and not model.attention_dropout:
         scores = 3 * tokens * heads * 4 / tensor  # blocks accumulate outputs, then gradients of keys and values
     kept = {"none": 4 * residual + wide + scores, "dots": 3 * residual + wide}.get(remat, residual)
     return logits + _layers(model) * kept + 4 * residual + 2 * wide + scores

@@ -30,7 +30,7 @@ from jaxlm.hf.gguf.tokenizer import tokenizer_metadata
 from jaxlm.hf.tensor_files import LazyTensor
 from jaxlm.hf.writer import ExportPlan, plan_export, to_hf_config
 from jaxlm.nn.config import DecoderConfig, ModelConfig
-from jaxlm.nn.positions import slowing
+from jaxlm.nn.positions import frequency_divisors
 
 __all__ = ["GGUF_PREFIX", "GGUF_TYPES", "export_gguf"]
 
@@ -69,7 +69,7 @@ def export_gguf(
     }
     encoder = _Encoder(config, architecture, plan, kind)
     tensors = {architecture.tensor_name(name): encoder.tensor(name) for name in plan.slices}
-    if architecture.interleaved_rope and (factors := slowing(config)) is not None:
+    if architecture.interleaved_rope and (factors := frequency_divisors(config)) is not None:
         tensors["rope_freqs.weight"] = _rounded("F32", factors.shape, lambda: factors[None])
     path = Path(path).expanduser()
     path = path if path.suffix == ".gguf" else path / "model.gguf"

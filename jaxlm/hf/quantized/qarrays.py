@@ -16,8 +16,7 @@ import numpy as np
 from jaxlm.core.leaves import QArray
 from jaxlm.hf.families.fields import TensorSpec
 from jaxlm.hf.quantized.matrix import QuantizedMatrix, dequantize_matrix
-from jaxlm.nn.config import DecoderConfig, ModelConfig
-from jaxlm.nn.stack import layer_groups_of
+from jaxlm.nn.config import DecoderConfig, ModelConfig, layer_groups_of
 
 __all__ = ["dense_slice", "outputs_first", "split_layer_groups", "stack_matrices"]
 

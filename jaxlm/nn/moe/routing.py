@@ -1,13 +1,14 @@
-"""Tokens to their experts and back, with the experts spread over the mesh axis ``expert``.
+"""Sends tokens to their experts and back, with the experts split over the mesh axis ``expert``.
 
-Every expert has a fixed number of slots for the tokens of a group. A token's place among those that chose the same
-expert decides whether it gets one: all first choices come before all second ones (GShard, arXiv:2006.16668, algorithm
-1). Slots go to the devices of their experts by one all-to-all and come back by another.
+Every expert has a fixed number of slots for the tokens of a group. The rank of a token among those that chose the same
+expert decides whether it gets a slot: all first choices come before all second ones (GShard, arXiv:2006.16668,
+algorithm 1). One all-to-all sends slots to the devices of their experts, and another sends them back.
 
-- ``capacity`` routing (Switch, arXiv:2101.03961, section 2.2): the groups are rows, and what finds no slot is dropped.
-- ``dropless`` routing: the group is what a device holds, and whoever found no slot is sent in the next round. As many
-  rounds run as the most popular expert needs; routers that are balanced need one or two. (In a pipeline stages differ
-  in that, so that all rounds run that any could need: E / (factor * K) at most.)
+- ``capacity`` routing (Switch, arXiv:2101.03961, section 2.2): a group is a row, and a choice without a slot is
+  dropped.
+- ``dropless`` routing: a group is the tokens of a device, and a choice without a slot is sent in the next round. As
+  many rounds run as the most popular expert needs; balanced routers need one or two. (The stages of a pipeline differ
+  in this, so there the highest possible number of rounds runs: E / (factor * K).)
 """
 
 from __future__ import annotations
@@ -22,41 +23,48 @@ import jax.numpy as jnp
 
 from jaxlm.core.errors import UserError
 
-__all__ = ["Routing", "capacity", "in_rounds", "joined", "limited", "sorted_by_expert"]
+__all__ = ["Routing", "apply_sorted", "concat_routings", "dispatch_in_rounds", "dispatch_with_capacity",
+           "expert_capacity"]
 
-Apply = Callable[[jax.Array], jax.Array]  # the experts that are here, each to its own rows: [E, M, D] to [E, M, D]
+Apply = Callable[[jax.Array], jax.Array]  # the experts of this device, each on its own rows: [E, M, D] to [E, M, D]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Routing:
-    """What a router did with a batch, as sums over its tokens (``[..., layers, ...]`` from a stack), float32."""
+    """Statistics of a router, float32, summed over the tokens of a batch; from a stack ``[layers, ...]``."""
 
-    tokens: jax.Array
-    chosen_E: jax.Array  # tokens that chose the expert, first or later
-    probability_E: jax.Array  # that the router gave it
-    square: jax.Array  # of the logarithm of the router's normaliser
-    dropped: jax.Array  # choices that found no slot
+    tokens: jax.Array  # their number
+    chosen_E: jax.Array  # tokens for which the expert is one of the choices
+    probability_E: jax.Array  # the router's probabilities
+    square: jax.Array  # the squared logarithm of the softmax's denominator
+    dropped: jax.Array  # choices without a slot
 
 
-def joined(routings: Sequence[Routing | None]) -> Routing | None:
-    """Of several runs of layers, those with experts."""
+def concat_routings(routings: Sequence[Routing | None]) -> Routing | None:
+    """The statistics of several layer groups as one, ``[layers with experts, ...]``; None if no layer has experts."""
     routings = [each for each in routings if each is not None]
     return jax.tree.map(lambda *each: jnp.concatenate(each), *routings) if routings else None
 
 
-def capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
-    """Slots that an expert has for a group of so many tokens: ``factor`` times its even share."""
+def expert_capacity(factor: float, tokens: int, choices: int, experts: int) -> int:
+    """Slots of an expert for a group of ``tokens`` tokens with ``choices`` each: ``factor`` times its even share.
+
+    Raises:
+        UserError: when the factor is not positive.
+    """
     if factor <= 0:
         raise UserError(f"model.capacity_factor is {factor}; it must be positive")
     return min(tokens, math.ceil(factor * tokens * choices / experts))
 
 
-def sorted_by_expert(
+def apply_sorted(
     apply: Callable[[jax.Array, jax.Array], jax.Array], x_TxD: jax.Array, experts_TxK: jax.Array, experts: int
 ) -> jax.Array:
-    """``[T, K, D]``: what each token's experts make of it, all of them being here. ``apply`` is given rows sorted by
-    expert, and how many each has."""
+    """The outputs of each token's experts, ``[T, K, D]``, when all experts are on this device.
+
+    ``apply`` takes rows sorted by expert and the number of rows of each.
+    """
     order = jnp.argsort(experts_TxK.reshape(-1), stable=True)
     sizes_E = jnp.bincount(experts_TxK.reshape(-1), length=experts).astype(jnp.int32)
     sorted_TKxD = apply(x_TxD[order // experts_TxK.shape[1]], sizes_E)
@@ -64,43 +72,47 @@ def sorted_by_expert(
     return y_TKxD.reshape(*experts_TxK.shape, -1)
 
 
-def limited(
-    apply: Apply, x_GxTxD: jax.Array, experts_GxTxK: jax.Array, experts: int, slots: int, *, parts: str | None,
-    spread: str | None,
+def dispatch_with_capacity(
+    apply: Apply, x_GxTxD: jax.Array, experts_GxTxK: jax.Array, experts: int, slots: int, *, length_axis: str | None,
+    expert_axis: str | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """``[G, T, K, D]``, zero where a choice found no slot, and which did, ``[G, T, K]``.
+    """The outputs of each token's experts, ``[G, T, K, D]``, 0 for a choice without a slot; and which choices have one,
+    bool ``[G, T, K]``.
 
-    ``parts`` is the mesh axis over which the tokens of a group are split, ``spread`` the one of the experts.
+    ``length_axis`` is the mesh axis over which the tokens of a group are split, ``expert_axis`` that of the experts.
     """
-    place_GxTxK, of_group_GxTxK = _places(experts_GxTxK, experts, parts)
-    kept_GxTxK = of_group_GxTxK < slots
-    place_GxTxK = jnp.where(kept_GxTxK, place_GxTxK, slots)
-    return _round_trip(apply, x_GxTxD, experts_GxTxK, place_GxTxK, experts, slots, spread), kept_GxTxK
+    rank_GxTxK, group_rank_GxTxK = _ranks(experts_GxTxK, experts, length_axis)
+    has_slot_GxTxK = group_rank_GxTxK < slots
+    rank_GxTxK = jnp.where(has_slot_GxTxK, rank_GxTxK, slots)
+    return _send_and_return(apply, x_GxTxD, experts_GxTxK, rank_GxTxK, experts, slots, expert_axis), has_slot_GxTxK
 
 
-def in_rounds(
-    apply: Apply, x_TxD: jax.Array, experts_TxK: jax.Array, experts: int, slots: int, *, spread: str,
-    everywhere: Sequence[str],
+def dispatch_in_rounds(
+    apply: Apply, x_TxD: jax.Array, experts_TxK: jax.Array, experts: int, slots: int, *, expert_axis: str,
+    token_axes: Sequence[str],
 ) -> jax.Array:
-    """``[T, K, D]`` of the tokens of this device. ``everywhere`` are the mesh axes whose devices hold other tokens."""
-    x_GxTxD, experts_GxTxK = x_TxD[None], experts_TxK[None]
-    place_GxTxK, _ = _places(experts_GxTxK, experts, None)
-    last = jax.lax.pmax(jnp.max(place_GxTxK), tuple(everywhere)) // slots  # the same round for all, who meet in each
+    """The outputs of the experts of this device's tokens, ``[T, K, D]``; none is dropped.
 
-    def one(number):
-        place = place_GxTxK - number * slots
-        place = jnp.where((place >= 0) & (place < slots), place, slots)
-        return _round_trip(apply, x_GxTxD, experts_GxTxK, place, experts, slots, spread)[0]
+    ``token_axes`` are the mesh axes over which tokens are split.
+    """
+    x_GxTxD, experts_GxTxK = x_TxD[None], experts_TxK[None]
+    rank_GxTxK, _ = _ranks(experts_GxTxK, experts, None)
+    last = jax.lax.pmax(jnp.max(rank_GxTxK), tuple(token_axes)) // slots  # the same for all devices: all take part
+
+    def run_round(number):
+        rank = rank_GxTxK - number * slots
+        rank = jnp.where((rank >= 0) & (rank < slots), rank, slots)
+        return _send_and_return(apply, x_GxTxD, experts_GxTxK, rank, experts, slots, expert_axis)[0]
 
     @jax.checkpoint  # rounds that may not run keep nothing for the backward pass
-    def further(y_TxKxD, number):
-        return jax.lax.cond(number <= last, lambda: y_TxKxD + one(number), lambda: y_TxKxD), None
+    def next_round(y_TxKxD, number):
+        return jax.lax.cond(number <= last, lambda: y_TxKxD + run_round(number), lambda: y_TxKxD), None
 
-    return jax.lax.scan(further, one(0), jnp.arange(1, math.ceil(len(x_TxD) / slots)))[0]
+    return jax.lax.scan(next_round, run_round(0), jnp.arange(1, math.ceil(len(x_TxD) / slots)))[0]
 
 
-def _places(experts_GxTxK: jax.Array, experts: int, parts: str | None) -> tuple[jax.Array, jax.Array]:
-    """How many choices of the same expert come before each, ``[G, T, K]``: on this device, and in the whole group."""
+def _ranks(experts_GxTxK: jax.Array, experts: int, length_axis: str | None) -> tuple[jax.Array, jax.Array]:
+    """How many choices of the same expert come before each choice, ``[G, T, K]``: on this device, and in the group."""
     G, T, K = experts_GxTxK.shape
     chosen_GxKxTxE = jax.nn.one_hot(experts_GxTxK.swapaxes(1, 2), experts, dtype=jnp.int32)
     among_GxKTxE = chosen_GxKxTxE.reshape(G, K * T, experts)
@@ -109,38 +121,40 @@ def _places(experts_GxTxK: jax.Array, experts: int, parts: str | None) -> tuple[
     def at_choice(before_GxKTxE):
         return jnp.sum(before_GxKTxE * among_GxKTxE, -1).reshape(G, K, T).swapaxes(1, 2)
 
-    place_GxTxK = at_choice(before_GxKTxE)
-    if parts is None:
-        return place_GxTxK, place_GxTxK
+    rank_GxTxK = at_choice(before_GxKTxE)
+    if length_axis is None:
+        return rank_GxTxK, rank_GxTxK
     here_GxKxE = jnp.sum(chosen_GxKxTxE, 2)
-    all_PxGxKxE = jax.lax.all_gather(here_GxKxE, parts)
+    all_PxGxKxE = jax.lax.all_gather(here_GxKxE, length_axis)
     total_GxKxE = jnp.sum(all_PxGxKxE, 0)
-    earlier_P = jnp.arange(len(all_PxGxKxE)) < jax.lax.axis_index(parts)
+    earlier_P = jnp.arange(len(all_PxGxKxE)) < jax.lax.axis_index(length_axis)
     elsewhere_GxKxE = jnp.cumsum(total_GxKxE - here_GxKxE, 1) - (total_GxKxE - here_GxKxE)
     elsewhere_GxKxE += jnp.tensordot(earlier_P.astype(jnp.int32), all_PxGxKxE, 1)
     elsewhere_GxKTxE = jnp.repeat(elsewhere_GxKxE, T, 1)
-    return place_GxTxK, at_choice(before_GxKTxE + elsewhere_GxKTxE)
+    return rank_GxTxK, at_choice(before_GxKTxE + elsewhere_GxKTxE)
 
 
-def _round_trip(apply: Apply, x_GxTxD, experts_GxTxK, place_GxTxK, experts: int, slots: int, spread: str | None):
-    """``[G, T, K, D]`` of the choices whose place is one of the slots, zero elsewhere."""
+def _send_and_return(
+    apply: Apply, x_GxTxD, experts_GxTxK, rank_GxTxK, experts: int, slots: int, expert_axis: str | None
+) -> jax.Array:
+    """The outputs ``[G, T, K, D]`` of the choices whose rank is below ``slots``; 0 for the others."""
     G, T, K = experts_GxTxK.shape
     none = experts * slots  # out of range: neither written nor read
-    slot_GxTK = jnp.where(place_GxTxK < slots, experts_GxTxK * slots + place_GxTxK, none).reshape(G, T * K)
+    slot_GxTK = jnp.where(rank_GxTxK < slots, experts_GxTxK * slots + rank_GxTxK, none).reshape(G, T * K)
 
     @partial(jax.vmap, in_axes=(0, 0))
     def fill(x_TxD, slot_TK):
         empty = jnp.zeros((none, x_TxD.shape[1]), x_TxD.dtype)
-        return empty.at[slot_TK].add(jnp.repeat(x_TxD, K, 0), mode="drop")  # no two of them in one slot
+        return empty.at[slot_TK].add(jnp.repeat(x_TxD, K, 0), mode="drop")  # no two choices share a slot
 
-    held_GxExCxD = fill(x_GxTxD, slot_GxTK).reshape(G, experts, slots, -1)
-    if spread is not None:
-        held_GxExCxD = jax.lax.all_to_all(held_GxExCxD, spread, 1, 0, tiled=True)  # more groups, fewer experts
-    groups, here = held_GxExCxD.shape[:2]
-    made_ExMxD = apply(held_GxExCxD.swapaxes(0, 1).reshape(here, groups * slots, -1))
-    held_GxExCxD = made_ExMxD.reshape(here, groups, slots, -1).swapaxes(0, 1)
-    if spread is not None:
-        held_GxExCxD = jax.lax.all_to_all(held_GxExCxD, spread, 0, 1, tiled=True)
-    held_GxSxD = held_GxExCxD.reshape(G, none, -1)
-    read = jax.vmap(lambda held_SxD, slot_TK: held_SxD.at[slot_TK].get(mode="fill", fill_value=0))
-    return read(held_GxSxD, slot_GxTK).reshape(G, T, K, -1)
+    rows_GxExCxD = fill(x_GxTxD, slot_GxTK).reshape(G, experts, slots, -1)
+    if expert_axis is not None:
+        rows_GxExCxD = jax.lax.all_to_all(rows_GxExCxD, expert_axis, 1, 0, tiled=True)  # more groups, fewer experts
+    groups, here = rows_GxExCxD.shape[:2]
+    out_ExMxD = apply(rows_GxExCxD.swapaxes(0, 1).reshape(here, groups * slots, -1))
+    rows_GxExCxD = out_ExMxD.reshape(here, groups, slots, -1).swapaxes(0, 1)
+    if expert_axis is not None:
+        rows_GxExCxD = jax.lax.all_to_all(rows_GxExCxD, expert_axis, 0, 1, tiled=True)
+    rows_GxSxD = rows_GxExCxD.reshape(G, none, -1)
+    read = jax.vmap(lambda rows_SxD, slot_TK: rows_SxD.at[slot_TK].get(mode="fill", fill_value=0))
+    return read(rows_GxSxD, slot_GxTK).reshape(G, T, K, -1)

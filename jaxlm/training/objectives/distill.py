@@ -68,8 +68,8 @@ def distill_loss(
     inputs = (batch["src"], batch["inputs"]) if "src" in batch else (batch["inputs"],)
     packing = {f"{name}_BxT": batch[name] for name in ("segment_ids", "positions") if name in batch}
     if config.hidden:
-        student_BxTxV, ours_LxBxTxD = model.with_states(*inputs, key=key, **packing)
-        teacher_BxTxV, theirs_LxBxTxD = jax.lax.stop_gradient(teacher.model.with_states(*inputs, **packing))
+        student_BxTxV, ours_LxBxTxD = model.with_hidden_states(*inputs, key=key, **packing)
+        teacher_BxTxV, theirs_LxBxTxD = jax.lax.stop_gradient(teacher.model.with_hidden_states(*inputs, **packing))
         if teacher.projection_DxE is not None:
             ours_LxBxTxD = ours_LxBxTxD @ teacher.projection_DxE.astype(ours_LxBxTxD.dtype)
     else:

@@ -35,7 +35,7 @@ def programs(length: int, causal: bool, blocks: bool):
     def backward(q, k, v):
         return jax.grad(lambda *qkv: jnp.sum(forward(*qkv) ** 2), (0, 1, 2))(q, k, v)
 
-    with mock.patch.object(attention, "in_blocks", lambda *_: blocks):
+    with mock.patch.object(attention, "uses_flash", lambda *_: blocks):
         return [jax.jit(fn).lower(*arrays).compile() for fn in (forward, backward)], arrays
 
 

@@ -12,7 +12,7 @@ from jaxlm import nn
 from jaxlm.core.sharding import make_mesh
 from jaxlm.nn.attention import flash
 from jaxlm.nn.attention import layer as attention
-from jaxlm.nn.attention.kv_cache import quantize_kv
+from jaxlm.nn.attention.quantized_kv import quantize_kv
 from jaxlm.training.objectives.loss import make_loss
 
 B, H, G, K = 2, 4, 2, 8
@@ -26,7 +26,7 @@ def arrays(T, S):
 
 def plain(monkeypatch, fn, *args):
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "in_blocks", lambda *_: False)
+        patch.setattr(attention, "uses_flash", lambda *_: False)
         return fn(*args)
 
 
@@ -58,7 +58,7 @@ def test_blocks_are_attention(monkeypatch, kind, T, S):
 
         return jax.jit(jax.value_and_grad(sums, wanted, has_aux=True))(q, k, v, bias)
 
-    assert flash.in_blocks(T, S)
+    assert flash.uses_flash(T, S)
     want = plain(monkeypatch, value, attention.attend, False)
     monkeypatch.setattr(attention, "softcap", None)  # what only the plain way uses
     close(value(attention.attend, hidden), want)
@@ -129,5 +129,5 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
 
 
 def test_where_there_is_one_block_it_is_plain():
-    assert not flash.in_blocks(128, 128) and not flash.in_blocks(1, 10**6) and not flash.in_blocks(64, 4096)
-    assert not flash.in_blocks(256, 256) and flash.in_blocks(128, 640) and flash.in_blocks(2048, 2048)
+    assert not flash.uses_flash(128, 128) and not flash.uses_flash(1, 10**6) and not flash.uses_flash(64, 4096)
+    assert not flash.uses_flash(256, 256) and flash.uses_flash(128, 640) and flash.uses_flash(2048, 2048)

@@ -10,8 +10,8 @@ from flax import nnx
 
 from jaxlm import nn
 from jaxlm.nn.attention.layer import attend
-from jaxlm.nn.attention.paged import LayerPages, PagedCache, _rows
-from jaxlm.nn.attention.ring import MaskSpec, causal_mask, window_mask
+from jaxlm.nn.attention.masks import MaskSpec, causal_mask, window_mask
+from jaxlm.nn.attention.paged import LayerPages, PagedCache, _attend_rows
 
 MODELS = {
     "local": {"windows": (4, 0), "rope_local_theta": 300.0, "attention_softcap": 4.0},
@@ -74,7 +74,7 @@ def test_rows_together_and_rows_in_turn_are_one(queries, window):
     mask = mask if window is None else mask & window_mask(slots, np.arange(40)[None], window)
     want = attend(q, k, v, mask, bias, scale=0.3, cap=2.0)
     for one_by_one in (True, False):
-        got = jax.jit(lambda q, bias, flag=one_by_one: _rows(q, past, mask_spec, bias, 0.3, 2.0, one_by_one=flag))(q, bias)
+        got = jax.jit(lambda q, bias, flag=one_by_one: _attend_rows(q, past, mask_spec, bias, 0.3, 2.0, one_by_one=flag))(q, bias)
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 

@@ -14,7 +14,8 @@ from jaxlm import nn
 from jaxlm.core.sharding import make_mesh
 from jaxlm.core.tree import flatten
 from jaxlm.nn.attention.layer import attend
-from jaxlm.nn.attention.ring import MaskSpec, ring_attend, uses_ring
+from jaxlm.nn.attention.masks import MaskSpec
+from jaxlm.nn.attention.ring import ring_attend, uses_ring
 from jaxlm.training.objectives.loss import make_loss
 
 B, T, S, H, G, K = 2, 16, 24, 4, 2, 8

@@ -60,7 +60,7 @@ def test_the_parts_of_the_loss(config):
     @jax.jit
     def forward(params):
         model = nnx.merge(graphdef, params)
-        logits, states = model.with_states(*inputs)
+        logits, states = model.with_hidden_states(*inputs)
         return logits, states, model(*inputs), nn.decoder.head_logits(model, model.decoder.finish(states[-1]))
 
     logits, states, plain, of_states = forward(ours)

@@ -1,0 +1,40 @@
+"""From a configuration to a model: its structure (a graphdef) and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from jaxlm.core.tree import Params
+from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.decoder import DecoderLM
+from jaxlm.nn.recurrent import LSTMLM
+from jaxlm.nn.seq2seq import Seq2Seq
+
+__all__ = ["abstract", "build", "initializer"]
+
+_MODELS = {"decoder": DecoderLM, "seq2seq": Seq2Seq, "lstm": LSTMLM}
+
+
+def initializer(config: ModelConfig) -> tuple[nnx.GraphDef, Callable[[jax.Array], Params]]:
+    """The model's structure, and the pure function from a key to its parameters (to ``jit`` with out_shardings)."""
+
+    def make(key):
+        return _MODELS[config.kind](config, rngs=nnx.Rngs(params=key))
+
+    graphdef = nnx.graphdef(nnx.eval_shape(make, jax.random.key(0)))
+    return graphdef, lambda key: nnx.state(make(key))
+
+
+def build(config: ModelConfig, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
+    """A freshly initialised model: its structure and parameters."""
+    graphdef, init = initializer(config)
+    return graphdef, jax.jit(init)(key)
+
+
+def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    """The model with shapes and dtypes in place of arrays; allocates nothing."""
+    graphdef, init = initializer(config)
+    return graphdef, jax.eval_shape(init, jax.random.key(0))
