@@ -85,7 +85,7 @@ class JaxLM(TemplateLM):
             raise UserError(f"{path} is a translation model, and the harness asks language models")
         if self.lm.tokenizer is None:
             raise UserError(f"{path} has no tokenizer: put a tokenizer.json beside its config.json")
-        own = getattr(self.lm.config, "max_positions", _LONGEST_CONTEXT)
+        own = self.lm.config.context_length or _LONGEST_CONTEXT
         self.max_length = max_length or own
         self.max_gen_toks = max_gen_toks
         fits = _LOGITS // (self.max_length * self.lm.config.vocab_size)

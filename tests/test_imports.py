@@ -1,9 +1,10 @@
-"""The house rules that imports and attribute names can show."""
+"""Rules of the code base that imports, names and sizes of files can show."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import subprocess
 import sys
 from collections import Counter
@@ -34,12 +35,12 @@ from jaxlm.training.config import (
 ROOT = Path(jaxlm.__file__).parent
 TREES = {path.relative_to(ROOT.parent): ast.parse(path.read_text()) for path in sorted(ROOT.rglob("*.py"))}
 
-# Each may import those before it and none after it.
+# The packages and modules of jaxlm. Each may import those before it and none after it.
 ORDER = (
-    "core nn data checkpoint compression inference hf evaluation model compress training planning pictures serving harness "
-    "cli __main__"
+    "core nn data checkpoint compression inference hf evaluation model compress training planning pictures serving "
+    "harness cli __main__"
 ).split()
-# The same among the folders of a package. (Files beside the folders may be below them, above them, or between.)
+# The folders of a package, in the same way. (Files beside the folders may be below them, above them, or between.)
 WINGS = {
     "compression": ["quantize", "prune", "fit"],
     "data": ["phrasebook", "sources", "tokenizers", "batches"],
@@ -70,13 +71,14 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from imports(node)
 
 
-def room(path: Path) -> str:
+def package_of(path: Path) -> str:
+    """The package or module of jaxlm to which a file belongs: an entry of ORDER."""
     return path.parts[1].removesuffix(".py")
 
 
 @pytest.mark.parametrize("path", TREES, ids=str)
 def test_imports_run_one_way(path):
-    mine = room(path)
+    mine = package_of(path)
     for name in imports(TREES[path]):
         parts = name.split(".")
         if parts[0] != "jaxlm" or len(parts) == 1 or parts[1] not in ORDER or mine == "__init__":
@@ -87,6 +89,40 @@ def test_imports_run_one_way(path):
         wings = WINGS.get(mine, [])
         if parts[1] == mine and len(parts) > 2 and {parts[2], path.parts[2]} <= {*wings}:
             assert wings.index(parts[2]) <= wings.index(path.parts[2]), f"{path} is below {name}"
+
+
+def test_the_tables_name_the_packages_and_folders_that_exist():
+    packages = {package_of(path) for path in TREES} - {"__init__"}
+    assert set(ORDER) == packages and len(ORDER) == len(packages)
+    folders = {(path.parts[1], path.parts[2]) for path in TREES if len(path.parts) > 3}
+    listed = {(package, folder) for package, names in WINGS.items() for folder in names}
+    assert listed <= folders, "a folder that does not exist"
+    alone = {package for package, count in Counter(package for package, _ in folders).items() if count == 1}
+    assert {(package, folder) for package, folder in folders if package not in alone} <= listed
+
+
+def _public_lists() -> dict[str, ast.Module]:
+    """The ``__init__`` files that list public names, by package."""
+    return {
+        ".".join(path.parent.parts): tree for path, tree in TREES.items()
+        if path.name == "__init__.py" and any(name == "jaxlm.core.lazy.lazy" for name in imports(tree))
+    }
+
+
+@pytest.mark.parametrize("package", _public_lists())
+def test_public_names_are_the_same_for_type_checkers_and_at_run_time(package):
+    checked = {}
+    for node in ast.walk(_public_lists()[package]):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            for each in node.body:
+                checked |= {alias.asname or alias.name: each.module for alias in each.names}
+    module = importlib.import_module(package)
+    assert sorted(checked) == module.__all__ and set(module.__all__) <= set(dir(module))
+    for name, home in checked.items():
+        assert home.startswith(package), f"{package} lists {name}, which is in {home}"
+        assert getattr(module, name) is getattr(importlib.import_module(home), name), f"{package}.{name}"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing
 
 
 def test_no_modules_import_each_other():
@@ -104,12 +140,12 @@ def test_rooms_are_small():
         lines = (ROOT.parent / path).read_text().count("\n")
         assert lines <= MOST_LINES, f"{path} has {lines} lines: it is two things"
     for folder, count in Counter(path.parent for path in TREES).items():
-        assert count <= MOST_FILES or folder.name == "phrasebook", f"{folder} has {count} files: it wants wings"
+        assert count <= MOST_FILES or folder.name == "phrasebook", f"{folder} has {count} files: it needs subfolders"
 
 
 def test_the_core_stands_on_jax_alone():
     for path, tree in TREES.items():
-        if room(path) == "core":
+        if package_of(path) == "core":
             others = {name.split(".")[0] for name in imports(tree)} - FOUNDATIONS - {"jaxlm"} - sys.stdlib_module_names
             assert not others, f"{path} imports {others}"
 
@@ -143,10 +179,8 @@ def test_help_comes_before_jax(command):
     assert not loaded & {"jax", "numpy", "flax", "orbax", "tokenizers", "rich"}
 
 
-def test_the_package_is_lazy():
-    loaded = _modules_after("import jaxlm")
-    assert "jaxlm" in loaded
-    assert "jax" not in loaded
-    assert callable(jaxlm.load) and set(jaxlm.__all__) <= set(dir(jaxlm))
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = jaxlm.nothing
+def test_packages_are_lazy():
+    packages = ", ".join(_public_lists())
+    loaded = _modules_after(f"import {packages}, jaxlm.nn.config")
+    assert set(_public_lists()) <= loaded
+    assert not loaded & {"jax", "numpy", "flax"}

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
         config = nn.preset(name)
         leaves = flatten(nn.abstract(nn.preset(name, vocab_size=config.vocab_size or 1))[1])
         weights = sum(math.prod(leaf.shape) for path, leaf in leaves.items() if "layers/" in path)
-        layers = getattr(config, "layers", 0) or f"{config.encoder_layers} + {config.decoder_layers}"
+        layers = " + ".join(str(config.side_layers(side)) for side in config.sides) or config.layers
         return {"model": name, "kind": config.kind, "width": config.width, "layers": str(layers),
                 "weights": f"{weights / 1e6:,.1f} M", "description": meaning}
 

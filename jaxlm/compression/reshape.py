@@ -92,8 +92,7 @@ class DropLayers(ModelStep):
     side: Literal["encoder", "decoder"] = "decoder"
 
     def __call__(self, config: Any, params: Params, calibration: Calibration | None, notes: list[str]):
-        seq2seq = config.kind == "seq2seq"
-        total = getattr(config, f"{self.side}_layers") if seq2seq else config.layers
+        total = config.side_layers(self.side)
         influence = None if calibration is None else self._influence(config, params, calibration)
         gone = layers_to_drop(total, self.count, influence)
         notes.append(f"dropped layers {', '.join(map(str, gone))} of the {self.side}'s {total}")

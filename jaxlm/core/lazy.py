@@ -1,11 +1,14 @@
-"""Names of a package that are imported when they are first used, so that importing the package costs nothing."""
+"""Public names of a package that are imported when they are first used, so that importing the package is cheap."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
+
+__all__ = ["lazy"]
 
 
 def lazy(package: str, **modules: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
@@ -13,9 +16,17 @@ def lazy(package: str, **modules: str) -> tuple[Callable[[str], Any], Callable[[
 
     Args:
         package: the package's ``__name__``.
-        modules: for each module of the package (``a__b`` for ``a.b``) the public names it defines, separated by spaces.
+        modules: for each module of the package (``a__b`` for ``a.b``) the public names that it defines, separated by
+            spaces.
     """
     homes = {name: module.replace("__", ".") for module, names in modules.items() for name in names.split()}
+
+    class Package(ModuleType):
+        """A package in which a public name is never replaced by the module of the same name, when that is imported."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if not (name in homes and isinstance(value, ModuleType)):
+                super().__setattr__(name, value)
 
     def get(name: str) -> Any:
         if name not in homes:
@@ -27,4 +38,5 @@ def lazy(package: str, **modules: str) -> tuple[Callable[[str], Any], Callable[[
     def names() -> list[str]:
         return sorted({*vars(sys.modules[package]), *homes})
 
+    sys.modules[package].__class__ = Package
     return get, names, sorted(homes)

@@ -142,11 +142,11 @@ def perplexity(
         (scored), ``words``, ``bytes``, ``context``, ``stride``. Words and bytes are those of the whole text, which is
         charged the mean loss for each of its tokens, also the few that start a window and are not scored.
     """
-    context = context or min(getattr(lm.config, "max_positions", _LONGEST_CONTEXT), _LONGEST_CONTEXT)
+    context = context or min(lm.config.context_length or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
     stride = stride or context
     if context < 2 or not 1 <= stride <= context:
         raise UserError(f"context {context} and stride {stride}: give a context of 2 or more and a stride within it")
-    if getattr(lm.config, "positions", "") == "learned" and context > lm.config.max_positions:
+    if lm.config.position_limit and context > lm.config.position_limit:
         raise UserError(f"context {context} is more than the {lm.config.max_positions} positions the model learned")
     ids_N = stream(lm, source)
     count = len(windows(len(ids_N), context, stride))
@@ -171,7 +171,7 @@ def dialogue_perplexity(
     """
     if lm.tokenizer is None:
         raise UserError("the model has no tokenizer: put a tokenizer.json beside its config.json")
-    context = context or min(getattr(lm.config, "max_positions", _LONGEST_CONTEXT), _LONGEST_CONTEXT)
+    context = context or min(lm.config.context_length or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
     packed = PackedDocuments(encode_documents(source, lm.tokenizer), context, lm.tokenizer.pad_id or 0)
     rows = min(batch_size or _rows(lm, context), len(packed))
     row_N = np.arange(-(-len(packed) // rows) * rows)

@@ -265,8 +265,7 @@ def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer | None:
         return None
     tokenizer = Tokenizer.load(directory)
     try:
-        rows = getattr(config, "src_vocab_size", 0) or config.vocab_size
-        tokenizer.vocabulary.check_embedding_rows(rows, config.vocab_size)
+        tokenizer.vocabulary.check_embedding_rows(config.source_vocab_size, config.vocab_size)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
     return tokenizer

@@ -299,4 +299,4 @@ def beam_tokens(
 
 def _learns_positions(config: ModelConfig) -> bool:
     """Whether the model cannot read more than ``config.max_positions`` tokens; an LSTM has no positions."""
-    return getattr(config, "positions", "none") == "learned"
+    return config.position_limit is not None

@@ -88,7 +88,7 @@ def estimate(config: Experiment, topology: Topology) -> Estimate:
     model, chip = config.model, topology.chip
     shapes = {name: x.shape for name, x in abstract_batch(config, mesh).items()}
     flat = flatten(_abstract(model, config.lora, config.mesh.rules)[1])
-    remat = getattr(model, "remat", "none")
+    remat = model.remat
     recompute = {"none": 3, "dots": 3.1}.get(remat, 4) / 3  # of forward + backward, where remat "none" does 3 forwards
     compute = recompute * step_flops(model, flat, shapes) / (topology.size * chip.flops)
 
@@ -129,7 +129,7 @@ def min_tensor_bytes(model: ModelConfig, tokens: float, ways: int, item: int) ->
 
 def _min_expert_bytes(model: ModelConfig, tokens: float, ways: int, item: int) -> float:
     """The least bytes of expert parallelism: each token goes to each of its experts and back, in both passes."""
-    if not getattr(model, "experts", 0):
+    if not model.experts:
         return 0.0
     return 4 * _layers(model) * (ways - 1) / ways * tokens * model.experts_per_token * model.width * item
 

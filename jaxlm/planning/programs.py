@@ -113,9 +113,9 @@ def _train_step(config: Experiment, mesh: Mesh, topology: Topology) -> ForecastP
     notes: tuple[str, ...] = ()
     if config.model.kind == "seq2seq" and len(config.data.buckets) > 1:
         notes = (f"batches of the longest bucket: {rows} pairs of {length} tokens, all of them counted",)
-    if config.mesh.offload_optimizer or getattr(config.model, "remat", "").startswith("offload"):
+    if config.mesh.offload_optimizer or config.model.offloads_activations:
         notes += ("times leave out transfers to and from host memory",)
-    if mesh.shape["expert"] > 1 and getattr(config.model, "expert_routing", "") == "dropless":
+    if mesh.shape["expert"] > 1 and config.model.sides and config.model.expert_routing == "dropless":
         notes += ("dropless routing: the rounds of the most crowded expert possible are counted; balanced routers need "
                   "one or two",)
 

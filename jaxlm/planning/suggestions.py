@@ -45,7 +45,7 @@ def suggest_changes(
 def _for_activations(config: Experiment, topology: Topology) -> list[tuple[float, str]]:
     now = estimate(config, topology).activations
     options = {}
-    if getattr(config.model, "remat", "full") != "full":
+    if config.model.sides and config.model.remat != "full":
         options["--model.remat full stores only the input of each layer"] = dataclasses.replace(
             config, model=dataclasses.replace(config.model, remat="full")
         )

@@ -128,7 +128,7 @@ def prepare(config: Experiment, run: Path) -> Setup:
     mesh = make_mesh(**mesh_sizes(config.mesh.preset, config.mesh.sizes, jax.device_count()))
     if config.mesh.compress_gradients != "none" and mesh.shape["data"] == 1:
         raise UserError("mesh.compress_gradients compresses the sum over the data axis; set mesh.data too")
-    if getattr(config.model, "remat", "").startswith("offload"):
+    if config.model.offloads_activations:
         require_host_memory(mesh)
     graphdef, like = nn.abstract(config.model)
     microbatches = [each.microbatches for each in _schedules(graphdef, like, mesh).values()]
@@ -176,7 +176,7 @@ def _schedules(graphdef: nnx.GraphDef, like: Params, mesh: Mesh) -> dict[str, Sc
     if mesh.shape["stage"] == 1:
         return {}
     model = nnx.merge(graphdef, like)
-    stacks = {f" of the {side}": getattr(model, side) for side in ("encoder", "decoder") if hasattr(model, side)}
+    stacks = {f" of the {side}": getattr(model, side) for side in model.config.sides}
     if not stacks:
         raise UserError("mesh.stage splits Transformers only; set mesh.stage=1")
     return {side: stack.schedule(mesh.shape["stage"]) for side, stack in stacks.items()}
@@ -223,7 +223,7 @@ def _by_path(tree: dict, prefix: str = "") -> dict:
 
 
 def _check_lengths(config: Experiment, loader: Loader) -> None:
-    if getattr(config.model, "positions", "") != "learned":
+    if config.model.position_limit is None:
         return
     longest = max(length for _, length in loader.shapes)
     rows = config.model.max_positions - config.model.position_offset

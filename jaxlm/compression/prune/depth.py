@@ -91,6 +91,6 @@ def _with_layers(config: ModelConfig, kept: list[int], counts: tuple[int, ...], 
         "dense_layers": tuple(i for i, (_, is_dense) in enumerate(told) if is_dense),
     }
     runs = tuple(len(list(run)) for _, run in itertools.groupby(kinds, lambda kind: config.experts > 0 and not kind[1]))
-    explicit = getattr(config, f"{prefix}layer_groups")
+    explicit = config.side_layer_groups(side)
     changes[f"{prefix}layer_groups"] = counts if explicit or counts != runs else ()
     return dataclasses.replace(config, **changes)

@@ -48,7 +48,7 @@ def folds(config: Any, side: str, layer: Layer) -> list[Fold]:
     Norms only where their output goes to kernels alone, not into the residual stream; a linear map only where nothing
     but scales that it commutes with comes between: the sums of attention, a gate, ReLU.
     """
-    config = getattr(config, side) if config.kind == "seq2seq" else config
+    config = config.side(side)
     found = []
 
     def add(kernels: list[str], maker: str, heads: tuple[int, int, int] | None = None) -> None:

@@ -146,5 +146,5 @@ def make_loss(
     """The loss for a model's kind: translation for ``seq2seq``, next-token prediction for the others. ``router`` is
     used where the model has experts."""
     loss = seq2seq_loss if config.kind == "seq2seq" else lm_loss
-    router = router if getattr(config, "experts", 0) else None
+    router = router if config.experts else None
     return partial(loss, label_smoothing=label_smoothing, z_loss=z_loss, router=router)
