@@ -17,7 +17,7 @@ from jaxlm.compression.fit.sensitivity import CANDIDATES, SPARSITY_CANDIDATES, m
 from jaxlm.compression.names import load_recipe
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.report import report as make_report
-from jaxlm.compression.steps import BLOCKS, matching
+from jaxlm.compression.steps import LAYER_KERNELS, matching
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import dequantize, is_leaf, merge_adapters
 from jaxlm.core.progress import Progress
@@ -124,7 +124,7 @@ def _kernel_bytes(storage: str, config: ModelConfig, params: Params) -> int:
 def _kernels(params: Params) -> dict[str, Leaf]:
     """The kernels of the blocks that are compressed."""
     flat = flatten(params)
-    return {path: flat[path] for path in matching(BLOCKS, params)}
+    return {path: flat[path] for path in matching(LAYER_KERNELS, params)}
 
 
 def _nonzero(leaf: Leaf) -> int:

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from jaxlm import nn
 from jaxlm.checkpoint.storage import PackedWeights
 from jaxlm.compression.fit.budget import FittedKernel
-from jaxlm.compression.platforms import place
+from jaxlm.compression.platforms import lower_for_platform
 from jaxlm.compression.recipe import Recipe
-from jaxlm.compression.report import Row
+from jaxlm.compression.report import TensorReport
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.host_memory import keep_freed_memory
 from jaxlm.core.leaves import LoRA, QArray, merge_adapters
@@ -67,7 +67,7 @@ class LM:
     generation: GenerationConfig = PLAIN
     info: Mapping[str, Any] = field(default_factory=dict)
     recipe: Recipe | None = None
-    report: tuple[Row, ...] = ()
+    report: tuple[TensorReport, ...] = ()
     fitted_kernels: tuple[FittedKernel, ...] = ()
     packed: PackedWeights | None = field(default=None, repr=False, compare=False)
 
@@ -190,7 +190,7 @@ def load(
     generation = read_generation(Path(info["source"]))
     notes = [*info.get("notes", ()), *generation.notes()]
     if expand:
-        params, placed = place(params, jax.default_backend())
+        params, placed = lower_for_platform(params, jax.default_backend())
         notes += placed
     if adapters:
         config, params, tokenizer = apply_adapters(path, adapters, config, params, tokenizer)

@@ -46,13 +46,13 @@ def run(args: argparse.Namespace) -> None:
     import jax
 
     import jaxlm
-    from jaxlm.compression.platforms import place
+    from jaxlm.compression.platforms import lower_for_platform
     from jaxlm.core.config import to_dict
     from jaxlm.core.tree import count_bytes, count_params, flatten
     from jaxlm.nn.attention.kv_cache import cache_bytes_per_token
 
     lm = jaxlm.load(args.model, expand=False)
-    placed, notes = place(lm.params, jax.default_backend())
+    placed, notes = lower_for_platform(lm.params, jax.default_backend())
     summary = {
         "source": lm.info["source"],
         "parameters": count_params(lm.params),
@@ -126,13 +126,13 @@ def _row(path, leaf, size) -> dict:
     import jax
     import numpy as np
 
-    from jaxlm.compression.platforms import describe
+    from jaxlm.compression.platforms import describe_leaf
     from jaxlm.core.leaves import dequantize
 
     size = sum(array.nbytes for array in jax.tree.leaves(leaf)) if size is None else size
     count = int(np.prod(leaf.shape))
     return {
-        "tensor": path, "shape": list(leaf.shape), "representation": describe(leaf), "bits": 8 * size / max(count, 1),
+        "tensor": path, "shape": list(leaf.shape), "representation": describe_leaf(leaf), "bits": 8 * size / max(count, 1),
         "sparsity": float(np.mean(np.asarray(dequantize(leaf)) == 0)) if count else 0.0, "bytes": size,
     }
 

@@ -1,12 +1,12 @@
-"""What weights are multiplied with, measured layer by layer, and the walk on which solvers replace them.
+"""Calibration: runs data through a model layer by layer, and lets a step replace each layer's weights on the way.
 
-The inputs of a layer come from the layers before it as they already are, compressed; so each solver corrects for what
-was lost before it (GPTQ, arXiv:2210.17323, section 4). The hidden states of one layer are in memory at a time.
+The inputs of a layer come from the layers before it as they already are, compressed; so each step corrects for what was
+lost before it (GPTQ, arXiv:2210.17323, section 4). The hidden states of one layer are in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -15,167 +15,130 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.compression.observers import Observe, Statistics, add_statistics
 from jaxlm.core.leaves import Observer
 from jaxlm.core.progress import Progress
 from jaxlm.core.tree import Leaf, Params, flatten
+from jaxlm.nn.config import ModelConfig
 
-__all__ = ["Block", "Calibration", "gram", "histogram", "moments", "solve_blocks"]
+__all__ = ["CalibratedLayer", "Calibration", "LayerwiseModel", "layer_params", "solve_layers"]
 
-Batch = tuple[jax.Array, ...]
-Layer = dict[str, Leaf]  # path within a layer -> its leaf, without the layer dimension
-Reading = Mapping[str, jax.Array]
-Measure = Callable[[jax.Array, jax.Array | None, jax.Array | None], Reading]  # see ``core.leaves.Observer``
+TokenBatch = tuple[jax.Array, ...]  # (tokens [B, T],), or (source [B, S], decoder inputs [B, T])
+LayerParams = dict[str, Leaf]  # path within a layer, as "attn/q/kernel" -> its leaf, without the layer dimension
 
-BINS = 2048  # of a histogram: 64 for each power of two, the last one ending at 2**16
-_ON_DEVICE = 4 << 30  # bytes of hidden states beyond which they wait in host memory
+_ON_DEVICE = 4 << 30  # bytes of hidden states; more of them wait in host memory
 
 
 class LayerwiseModel(Protocol):
-    """A model one layer at a time; ``jaxlm.nn.layerwise.LayerwiseModel``."""
+    """A model one layer at a time; see ``jaxlm.nn.layerwise.LayerwiseModel``. A position says where the
+    parameters of a layer are."""
 
-    config: Any
+    config: ModelConfig
 
     def layer_positions(self) -> Iterable[Any]: ...
-    def embed(self, params: Params, batch: Batch) -> Any: ...
-    def enter_decoder(self, params: Params, batch: Batch, state: Any) -> Any: ...
-    def run_layer(self, params: Params, place: Any, layer: Layer, batch: Batch, state: Any) -> Any: ...
+    def embed(self, params: Params, batch: TokenBatch) -> Any: ...
+    def enter_decoder(self, params: Params, batch: TokenBatch, state: Any) -> Any: ...
+    def run_layer(self, params: Params, position: Any, layer: LayerParams, batch: TokenBatch, state: Any) -> Any: ...
     def logits(self, params: Params, state: Any) -> jax.Array: ...
-    def row_weights(self, place: Any, name: str, batch: Batch) -> jax.Array | None: ...
+    def row_weights(self, position: Any, name: str, batch: TokenBatch) -> jax.Array | None: ...
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Data to calibrate with: ``batches`` of tokens ``[B, T]``, or of sources and decoder inputs; and how to walk
-    through a model of some configuration."""
+    """Data to calibrate with.
 
-    batches: Sequence[Batch]
-    walk: Callable[[Any], LayerwiseModel]
+    Attributes:
+        batches: tokens ``[B, T]``, or sources ``[B, S]`` and decoder inputs ``[B, T]``.
+        layerwise: makes the layer-by-layer form of the model that a configuration describes.
+        seed: of what a step draws at random.
+        progress: is told ``task``, the number of layers done and that of all layers.
+    """
+
+    batches: Sequence[TokenBatch]
+    layerwise: Callable[[ModelConfig], LayerwiseModel]
     seed: int = 0
     progress: Progress | None = None
-    task: str = "solving layers"  # what ``progress`` is told
-
-
-# What a tap measures. Readings of several batches are added, but that of "largest" is the larger one.
-
-
-def gram(x_MxI: jax.Array, weight_M: jax.Array | None, sizes_E: jax.Array | None) -> Reading:
-    """``gram``: the sum of ``x x^T`` over rows, ``[I, I]``; ``count``: how many rows. ``[E, I, I]`` and ``[E]`` where
-    rows are sorted by expert."""
-    x_MxI = x_MxI.astype(jnp.float32)
-    if sizes_E is not None:
-        zeros = jnp.zeros((len(sizes_E), *[x_MxI.shape[-1]] * 2))
-        # The gradient of a product of each expert's rows with its matrix is just that sum, in as few operations.
-        _, pull = jax.vjp(partial(_ragged, x_MxI, sizes_E), zeros)
-        return {"gram": pull(x_MxI)[0], "count": sizes_E.astype(jnp.float32)}
-    rows_MxI = x_MxI if weight_M is None else x_MxI * weight_M[:, None]
-    product = jnp.matmul(rows_MxI.T, x_MxI, precision=jax.lax.Precision.HIGHEST)
-    return {"gram": product, "count": _count(x_MxI, weight_M)}
-
-
-def moments(x_MxI: jax.Array, weight_M: jax.Array | None, sizes_E: jax.Array | None) -> Reading:
-    """``square`` and ``size``: the sums of ``x**2`` and ``|x|`` over rows, ``[I]``; ``largest``: the largest ``|x|``;
-    ``count``. A leading ``[E]`` where rows are sorted by expert."""
-    size_MxI = jnp.abs(x_MxI.astype(jnp.float32))
-    if sizes_E is not None:
-        expert_M = jnp.repeat(jnp.arange(len(sizes_E)), sizes_E, total_repeat_length=len(x_MxI))
-        of_experts = partial(jax.ops.segment_sum, segment_ids=expert_M, num_segments=len(sizes_E))
-        largest = jax.ops.segment_max(size_MxI, expert_M, len(sizes_E))
-        return {
-            "square": of_experts(size_MxI**2), "size": of_experts(size_MxI), "largest": jnp.maximum(largest, 0),
-            "count": sizes_E.astype(jnp.float32),
-        }
-    size_MxI = size_MxI if weight_M is None else size_MxI * weight_M[:, None]
-    return {
-        "square": jnp.sum(size_MxI**2, 0), "size": jnp.sum(size_MxI, 0), "largest": jnp.max(size_MxI, 0),
-        "count": _count(x_MxI, weight_M),
-    }
-
-
-def histogram(x_MxI: jax.Array, weight_M: jax.Array | None, sizes_E: jax.Array | None) -> Reading:
-    """``counts``: how many ``|x|`` lie in each of ``BINS`` bins of equal width on a logarithmic scale (``bin_values``);
-    ``largest``: the largest one, ``[1]``. Of all experts together where there are several."""
-    size_MxI = jnp.abs(x_MxI.astype(jnp.float32))
-    weight_M = jnp.ones(len(x_MxI)) if weight_M is None else weight_M
-    size_MxI = size_MxI * weight_M[:, None]
-    bins = jnp.floor(64 * (jnp.log2(jnp.maximum(size_MxI, 2.0**-30)) - 16)).astype(jnp.int32) + BINS
-    counts = jnp.bincount(jnp.clip(bins, 0, BINS - 1).reshape(-1), length=BINS).astype(jnp.float32)
-    return {"counts": counts, "largest": jnp.max(size_MxI).reshape(1)}
-
-
-def bin_values() -> np.ndarray:
-    """The middle of each bin of a histogram, ``[BINS]``."""
-    return 2.0 ** (16 + (np.arange(BINS) + 0.5 - BINS) / 64)
-
-
-def _ragged(x_MxI, sizes_E, w_ExIxI):
-    return jax.lax.ragged_dot(x_MxI, w_ExIxI, sizes_E)
-
-
-def _count(x_MxI: jax.Array, weight_M: jax.Array | None) -> jax.Array:
-    return jnp.float32(len(x_MxI)) if weight_M is None else jnp.sum(weight_M)
-
-
-def _add(a: Reading, b: Reading) -> Reading:
-    return {name: (jnp.maximum if name == "largest" else jnp.add)(a[name], b[name]) for name in a}
-
-
-_add_all = jax.jit(lambda a, b: {name: _add(a[name], b[name]) for name in a})
+    task: str = "solving layers"
 
 
 @dataclass(frozen=True)
-class Block:
-    """One layer in the hands of a solver: its parameters, and what goes through it.
+class CalibratedLayer:
+    """One layer as a step sees it: its parameters and the hidden states that run through it.
 
-    ``targets`` are the names of the kernels that the solver is to replace, ``[in, out]`` or ``[experts, in, out]``.
+    Attributes:
+        model: the model, layer by layer.
+        model_params: the parameters of the whole model.
+        position: where the layer's parameters are.
+        params: the layer's parameters.
+        targets: the names of the kernels to replace, ``[in, out]`` or ``[experts, in, out]``.
+        batches: the tokens.
+        inputs: the hidden states that the layer is given, for each batch.
+        dense_outputs: what the layer gave before any layer was replaced, for each batch; empty unless asked for.
+        seed: of what a step draws at random.
+        notes: lines for the user, shared by all layers.
     """
 
-    walk: LayerwiseModel
-    params: Params
-    place: Any
-    layer: Layer
+    model: LayerwiseModel
+    model_params: Params
+    position: Any
+    params: LayerParams
     targets: tuple[str, ...]
-    batches: Sequence[Batch]
-    states: Sequence[Any]  # what the layer is given, for each batch
-    originals: Sequence[Any] = ()  # what it gave before any layer was replaced, for each batch, if that was asked for
+    batches: Sequence[TokenBatch]
+    inputs: Sequence[Any]
+    dense_outputs: Sequence[Any] = ()
     seed: int = 0
-    notes: list[str] = field(default_factory=list)  # lines for the user, from any layer
+    notes: list[str] = field(default_factory=list)
 
     @property
-    def config(self) -> Any:
-        return self.walk.config
+    def config(self) -> ModelConfig:
+        return self.model.config
 
     def path(self, name: str) -> str:
-        return self.place.prefix + name
+        """The path of a kernel within the whole model."""
+        return self.position.prefix + name
 
-    def measure(
-        self, how: Measure, names: Iterable[str] | None = None, layer: Layer | None = None
-    ) -> dict[str, Reading]:
-        """What ``how`` measures of the inputs of kernels (default: the targets) over all batches, in the layer as it is
-        or as it is given."""
-        names, layer = tuple(self.targets if names is None else names), self.layer if layer is None else layer
+    def observe(
+        self, how: Observe, names: Iterable[str] | None = None, params: LayerParams | None = None
+    ) -> dict[str, Statistics]:
+        """Statistics of the inputs of kernels over all batches, by name.
+
+        Args:
+            how: the observer.
+            names: the kernels; None: the targets.
+            params: the layer's parameters; None: as they are.
+        """
+        names, params = tuple(self.targets if names is None else names), self.params if params is None else params
         total = None
-        for batch, state in zip(self.batches, self.states, strict=True):
-            new = _read(self.walk, how, names, self.params, self.place, layer, batch, state)
-            total = new if total is None else _add_all(total, new)
+        for batch, state in zip(self.batches, self.inputs, strict=True):
+            new = _observe(self.model, how, names, self.model_params, self.position, params, batch, state)
+            total = new if total is None else add_statistics(total, new)
         return total
 
-    def outputs(self, layer: Layer) -> list[Any]:
-        """What the layer gives, with other parameters, for each batch."""
-        return _through(self.walk, self.params, self.place, layer, self.batches, self.states)
+    def outputs(self, params: LayerParams) -> list[Any]:
+        """What the layer gives with these parameters, for each batch."""
+        return _run_batches(self.model, self.model_params, self.position, params, self.batches, self.inputs)
 
 
-def _through(walk: LayerwiseModel, params: Params, place: Any, layer: Layer, batches: Sequence[Batch], states: Sequence[Any]):
-    return [_advance(walk, params, place, layer, *each) for each in zip(batches, states, strict=True)]
+def _run_batches(
+    model: LayerwiseModel, model_params: Params, position: Any, params: LayerParams, batches: Sequence[TokenBatch],
+    states: Sequence[Any],
+) -> list[Any]:
+    return [_run_layer(model, model_params, position, params, *each) for each in zip(batches, states, strict=True)]
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _read(walk: LayerwiseModel, how: Measure, names: tuple[str, ...], params, place, layer: Layer, batch, state):
-    def total(readings):
-        tapped = {
-            name: Observer(leaf, readings[name], walk.row_weights(place, name, batch), how) if name in names else leaf
-            for name, leaf in layer.items()
-        }
-        return jnp.sum(walk.run_layer(params, place, tapped, batch, state)[0].astype(jnp.float32))
+def _observe(
+    model: LayerwiseModel, how: Observe, names: tuple[str, ...], model_params: Params, position: Any,
+    params: LayerParams, batch: TokenBatch, state: Any,
+) -> dict[str, Statistics]:
+    """Statistics of one batch: the gradients with respect to those of the observers."""
+
+    def total(statistics):
+        observed = dict(params)
+        for name in names:
+            weight_M = model.row_weights(position, name, batch)
+            observed[name] = Observer(params[name], statistics[name], weight_M, how)
+        return jnp.sum(model.run_layer(model_params, position, observed, batch, state)[0].astype(jnp.float32))
 
     def zeros(leaf):
         *experts, n_in, _ = leaf.shape
@@ -183,63 +146,72 @@ def _read(walk: LayerwiseModel, how: Measure, names: tuple[str, ...], params, pl
         like = jax.eval_shape(partial(how, weight_M=None), jnp.zeros((1, n_in)), sizes_E=sizes)
         return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), like)
 
-    return jax.grad(total)({name: zeros(layer[name]) for name in names})
+    return jax.grad(total)({name: zeros(params[name]) for name in names})
 
 
-_enter = jax.jit(lambda walk, *args: walk.embed(*args), static_argnums=0)
-_turn = jax.jit(lambda walk, *args: walk.enter_decoder(*args), static_argnums=0)
-_advance = jax.jit(lambda walk, *args: walk.run_layer(*args), static_argnums=0)
+_embed = jax.jit(lambda model, *args: model.embed(*args), static_argnums=0)
+_enter_decoder = jax.jit(lambda model, *args: model.enter_decoder(*args), static_argnums=0)
+_run_layer = jax.jit(lambda model, *args: model.run_layer(*args), static_argnums=0)
 
 
-def layer_of(params: Params, place: Any) -> Layer:
-    """The parameters of one layer."""
+def layer_params(params: Params, position: Any) -> LayerParams:
+    """The parameters of the layer at ``position``, without the layer dimension."""
     return {
-        path.removeprefix(place.prefix): jax.tree.map(lambda part: part[place.row], leaf)
+        path.removeprefix(position.prefix): jax.tree.map(lambda part: part[position.row], leaf)
         for path, leaf in flatten(params).items()
-        if path.startswith(place.prefix)
+        if path.startswith(position.prefix)
     }
 
 
-def solve_blocks(
-    config: Any,
+def solve_layers(
+    config: ModelConfig,
     params: Params,
     calibration: Calibration,
-    solve: Callable[[Block], Layer],
+    solve: Callable[[CalibratedLayer], LayerParams],
     targets: Callable[[str], bool],
     notes: list[str],
-    originals: bool = False,
-) -> list[tuple[Any, Layer]]:
-    """Walks through the model and lets ``solve`` replace the parameters of each layer in turn.
+    dense_outputs: bool = False,
+) -> list[tuple[Any, LayerParams]]:
+    """Runs through the model and lets ``solve`` replace the parameters of each layer in turn.
 
-    ``targets`` says which paths are to be solved for; a layer that has none is passed through as it is. With
-    ``originals`` blocks have them, and twice as many hidden states are in memory. Returns every layer's place and
-    parameters (see ``layer_groups.join``), and adds to ``notes``.
+    Args:
+        config, params: the model.
+        calibration: the data.
+        solve: gives the new parameters of a layer.
+        targets: whether the kernel at a path is to be replaced. A layer without targets stays as it is.
+        notes: gets lines for the user.
+        dense_outputs: gives each layer ``CalibratedLayer.dense_outputs``; twice as many hidden states are in memory.
+
+    Returns:
+        The position and the parameters of every layer; see ``layer_groups.join``.
     """
-    walk = calibration.walk(config)
-    places = list(walk.layer_positions())
+    model = calibration.layerwise(config)
+    positions = list(model.layer_positions())
     batches = calibration.batches
-    states = [_enter(walk, params, batch) for batch in batches]
-    dense = states if originals else ()
+    states = [_embed(model, params, batch) for batch in batches]
+    dense = states if dense_outputs else ()
     keep = np.asarray if sum(x.nbytes for x in jax.tree.leaves((states, dense))) > _ON_DEVICE else lambda x: x
-    solved, side = [], places[0].side
-    for done, place in enumerate(places):
-        if place.side != side:
+    solved, side = [], positions[0].side
+    for done, position in enumerate(positions):
+        if position.side != side:  # from the encoder to the decoder
             states, dense = (
-                [_turn(walk, params, *each) for each in zip(batches, some, strict=True)] if some else some
+                [_enter_decoder(model, params, *each) for each in zip(batches, some, strict=True)] if some else some
                 for some in (states, dense)
             )
-            side = place.side
-        layer = layer_of(params, place)
-        if originals:
-            dense = _through(walk, params, place, layer, batches, dense)
+            side = position.side
+        each = layer_params(params, position)
+        if dense_outputs:
+            dense = _run_batches(model, params, position, each, batches, dense)
         states, dense = jax.tree.map(keep, (states, dense))
-        names = tuple(name for name in layer if targets(place.prefix + name))
-        block = Block(walk, params, place, layer, names, batches, states, dense, calibration.seed + done, notes)
+        names = tuple(name for name in each if targets(position.prefix + name))
+        layer = CalibratedLayer(
+            model, params, position, each, names, batches, states, dense, calibration.seed + done, notes
+        )
         if names:
-            layer = solve(block)
-        solved.append((place, layer))
-        if done + 1 < len(places):
-            states = block.outputs(layer)
+            each = solve(layer)
+        solved.append((position, each))
+        if done + 1 < len(positions):
+            states = layer.outputs(each)
         if calibration.progress is not None:
-            calibration.progress(calibration.task, done + 1, len(places))
+            calibration.progress(calibration.task, done + 1, len(positions))
     return solved

@@ -1,7 +1,7 @@
-"""Which representations a platform can run at speed; the others are expanded when a model is loaded.
+"""Lowers a compressed model for a platform: representations that would be slower than dense there are expanded.
 
-A compressed model must not be slower than the dense one. Measured with XLA on CPU (jax 0.10, AVX-512, one core,
-float32; medians of interleaved runs; time dense / time w8a8; M rows of activations):
+This happens when a model is loaded; files keep every representation. Measured with XLA on CPU (jax 0.10, AVX-512, one
+core, float32; medians of interleaved runs; time dense / time w8a8; M rows of activations):
 
     layers of a stack, under lax.scan                    one matrix, used whole again and again
     in x out       M = 1   M = 8  M = 64  M = 512        in x out       M = 1   M = 8  M = 64
@@ -15,12 +15,14 @@ float32; medians of interleaved runs; time dense / time w8a8; M rows of activati
     1024 x 64       2.10    1.87    1.23     0.91
     64 x 1024       0.72    1.00    1.51     1.46
 
-A layer is copied out of its stack at every use, and int8 is a quarter of the copy: there w8a8 wins from 128 x 256 on.
-A matrix that stays in cache has to be larger before the product saves more than rounding the activations costs.
+A layer is copied out of its stack at every use, and the int8 copy has a quarter of the bytes: there w8a8 wins from
+128 x 256 on. A matrix that stays in cache must be larger before the product saves more than rounding the activations
+costs.
 
-How much more depends on XLA: that of jax 0.12 has VNNI kernels for int8 (660 to 820 GOP/s on this core, where dense
+The gain depends on XLA: that of jax 0.12 has VNNI kernels for int8 (660 to 820 GOP/s on this core, where dense
 float32 reaches 200 GFLOP/s), that of 0.10 has none (310 to 340). Time dense / time compressed of layers of a stack, by
-``tests/benchmarks/inference/cpu_dots.py``, in seconds of CPU on a machine that others used; rows differ by a tenth between runs:
+``tests/benchmarks/inference/cpu_dots.py``, in seconds of CPU on a machine that others used; rows differ by a tenth
+between runs:
 
                              jax 0.12                                jax 0.10
     in x out     kind        M = 1    M = 8  M = 128  M = 512        M = 1    M = 8  M = 128  M = 512
@@ -37,15 +39,15 @@ float32 reaches 200 GFLOP/s), that of 0.10 has none (310 to 340). Time dense / t
     1024 x 1024  nf4          0.70     0.29     0.70     0.90         0.73     0.31     0.70     0.90
     1024 x 1024  fp8          0.12     0.19     0.55     0.81         0.19     0.21     0.58     0.83
 
-- w8a8, its activations scaled a token or by a fixed number (the same speed), wins with both.
-- Weight-only integers of one scale an output channel are multiplied as int8 planes (``core.ops``): they win at every M
-  with jax 0.12. With 0.10 they win where one token is decoded and lose in prefill: expanded.
-- A scale a group, codebooks and float8 are converted to float32 at every use, which takes longer than the product:
-  expanded. (Integer products of single groups would win at M = 1 and lose from M = 512 on.)
-- Factors of low rank, here of half the weights, win by the weights they save: at 90% of them 0.9 to 1.1, at 75% 1.1 to
-  1.4. They stay where they save a quarter. (Not stacked, at M = 1, some runs had 1024 x 1024 at 0.8.)
+- w8a8 wins with both versions. A scale for each token and one fixed scale have the same speed.
+- Weight-only integers with one scale an output channel are multiplied as int8 planes (``core.ops``). With jax 0.12 they
+  win at every M. With 0.10 they win where one token is decoded and lose in prefill, so they are expanded.
+- Integers with a scale a group, codebooks and float8 are converted to float32 at every use, which takes longer than the
+  product, so they are expanded. (Integer products of single groups would win at M = 1 and lose from M = 512 on.)
+- Low-rank factors, here with half of the entries, win by what they save: 0.9 to 1.1 with 90% of the entries, 1.1 to 1.4
+  with 75%. They stay where they save a quarter. (One matrix at M = 1 had 0.8 at 1024 x 1024 in some runs.)
 
-Accelerators keep every leaf as it is: what that does to their speed has not been measured.
+GPUs and TPUs keep every representation; the effect on their speed has not been measured.
 """
 
 from __future__ import annotations
@@ -60,37 +62,39 @@ from jaxlm.core.leaves import Codebook, LoRA, LowRank, QArray, dequantize, is_le
 from jaxlm.core.tree import Leaf, Params, map_params
 
 _expand = jax.jit(dequantize)
-_VNNI = jax.__version_info__ >= (0, 12)  # whether XLA's int8 kernels use it
+_VNNI = jax.__version_info__ >= (0, 12)  # whether XLA's int8 kernels use these instructions
 
 
-def place(params: Params, platform: str) -> tuple[Params, list[str]]:
-    """The parameters as ``platform`` ("cpu", "gpu", "tpu") runs them best, and a line for each kind it cannot.
+def lower_for_platform(params: Params, platform: str) -> tuple[Params, list[str]]:
+    """The parameters as ``platform`` ("cpu", "gpu" or "tpu") runs them best, and notes about what was expanded.
 
-    On CPU what is slower than dense is expanded to dense; elsewhere codes of up to 4 bits are narrowed.
+    On CPU, weights that would be slower than dense become dense. On GPU and TPU, codes of up to 4 bits become native
+    int4.
     """
     expanded: Counter[str] = Counter()
 
-    def of_leaf(path: str, leaf: Leaf) -> Leaf:
+    def lower(path: str, leaf: Leaf) -> Leaf:
         if not is_leaf(leaf):
             return leaf
         if isinstance(leaf, LoRA):
-            return dataclasses.replace(leaf, base=of_leaf(path, leaf.base))
+            return dataclasses.replace(leaf, base=lower(path, leaf.base))
         if isinstance(leaf, LowRank) and (platform != "cpu" or fast_on_cpu(leaf)):
-            return LowRank(of_leaf(path, leaf.a), of_leaf(path, leaf.b))
+            return LowRank(lower(path, leaf.a), lower(path, leaf.b))
         if platform != "cpu":
-            return narrow(leaf)
+            return to_native_4bit(leaf)
         if fast_on_cpu(leaf):
             return leaf
-        expanded[describe(leaf)] += 1
+        expanded[describe_leaf(leaf)] += 1
         return _expand(leaf)
 
-    placed = map_params(of_leaf, params)
+    lowered = map_params(lower, params)
     reason = "would be slower than dense on this platform"
-    return placed, [f"{kind}: {count} tensors expanded, they {reason}" for kind, count in expanded.items()]
+    return lowered, [f"{kind}: {count} tensors expanded, they {reason}" for kind, count in expanded.items()]
 
 
 def fast_on_cpu(leaf: Leaf) -> bool:
-    """Whether the leaf's product is at least as fast as float32 on CPU, by the tables above; factors count as dense."""
+    """Whether products with the leaf are at least as fast as in float32 on CPU, by the tables above. Low-rank factors
+    are judged as if they were dense."""
     if isinstance(leaf, LowRank):
         return 4 * leaf.a.shape[-1] * sum(leaf.shape[-2:]) <= 3 * leaf.shape[-2] * leaf.shape[-1]
     if not isinstance(leaf, QArray) or leaf.codes.dtype != jnp.int8:
@@ -102,21 +106,22 @@ def fast_on_cpu(leaf: Leaf) -> bool:
     return _VNNI and leaf.scale.shape[-1] == 1 and narrowest >= 512 and size >= (2**18 if layers else 2**20)
 
 
-def narrow(leaf: Leaf) -> Leaf:
-    """Codes of up to 4 bits as int4 or uint4, two a byte in device memory."""
+def to_native_4bit(leaf: Leaf) -> Leaf:
+    """The leaf with codes of up to 4 bits as native int4 or uint4, two a byte in device memory; others as they are."""
     if not isinstance(leaf, QArray | Codebook) or leaf.bits > 4:
         return leaf
     return dataclasses.replace(leaf, codes=leaf.codes.astype(jnp.int4 if isinstance(leaf, QArray) else jnp.uint4))
 
 
-def describe(leaf: Leaf) -> str:
-    """``int4 g128``, ``int8 channel symmetric, int8 activations``, or the dtype of a dense array."""
+def describe_leaf(leaf: Leaf) -> str:
+    """The representation in words: ``int4 g128``, ``int8 channel symmetric, int8 activations``, or the dtype of an
+    array."""
     if not is_leaf(leaf):
         return str(leaf.dtype)
     if isinstance(leaf, LoRA):
-        return f"{describe(leaf.base)} + rank {leaf.a.shape[-1]}"
+        return f"{describe_leaf(leaf.base)} + rank {leaf.a.shape[-1]}"
     if isinstance(leaf, LowRank):
-        return f"rank {leaf.a.shape[-1]} of {describe(leaf.a)}"
+        return f"rank {leaf.a.shape[-1]} of {describe_leaf(leaf.a)}"
     grid = f"g{leaf.group}" if leaf.group else "channel"
     if isinstance(leaf, Codebook):
         return f"{leaf.bits}-bit codebook" if leaf.kind == "shared" else f"{leaf.kind} {grid}"

@@ -1,43 +1,60 @@
-"""Recipes: what to do to which weights, as data. A recipe is made from a name (``names``), a Python file or JSON."""
+"""Recipes: the steps that compress a model, as data. ``names`` makes recipes from names, Python files and JSON
+files."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from jaxlm.compression import reshape, solvers, steps
 from jaxlm.compression.calibration import Calibration
-from jaxlm.compression.fit import mixed_precision as mixed
-from jaxlm.compression.quantize import activations, autoround, awq
-from jaxlm.compression.steps import Step, WeightStep, needs_data
+from jaxlm.compression.steps import LayerStep, ModelStep, Step, WeightStep, needs_data
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import Params
+from jaxlm.nn.config import ModelConfig
 
 __all__ = ["Compressed", "Recipe"]
 
-_STEPS: dict[str, type[Step]] = {
-    step.kind: step
-    for module in (steps, solvers, awq, autoround, activations, reshape, mixed)
-    for step in vars(module).values()
-    if isinstance(step, type) and dataclasses.is_dataclass(step) and issubclass(step, Step)
+# The kind of each step, as stored recipes name it, and its class, which is imported when a stored recipe needs it.
+STEPS = {
+    "autoround": "quantize.autoround.AutoRound",
+    "awq": "quantize.awq.Awq",
+    "drop_layers": "prune.depth.DropLayers",
+    "factor": "low_rank.Factorize",
+    "float8": "quantize.float8.Float8",
+    "gptq": "quantize.gptq.Gptq",
+    "half": "quantize.half_precision.HalfPrecision",
+    "kv_cache": "quantize.kv_cache.QuantizeCache",
+    "magnitude": "prune.scores.Magnitude",
+    "mixed": "fit.mixed_precision.MixedPrecision",
+    "n_of_m": "prune.scores.NofM",
+    "prune": "prune.structured.StructuredPrune",
+    "quantize": "quantize.rtn.Quantize",
+    "rotate": "quantize.rotate.Rotate",
+    "share": "quantize.codebook.ShareWeights",
+    "smooth": "quantize.activations.SmoothQuant",
+    "sparsegpt": "prune.sparsegpt.SparseGpt",
+    "static": "quantize.activations.StaticActivations",
+    "table": "quantize.codebook.TableQuantize",
+    "wanda": "prune.scores.Wanda",
 }
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A model as a recipe left it, and lines about what the user should know."""
+    """A compressed model, and lines about what the user should know."""
 
-    config: Any
+    config: ModelConfig
     params: Params
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps from left to right, and how the result is stored: ``plain`` or, losslessly smaller, ``huffman``."""
+    """Steps from first to last, and how the result is stored: ``plain`` or, losslessly smaller, ``huffman``."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[WeightStep | LayerStep | ModelStep, ...]
     storage: str = "plain"
     name: str = "custom"
 
@@ -48,8 +65,9 @@ class Recipe:
     def apply(self, params: Params) -> Params:
         """The compressed parameters: a pure function of the dense ones, in or out of ``jit``.
 
-        Raises UserError where a step needs more than weights (see ``run``), or its target matches nothing, or something
-        that is not a dense kernel or table.
+        Raises:
+            UserError: when a step needs more than weights (see ``run``), when its target matches nothing, or when it
+                matches a parameter that is not a dense kernel or table.
         """
         for step in self.steps:
             if not isinstance(step, WeightStep):
@@ -57,10 +75,11 @@ class Recipe:
             params = step(params)
         return params
 
-    def run(self, config: Any, params: Params, calibration: Calibration | None = None) -> Compressed:
-        """The compressed model. Parameters may come out in other layer groups, which the configuration then says.
+    def run(self, config: ModelConfig, params: Params, calibration: Calibration | None = None) -> Compressed:
+        """The compressed model. Its layers may be in other layer groups, which its configuration then says.
 
-        Raises UserError as ``apply``, and where a step needs calibration and there is none.
+        Raises:
+            UserError: as ``apply``, and when a step needs calibration data and there is none.
         """
         step, notes = needs_data(self.steps), []
         if step is not None and calibration is None:
@@ -73,17 +92,28 @@ class Recipe:
         return Compressed(config, params, tuple(notes))
 
     def to_json(self) -> dict[str, Any]:
+        """The recipe as ``compression.json`` holds it."""
         steps = [{"kind": step.kind, **dataclasses.asdict(step)} for step in self.steps]
         return {"name": self.name, "steps": steps, "storage": self.storage}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Recipe:
-        """The inverse of ``to_json``; raises UserError for steps or fields it does not know."""
+        """The inverse of ``to_json``.
+
+        Raises:
+            UserError: when the data names a step or a field that does not exist.
+        """
         try:
             steps = []
             for fields in data["steps"]:
                 fields = dict(fields)
-                steps.append(_STEPS[fields.pop("kind")](**fields))
+                steps.append(step_class(fields.pop("kind"))(**fields))
             return Recipe(tuple(steps), data["storage"], data["name"])
         except (KeyError, TypeError) as error:
             raise UserError(f"not a compression recipe of this version: {error}") from None
+
+
+def step_class(kind: str) -> type[Step]:
+    """The class of the steps of a kind; KeyError where there is none."""
+    module, name = STEPS[kind].rsplit(".", 1)
+    return getattr(importlib.import_module(f"jaxlm.compression.{module}"), name)

@@ -1,4 +1,4 @@
-"""What compression did to each tensor: one row a parameter, for ``compression.json`` and for tables."""
+"""The report of a compression: size, representation and error of each tensor, for ``compression.json`` and tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.platforms import describe
+from jaxlm.compression.platforms import describe_leaf
 from jaxlm.core.leaves import dequantize
 from jaxlm.core.tree import Leaf, Params, flatten
 
@@ -20,8 +20,18 @@ _LAYER_GROUP = re.compile(r"layers/\d+/")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One tensor. ``bits`` counts everything stored, scales and zeros too, a weight of the dense tensor."""
+class TensorReport:
+    """One tensor of a compressed model.
+
+    Attributes:
+        path, shape: of the tensor; the shape is the dense one.
+        representation: in words, as ``int4 g128``.
+        storage: how its bytes are coded in the file.
+        bits: all that is stored, scales and zero points too, for each weight of the dense tensor.
+        sparsity: the share of weights that are exactly zero.
+        bytes: its size in the file.
+        relative_error: ``|W - W'| / |W|`` (Frobenius); None where weights cannot be compared.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -36,12 +46,13 @@ class Row:
         return dataclasses.asdict(self)
 
 
-def report(before: Params | None, after: Params, stored: Mapping[str, tuple[int, str]]) -> list[Row]:
-    """Rows in the tree's order.
+def report(before: Params | None, after: Params, stored: Mapping[str, tuple[int, str]]) -> list[TensorReport]:
+    """A report of each tensor, in the order of the tree. Layers may be in other layer groups than before.
 
-    ``stored`` gives each path's bytes in the file and how they are coded (``checkpoint.storage.stored``).
-    ``sparsity`` is the share of weights that are exactly zero; ``relative_error`` is ``|W - W'| / |W|`` (Frobenius), or
-    None where the weight is not of the shape it was, and without ``before``. Layers may have come into other layer_groups.
+    Args:
+        before: the dense parameters; None: no errors are computed.
+        after: the compressed parameters. A tensor whose shape changed has no error.
+        stored: the bytes of each path in the file and how they are coded (``checkpoint.storage.stored``).
     """
     dense = {} if before is None else _by_layer(before)
     rows, begin = [], Counter()
@@ -54,12 +65,13 @@ def report(before: Params | None, after: Params, stored: Mapping[str, tuple[int,
         zeros, error = _compare(old if old is not None and old.shape == leaf.shape else None, leaf)
         size, storage = stored[path]
         bits, error = 8 * size / math.prod(leaf.shape), None if error is None else float(error)
-        rows.append(Row(path, tuple(leaf.shape), describe(leaf), storage, bits, float(zeros), size, error))
+        kind = describe_leaf(leaf)
+        rows.append(TensorReport(path, tuple(leaf.shape), kind, storage, bits, float(zeros), size, error))
     return rows
 
 
 def _by_layer(params: Params) -> dict[str, jax.Array]:
-    """Leaves by path, those of all layer groups of a stack joined."""
+    """The leaves by path, those of all layer groups of a stack concatenated."""
     joined: dict[str, list] = {}
     for path, leaf in flatten(params).items():
         joined.setdefault(_LAYER_GROUP.sub("layers/*/", path), []).append(leaf)
@@ -80,10 +92,10 @@ def _compare(dense: jax.Array | None, leaf: Leaf) -> tuple[jax.Array, jax.Array 
     return jnp.mean(now == 0), jnp.where(norm > 0, jnp.linalg.norm(dense - now) / norm, 0)
 
 
-def summary(rows: list[Row]) -> Row:
-    """All tensors as one row, weighted by their sizes; it has no error."""
+def summary(rows: list[TensorReport]) -> TensorReport:
+    """One report of all tensors together, weighted by their sizes; it has no error."""
     count = sum(math.prod(row.shape) for row in rows)
     size = sum(row.bytes for row in rows)
     zeros = sum(row.sparsity * math.prod(row.shape) for row in rows)
     kinds = " / ".join(dict.fromkeys(row.representation for row in rows))
-    return Row("all", (count,), kinds, "", 8 * size / count, zeros / count, size, None)
+    return TensorReport("all", (count,), kinds, "", 8 * size / count, zeros / count, size, None)

@@ -1,6 +1,7 @@
-"""The residual stream of a Transformer as its parameters show it: who writes it, who reads it, and the norms between.
+"""Which parameters of a Transformer write the residual stream, which read it, and which norms stand between.
 
-Whatever changes the basis or the width of the stream (``rotate``, ``width``) is told by these roles alone.
+What changes the basis or the width of the stream (``quantize.rotate``, ``prune.width``) knows parameters by these roles
+alone.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ Leaves = dict[str, jax.Array]
 _ROLES: tuple[tuple[Role, re.Pattern], ...] = tuple(
     (role, re.compile(pattern)) for role, pattern in (
         ("table", r"(src_)?embed/table|(en|de)coder/pos/table"),
-        ("writer", r".*/(o|down)/(kernel|bias)"),  # its outputs, the last axis
-        ("reader", r".*/(q|k|v|gate|up|router)/kernel|head/kernel"),  # its inputs, the axis before
+        ("writer", r".*/(o|down)/(kernel|bias)"),  # the stream is its last axis
+        ("reader", r".*/(q|k|v|gate|up|router)/kernel|head/kernel"),  # the stream is its last axis but one
         ("norm", r".*/((attn|cross|mlp)(_out)?|final|embed)_norm/(scale|bias)"),
     )
 )
 
 
 def role(path: str) -> Role:
-    """What a parameter is to the residual stream; "other" if nothing."""
+    """The role of a parameter towards the residual stream; "other" if it has none."""
     return next((name for name, pattern in _ROLES if pattern.fullmatch(path)), "other")
 
 
 def normed_inputs(config: StackConfig) -> bool:
-    """Whether layers read the stream through a norm, not as it is."""
+    """Whether layers read the stream through a norm."""
     return config.parallel or config.norm_position in ("pre", "sandwich")
 
 
 def input_norm(config: StackConfig, path: str) -> str | None:
-    """The norm whose output the reader ``path`` multiplies; None where that is the stream itself."""
+    """The path of the norm whose output the kernel at ``path`` reads; None where it reads the stream itself."""
     if path == "head/kernel" or re.search(r"/cross/[kv]/kernel$", path):
         side = "decoder" if path == "head/kernel" else "encoder"
         return None if config.norm_position == "post" else f"{side}/final_norm"
@@ -52,20 +53,24 @@ def input_norm(config: StackConfig, path: str) -> str | None:
     return f"{layer}/{part}_norm" if normed_inputs(config) else None
 
 
-def bias_of(path: str) -> str:
-    """Where the bias of a kernel is, if it has one."""
+def bias_path(path: str) -> str:
+    """The path of the bias that belongs to a kernel, whether or not the model has it."""
     return "logits_bias" if path == "head/kernel" else path.replace("/kernel", "/bias")
 
 
-def writes(config: StackConfig, norm: str) -> bool:
-    """Whether what the norm gives is (part of) the stream, not an input of kernels."""
+def writes_stream(config: StackConfig, norm: str) -> bool:
+    """Whether the output of a norm is added to the stream or becomes it, rather than being read by kernels."""
     if norm.endswith(("/embed_norm", "_out_norm")):
         return True
     return not norm.endswith("/final_norm") and not normed_inputs(config)
 
 
 def dense_leaves(config: ModelConfig, params: Params, what: str) -> Leaves:
-    """The leaves by path; UserError where there is no Transformer of plain arrays."""
+    """The leaves by path.
+
+    Raises:
+        UserError: when the model is no Transformer, or a weight is compressed; ``what`` is the operation that it names.
+    """
     if isinstance(config, LSTMConfig):
         raise UserError(f"{what} is for Transformers; this is a recurrent model")
     leaves = flatten(params)
@@ -75,8 +80,8 @@ def dense_leaves(config: ModelConfig, params: Params, what: str) -> Leaves:
 
 
 def replace_leaves(params: Params, leaves: Leaves, axes: Mapping[str, tuple[str, ...]] | None = None) -> Params:
-    """The tree of exactly these leaves. Those that ``params`` has keep what it says of them, as their logical axes;
-    ``axes`` names those of the others."""
+    """The tree of exactly these leaves. Leaves at paths of ``params`` keep its metadata, such as logical axes; ``axes``
+    has the logical axes of the others."""
     known = {path_str(path): variable for path, variable in nnx.to_flat_state(params)}
 
     def variable(path, leaf):
@@ -89,9 +94,9 @@ def replace_leaves(params: Params, leaves: Leaves, axes: Mapping[str, tuple[str,
 
 
 def learned_positions(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """Sinusoidal positions as a learned table of the same values; other models as they are.
+    """The model with sinusoidal positions replaced by a learned table of the same values; other models as they are.
 
-    In another basis or width sinusoids are sinusoids no more. The table ends at ``max_positions``.
+    A change of basis or width would make other functions of the sinusoids. The table ends at ``max_positions``.
     """
     if config.positions not in ("sinusoidal", "sinusoidal_t2t"):
         return config, params
@@ -104,3 +109,9 @@ def learned_positions(config: ModelConfig, params: Params) -> tuple[ModelConfig,
     new = {f"{side}/pos/table": jnp.asarray(table, jnp.float32) for side in sides}
     params = replace_leaves(params, flatten(params) | new, dict.fromkeys(new, ("positions", "embed")))
     return dataclasses.replace(config, positions="learned"), params
+
+
+def multiply_rows(row: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Rows ``[..., D]`` times kernels ``[..., D, O]``, one row a kernel or one row for all: ``[..., O]``, float32."""
+    row, kernel = row.astype(jnp.float32), kernel.astype(jnp.float32)
+    return jnp.einsum("...d,...do->...o", row, kernel, precision=jax.lax.Precision.HIGHEST)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm import nn
-from jaxlm.compression.fit.mixed_precision import MixedPrecision
-from jaxlm.compression.low_rank import rank_for
-from jaxlm.compression.platforms import place
-from jaxlm.compression.quantize.activations import Smooth, Static
-from jaxlm.compression.quantize.autoround import AutoRound
-from jaxlm.compression.quantize.awq import Awq
+from jaxlm.compression.platforms import lower_for_platform
 from jaxlm.compression.recipe import Recipe
-from jaxlm.compression.reshape import Factor, Rotate
-from jaxlm.compression.solvers import Gptq, SparseGpt, Wanda
-from jaxlm.compression.steps import Float8, Quantize, Step, WeightStep
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import LowRank, is_leaf
+from jaxlm.core.leaves import is_leaf
 from jaxlm.core.sharding import batch_sharding, num_batch_shards, override_sharding, spec
 from jaxlm.core.tree import Leaf, Params, map_params
 from jaxlm.data.batches.buckets import bucket_rows
@@ -127,11 +119,11 @@ def abstract_compressed(recipe: Recipe | None, config: ModelConfig, like: Params
     def make(params: Params) -> Params:
         found["config"] = config
         if recipe is not None:
-            steps = (each for step in recipe.steps for each in _without_data(step, config.tie_embeddings))
+            steps = (each for step in recipe.steps for each in step.without_data(config))
             result = Recipe(tuple(steps), recipe.storage).run(config, params)
             found["config"], params = result.config, result.params
         params = map_params(lambda path, leaf: _cast(leaf, dtype), params)
-        return place(params, platform)[0]
+        return lower_for_platform(params, platform)[0]
 
     try:
         abstract = jax.eval_shape(make, like)
@@ -144,38 +136,3 @@ def abstract_compressed(recipe: Recipe | None, config: ModelConfig, like: Params
 
 def _cast(leaf: Leaf, dtype: str) -> Leaf:
     return leaf.astype(dtype) if not is_leaf(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-
-def _without_data(step: Step, tied: bool) -> tuple[Step, ...]:
-    """Steps that give leaves of the same shapes without calibration."""
-    match step:
-        case Gptq() | Awq() | AutoRound():
-            return (Quantize(step.bits, step.group, step.symmetric, target=step.target),)
-        case SparseGpt(bits=bits) if bits:
-            return (Quantize(bits, step.group, step.symmetric, target=step.target),)
-        case SparseGpt() | Wanda() | Smooth():
-            return ()
-        case Static(format="int8"):
-            return (Quantize(8, symmetric=True, act_bits=8, target=step.target),)
-        case Static():
-            return (Float8(target=step.target),)
-        case Factor():
-            return (_Factors(step.share, step.target),)
-        case Rotate() if not tied:  # else the head may become one of its own
-            return ()
-        case MixedPrecision():
-            raise UserError("a recipe fitted to a budget chose for one model; give a recipe by name")
-    return (step,)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Factors(WeightStep):
-    """Two factors of the rank that ``Factor`` takes."""
-
-    kind: ClassVar[str] = "factors"
-    share: float
-    target: str
-
-    def weight(self, dense: Leaf, axis: int) -> Leaf:
-        rank = rank_for(dense.shape, self.share)
-        return LowRank(dense[..., :rank], dense[..., :rank, :])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxlm.compression.names import load_recipe
-from jaxlm.compression.platforms import place
+from jaxlm.compression.platforms import lower_for_platform
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.schedule import fake_compress, pruning_of
 from jaxlm.core.errors import UserError
@@ -84,7 +84,7 @@ class CompressionAwareTraining:
         """``compressed`` parameters as this platform computes with them, as when a model is loaded."""
         if not self.recipe:
             return params
-        return flatten(place(unflatten(self._like, self.compressed(params)), jax.default_backend())[0])
+        return flatten(lower_for_platform(unflatten(self._like, self.compressed(params)), jax.default_backend())[0])
 
     def report(self, params: dict[str, Any]) -> dict[str, float]:
         """``sparsity``, the share of zeros among the pruned matrices, where the experiment prunes; else nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxlm.compression.steps import BLOCKS
+from jaxlm.compression.steps import LAYER_KERNELS
 from jaxlm.data.config import DataConfig
 from jaxlm.nn.config import DecoderConfig, LSTMConfig, ModelConfig, Seq2SeqConfig
 
@@ -87,7 +87,7 @@ class PruneConfig:
     every: int = 100  # updates between changes
     drop: float = 0.3  # rigl: the share of weights exchanged at the first change; falls to 0 along a cosine
     distribution: Literal["uniform", "erdos_renyi"] = "uniform"  # over the matrices
-    target: str = BLOCKS  # regular expression of the paths that are pruned
+    target: str = LAYER_KERNELS  # regular expression of the paths that are pruned
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class LoraConfig:
     alpha: float = 16.0  # the adapter is multiplied by alpha / rank
     rslora: bool = False  # ... or alpha / sqrt(rank) (arXiv:2312.03732)
     dropout: float = 0.0  # of the inputs of adapters
-    target: str = BLOCKS  # regular expression of the parameters that get an adapter
+    target: str = LAYER_KERNELS  # regular expression of the parameters that get an adapter
     dora: bool = False  # also train magnitudes of columns (arXiv:2402.09353)
     base: str = "float32"  # the frozen weights: float32, bfloat16, or a recipe such as nf4 or w4a16-rtn-g64
     merge: bool = False  # also write RUN/model, with the adapter merged into the frozen weights

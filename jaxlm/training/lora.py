@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.compression.names import load_recipe
-from jaxlm.compression.platforms import narrow
+from jaxlm.compression.platforms import to_native_4bit
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.steps import WeightStep, matching
 from jaxlm.core.errors import UserError
@@ -78,7 +78,7 @@ def _compressed(recipe: Recipe, path: str, leaf: jax.Array, platform: str) -> Le
     for step in recipe.steps:
         if re.fullmatch(step.target, path):
             leaf = step.weight(leaf, -1 if path.endswith("/table") else -2)
-    return leaf if platform == "cpu" else narrow(leaf)
+    return leaf if platform == "cpu" else to_native_4bit(leaf)
 
 
 def _cast(leaf: jax.Array, dtype: str) -> jax.Array:

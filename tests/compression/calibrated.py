@@ -27,6 +27,10 @@ CONFIGS = {
 }
 
 
+def layerwise(config):
+    return LayerwiseModel(config, nn.initializer(config)[0])
+
+
 @functools.cache
 def make(name, tokens=64):
     config = CONFIGS[name]
@@ -39,8 +43,7 @@ def make(name, tokens=64):
     batches = [(rng.integers(3, 31, (4, tokens // 4)),) for _ in range(2)]
     if config.kind == "seq2seq":
         batches = [(rng.integers(3, 31, (4, 9)), batch) for (batch,) in batches]
-    walk = lambda config: LayerwiseModel(config, nn.initializer(config)[0])  # noqa: E731
-    return config, graphdef, params, Calibration(batches, walk)
+    return config, graphdef, params, Calibration(batches, layerwise)
 
 
 def run(name, recipe):

@@ -11,17 +11,9 @@ import numpy as np
 import pytest
 
 from jaxlm import nn
-from jaxlm.compression.calibration import (
-    BINS,
-    Calibration,
-    bin_values,
-    gram,
-    histogram,
-    layer_of,
-    moments,
-    solve_blocks,
-)
+from jaxlm.compression.calibration import Calibration, layer_params, solve_layers
 from jaxlm.compression.layer_groups import join
+from jaxlm.compression.observers import BINS, bin_values, gram, histogram, moments
 from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core.leaves import QArray, dequantize
 from jaxlm.core.tree import flatten
@@ -55,7 +47,7 @@ def first_block(name, targets):
     """The first layer that has targets, in the hands of a solver."""
     config, params, calibration = make(name)
     found = []
-    solve_blocks(config, params, calibration, lambda block: found.append(block) or block.layer, targets, [])
+    solve_layers(config, params, calibration, lambda block: found.append(block) or block.params, targets, [])
     return found
 
 
@@ -71,18 +63,18 @@ def test_readings_are_those_of_the_inputs(name):
     """The input of ``attn/q`` in the first layer is the normalised embedding, padding left out."""
     block = first_block(name, lambda path: path.endswith("attn/q/kernel"))[0]
     rows = []
-    for batch, (x, _) in zip(block.batches, block.states, strict=True):
+    for batch, (x, _) in zip(block.batches, block.inputs, strict=True):
         real = np.ones(batch[0].shape, bool) if name == "decoder" else batch[0] != 0
-        rows.append(norm(x, block.layer["attn_norm/scale"], block.layer.get("attn_norm/bias"))[real])
+        rows.append(norm(x, block.params["attn_norm/scale"], block.params.get("attn_norm/bias"))[real])
     x_MxI = np.concatenate(rows)
-    reading = block.measure(gram)["attn/q/kernel"]
+    reading = block.observe(gram)["attn/q/kernel"]
     assert reading["count"] == len(x_MxI) == (28 if name == "decoder" else 14)
     np.testing.assert_allclose(reading["gram"], x_MxI.T @ x_MxI, rtol=1e-4, atol=1e-4)
-    reading = block.measure(moments)["attn/q/kernel"]
+    reading = block.observe(moments)["attn/q/kernel"]
     np.testing.assert_allclose(reading["square"], (x_MxI**2).sum(0), rtol=1e-4)
     np.testing.assert_allclose(reading["size"], np.abs(x_MxI).sum(0), rtol=1e-4)
     np.testing.assert_allclose(reading["largest"], np.abs(x_MxI).max(0), rtol=1e-4)
-    reading = block.measure(histogram)["attn/q/kernel"]
+    reading = block.observe(histogram)["attn/q/kernel"]
     np.testing.assert_allclose(reading["largest"], np.abs(x_MxI).max(), rtol=1e-4)
     counts = np.asarray(reading["counts"])
     bins = np.clip(np.floor(64 * (np.log2(np.maximum(np.abs(x_MxI), 1e-20)) - 16)) + BINS, 0, BINS - 1)
@@ -94,14 +86,14 @@ def test_readings_are_those_of_the_inputs(name):
 def test_experts_are_told_apart():
     block = first_block("moe", lambda path: "/experts/" in path)[0]
     names = ("mlp/experts/gate/kernel", "mlp/experts/up/kernel")
-    readings = block.measure(gram, names)
+    readings = block.observe(gram, names)
     counts = np.asarray(readings[names[0]]["count"])
     assert counts.sum() == 2 * 28 and len(counts) == 4 and counts.min() >= 0
     # The sum over experts is the sum over tokens, each counted for two experts; the layer's own numbers say which.
-    moment = block.measure(moments, names)[names[0]]
+    moment = block.observe(moments, names)[names[0]]
     diagonals_ExI = np.diagonal(readings[names[0]]["gram"], axis1=1, axis2=2)
     np.testing.assert_allclose(diagonals_ExI, moment["square"], rtol=1e-4, atol=1e-5)
-    whole = block.measure(gram, ["mlp/router/kernel"])["mlp/router/kernel"]["gram"]
+    whole = block.observe(gram, ["mlp/router/kernel"])["mlp/router/kernel"]["gram"]
     np.testing.assert_allclose(readings[names[1]]["gram"].sum(0), 2 * whole, rtol=1e-4, atol=1e-4)
 
 
@@ -110,11 +102,11 @@ def test_a_layer_is_given_what_the_solved_ones_before_it_give():
     seen = []
 
     def solve(block):
-        seen.append(np.asarray(block.states[0][0]))
-        return block.layer | {name: jnp.zeros_like(block.layer[name]) for name in block.targets}
+        seen.append(np.asarray(block.inputs[0][0]))
+        return block.params | {name: jnp.zeros_like(block.params[name]) for name in block.targets}
 
     outputs = ("o/kernel", "down/kernel")
-    layers = solve_blocks(config, params, calibration, solve, lambda path: path.endswith(outputs), [])
+    layers = solve_layers(config, params, calibration, solve, lambda path: path.endswith(outputs), [])
     for state in seen[1:]:  # nothing is added to the residual stream any more
         np.testing.assert_array_equal(state, seen[0])
     config_after, after = join(config, params, layers)
@@ -131,10 +123,10 @@ def test_originals_are_what_the_layers_gave_before(name):
         seen = []
 
         def solve(block):
-            seen.append((block.originals, block.outputs(block.layer)))
-            return block.layer | {name: jnp.zeros_like(block.layer[name]) for name in block.targets if replace}
+            seen.append((block.dense_outputs, block.outputs(block.params)))
+            return block.params | {name: jnp.zeros_like(block.params[name]) for name in block.targets if replace}
 
-        solve_blocks(config, params, calibration, solve, lambda path: path.endswith("o/kernel"), [], originals=True)
+        solve_layers(config, params, calibration, solve, lambda path: path.endswith("o/kernel"), [], dense_outputs=True)
         return seen
 
     plain, solved = solve_with(False), solve_with(True)
@@ -147,7 +139,7 @@ def test_originals_are_what_the_layers_gave_before(name):
 def test_joining_untouched_layers_changes_nothing():
     for name in CONFIGS:
         config, params, _ = make(name)
-        layers = [(place, layer_of(params, place)) for place in walk_of(config).layer_positions()]
+        layers = [(place, layer_params(params, place)) for place in walk_of(config).layer_positions()]
         config_after, after = join(config, params, layers)
         assert config_after == config
         jax.tree.map(np.testing.assert_array_equal, after, params)
@@ -159,7 +151,7 @@ def test_layers_of_several_representations_become_layer_groups():
     bits = iter([4, 3, 8, 8])
     layers = []
     for place in walk.layer_positions():
-        layer = layer_of(params, place)
+        layer = layer_params(params, place)
         kernel = quantize(layer["mlp/up/kernel"], bits=next(bits))
         layers.append((place, layer | {"mlp/up/kernel": kernel}))
     mixed, after = join(config, params, layers)

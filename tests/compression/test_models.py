@@ -13,9 +13,9 @@ from jaxlm import nn
 from jaxlm.checkpoint.storage import leaf_bytes
 from jaxlm.compress import compress
 from jaxlm.compression.names import parse
-from jaxlm.compression.platforms import place
+from jaxlm.compression.platforms import lower_for_platform
+from jaxlm.compression.quantize.half_precision import HalfPrecision
 from jaxlm.compression.quantize.rtn import quantize
-from jaxlm.compression.steps import Half
 from jaxlm.core.leaves import dequantize_tree, is_leaf
 from jaxlm.core.tree import flatten
 from jaxlm.hf.directory import weight_bytes
@@ -50,7 +50,7 @@ def test_weight_only_models_equal_their_dequantized_ones(name):
     loose = 0.05 if name == "bfloat16" else 1e-4
     assert sum(map(is_leaf, flatten(small).values())) >= 4
     np.testing.assert_allclose(logits(graphdef, small), logits(graphdef, dequantize_tree(small)), atol=loose)
-    placed, notes = place(small, "cpu")
+    placed, notes = lower_for_platform(small, "cpu")
     assert jax.tree.structure(placed) == jax.tree.structure(params) and notes
     np.testing.assert_allclose(logits(graphdef, small), logits(graphdef, placed), atol=loose)
 
@@ -92,7 +92,7 @@ def test_half_takes_half_the_bytes_and_hardly_changes_anything(name):
 
 def test_scales_that_float16_does_not_reach_stay():
     leaf = quantize(jnp.array([[1e-6, 1.0, 1e6]] * 4), bits=4, group=0, symmetric=True)
-    kept = flatten(Half()(None, nnx.State({"kernel": nnx.Param(leaf)}), None, [])[1])
+    kept = flatten(HalfPrecision()(None, nnx.State({"kernel": nnx.Param(leaf)}), None, [])[1])
     np.testing.assert_array_equal(kept["kernel"].scale[jnp.array([0, 2])], leaf.scale[jnp.array([0, 2])])
     assert kept["kernel"].scale[1] == leaf.scale[1].astype(jnp.float16) != leaf.scale[1]
 

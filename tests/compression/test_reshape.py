@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.compression.names import parse
-from jaxlm.compression.reshape import Prune
+from jaxlm.compression.prune.structured import StructuredPrune
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import Codebook, LowRank, QArray, dequantize, is_leaf
 from jaxlm.core.tree import count_params, flatten
@@ -72,4 +72,4 @@ def test_the_cache_is_a_matter_of_configuration():
 
 def test_unknown_units():
     with pytest.raises(UserError, match="use heads, ffn, experts or width"):
-        Prune("tails", 0.5)(*make("decoder")[0::2], None, [])
+        StructuredPrune("tails", 0.5)(*make("decoder")[0::2], None, [])

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxlm.compression.names import parse
-from jaxlm.compression.quantize.rtn import quantize
+from jaxlm.compression.quantize.rtn import Quantize, quantize
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.schedule import (
     cosine,
@@ -24,7 +24,6 @@ from jaxlm.compression.schedule import (
     regrow,
     smallest_of_each,
 )
-from jaxlm.compression.steps import Quantize
 from jaxlm.core import ops
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import FakeQuant, QArray, dequantize, is_leaf

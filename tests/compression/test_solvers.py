@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxlm.compression.names import parse
+from jaxlm.compression.prune.sparsegpt import SparseGpt
+from jaxlm.compression.quantize.gptq import Gptq
 from jaxlm.compression.recipe import Recipe
-from jaxlm.compression.solvers import Gptq, SparseGpt
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize, is_leaf
 from jaxlm.core.tree import flatten
@@ -73,7 +74,7 @@ def test_experts_that_saw_too_little_are_done_without_data():
 @pytest.mark.parametrize("target", ["embed/table", ".*(embed/table|layers/0/.*/kernel)"])
 def test_only_layers_are_calibrated(target):
     config, _, params, calibration = make("decoder")
-    with pytest.raises(UserError, match="calibrates the layers' kernels, and its target matches embed/table"):
+    with pytest.raises(UserError, match="embed/table"):
         Recipe((Gptq(4, target=target),)).run(config, params, calibration)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from jaxlm.compression.platforms import narrow
+from jaxlm.compression.platforms import to_native_4bit
 from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core import ops, weight_only
 
@@ -31,7 +31,7 @@ def product(leaf, x):
     (3, 96, 128, 4, 32, True, jnp.bfloat16),
 ])
 def test_the_kernel_is_the_product(rows, n_in, n_out, bits, group, symmetric, dtype):
-    leaf = narrow(quantize(normal(n_in, n_out), bits=bits, group=group, symmetric=symmetric))
+    leaf = to_native_4bit(quantize(normal(n_in, n_out), bits=bits, group=group, symmetric=symmetric))
     assert leaf.codes.dtype == (jnp.int4 if bits == 4 else jnp.int8)
     x = normal(rows, n_in, dtype=dtype)
     assert weight_only.takes(x, leaf)
@@ -58,7 +58,7 @@ def test_what_the_kernel_leaves_to_xla():
 def test_gpus_get_the_kernel_where_it_is_asked_for(asked, monkeypatch):
     """Lowered for a GPU, which needs none."""
     monkeypatch.setenv("JAXLM_KERNELS", str(int(asked)))
-    leaf = narrow(quantize(normal(256, 64), bits=4, group=128, symmetric=False))
+    leaf = to_native_4bit(quantize(normal(256, 64), bits=4, group=128, symmetric=False))
     gpu = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
     x = normal(3, 256, dtype=jnp.bfloat16)
 

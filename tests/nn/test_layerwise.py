@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.compression.calibration import layer_of
+from jaxlm.compression.calibration import layer_params
 from jaxlm.nn.layerwise import LayerwiseModel
 
 DECODER = nn.DecoderConfig(vocab_size=31, width=16, heads=4, kv_heads=2, ffn=24, layers=3)
@@ -45,7 +45,7 @@ def test_layer_by_layer_is_the_whole_model(name):
     step = jax.jit(walk.run_layer)
     for before, place in zip([places[0], *places], places, strict=False):
         state = walk.enter_decoder(params, batch, state) if place.side != before.side else state
-        state = step(params, place, layer_of(params, place), batch, state)
+        state = step(params, place, layer_params(params, place), batch, state)
     whole = nnx.merge(walk.graphdef, params)(*batch)
     np.testing.assert_allclose(walk.logits(params, state), whole, atol=1e-5)
     assert len(places) == (5 if len(batch) == 2 else 3)

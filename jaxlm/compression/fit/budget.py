@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.compression.calibration import Calibration, layer_of
+from jaxlm.compression.calibration import Calibration, layer_params
 from jaxlm.compression.fit.fisher import loss_increase
 from jaxlm.compression.fit.mixed_precision import KernelChoice, MixedPrecision, kernel_name
 from jaxlm.compression.fit.sensitivity import Candidate, Sensitivity
@@ -278,9 +278,9 @@ class Fit:
 
     def _beside(self, at: int, weigh: Weigh) -> int:
         """The size beside that of the kernels each by itself, told from kernels of the same kinds, merely rounded."""
-        walk, options, layers, alone = self.calibration.walk(self.config), self.options(at), [], 0
+        walk, options, layers, alone = self.calibration.layerwise(self.config), self.options(at), [], 0
         for place in walk.layer_positions():
-            layer = layer_of(self.params, place)
+            layer = layer_params(self.params, place)
             for name in layer:
                 if option := options.get(kernel_name(walk, place, name)):
                     layer[name] = _rounded(layer[name], option.choice)
@@ -290,9 +290,9 @@ class Fit:
 
     def expand(self, model: Compressed) -> Params:
         """A model's parameters dense, and in the layer groups of the model at first: one compiled program does for all."""
-        places = self.calibration.walk(self.config).layer_positions()
-        walk, params = self.calibration.walk(model.config), dequantize_tree(model.params)
-        layers = [(old, layer_of(params, new)) for old, new in zip(places, walk.layer_positions(), strict=True)]
+        places = self.calibration.layerwise(self.config).layer_positions()
+        walk, params = self.calibration.layerwise(model.config), dequantize_tree(model.params)
+        layers = [(old, layer_params(params, new)) for old, new in zip(places, walk.layer_positions(), strict=True)]
         return join(self.config, self.params, layers)[1]
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.calibration import Batch, Calibration, Layer, LayerwiseModel, Reading, layer_of
+from jaxlm.compression.calibration import Calibration, LayerParams, LayerwiseModel, TokenBatch, layer_params
+from jaxlm.compression.observers import Statistics
 from jaxlm.core.leaves import Observer
 from jaxlm.core.tree import Params
 
@@ -28,9 +29,9 @@ def output_fisher(
 ) -> list[dict[str, jax.Array]]:
     """``g`` of the module's formula for the kernels that are ``targets`` (of their paths): for each layer by name,
     ``[out]`` or ``[experts, out]``, in nats a token for unit errors. Labels are drawn with the calibration's seed."""
-    walk = calibration.walk(config)
+    walk = calibration.layerwise(config)
     places = list(walk.layer_positions())
-    layers = [layer_of(params, place) for place in places]
+    layers = [layer_params(params, place) for place in places]
     names = [
         tuple(name for name in layer if targets(place.prefix + name))
         for place, layer in zip(places, layers, strict=True)
@@ -45,7 +46,7 @@ def output_fisher(
             states.append(state)
             state = _forward(walk, params, place, layer, batch, state)
         count, gradient = _draw(walk, params, places[-1], batch, state, key)
-        found: list[dict[str, Reading]] = []
+        found: list[dict[str, Statistics]] = []
         for at in reversed(range(len(places))):
             readings, gradient = _back(walk, names[at], params, places[at], layers[at], batch, states[at], gradient)
             found.append(readings)
@@ -64,7 +65,7 @@ def loss_increase(error_IxO: jax.Array, gram_IxI: jax.Array, sensitivity_O: jax.
     return 0.5 * jnp.sum(sensitivity_O * jnp.sum(error_IxO * product, -2))
 
 
-def _squares(g_MxO: jax.Array, weight_M: jax.Array | None, sizes_E: jax.Array | None) -> Reading:
+def _squares(g_MxO: jax.Array, weight_M: jax.Array | None, sizes_E: jax.Array | None) -> Statistics:
     square_MxO = g_MxO.astype(jnp.float32) ** 2
     if sizes_E is None:
         return {"square": jnp.sum(square_MxO, 0)}
@@ -78,7 +79,7 @@ _forward = jax.jit(lambda walk, *args: walk.run_layer(*args), static_argnums=0)
 
 
 @partial(jax.jit, static_argnums=0)
-def _draw(walk: LayerwiseModel, params: Params, place: Any, batch: Batch, state: Any, key: jax.Array):
+def _draw(walk: LayerwiseModel, params: Params, place: Any, batch: TokenBatch, state: Any, key: jax.Array):
     """How many tokens count, and the gradient of their summed loss at labels that the model draws."""
     logits, pull = jax.vjp(lambda state: walk.logits(params, state), state)
     drawn = jax.nn.one_hot(jax.random.categorical(key, logits), logits.shape[-1])
@@ -89,7 +90,7 @@ def _draw(walk: LayerwiseModel, params: Params, place: Any, batch: Batch, state:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _back(walk: LayerwiseModel, names: tuple[str, ...], params: Params, place: Any, layer: Layer, batch, state, gradient):
+def _back(walk: LayerwiseModel, names: tuple[str, ...], params: Params, place: Any, layer: LayerParams, batch, state, gradient):
     """What is measured of the gradients of a layer's kernels, and the gradient of what the layer is given."""
 
     def through(readings, state):
@@ -104,5 +105,5 @@ def _back(walk: LayerwiseModel, names: tuple[str, ...], params: Params, place: A
 
 
 @partial(jax.jit, static_argnums=0)
-def _turn_back(walk: LayerwiseModel, params: Params, batch: Batch, state: Any, gradient: Any) -> Any:
+def _turn_back(walk: LayerwiseModel, params: Params, batch: TokenBatch, state: Any, gradient: Any) -> Any:
     return jax.vjp(lambda state: walk.enter_decoder(params, batch, state), state)[1](gradient)[0]

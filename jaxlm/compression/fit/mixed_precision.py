@@ -10,17 +10,19 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.calibration import Block, Calibration, Layer, LayerwiseModel, gram, solve_blocks
+from jaxlm.compression.calibration import CalibratedLayer, Calibration, LayerParams, LayerwiseModel, solve_layers
+from jaxlm.compression.input_statistics import observe_inputs, second_moment
 from jaxlm.compression.layer_groups import join
+from jaxlm.compression.observers import gram
 from jaxlm.compression.prune.sparsegpt import sparsegpt
-from jaxlm.compression.quantize.column_solver import SolverInfo
+from jaxlm.compression.quantize.column_solver import SolverInfo, note_failures
 from jaxlm.compression.quantize.gptq import gptq
 from jaxlm.compression.quantize.rtn import IntegerGrid
-from jaxlm.compression.solvers import hessian, note_failures, read_inputs
-from jaxlm.compression.steps import BLOCKS, BlockStep, check_grid, check_sparsity, targets
+from jaxlm.compression.steps import LAYER_KERNELS, LayerStep, Step, check_grid, check_sparsity, targets
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray
 from jaxlm.core.tree import Leaf, Params
+from jaxlm.nn.config import ModelConfig
 
 __all__ = ["KernelChoice", "MixedPrecision", "Solver", "kernel_name"]
 
@@ -99,7 +101,7 @@ class Solver:
 
 
 @dataclass(frozen=True)
-class MixedPrecision(BlockStep):
+class MixedPrecision(LayerStep):
     """Each kernel by its own ``KernelChoice``, GPTQ or SparseGPT, in one walk; a kernel without one stays as it is."""
 
     kind: ClassVar[str] = "mixed"
@@ -108,38 +110,41 @@ class MixedPrecision(BlockStep):
     sweeps: int = Solver.sweeps
     search: int = Solver.search
     damping: float = Solver.damping
-    target: str = BLOCKS
+    target: str = LAYER_KERNELS
 
     def __post_init__(self):
         choices = [each if isinstance(each, KernelChoice) else KernelChoice(**each) for each in self.choices]
         object.__setattr__(self, "choices", tuple(choices))
 
+    def without_data(self, config: ModelConfig) -> tuple[Step, ...]:
+        raise UserError("a recipe that was fitted to a budget chose for one model; give a recipe by name")
+
     def __call__(
         self, config: Any, params: Params, calibration: Calibration, notes: list[str], found: Found | None = None
     ) -> tuple[Any, Params]:
-        """As every ``BlockStep``; ``found`` is told of each kernel its name, the second moments of its inputs, and what
+        """As every ``LayerStep``; ``found`` is told of each kernel its name, the second moments of its inputs, and what
         it was and is."""
-        walk, paths = calibration.walk(config), set(targets(self, params))
+        walk, paths = calibration.layerwise(config), set(targets(self, params))
         names = {
             kernel_name(walk, place, path.removeprefix(place.prefix))
             for place in walk.layer_positions() for path in paths if path.startswith(place.prefix)
         }  # fmt: skip
         if strange := [choice.kernel for choice in self.choices if choice.kernel not in names]:
             raise UserError(f"a mixed step names {strange[0]}, and the model has no such kernel")
-        layers = solve_blocks(config, params, calibration, partial(self.solve, found=found), paths.__contains__, notes)
+        layers = solve_layers(config, params, calibration, partial(self.solve, found=found), paths.__contains__, notes)
         return join(config, params, layers)
 
-    def solve(self, block: Block, found: Found | None = None) -> Layer:
+    def solve(self, block: CalibratedLayer, found: Found | None = None) -> LayerParams:
         choices = {choice.kernel: choice for choice in self.choices}
         solver = Solver(self.clip, self.sweeps, self.search, self.damping)
-        readings = read_inputs(block, gram)
-        layer = dict(block.layer)
+        readings = observe_inputs(block, gram)
+        layer = dict(block.params)
         for name in block.targets:
-            called = kernel_name(block.walk, block.place, name)
+            called = kernel_name(block.model, block.position, name)
             if choice := choices.get(called):
-                h = hessian(block, name, readings[name], str(choice))
-                layer[name], info = solver(block.layer[name], h, choice)
+                h = second_moment(block, name, readings[name], str(choice))
+                layer[name], info = solver(block.params[name], h, choice)
                 note_failures(block, [name], info, "rounded")
                 if found:
-                    found(called, h, block.layer[name], layer[name])
+                    found(called, h, block.params[name], layer[name])
         return layer

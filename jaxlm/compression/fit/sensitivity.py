@@ -12,10 +12,11 @@ from typing import Any
 
 import jax
 
-from jaxlm.compression.calibration import Block, Calibration, Layer, gram, solve_blocks
+from jaxlm.compression.calibration import CalibratedLayer, Calibration, LayerParams, solve_layers
 from jaxlm.compression.fit.fisher import loss_increase, output_fisher
 from jaxlm.compression.fit.mixed_precision import KernelChoice, MixedPrecision, Solver, kernel_name
-from jaxlm.compression.solvers import hessian, read_inputs
+from jaxlm.compression.input_statistics import observe_inputs, second_moment
+from jaxlm.compression.observers import gram
 from jaxlm.compression.steps import targets
 from jaxlm.core.leaves import dequantize
 from jaxlm.core.tree import Leaf, Params
@@ -70,11 +71,11 @@ def measure_sensitivity(
     weights: dict[str, int] = {}
     sensitivity: dict[str, jax.Array] = {}
 
-    def look(block: Block) -> Layer:
-        readings, mind = read_inputs(block, gram), next(minds)
+    def look(block: CalibratedLayer) -> LayerParams:
+        readings, mind = observe_inputs(block, gram), next(minds)
         for name in block.targets:
-            kernel, called = block.layer[name], kernel_name(block.walk, block.place, name)
-            h = hessian(block, name, readings[name], "looked at")
+            kernel, called = block.params[name], kernel_name(block.model, block.position, name)
+            h = second_moment(block, name, readings[name], "looked at")
             found = [Candidate(None, size(kernel), 0.0)]
             zeros = bool((kernel == 0).any())
             for each in _choices(called, kernel.shape[-2], candidates):
@@ -84,9 +85,9 @@ def measure_sensitivity(
                 loss = float(loss_increase(dequantize(leaf) - kernel, h, mind[name]))
                 found.append(Candidate(each, size(leaf), loss))
             options[called], weights[called], sensitivity[called] = tuple(found), kernel.size, mind[name]
-        return block.layer
+        return block.params
 
-    solve_blocks(config, params, calibration, look, chosen.__contains__, [])
+    solve_layers(config, params, calibration, look, chosen.__contains__, [])
     return Sensitivity(options, weights, sensitivity, solver)
 
 

@@ -1,8 +1,9 @@
-"""Which weights to keep, chosen over the whole matrix at once by ADMM, as in ALPS (arXiv:2406.07831).
+"""The pruning mask of a whole matrix at once, found by ADMM as in ALPS (arXiv:2406.07831).
 
-SparseGPT chooses a block's mask for good before it has seen the next. Here dense weights B, near W in ``tr((W - B) H (W
-- B)^T)``, and sparse ones D, a projection, are drawn together by a penalty that grows, until the mask of D stands
-still. At 80% the loss is a half to a fifth of SparseGPT's, most where a few inputs matter far more than others.
+SparseGPT fixes the mask of a block before it has seen the next block. Here dense weights B, which stay near W in
+``tr((W - B) H (W - B)^T)``, and sparse weights D, a projection of B, are drawn together by a growing penalty until the
+mask of D stands still. At 80% sparsity the loss is a half to a fifth of SparseGPT's; it falls most where a few inputs
+matter far more than the others.
 """
 
 from __future__ import annotations
@@ -10,25 +11,25 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.prune.scores import pattern, smallest
+from jaxlm.compression.prune.scores import n_of_m_mask, smallest_mask
 from jaxlm.compression.quantize.hessian import factorize, fix_dead_inputs
 
-PENALTY = (0.1, 3.0)  # first and last, for a Hessian of unit diagonal
+PENALTY = (0.1, 3.0)  # first and last, for a Hessian with a diagonal of ones
 
 
 def search_mask(
     w_OxI: jax.Array, h_IxI: jax.Array, sparsity: float | tuple[int, int], iterations: int, damping: float = 0.01
 ) -> jax.Array:
-    """A mask of the weights to keep, ``[out, in]``: all but the ``sparsity`` share, or n of every m inputs.
+    """A mask of the weights to keep, ``[out, in]``: all but the share ``sparsity``, or n of every m inputs.
 
-    An iteration is a Cholesky and two triangular solves: twice the work of ``obs.sweep`` and more. 30 are enough.
-    Where ``H`` cannot be factored, the mask is that of the sizes alone.
+    An iteration takes a Cholesky factorization and two triangular solves, more than twice the work of ``obs.sweep``. 30
+    iterations are enough. Where ``H`` cannot be factored, the mask is that of the magnitudes alone.
     """
     w_OxI, h_IxI = fix_dead_inputs(w_OxI, h_IxI)
     eye_IxI = jnp.eye(h_IxI.shape[0])
-    factored = factorize(h_IxI, damping)
-    h_IxI = factored.damp(h_IxI)
-    # In units of the inputs' sizes the Hessian has a unit diagonal, and magnitude is Wanda's score.
+    factor = factorize(h_IxI, damping)
+    h_IxI = factor.damp(h_IxI)
+    # In units of the inputs' sizes the Hessian has a diagonal of ones, and a magnitude is Wanda's score.
     size_I = jnp.sqrt(jnp.maximum(jnp.abs(jnp.diagonal(h_IxI)), jnp.finfo(jnp.float32).tiny))
     h_IxI = h_IxI / size_I[:, None] / size_I
     w_OxI = w_OxI * size_I
@@ -36,8 +37,8 @@ def search_mask(
 
     def keep(x_OxI):
         if isinstance(sparsity, tuple):
-            return pattern(jnp.abs(x_OxI), *sparsity)
-        return ~smallest(jnp.abs(x_OxI), round(sparsity * x_OxI.size))
+            return n_of_m_mask(jnp.abs(x_OxI), *sparsity)
+        return ~smallest_mask(jnp.abs(x_OxI), round(sparsity * x_OxI.size))
 
     def iterate(state, penalty):
         sparse_OxI, dual_OxI = state
@@ -50,4 +51,4 @@ def search_mask(
 
     state = (w_OxI, jnp.zeros_like(w_OxI))
     (sparse_OxI, _), _ = jax.lax.scan(iterate, state, jnp.geomspace(*PENALTY, iterations))
-    return keep(jnp.where(factored.failed, w_OxI, sparse_OxI))
+    return keep(jnp.where(factor.failed, w_OxI, sparse_OxI))

@@ -1,7 +1,9 @@
-"""SparseGPT (arXiv:2301.00774): prunes the columns of a weight one after another, and later columns make up for the error.
+"""SparseGPT (arXiv:2301.00774): prunes the columns of a weight one after another, and later columns make up for the
+error.
 
 By default it is the authors' method. Two options go beyond it: ``search``, which chooses the mask beforehand, and
-``sweeps``. Perplexity of a Llama of 5.5 million parameters, 44.71 when dense, by the authors' code and with these options:
+``sweeps``. Perplexity of a Llama of 5.5 million parameters, 44.71 when dense, by the authors' code and with these
+options:
 
     50%                     46.33   45.67   search=30, sweeps=5
     2:4                     49.22   47.75   search=30, sweeps=5
@@ -14,22 +16,33 @@ By default it is the authors' method. Two options go beyond it: ``search``, whic
 from __future__ import annotations
 
 import functools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.compression.calibration import CalibratedLayer, LayerParams
+from jaxlm.compression.input_statistics import observe_inputs, second_moment
+from jaxlm.compression.observers import Statistics, gram
 from jaxlm.compression.prune.admm import search_mask
-from jaxlm.compression.prune.scores import largest, smallest
+from jaxlm.compression.prune.scores import largest_mask, smallest_mask
 from jaxlm.compression.quantize.column_solver import (
     ColumnLoop,
     Grid,
     Solution,
     column_loop,
+    note_failures,
     solve_matrix,
     solve_stack,
 )
+from jaxlm.compression.quantize.rtn import IntegerGrid, Quantize
+from jaxlm.compression.steps import LAYER_KERNELS, LayerStep, OnCpu, Step, check_grid, check_sparsity, integers_on_cpu
 from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import QArray
+from jaxlm.nn.config import ModelConfig
+
+__all__ = ["SparseGpt", "sparsegpt"]
 
 _STATIC = ("sparsity", "group", "search", "act_order", "sweeps", "block")
 
@@ -52,11 +65,12 @@ def sparsegpt(
 
     Args:
         w_OxI, h_IxI, damping, sweeps: see ``gptq.gptq``.
-        sparsity: the share of weights to drop from every block of columns, those that cost least; or (n, m): all but n of
-            every m columns, in each row.
+        sparsity: the share of weights to drop from every block of columns, those that cost least; or (n, m): all but n
+            of every m columns, in each row.
         grid, group: round what is kept in the same pass, on grids fitted to the weights before pruning. None: it stays
             dense.
-        search: iterations of ``admm.search_mask``, which instead chooses the mask first, over the whole matrix; 0: none.
+        search: iterations of ``admm.search_mask``, which instead chooses the mask first, over the whole matrix; 0:
+            none.
         act_order: takes the columns of the largest ``diag(H)`` first; N:M sparsity needs ``search`` for it.
         block: number of columns whose mask is chosen at once.
 
@@ -101,10 +115,69 @@ def _drop_share(
     real_B = extra_B["real"]
     drop = jnp.round(sparsity * jnp.sum(real_B) * w_BxO.shape[1]).astype(jnp.int32)
     cost_BxO = jnp.where(real_B[:, None], (w_BxO * r_B[:, None]) ** 2, jnp.inf)
-    return extra_B | {"kept": ~smallest(cost_BxO, drop)}, None
+    return extra_B | {"kept": ~smallest_mask(cost_BxO, drop)}, None
 
 
 def _keep_n_of_m(n: int, w_SxO: jax.Array, r_S: jax.Array, extra_S: dict[str, Any]) -> dict[str, Any]:
     """The mask of a group of m columns: keeps the n most costly weights of every row."""
     cost_SxO = jnp.where(extra_S["real"][:, None], (w_SxO * r_S[:, None]) ** 2, -1)
-    return extra_S | {"kept": largest(cost_SxO.T, n).T}
+    return extra_S | {"kept": largest_mask(cost_SxO.T, n).T}
+
+
+@dataclass(frozen=True)
+class SparseGpt(LayerStep):
+    """SparseGPT (arXiv:2301.00774): prunes the weights whose loss costs least, and later columns make up for it. With
+    ``bits`` it rounds what remains in the same pass.
+
+    Attributes:
+        sparsity: the share of weights to drop; or 0, with ``n`` and ``m``:
+        n, m: ``n`` kept of every ``m`` inputs.
+        bits, group, symmetric: the grid of what remains; with 0 bits it stays dense.
+        damping: added to the Hessian's diagonal, as a share of its mean.
+        search: iterations that choose the mask over the whole matrix beforehand (``admm.search_mask``); 0: the mask is
+            chosen a block of columns at a time, as in the paper.
+        sweeps: passes of coordinate descent over the result.
+    """
+
+    kind: ClassVar[str] = "sparsegpt"
+    sparsity: float = 0.0
+    n: int = 0
+    m: int = 0
+    bits: int = 0
+    group: int = 0
+    symmetric: bool = False
+    damping: float = 0.01
+    search: int = 30
+    sweeps: int = 5
+    target: str = LAYER_KERNELS
+
+    def __post_init__(self):
+        check_sparsity(self.sparsity, self.n, self.m)
+        if self.bits:
+            check_grid(self.bits, self.group)
+
+    @property
+    def on_cpu(self) -> OnCpu:
+        return integers_on_cpu(self.group) if self.bits else "as dense"
+
+    def without_data(self, config: ModelConfig) -> tuple[Step, ...]:
+        return (Quantize(self.bits, self.group, self.symmetric, target=self.target),) if self.bits else ()
+
+    def solve(self, layer: CalibratedLayer) -> LayerParams:
+        statistics = observe_inputs(layer, gram)
+        return layer.params | {name: self._solve(layer, name, statistics[name]) for name in layer.targets}
+
+    def _solve(self, layer: CalibratedLayer, name: str, statistics: Statistics) -> jax.Array | QArray:
+        h = second_moment(layer, name, statistics, "pruned")
+        kernel = layer.params[name]
+        w_OxI = kernel.swapaxes(-1, -2).astype(jnp.float32)
+        group = 0 if self.group >= w_OxI.shape[-1] else self.group
+        found = sparsegpt(
+            w_OxI, h, sparsity=(self.n, self.m) if self.m else self.sparsity, search=self.search,
+            grid=IntegerGrid(self.bits, self.symmetric) if self.bits else None, group=group, damping=self.damping,
+            sweeps=self.sweeps,
+        )  # fmt: skip
+        note_failures(layer, [name], found.info, "pruned")
+        if self.bits:
+            return QArray(found.codes_OxI, *found.params, self.bits, group)
+        return found.weights_OxI.swapaxes(-1, -2).astype(kernel.dtype)

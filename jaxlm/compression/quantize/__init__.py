@@ -1,0 +1,1 @@
+"""Steps that store weights and activations in fewer bits."""

@@ -1,90 +1,104 @@
-"""Steps for weights and activations of 8 bits: SmoothQuant, and ranges of activations fixed beforehand."""
+"""8-bit weights and activations with calibration data: SmoothQuant, and fixed ranges of activations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.compression.calibration import Block, Layer, bin_values, histogram, moments
-from jaxlm.compression.quantize.float8 import LARGEST, quantize_float8
-from jaxlm.compression.quantize.fold import fold, folds
-from jaxlm.compression.quantize.rtn import quantize
-from jaxlm.compression.solvers import by_input, read_inputs
-from jaxlm.compression.steps import BLOCKS, BlockStep
+from jaxlm.compression.calibration import CalibratedLayer, LayerParams
+from jaxlm.compression.input_statistics import group_by_input, observe_inputs
+from jaxlm.compression.observers import bin_values, histogram, moments
+from jaxlm.compression.quantize.float8 import LARGEST, Float8, quantize_float8
+from jaxlm.compression.quantize.fold import fold_scale, scale_mappings
+from jaxlm.compression.quantize.rtn import Quantize, quantize
+from jaxlm.compression.steps import LAYER_KERNELS, LayerStep, OnCpu, Step
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray
+from jaxlm.nn.config import ModelConfig
 
-__all__ = ["Smooth", "Static", "clip_of"]
+__all__ = ["SmoothQuant", "StaticActivations", "clip_limit"]
 
-_PERCENTILE = 99.99
+_PERCENTILE = 99.99  # of the magnitudes
 
 
 @dataclass(frozen=True)
-class Smooth(BlockStep):
-    """Moves the range of activations into weights: channel j is divided by ``max|x_j|**a / max|W_j|**(1 - a)``
-    (SmoothQuant, arXiv:2211.10438, equation 4), folded into the norms before. Weights stay dense."""
+class SmoothQuant(LayerStep):
+    """Moves the range of activations into the weights: channel j is divided by ``max|x_j|**a / max|W_j|**(1 - a)``
+    (SmoothQuant, arXiv:2211.10438, equation 4), which is folded into the norm before it. Weights stay dense."""
 
     kind: ClassVar[str] = "smooth"
     folds_scales: ClassVar[bool] = True
     alpha: float = 0.8
-    target: str = BLOCKS
+    target: str = LAYER_KERNELS
 
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:
             raise UserError(f"SmoothQuant with alpha {self.alpha} is impossible; use 0 to 1")
 
-    def solve(self, block: Block) -> Layer:
-        layer = dict(block.layer)
-        for each in folds(block.config, block.place.side, layer):
-            chosen = [name for name in each.kernels if name in block.targets]
-            if not each.norm or not chosen:
+    def without_data(self, config: ModelConfig) -> tuple[Step, ...]:
+        return ()
+
+    def solve(self, layer: CalibratedLayer) -> LayerParams:
+        params = dict(layer.params)
+        for mapping in scale_mappings(layer.config, layer.position.side, params):
+            chosen = [name for name in mapping.kernels if name in layer.targets]
+            if not mapping.from_norm or not chosen:
                 continue
-            seen = [reading["largest"] for reading in block.measure(moments, chosen).values()]
-            largest_I = jnp.max(jnp.concatenate([reading.reshape(-1, reading.shape[-1]) for reading in seen]), 0)
-            rows = [jnp.abs(layer[name]).max(-1) for name in chosen]
+            seen = [statistics["largest"] for statistics in layer.observe(moments, chosen).values()]
+            largest_I = jnp.max(jnp.concatenate([each.reshape(-1, each.shape[-1]) for each in seen]), 0)
+            rows = [jnp.abs(params[name]).max(-1) for name in chosen]
             weight_I = jnp.max(jnp.concatenate([row.reshape(-1, row.shape[-1]) for row in rows]), 0)
             scale_I = jnp.maximum(largest_I, 1e-5) ** self.alpha / jnp.maximum(weight_I, 1e-5) ** (1 - self.alpha)
-            layer = fold(layer, each, jnp.maximum(scale_I, 1e-5))
-        return layer
+            params = fold_scale(params, mapping, jnp.maximum(scale_I, 1e-5))
+        return params
 
 
 @dataclass(frozen=True)
-class Static(BlockStep):
-    """Weights of 8 bits a channel, and activations rounded on a grid that is the same for all tokens.
+class StaticActivations(LayerStep):
+    """8-bit weights with a scale an output channel, and activations rounded on one grid for all tokens.
 
     Attributes:
         format: "int8" or "float8" (e4m3).
-        range: what the largest code of an activation stands for: "max", the largest magnitude seen; "percentile", that
-            of 99.99% of them; "mse", the one of least squared error.
+        range: the magnitude beyond which activations are clipped: "max", the largest magnitude seen; "percentile", the
+            99.99th percentile of the magnitudes; "mse", the one of least squared error.
     """
 
     kind: ClassVar[str] = "static"
     format: Literal["int8", "float8"] = "int8"
     range: Literal["max", "percentile", "mse"] = "mse"
-    target: str = BLOCKS
+    target: str = LAYER_KERNELS
 
     def __post_init__(self):
         if self.format not in ("int8", "float8") or self.range not in ("max", "percentile", "mse"):
             known = "use int8 or float8, by max, percentile or mse"
             raise UserError(f"static {self.format} by {self.range} is not known; {known}")
 
-    def solve(self, block: Block) -> Layer:
-        groups = list(by_input(block.targets))
-        names = [group[0] for group in groups]
-        seen = read_inputs(block, moments, groups=groups)  # complains about what no token came by
-        readings = block.measure(histogram, names)
-        layer = dict(block.layer)
-        for group in groups:
-            largest = float(jnp.max(seen[group[0]]["largest"]))
-            limit = clip_of(np.asarray(readings[group[0]]["counts"]), largest, self.range, self.format)
-            for name in group:
-                layer[name] = self._round(layer[name], limit)
-        return layer
+    @property
+    def on_cpu(self) -> OnCpu:
+        return "faster" if self.format == "int8" else "as dense"
 
-    def _round(self, kernel, limit: float) -> QArray:
+    def without_data(self, config: ModelConfig) -> tuple[Step, ...]:
+        if self.format == "float8":
+            return (Float8(target=self.target),)
+        return (Quantize(8, symmetric=True, act_bits=8, target=self.target),)
+
+    def solve(self, layer: CalibratedLayer) -> LayerParams:
+        groups = list(group_by_input(layer.targets))
+        seen = observe_inputs(layer, moments, groups=groups)  # raises where a kernel saw no token
+        histograms = layer.observe(histogram, [names[0] for names in groups])
+        params = dict(layer.params)
+        for names in groups:
+            largest = float(jnp.max(seen[names[0]]["largest"]))
+            limit = clip_limit(np.asarray(histograms[names[0]]["counts"]), largest, self.range, self.format)
+            for name in names:
+                params[name] = self._round(params[name], limit)
+        return params
+
+    def _round(self, kernel: jax.Array, limit: float) -> QArray:
         scale = jnp.full((*kernel.shape[:-2], 1, 1), limit / (127 if self.format == "int8" else LARGEST), jnp.float32)
         if self.format == "float8":
             leaf = quantize_float8(kernel, act_bits=8)
@@ -93,10 +107,17 @@ class Static(BlockStep):
         return QArray(leaf.codes, leaf.scale, leaf.zero, 8, 0, 8, act_scale=scale)
 
 
-def clip_of(counts: np.ndarray, largest: float, how: str, format: str = "int8") -> float:
-    """The magnitude beyond which activations are clipped, from their histogram (``calibrate.histogram``).
+def clip_limit(counts: np.ndarray, largest: float, how: str, format: str = "int8") -> float:
+    """The magnitude beyond which activations are clipped.
 
-    Float8 keeps its precision over 15 powers of two, so that clipping gains it nothing: by "mse" it is ``largest``.
+    Float8 keeps its precision over 15 powers of two, so clipping gains nothing there: with "mse" the limit is
+    ``largest``.
+
+    Args:
+        counts: their histogram (``observers.histogram``).
+        largest: their largest magnitude.
+        how: see ``StaticActivations.range``.
+        format: "int8" or "float8".
     """
     if largest <= 0:
         return 1.0
@@ -104,11 +125,11 @@ def clip_of(counts: np.ndarray, largest: float, how: str, format: str = "int8") 
         return largest
     values = np.minimum(bin_values(), largest)
     if how == "percentile":
-        upto = np.cumsum(counts) / counts.sum()
-        return float(min(values[np.searchsorted(upto, _PERCENTILE / 100)], largest))
+        share = np.cumsum(counts) / counts.sum()
+        return float(min(values[np.searchsorted(share, _PERCENTILE / 100)], largest))
     limits = largest * np.linspace(0.05, 1, 96)
     errors = []
     for limit in limits:
-        rounding = np.minimum((limit / 127) ** 2 / 12, values**2)  # what rounds to 0 is off by itself
+        rounding = np.minimum((limit / 127) ** 2 / 12, values**2)  # a value that rounds to 0 has itself as its error
         errors.append(np.sum(counts * np.where(values > limit, (values - limit) ** 2, rounding)))
     return float(limits[int(np.argmin(errors))])

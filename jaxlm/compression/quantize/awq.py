@@ -1,4 +1,4 @@
-"""AWQ: channels that matter are scaled up before rounding, and grids are clipped (arXiv:2306.00978)."""
+"""AWQ (arXiv:2306.00978): salient input channels are scaled up before rounding, and grids are clipped."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.calibration import Block, Layer, gram, moments
-from jaxlm.compression.quantize.fold import Fold, fold, folds
-from jaxlm.compression.quantize.rtn import IntegerGrid
-from jaxlm.compression.solvers import by_input, hessian, read_inputs
-from jaxlm.compression.steps import BLOCKS, BlockStep, check_grid
+from jaxlm.compression.calibration import CalibratedLayer, LayerParams
+from jaxlm.compression.input_statistics import group_by_input, observe_inputs, second_moment
+from jaxlm.compression.observers import gram, moments
+from jaxlm.compression.quantize.fold import ScaleMapping, fold_scale, scale_mappings
+from jaxlm.compression.quantize.rtn import IntegerGrid, Quantize
+from jaxlm.compression.steps import LAYER_KERNELS, LayerStep, OnCpu, Step, check_grid, integers_on_cpu
 from jaxlm.core.leaves import QArray
+from jaxlm.nn.config import ModelConfig
 
 __all__ = ["Awq", "best_scale"]
 
-_POWERS = 20  # tried: 0, 1/20, ... 19/20
+_POWERS = 20  # the search tries the powers 0, 1/20, ... 19/20
 
 
 @dataclass(frozen=True)
-class Awq(BlockStep):
-    """Scales input channels by a power of their mean magnitude, that of least output error, then rounds to nearest.
+class Awq(LayerStep):
+    """Scales input channels by a power of their mean magnitude and rounds to nearest. The power is the one of least
+    error ``tr(E H E^T)`` of the kernels' outputs, with ``H = E[x x^T]``.
 
-    Scales are folded into what comes before (``fold.folds``); kernels for which that cannot be are only rounded. The
-    error is ``tr(E H E^T)`` with ``H = E[x x^T]``, that of the kernels' outputs.
+    Scales are folded into what computes the inputs (``fold.scale_mappings``). Kernels that allow no folding are only
+    rounded. Zeros stay zeros.
 
     Attributes:
         bits, group, symmetric: the grid; see ``Quantize``.
-        clip: shrinks each group's span, at most to this share, where that lowers the error weighted by E[x**2]; 1 not.
-
-    Zeros stay zeros.
+        clip: clips each group's range to a share of itself, at least this one, where that lowers the error weighted by
+            E[x**2]; 1: no clipping.
     """
 
     kind: ClassVar[str] = "awq"
@@ -42,30 +44,38 @@ class Awq(BlockStep):
     group: int = 128
     symmetric: bool = False
     clip: float = 0.5
-    target: str = BLOCKS
+    target: str = LAYER_KERNELS
 
     def __post_init__(self):
         check_grid(self.bits, self.group)
 
-    def solve(self, block: Block) -> Layer:
-        layer, what = dict(block.layer), f"rounded to {self.bits} bits"
-        readings, sizes = read_inputs(block, gram), read_inputs(block, moments)
-        second = {name: hessian(block, name, readings[name], what) for name in block.targets}
-        for each in folds(block.config, block.place.side, layer):
-            chosen = [name for name in each.kernels if name in block.targets]
-            if not chosen or (each.norm and "/experts/" in chosen[0]):  # experts see tokens of their own
+    @property
+    def on_cpu(self) -> OnCpu:
+        return integers_on_cpu(self.group)
+
+    def without_data(self, config: ModelConfig) -> tuple[Step, ...]:
+        return (Quantize(self.bits, self.group, self.symmetric, target=self.target),)
+
+    def solve(self, layer: CalibratedLayer) -> LayerParams:
+        params, action = dict(layer.params), f"rounded to {self.bits} bits"
+        grams, sizes = observe_inputs(layer, gram), observe_inputs(layer, moments)
+        second = {name: second_moment(layer, name, grams[name], action) for name in layer.targets}
+        for mapping in scale_mappings(layer.config, layer.position.side, params):
+            chosen = [name for name in mapping.kernels if name in layer.targets]
+            if not chosen or (mapping.from_norm and "/experts/" in chosen[0]):  # each expert sees tokens of its own
                 continue
-            reading = sizes[chosen[0]]
-            size_I = reading["size"] / jnp.maximum(reading["count"], 1)[..., None]
-            kernels = [layer[name].swapaxes(-1, -2) for name in chosen]
-            scale_I = best_scale(kernels, second[chosen[0]], size_I, each, bits=self.bits, group=self.group,
-                                 symmetric=self.symmetric)
-            layer = fold(layer, each, scale_I)
+            statistics = sizes[chosen[0]]
+            size_I = statistics["size"] / jnp.maximum(statistics["count"], 1)[..., None]
+            kernels = [params[name].swapaxes(-1, -2) for name in chosen]
+            scale_I = best_scale(
+                kernels, second[chosen[0]], size_I, mapping, bits=self.bits, group=self.group, symmetric=self.symmetric
+            )
+            params = fold_scale(params, mapping, scale_I)
             for name in chosen:
                 second[name] = second[name] / (scale_I[..., :, None] * scale_I[..., None, :])
-        for name in (name for names in by_input(block.targets) for name in names):
-            layer[name] = self._round(layer[name], second[name])
-        return layer
+        for name in (name for names in group_by_input(layer.targets) for name in names):
+            params[name] = self._round(params[name], second[name])
+        return params
 
     def _round(self, kernel: jax.Array, h: jax.Array) -> QArray:
         w_OxI = kernel.swapaxes(-1, -2).astype(jnp.float32)
@@ -75,29 +85,30 @@ class Awq(BlockStep):
         return QArray(grid.codes(w_OxI, (scale, zero), group), scale, zero, self.bits, group)
 
 
-@functools.partial(jax.jit, static_argnames=("what", "bits", "group", "symmetric"))
+@functools.partial(jax.jit, static_argnames=("mapping", "bits", "group", "symmetric"))
 def best_scale(
-    kernels: Sequence[jax.Array], h_IxI: jax.Array, size_I: jax.Array, what: Fold, *, bits: int, group: int,
+    kernels: Sequence[jax.Array], h_IxI: jax.Array, size_I: jax.Array, mapping: ScaleMapping, *, bits: int, group: int,
     symmetric: bool,
 ) -> jax.Array:
-    """The scale ``[..., in]`` of channels of least output error.
+    """The scales ``[..., in]`` of the input channels that give the least output error.
 
     Args:
         kernels: ``[..., out, in]`` each.
         h_IxI: ``E[x x^T]`` of their input.
-        size_I: ``E|x|``.
-        what: which channels share a scale.
+        size_I: ``E|x|`` of their input.
+        mapping: says which channels share a scale.
+        bits, group, symmetric: the grid.
     """
     n_in = size_I.shape[-1]
     group = 0 if group >= n_in else group
     grid = IntegerGrid(bits, symmetric)
     w_OxI = jnp.concatenate(kernels, -2).astype(jnp.float32)
-    size_I = jnp.maximum(what.tie(size_I, jnp.mean), 1e-4)
+    size_I = jnp.maximum(mapping.share_within_heads(size_I, jnp.mean), 1e-4)
 
     def scale_of(power):
         scale_I = size_I**power
-        spread = jnp.sqrt(jnp.max(scale_I, -1, keepdims=True) * jnp.min(scale_I, -1, keepdims=True))
-        return jnp.maximum(scale_I / spread, 1e-4)
+        middle = jnp.sqrt(jnp.max(scale_I, -1, keepdims=True) * jnp.min(scale_I, -1, keepdims=True))
+        return jnp.maximum(scale_I / middle, 1e-4)
 
     def loss_of(power):
         scale_I = scale_of(power)[..., None, :]
@@ -109,10 +120,7 @@ def best_scale(
 
     powers = jnp.arange(_POWERS) / _POWERS
     losses = jax.lax.map(loss_of, powers)  # [powers, ...]
-    return jax.vmap(scale_of)(powers)[jnp.argmin(losses, 0)] if losses.ndim == 1 else _of_each(scale_of, powers, losses)
-
-
-def _of_each(scale_of, powers: jax.Array, losses: jax.Array) -> jax.Array:
-    """Of several experts each its own."""
-    scales = jax.vmap(scale_of)(powers)  # [powers, E, in]
+    scales = jax.vmap(scale_of)(powers)  # [powers, ..., in]
+    if losses.ndim == 1:
+        return scales[jnp.argmin(losses, 0)]
     return jnp.take_along_axis(scales, jnp.argmin(losses, 0)[None, :, None], axis=0)[0]

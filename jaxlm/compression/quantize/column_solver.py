@@ -1,19 +1,21 @@
 """Solves for the weights of one matrix column by column: what GPTQ and SparseGPT share.
 
-A grid makes it GPTQ (``quantize.gptq``), a loop that chooses a pruning mask makes it SparseGPT (``prune.sparsegpt``), and
-both together prune and quantize in one pass (arXiv:2210.17323, arXiv:2301.00774). ``quantize.obs`` runs over the columns.
+A grid makes it GPTQ (``quantize.gptq``), a loop that chooses a pruning mask makes it SparseGPT (``prune.sparsegpt``),
+and both together prune and quantize in one pass (arXiv:2210.17323, arXiv:2301.00774). ``quantize.obs`` runs over the
+columns.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from jaxlm.compression.calibration import CalibratedLayer
 from jaxlm.compression.quantize.hessian import factorize, fix_dead_inputs
 from jaxlm.compression.quantize.obs import sweep
 
@@ -157,3 +159,12 @@ def _fit_group(grid: Grid, w_BxO: jax.Array, r_B: jax.Array, extra_B: dict[str, 
     params = grid.fit(kept_BxO.T, 0, extra_B["weight"])
     each = jax.tree.map(lambda p_Ox1: jnp.broadcast_to(p_Ox1, (len(w_BxO), *p_Ox1.shape)), params)
     return extra_B | {"params": each}, params
+
+
+def note_failures(layer: CalibratedLayer, names: Sequence[str], info: SolverInfo, action: str) -> None:
+    """Notes where the Hessian of kernels needed more damping or could not be factored; ``action``: "pruned", ..."""
+    paths = ", ".join(layer.path(name) for name in names)
+    if bool(jnp.any(info.failed)):
+        layer.notes.append(f"{paths}: the Hessian cannot be factored: {action} without error feedback")
+    elif bool(jnp.any(info.retries > 0)):
+        layer.notes.append(f"{paths}: the Hessian needed a damping of {float(jnp.max(info.damping)):g}")

@@ -1,68 +1,72 @@
-"""Scales of a kernel's input channels, made up for in what comes before it: the model computes what it did.
+"""Scales of the input channels of kernels, folded into what computes the inputs: the model computes the same function.
 
-``x / s`` times ``s * W`` is ``x W``; the division is folded into the norm, or the linear map, that made ``x``. So
-channels are made easier to round at no cost (SmoothQuant, arXiv:2211.10438; AWQ, arXiv:2306.00978).
+``x / s`` times ``s * W`` is ``x W``; the division is folded into the norm or the linear map that computes ``x``. So
+channels become easier to round at no cost (SmoothQuant, arXiv:2211.10438; AWQ, arXiv:2306.00978).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.calibration import Layer
+from jaxlm.compression.calibration import LayerParams
+from jaxlm.nn.config import ModelConfig
 
-__all__ = ["Fold", "fold", "folds"]
+__all__ = ["ScaleMapping", "fold_scale", "scale_mappings"]
 
 
 @dataclass(frozen=True)
-class Fold:
-    """Kernels of a layer with the same input, and what made that input.
+class ScaleMapping:
+    """Kernels of a layer with the same input, and the producer of that input, which takes up the inverse scale.
 
-    ``heads`` is (key/value heads, query heads for each, size of a head) where the input are values of attention: what
-    query heads read of one head has one scale.
+    Attributes:
+        kernels: the names of the kernels.
+        producer: the norm or linear map, "attn_norm", "attn/v", "mlp/up", ...: it has a scale or a kernel, maybe a
+            bias.
+        heads: (key/value heads, query heads for each of them, size of a head) where the input is attention's values.
+            Query heads that read the same key/value head share its scales.
     """
 
     kernels: tuple[str, ...]
-    maker: str  # "attn_norm", "attn/v", "mlp/up", ...: has a scale or a kernel, and maybe a bias
+    producer: str
     heads: tuple[int, int, int] | None = None
 
     @property
-    def norm(self) -> bool:
-        return self.maker.endswith("_norm")
+    def from_norm(self) -> bool:
+        return self.producer.endswith("_norm")
 
-    def tie(self, statistic_I: jax.Array, of: Callable = jnp.max) -> jax.Array:
-        """The statistic of channels ``[..., I]`` with channels that must have one scale given one value."""
+    def share_within_heads(self, statistic_I: jax.Array, reduce: Callable = jnp.max) -> jax.Array:
+        """The statistic ``[..., I]`` with one value for all channels that must share a scale."""
         if self.heads is None:
             return statistic_I
         by_head = statistic_I.reshape(*statistic_I.shape[:-1], *self.heads)
-        return jnp.broadcast_to(of(by_head, -2, keepdims=True), by_head.shape).reshape(statistic_I.shape)
+        return jnp.broadcast_to(reduce(by_head, -2, keepdims=True), by_head.shape).reshape(statistic_I.shape)
 
 
-def folds(config: Any, side: str, layer: Layer) -> list[Fold]:
-    """What can be folded in a layer of the model, in the order it runs.
+def scale_mappings(config: ModelConfig, side: str, params: LayerParams) -> list[ScaleMapping]:
+    """The mappings that a layer of the model allows, in the order in which they run.
 
-    Norms only where their output goes to kernels alone, not into the residual stream; a linear map only where nothing
-    but scales that it commutes with comes between: the sums of attention, a gate, ReLU.
+    A norm is a producer only where kernels alone read its output, not the residual stream. A linear map is one only
+    where everything between commutes with scales: the weighted sums of attention, a gate, ReLU.
     """
     config = config.side(side)
     found = []
 
-    def add(kernels: list[str], maker: str, heads: tuple[int, int, int] | None = None) -> None:
-        kernels = [f"{kernel}/kernel" for kernel in kernels if f"{kernel}/kernel" in layer]
-        if kernels and (f"{maker}/scale" in layer or f"{maker}/kernel" in layer):
-            found.append(Fold(tuple(kernels), maker, heads))
+    def add(kernels: list[str], producer: str, heads: tuple[int, int, int] | None = None) -> None:
+        kernels = [f"{kernel}/kernel" for kernel in kernels if f"{kernel}/kernel" in params]
+        if kernels and (f"{producer}/scale" in params or f"{producer}/kernel" in params):
+            found.append(ScaleMapping(tuple(kernels), producer, heads))
 
     heads = (config.n_kv_heads, config.heads // config.n_kv_heads, config.d_head)
-    before = config.norm_position in ("pre", "sandwich")
+    pre_norm = config.norm_position in ("pre", "sandwich")
     for part in ("attn", "cross"):
-        if before:
+        if pre_norm:
             add([f"{part}/{each}" for each in ("qkv" if part == "attn" else "q")], f"{part}_norm")
         add([f"{part}/o"], f"{part}/v", heads)
-    if before:
+    if pre_norm:
         add(["mlp/gate", "mlp/up", "mlp/router", "mlp/experts/gate", "mlp/experts/up"], "mlp_norm")
     if config.gated or config.activation == "relu":
         add(["mlp/down"], "mlp/up")
@@ -70,16 +74,17 @@ def folds(config: Any, side: str, layer: Layer) -> list[Fold]:
     return found
 
 
-def fold(layer: Layer, what: Fold, scale_I: jax.Array) -> Layer:
-    """The layer with the input channels of the fold's kernels divided by ``scale_I`` (``[E, I]`` of experts' own)."""
-    new = dict(layer)
-    for name in what.kernels:
-        new[name] = layer[name] * scale_I[..., :, None]
+def fold_scale(params: LayerParams, mapping: ScaleMapping, scale_I: jax.Array) -> LayerParams:
+    """The layer with the inputs of the mapping's kernels divided by ``scale_I`` and the kernels multiplied by it.
+    Experts may have scales of their own, ``[E, I]``."""
+    new = dict(params)
+    for name in mapping.kernels:
+        new[name] = params[name] * scale_I[..., :, None]
     divisor = scale_I
-    if what.heads is not None:
-        divisor = scale_I.reshape(what.heads)[:, 0].reshape(-1)
-    for part in ("scale", "bias") if what.norm else ("kernel", "bias"):
-        name = f"{what.maker}/{part}"
-        if name in layer:
-            new[name] = layer[name] / (divisor[..., None, :] if part == "kernel" else divisor)
+    if mapping.heads is not None:
+        divisor = scale_I.reshape(mapping.heads)[:, 0].reshape(-1)
+    for part in ("scale", "bias") if mapping.from_norm else ("kernel", "bias"):
+        name = f"{mapping.producer}/{part}"
+        if name in params:
+            new[name] = params[name] / (divisor[..., None, :] if part == "kernel" else divisor)
     return new

@@ -1,7 +1,8 @@
-"""The second moment of a layer's inputs, made ready for solvers: dead inputs, damping, its factor.
+"""The second moment of a layer's inputs, prepared for solvers: dead inputs, damping and its factor.
 
-A linear layer ``y = W x`` compressed to ``Q`` errs by ``tr((W - Q) H (W - Q)^T)`` with ``H = E[x x^T]``: everything a
-layer-wise solver knows about the data. Nothing here depends on the scale of ``H``: a sum over tokens does as well.
+A linear layer ``y = W x`` compressed to ``Q`` has the error ``tr((W - Q) H (W - Q)^T)`` with ``H = E[x x^T]``, the
+Hessian. It is all that a layer-wise solver knows about the data. Nothing here depends on the scale of ``H``: it may be
+a sum.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-ATTEMPTS = 6  # from a damping of 1% of the mean diagonal up to 1000 times it, where only the diagonal is left
+ATTEMPTS = 6  # the damping grows from 1% of the mean diagonal to 1000 times it, where only the diagonal counts
 
 
 class HessianFactor(NamedTuple):
     """Upper triangular ``r_IxI`` with ``r @ r.T = H + damping * mean(diag(H)) * I``.
 
-    ``retries`` counts the Choleskys that failed before; where all did, ``failed`` is true and ``r`` the identity, which
-    makes every solver of ``compression.quantize.obs`` do without error feedback, that is, round to nearest.
+    ``retries`` counts the Cholesky factorizations that failed before. Where all failed, ``failed`` is true and ``r`` is
+    the identity, with which ``obs.sweep`` works without error feedback, that is, rounds to nearest.
     """
 
     r_IxI: jax.Array
@@ -27,15 +28,13 @@ class HessianFactor(NamedTuple):
     failed: jax.Array
 
     def damp(self, h_IxI: jax.Array) -> jax.Array:
-        """What was factored, in the order of ``h_IxI``."""
+        """``H`` with the damping that was used, in the order of ``h_IxI``."""
         return h_IxI + self.damping * jnp.mean(jnp.diagonal(h_IxI)) * jnp.eye(h_IxI.shape[0])
 
 
 def fix_dead_inputs(w_OxI: jax.Array, h_IxI: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inputs that are never active get weight 0 and the mean diagonal of the others, so that ``H`` can be factored.
-
-    A Hessian with NaN or infinities becomes the identity.
-    """
+    """Weights and Hessian where inputs that are never active have weight 0 and, on the diagonal, the mean of the
+    others, so that ``H`` can be factored. A Hessian with NaN or infinities becomes the identity."""
     h_IxI = jnp.where(jnp.isfinite(h_IxI).all(), h_IxI, jnp.eye(h_IxI.shape[0]))
     diag_I = jnp.diagonal(h_IxI)
     dead_I = diag_I == 0
@@ -45,10 +44,11 @@ def fix_dead_inputs(w_OxI: jax.Array, h_IxI: jax.Array) -> tuple[jax.Array, jax.
 
 
 def factorize(h_IxI: jax.Array, damping: float, order_I: jax.Array | None = None) -> HessianFactor:
-    """Factors ``H`` with rows and columns in ``order_I``, under ten times the damping after every failure.
+    """Factors ``H``, its rows and columns in ``order_I``, with ten times the damping after every failure.
 
-    The factor of the authors, upper triangular ``U`` with ``U.T @ U = inv(H)``, is ``inv(r)``: a Cholesky of ``H`` read
-    backwards is their Cholesky, inverse and second Cholesky at a quarter of the work, and better conditioned.
+    GPTQ's authors use an upper triangular ``U`` with ``U.T @ U = inv(H)``, which is ``inv(r)``. One Cholesky
+    factorization of ``H`` in reverse order takes a quarter of the work of their Cholesky, inverse and second Cholesky,
+    and is better conditioned.
     """
     n_in = h_IxI.shape[0]
     order_I = jnp.arange(n_in) if order_I is None else order_I

@@ -1,13 +1,13 @@
-"""The loop of GPTQ and SparseGPT: columns fixed one after another, each making up for the errors of those before.
+"""The loop of GPTQ and SparseGPT: it fixes columns one after another, each making up for the errors of those before.
 
-Optimal Brain Surgeon in a fixed order (arXiv:2208.11580, 2210.17323, 2301.00774). The authors update all later columns
-by ``chol(inv(H))``; with ``H = R R^T``, R upper triangular, the same weights come from the errors ``E = W - Q`` made so
-far (LDLQ, arXiv:2307.13304): column i is fixed as near as may be to
+This is Optimal Brain Surgeon in a fixed order (arXiv:2208.11580, arXiv:2210.17323, arXiv:2301.00774). The authors
+update all later columns by ``chol(inv(H))``. With ``H = R R^T``, R upper triangular, the same weights come from the
+errors ``E = W - Q`` made so far (LDLQ, arXiv:2307.13304): column i is fixed as near as possible to its target
 
     w_i + sum_{j != i} E_j A_ji / A_ii
 
-with ``A = R`` and no errors at first. With ``A = H`` and the errors of a pass before, it is coordinate descent, which
-only lowers ``tr(E H E^T)``: the same loop.
+with ``A = R`` and no errors at first. With ``A = H`` and the errors of an earlier pass, the same loop is coordinate
+descent, which never raises ``tr(E H E^T)``.
 """
 
 from __future__ import annotations
@@ -34,17 +34,25 @@ def sweep(
     begin_block: Callable | None = None,
     begin_step: Callable | None = None,
 ) -> tuple[jax.Array, Any, Any, jax.Array]:
-    """Fixes the columns of W, here the rows of its transpose, in blocks of ``block`` and steps of ``step`` of them.
+    """Fixes the columns of W, which are the rows of its transpose here, in blocks and steps.
 
-    Without ``error_IxO``, ``a_IxI`` is the factor, else the Hessian. ``column(w_O, extra_i) -> (value_O, out)`` fixes
-    one column, given where it should lie and its slice of ``extra``, a pytree of arrays ``[I, ...]``.
+    Args:
+        w_IxO: the transpose of W.
+        a_IxI: the factor R; the Hessian where there is an ``error_IxO``.
+        column: ``(target_O, extra_i) -> (value_O, out)`` fixes one column, given its target and its slice of ``extra``.
+        extra: a pytree of arrays ``[I, ...]``.
+        error_IxO: the errors of an earlier pass; None in the first pass.
+        block: number of columns between updates of all later ones. The last block is filled up with columns of zeros
+            (``extra`` too), and of the identity in ``a_IxI``.
+        step: number of columns between updates of the rest of the block.
+        begin_block: in the first pass, ``(w_BxO, r_B, extra_B) -> (extra_B, out)`` sees the columns of a block as the
+            errors so far change them, and may replace their slice of ``extra``. ``r_B`` is the diagonal of the factor:
+            ``(w * r)**2`` is the loss of setting a weight to 0.
+        begin_step: the same for the columns of a step: ``(w_SxO, r_S, extra_S) -> extra_S``.
 
-    With the factor, ``begin_block(w_BxO, r_B, extra_B) -> (extra_B, out)`` and ``begin_step(w_SxO, r_S, extra_S) ->
-    extra_S`` see the columns about to be fixed as the errors before would have them, and may replace their slices;
-    ``r_B`` is the diagonal of the factor: ``(w * r)**2`` is what setting one weight to 0 costs.
-
-    The last block is filled up with columns of zeros (``extra`` too), and of the identity in ``a_IxI``. Returns the
-    errors, ``column``'s outs ``[I, ...]``, ``begin_block``'s ``[blocks, ...]``, and the change of ``tr(E H E^T)``.
+    Returns:
+        The errors; what ``column`` returned, ``[I, ...]``; what ``begin_block`` returned, ``[blocks, ...]``; and the
+        change of ``tr(E H E^T)``.
     """
     first, (n_in, n_out) = error_IxO is None, w_IxO.shape
     pad = -n_in % block

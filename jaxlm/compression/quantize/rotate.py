@@ -1,39 +1,48 @@
-"""Hadamard rotations folded into the weights, so that no channel stands out and rounding hurts less.
+"""Hadamard rotations folded into the weights: weights and activations have fewer outliers, so rounding costs less.
 
-QuaRot (arXiv:2404.00456) and SpinQuant's R1 and R2 (arXiv:2405.16406): the model computes what it did.
+QuaRot (arXiv:2404.00456) and the rotations R1 and R2 of SpinQuant (arXiv:2405.16406). The model computes the same
+function.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm.compression.calibration import Calibration
 from jaxlm.compression.residual_stream import (
     Leaves,
-    bias_of,
+    bias_path,
     dense_leaves,
     input_norm,
     learned_positions,
+    multiply_rows,
     replace_leaves,
     role,
 )
+from jaxlm.compression.steps import ModelStep, Step
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import Params, flatten
 from jaxlm.nn.config import ModelConfig, Seq2SeqConfig
+
+__all__ = ["Rotate", "fuse_norms", "hadamard", "rotate"]
 
 _VALUES = re.compile(r"(encoder|decoder)/layers/\d+/(?:attn|cross)/(?:(v)/(?:kernel|bias)|o/kernel)")
 
 
 def hadamard(n: int) -> np.ndarray:
-    """An orthogonal float64 matrix ``[n, n]`` whose entries are ``+-1 / sqrt(n)``, where a construction is known here.
+    """An orthogonal float64 matrix ``[n, n]`` whose entries are ``+-1 / sqrt(n)``, where this function has a
+    construction.
 
-    Those are Sylvester's doubling of 1 and of Paley's matrices, of order q + 1 for a prime q = 3 mod 4 and 2 (q + 1)
-    for a prime q = 1 mod 4: so for n = 2^k times 1, 12, 20, 28, 36, 44, .... For other n it is made of equal blocks
-    along the diagonal, as large as they can be.
+    It has Sylvester's doubling of 1 and of Paley's matrices, which have order q + 1 for a prime q = 3 mod 4 and 2 (q +
+    1) for a prime q = 1 mod 4: n = 2^k times 1, 12, 20, 28, 36, 44, .... For other n the matrix consists of equal
+    blocks along the diagonal, as large as possible.
     """
     for blocks in (each for each in range(1, n + 1) if n % each == 0):
         size, doublings = n // blocks, 0
@@ -47,7 +56,7 @@ def hadamard(n: int) -> np.ndarray:
 
 
 def _paley(n: int) -> np.ndarray | None:
-    """A matrix of +-1 with orthogonal rows, of order 1 or by Paley's constructions; None if they give none."""
+    """A matrix of +-1 with orthogonal rows, of order 1 or by Paley's constructions; None where they do not apply."""
     if n == 1:
         return np.ones((1, 1))
     if n % 4 == 0 and _is_prime(n - 1):
@@ -75,25 +84,31 @@ def _conference(q: int, sign: int) -> np.ndarray:
 
 
 def fuse_norms(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The same model with the scales (and biases) of its norms in the kernels after them, all norms RMSNorm.
+    """The same function with the scales (and biases) of norms folded into the kernels after them, and all norms
+    RMSNorm.
 
-    - LayerNorm becomes RMSNorm: what is written to the stream has its mean taken out beforehand (SliceGPT,
-      arXiv:2401.15024, section 3.1). Biases of norms become biases of the kernels, where the model gets them all.
-    - Tied embeddings are untied (``tie_embeddings`` says so) where the scale before the head is not one number, since
-      the embedding must not be scaled by it. One number stays in the norm.
+    - LayerNorm becomes RMSNorm: the mean is removed from what is written to the stream (SliceGPT, arXiv:2401.15024,
+      section 3.1). Biases of norms become biases of kernels, which the whole model then has.
+    - Tied embeddings are untied (``tie_embeddings`` of the result says so) where the scale before the head differs by
+      channel, since the embedding must not be scaled by it. A scale that is one number stays in the norm.
 
-    UserError where a norm's output is itself the stream (post, output and sandwich norms, a norm after the embedding),
-    where a norm's bias has no kernel bias to go to (experts), and where LayerNorm serves queries and keys too.
+    Raises:
+        UserError: when the output of a norm is the stream itself (post, output and sandwich norms, a norm after the
+            embedding), when the bias of a norm has no kernel bias to go to (experts), and when queries and keys have a
+            LayerNorm.
     """
     leaves = dense_leaves(config, params, "fusing norms")
     centred = config.norm == "layernorm"
     if config.norm_position != "pre" or config.embed_norm:
         where = "after the embedding" if config.norm_position == "pre" else f"in {config.norm_position} position"
-        raise UserError(f"norms {where} write to the residual stream and cannot be fused; only pre-norm models rotate")
+        raise UserError(
+            f"norms {where} write to the residual stream and cannot be fused; only models with norm_position 'pre' "
+            "can be rotated"
+        )
     if centred and config.qk_norm != "none":
         raise UserError("LayerNorm of queries and keys cannot become RMSNorm; this model cannot be rotated")
     if centred and config.norm_bias and config.experts:
-        raise UserError("experts have no biases that those of LayerNorm could go to; this model cannot be rotated")
+        raise UserError("experts have no biases that could take up those of LayerNorm; this model cannot be rotated")
 
     if centred:
         config, params = learned_positions(config, params)
@@ -108,13 +123,13 @@ def fuse_norms(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params
     if centred and config.norm_bias:
         config = _add_biases(config, new, axes)
         if config.tie_embeddings:
-            new["logits_bias"] += through(leaves["decoder/final_norm/bias"], leaves["embed/table"].T)
+            new["logits_bias"] += multiply_rows(leaves["decoder/final_norm/bias"], leaves["embed/table"].T)
     for path, kernel in list(new.items()):
         if role(path) != "reader":
             continue
         norm = input_norm(config, path)
         if f"{norm}/bias" in leaves:
-            new[bias_of(path)] += through(leaves[f"{norm}/bias"], kernel).astype(kernel.dtype)
+            new[bias_path(path)] += multiply_rows(leaves[f"{norm}/bias"], kernel).astype(kernel.dtype)
         factor = leaves[f"{norm}/scale"][..., :, None]
         new[path] = kernel * (factor[:, None] if kernel.ndim == 4 else factor).astype(kernel.dtype)
     for path, leaf in list(new.items()):
@@ -129,7 +144,7 @@ def fuse_norms(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params
 
 
 def _add_biases(config: ModelConfig, new: Leaves, axes: dict[str, tuple[str, ...]]) -> ModelConfig:
-    """Adds biases of zero wherever a kernel reads a norm and has none; what that makes of the configuration."""
+    """Adds biases of zero, in place, to kernels that read a norm and have none; returns the configuration with them."""
     for path, kernel in list(new.items()):
         match = re.fullmatch(r"(.*/layers/\d+/(?:attn/(?:q|k|v)|cross/(?:q|k|v)|mlp/(?:gate|up|down)))/kernel", path)
         if match and f"{match[1]}/bias" not in new:
@@ -144,14 +159,16 @@ def _add_biases(config: ModelConfig, new: Leaves, axes: dict[str, tuple[str, ...
 
 
 def rotate(config: ModelConfig, params: Params, key: jax.Array) -> tuple[ModelConfig, Params]:
-    """The same model with its residual stream, and the values of its heads, in randomly rotated bases.
+    """The same function with its residual stream, and the values of its heads, in randomly rotated bases.
 
-    The stream is turned by a Hadamard matrix with random signs (R1), so weights, and activations between blocks, lose
-    their outliers; so are values and what multiplies them, within each head (R2). Norms are fused first; see
-    ``fuse_norms`` for what becomes of LayerNorm and tied embeddings and for what is refused. Sinusoidal positions
-    become a learned table.
+    The stream is rotated by a Hadamard matrix with random signs (R1), and so are the values within each head (R2), so
+    that weights and activations lose their outliers. Norms are fused first (``fuse_norms``), which changes LayerNorm
+    and tied embeddings. Sinusoidal positions become a learned table.
 
-    Logits differ by rounding only (in float32, below 1e-4 for logits of order 10).
+    Logits differ by rounding only (in float32, by less than 1e-4 for logits of order 10).
+
+    Raises:
+        UserError: as ``fuse_norms``.
     """
     config, params = fuse_norms(config, params)
     config, params = learned_positions(config, params)
@@ -160,17 +177,17 @@ def rotate(config: ModelConfig, params: Params, key: jax.Array) -> tuple[ModelCo
     sides = {"encoder": config, "decoder": config.decoder if isinstance(config, Seq2SeqConfig) else config}
     heads = {side: _random_hadamard(key_heads, part.d_head) for side, part in sides.items()}
 
-    def turn(path: str, leaf: jax.Array) -> jax.Array:
-        turned = leaf
-        if within := _VALUES.fullmatch(path):
-            turned = _turn_heads(turned, heads[within[1]], -1 if within[2] else -2)
+    def rotated(path: str, leaf: jax.Array) -> jax.Array:
+        new = leaf
+        if match := _VALUES.fullmatch(path):
+            new = _rotate_heads(new, heads[match[1]], -1 if match[2] else -2)
         if role(path) in ("table", "writer"):
-            turned = _dot(turned, stream)
+            new = _dot(new, stream)
         elif role(path) == "reader":
-            turned = _dot(stream.T, turned)
-        return turned.astype(leaf.dtype)
+            new = _dot(stream.T, new)
+        return new.astype(leaf.dtype)
 
-    return config, replace_leaves(params, {path: turn(path, leaf) for path, leaf in flatten(params).items()})
+    return config, replace_leaves(params, {path: rotated(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def _random_hadamard(key: jax.Array, n: int) -> jax.Array:
@@ -178,19 +195,36 @@ def _random_hadamard(key: jax.Array, n: int) -> jax.Array:
     return jnp.asarray(signs[:, None] * hadamard(n), jnp.float32)
 
 
-def _turn_heads(leaf: jax.Array, basis: jax.Array, axis: int) -> jax.Array:
-    """Each head's run of features along ``axis`` times the basis."""
+def _rotate_heads(leaf: jax.Array, basis: jax.Array, axis: int) -> jax.Array:
+    """The features of each head along ``axis`` times the basis."""
     moved = jnp.moveaxis(leaf, axis, -1)
-    turned = _dot(moved.reshape(*moved.shape[:-1], -1, len(basis)), basis)
-    return jnp.moveaxis(turned.reshape(moved.shape), -1, axis)
+    rotated = _dot(moved.reshape(*moved.shape[:-1], -1, len(basis)), basis)
+    return jnp.moveaxis(rotated.reshape(moved.shape), -1, axis)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a @ b`` in float32, whatever the platform's habit."""
+    """``a @ b`` in full float32 precision on all platforms."""
     return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
 
-def through(row: jax.Array, kernel: jax.Array) -> jax.Array:
-    """What kernels ``[..., D, O]`` make of rows ``[..., D]``, one each or one for all: ``[..., O]``, float32."""
-    row, kernel = row.astype(jnp.float32), kernel.astype(jnp.float32)
-    return jnp.einsum("...d,...do->...o", row, kernel, precision=jax.lax.Precision.HIGHEST)
+@dataclass(frozen=True)
+class Rotate(ModelStep):
+    """Rotates the residual stream and the values of heads by random Hadamard matrices, folded into the weights, so that
+    weights and activations have fewer outliers (QuaRot, arXiv:2404.00456). The model computes the same function."""
+
+    kind: ClassVar[str] = "rotate"
+    folds_scales: ClassVar[bool] = True
+    seed: int = 0
+
+    def without_data(self, config: ModelConfig) -> tuple[Step, ...]:
+        # With tied embeddings the weights decide whether the head becomes a kernel of its own.
+        return (self,) if config.tie_embeddings else ()
+
+    def __call__(
+        self, config: ModelConfig, params: Params, calibration: Calibration | None, notes: list[str]
+    ) -> tuple[ModelConfig, Params]:
+        tied = config.tie_embeddings
+        config, params = rotate(config, params, jax.random.key(self.seed))
+        if tied and not config.tie_embeddings:
+            notes.append("rotated: the output head is no longer the embedding, because their scales by channel differ")
+        return config, params

@@ -23,8 +23,8 @@ import numpy as np
 
 import jaxlm
 from jaxlm.compression.names import parse
+from jaxlm.compression.quantize.gptq import Gptq
 from jaxlm.compression.recipe import Recipe
-from jaxlm.compression.solvers import Gptq
 
 
 def _sequential(bits: int, group: int = 128) -> Recipe:

@@ -27,7 +27,7 @@ from jaxlm.compression.fit.mixed_precision import KernelChoice, MixedPrecision
 from jaxlm.compression.fit.sensitivity import SOLVER, measure_sensitivity
 from jaxlm.compression.names import parse
 from jaxlm.compression.recipe import Recipe
-from jaxlm.compression.steps import BLOCKS
+from jaxlm.compression.steps import LAYER_KERNELS
 from jaxlm.data.calibration import calibration_batches
 from jaxlm.nn.layerwise import LayerwiseModel
 
@@ -39,7 +39,7 @@ UNIFORM = {
 
 def kernel_bytes(config, params) -> int:
     sizes = stored(*pack_params(params))
-    return sum(size for path, (size, _) in sizes.items() if re.fullmatch(BLOCKS, path))
+    return sum(size for path, (size, _) in sizes.items() if re.fullmatch(LAYER_KERNELS, path))
 
 
 def main() -> None:

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import jaxlm
 from jaxlm.compression.names import parse
+from jaxlm.compression.prune.sparsegpt import SparseGpt
 from jaxlm.compression.quantize.autoround import AutoRound
+from jaxlm.compression.quantize.gptq import Gptq
+from jaxlm.compression.quantize.half_precision import HalfPrecision
+from jaxlm.compression.quantize.rtn import Quantize
 from jaxlm.compression.recipe import Recipe
-from jaxlm.compression.solvers import Gptq, SparseGpt
-from jaxlm.compression.steps import Half, Quantize
 from jaxlm.evaluation.compare import Comparison
 from jaxlm.hf.directory import weight_bytes
 from jaxlm.pictures.curves import size_quality
@@ -31,14 +33,14 @@ RECIPES: tuple[Recipe, ...] = (
     parse("deep-compression"),
     parse("w4a16-gptq+half+huffman"),
     Recipe((Gptq(4, 64), Quantize(8, target=TABLE)), "huffman", "w4-gptq, table w8"),
-    Recipe((Gptq(4, 128), Quantize(4, target=TABLE), Half()), "huffman", "w4-gptq, table w4, half"),
-    Recipe((Gptq(3, 128), Quantize(4, target=TABLE), Half()), "huffman", "w3-gptq, table w4, half"),
-    Recipe((Gptq(3, 128), Quantize(3, target=TABLE), Half()), "huffman", "w3-gptq, table w3, half"),
-    Recipe((SparseGpt(0.5, bits=4), Quantize(4, target=TABLE), Half()), "huffman", "sparse50-w4, table w4, half"),
-    Recipe((AutoRound(2, 64), Quantize(4, target=TABLE), Half()), "huffman", "w2-autoround, table w4, half"),
+    Recipe((Gptq(4, 128), Quantize(4, target=TABLE), HalfPrecision()), "huffman", "w4-gptq, table w4, half"),
+    Recipe((Gptq(3, 128), Quantize(4, target=TABLE), HalfPrecision()), "huffman", "w3-gptq, table w4, half"),
+    Recipe((Gptq(3, 128), Quantize(3, target=TABLE), HalfPrecision()), "huffman", "w3-gptq, table w3, half"),
+    Recipe((SparseGpt(0.5, bits=4), Quantize(4, target=TABLE), HalfPrecision()), "huffman", "sparse50-w4, table w4, half"),
+    Recipe((AutoRound(2, 64), Quantize(4, target=TABLE), HalfPrecision()), "huffman", "w2-autoround, table w4, half"),
 )
 SPARSE: tuple[Recipe, ...] = tuple(
-    Recipe((Gptq(4, 128), Quantize(bits, target=TABLE), Half()), "huffman", f"sparse80, w4-gptq, table w{bits}, half")
+    Recipe((Gptq(4, 128), Quantize(bits, target=TABLE), HalfPrecision()), "huffman", f"sparse80, w4-gptq, table w{bits}, half")
     for bits in (5, 4)
 )
 

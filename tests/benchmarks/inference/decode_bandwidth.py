@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.compression.platforms import narrow
+from jaxlm.compression.platforms import to_native_4bit
 from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core import ops
 from jaxlm.core.tree import count_bytes, map_params
@@ -27,7 +27,7 @@ from jaxlm.core.tree import count_bytes, map_params
 KINDS = {
     "bf16": lambda w: w,
     "int8": lambda w: quantize(w, bits=8),
-    "int4": lambda w: narrow(quantize(w, bits=4, group=128, symmetric=False)),
+    "int4": lambda w: to_native_4bit(quantize(w, bits=4, group=128, symmetric=False)),
 }
 
 

@@ -23,7 +23,7 @@ from jaxlm.compression.fit.fisher import loss_increase, output_fisher
 from jaxlm.compression.fit.mixed_precision import KernelChoice, MixedPrecision, Solver
 from jaxlm.compression.fit.sensitivity import measure_sensitivity
 from jaxlm.compression.recipe import Recipe
-from jaxlm.compression.steps import BLOCKS
+from jaxlm.compression.steps import LAYER_KERNELS
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize
 from jaxlm.core.tree import flatten, unflatten
@@ -58,7 +58,7 @@ def fitting(name):
 
 
 def is_kernel(path):
-    return re.fullmatch(BLOCKS, path) and "router" not in path
+    return re.fullmatch(LAYER_KERNELS, path) and "router" not in path
 
 
 def kernel_bytes(config, params):
@@ -133,7 +133,7 @@ def test_sensitivity_is_the_squared_gradient_of_each_output(name):
     """That there is one for every kernel; and of the last one, which the final norm alone follows, its expectation."""
     config, (_, params, calibration) = CONFIGS[name], make(name)
     found = output_fisher(config, params, calibration, is_kernel)
-    places = list(calibration.walk(config).layer_positions())
+    places = list(calibration.layerwise(config).layer_positions())
     tokens = sum(batch[-1].size for batch in calibration.batches)
     assert len(found) == len(places)
     for place, layer in zip(places, found, strict=True):
@@ -143,7 +143,7 @@ def test_sensitivity_is_the_squared_gradient_of_each_output(name):
             kernel = flatten(params)[place.prefix + each]
             assert g_O.shape == (*kernel.shape[1:-2], kernel.shape[-1]) and (g_O >= 0).all()
     if name == "decoder":
-        walk, errors = calibration.walk(config), []
+        walk, errors = calibration.layerwise(config), []
         for batch in calibration.batches:
             state = walk.embed(params, batch)
             for place in places:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.compression.prune.structured import prune_heads
+from jaxlm.compression.prune.heads import prune_heads
 from jaxlm.compression.prune.width import prune_width
 from jaxlm.compression.residual_stream import input_norm, learned_positions, role
 from jaxlm.core.errors import UserError
@@ -65,7 +65,8 @@ def test_statistics_say_which_channels_matter():
     readers = {path: leaf for path, leaf in flatten(params).items() if role(path) == "reader"}
     square = np.where(np.isin(np.arange(16), GONE), 1e-6, 1.0)
     data = {path: np.broadcast_to(square, leaf.shape[:-1]) for path, leaf in readers.items()}
-    for given in ({"statistics": data}, {"grams": {path: each[..., None] * np.eye(16) for path, each in data.items()}}):
+    grams = {path: each[..., None] * np.eye(16) for path, each in data.items()}
+    for given in ({"mean_squares": data}, {"grams": grams}):
         new = flatten(prune_width(config, params, 0.25, **given)[1])
         kept = np.setdiff1d(np.arange(16), GONE)
         np.testing.assert_allclose(new["embed/table"], flatten(params)["embed/table"][:, kept] * 0.75**0.5, rtol=1e-5)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.compression.calibration import Block
+from jaxlm.compression.calibration import CalibratedLayer
 from jaxlm.compression.names import parse
-from jaxlm.compression.quantize.autoround import AutoRound, Kernel, Learned
-from jaxlm.compression.quantize.rtn import extent, quantize
+from jaxlm.compression.quantize.autoround import AutoRound, Kernel, RoundingParams
+from jaxlm.compression.quantize.rtn import group_range, quantize
 from jaxlm.compression.recipe import Recipe
 from jaxlm.core import ops
 from jaxlm.core.errors import UserError
@@ -29,10 +29,10 @@ NAME = "mlp/down/kernel"
 class Linear:
     """A walk whose only layer is a product. Tokens are 1, or 0 where there is padding."""
 
-    def layer(self, params, place, layer, batch, state):
+    def run_layer(self, params, place, layer, batch, state):
         return ops.dot(state[0], layer[NAME]), None
 
-    def weight(self, place, name, batch):
+    def row_weights(self, place, name, batch):
         return (batch[0] > 0).reshape(-1).astype(jnp.float32)
 
 
@@ -48,8 +48,8 @@ def block_of(w, inputs, tokens=None, seed=0):
     tokens = [jnp.ones(x.shape[:2], int) for x in inputs] if tokens is None else tokens
     states = [(jnp.asarray(x, jnp.float32), None) for x in inputs]
     layer = {NAME: jnp.asarray(w, jnp.float32)}
-    block = Block(Linear(), {}, Here(), layer, (NAME,), [(each,) for each in tokens], states, seed=seed)
-    return dataclasses.replace(block, originals=block.outputs(layer))
+    block = CalibratedLayer(Linear(), {}, Here(), layer, (NAME,), [(each,) for each in tokens], states, seed=seed)
+    return dataclasses.replace(block, dense_outputs=block.outputs(layer))
 
 
 def problem(n_in=12, n_out=3, seed=0, lengths=(8, 5)):
@@ -72,14 +72,14 @@ def test_rounding_and_its_gradients_against_numpy(symmetric):
     w[0, 0, :7] = 0  # a group of zeros, and zeros in a group
     v, below, above = rng.uniform(-0.5, 0.5, w.shape), *rng.uniform(0.5, 1, (2, 2, 4, 3))
     step = AutoRound(bits, group, symmetric)
-    low, high = extent(jnp.asarray(w, jnp.float32), group, symmetric)
+    low, high = group_range(jnp.asarray(w, jnp.float32), group, symmetric)
     kernel = Kernel(jnp.asarray(w, jnp.float32), low, high, jnp.ones(()))
 
     def value(learned):
         return jnp.sum(coded_values(step.rounded(kernel, learned)) * c)
 
-    got = jax.grad(value)(Learned(*[jnp.asarray(x, jnp.float32) for x in (v, below, above)]))
-    leaf = step.rounded(kernel, Learned(*[jnp.asarray(x, jnp.float32) for x in (v, below, above)]))
+    got = jax.grad(value)(RoundingParams(*[jnp.asarray(x, jnp.float32) for x in (v, below, above)]))
+    leaf = step.rounded(kernel, RoundingParams(*[jnp.asarray(x, jnp.float32) for x in (v, below, above)]))
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     for index in np.ndindex(2, 4, 3):
         e, o, g = index

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.compression.calibration import BINS, histogram, layer_of
+from jaxlm.compression.calibration import layer_params
 from jaxlm.compression.layer_groups import join
 from jaxlm.compression.names import parse
-from jaxlm.compression.quantize.activations import Smooth, Static, clip_of
+from jaxlm.compression.observers import BINS, histogram
+from jaxlm.compression.quantize.activations import SmoothQuant, StaticActivations, clip_limit
 from jaxlm.compression.quantize.awq import Awq, best_scale
-from jaxlm.compression.quantize.fold import Fold, fold, folds
+from jaxlm.compression.quantize.fold import ScaleMapping, fold_scale, scale_mappings
+from jaxlm.compression.quantize.rtn import Quantize
 from jaxlm.compression.recipe import Recipe
-from jaxlm.compression.steps import Quantize
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize, is_leaf
 from jaxlm.core.tree import flatten
@@ -28,15 +29,15 @@ FOLDS = {"decoder": 4, "moe": 4, "relu": 4, "seq2seq": 4}  # in the first layer
 def test_folding_any_scale_changes_nothing(name):
     config, _, params, calibration = make(name)
     rng, layers, counts = np.random.default_rng(0), [], []
-    for place in calibration.walk(config).layer_positions():
-        layer = layer_of(params, place)
-        found = folds(config, place.side, layer)
+    for place in calibration.layerwise(config).layer_positions():
+        layer = layer_params(params, place)
+        found = scale_mappings(config, place.side, layer)
         counts.append(len(found))
         for each in found:
             kernel = layer[each.kernels[0]]
-            experts = kernel.shape[:-2] if not each.norm else ()
+            experts = kernel.shape[:-2] if not each.from_norm else ()
             scale = jnp.asarray(rng.uniform(0.2, 5, (*experts, kernel.shape[-2])), jnp.float32)
-            layer = fold(layer, each, each.tie(scale))
+            layer = fold_scale(layer, each, each.share_within_heads(scale))
         layers.append((place, layer))
     assert counts[0] == FOLDS[name] and (name != "seq2seq" or counts[-1] == 6)
     _, after = join(config, params, layers)
@@ -47,11 +48,15 @@ def test_folding_any_scale_changes_nothing(name):
 
 def test_what_cannot_be_folded_is_not():
     config, _, params, calibration = make("decoder")
-    layer = layer_of(params, next(iter(calibration.walk(config).layer_positions())))
-    makers = lambda **changes: [each.maker for each in folds(dataclasses.replace(config, **changes), "decoder", layer)]  # noqa: E731
-    assert makers() == ["attn_norm", "attn/v", "mlp_norm", "mlp/up"]
-    assert makers(norm_position="post") == makers(norm_position="output") == ["attn/v", "mlp/up"]
-    assert makers(activation="gelu") == ["attn_norm", "attn/v", "mlp_norm"]
+    layer = layer_params(params, next(iter(calibration.layerwise(config).layer_positions())))
+
+    def producers(**changes):
+        found = scale_mappings(dataclasses.replace(config, **changes), "decoder", layer)
+        return [each.producer for each in found]
+
+    assert producers() == ["attn_norm", "attn/v", "mlp_norm", "mlp/up"]
+    assert producers(norm_position="post") == producers(norm_position="output") == ["attn/v", "mlp/up"]
+    assert producers(activation="gelu") == ["attn_norm", "attn/v", "mlp_norm"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -64,7 +69,7 @@ def test_the_best_scale_is_the_best_of_those_tried():
     rng = np.random.default_rng(0)
     w, x = rng.normal(size=(6, 32)), rng.normal(size=(200, 32)) * np.exp(rng.normal(size=32))
     h, size = x.T @ x / 200, np.abs(x).mean(0)
-    what = Fold(("mlp/down/kernel",), "mlp/up")
+    what = ScaleMapping(("mlp/down/kernel",), "mlp/up")
     found = np.asarray(best_scale([jnp.asarray(w, jnp.float32)], jnp.asarray(h, jnp.float32),
                                   jnp.asarray(size, jnp.float32), what, bits=3, group=16, symmetric=False), np.float64)
 
@@ -82,8 +87,8 @@ def test_the_best_scale_is_the_best_of_those_tried():
 
 
 def test_channels_that_query_heads_share_get_one_scale():
-    what = Fold(("attn/o/kernel",), "attn/v", (2, 3, 4))
-    tied = what.tie(jnp.arange(24.0)).reshape(2, 3, 4)
+    what = ScaleMapping(("attn/o/kernel",), "attn/v", (2, 3, 4))
+    tied = what.share_within_heads(jnp.arange(24.0)).reshape(2, 3, 4)
     np.testing.assert_array_equal(tied, np.broadcast_to(tied[:, :1], (2, 3, 4)))
     np.testing.assert_array_equal(tied[:, 0], np.arange(24).reshape(2, 3, 4).max(1))
 
@@ -98,7 +103,7 @@ def test_zeros_survive_awq():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_smoothing_changes_nothing_and_helps_rounding(name):
     config, graphdef, params, calibration = make(name)
-    smooth = run(name, Recipe((Smooth(0.5),)))
+    smooth = run(name, Recipe((SmoothQuant(0.5),)))
     assert error(name, smooth.params) < 1e-9
     norms = [path for path in flatten(params) if path.endswith(("attn_norm/scale", "mlp_norm/scale"))]
     assert all(not jnp.array_equal(flatten(params)[path], flatten(smooth.params)[path]) for path in norms)
@@ -124,19 +129,21 @@ def test_clips_of_a_histogram():
     reading = histogram(jnp.asarray(x), None, None)
     counts, largest = np.asarray(reading["counts"]), float(reading["largest"][0])
     assert counts.sum() == x.size and len(counts) == BINS
-    assert clip_of(counts, largest, "max") == 40 == clip_of(counts, largest, "mse", "float8")
-    assert clip_of(counts, largest, "percentile") == pytest.approx(np.quantile(np.abs(x), 0.9999), rel=0.05)
+    assert clip_limit(counts, largest, "max") == 40 == clip_limit(counts, largest, "mse", "float8")
+    assert clip_limit(counts, largest, "percentile") == pytest.approx(np.quantile(np.abs(x), 0.9999), rel=0.05)
 
     def squared_error(limit):
         step = limit / 127
         return np.sum((np.clip(np.rint(x / step), -127, 127) * step - x) ** 2)
 
     best = min(largest * np.linspace(0.05, 1, 96), key=squared_error)
-    assert squared_error(clip_of(counts, largest, "mse")) < 1.1 * squared_error(best)
+    assert squared_error(clip_limit(counts, largest, "mse")) < 1.1 * squared_error(best)
     assert squared_error(best) < 0.8 * squared_error(largest)
 
 
-@pytest.mark.parametrize("step,fields", [(Awq, {"bits": 9}), (Smooth, {"alpha": 2.0}), (Static, {"format": "int4"})])
+@pytest.mark.parametrize(
+    "step,fields", [(Awq, {"bits": 9}), (SmoothQuant, {"alpha": 2.0}), (StaticActivations, {"format": "int4"})]
+)
 def test_impossible_steps(step, fields):
     with pytest.raises(UserError):
         step(**fields)

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.compression.prune.sparsegpt import sparsegpt
 from jaxlm.compression.quantize.gptq import gptq
-from jaxlm.compression.quantize.rtn import IntegerGrid, grid, round_to
+from jaxlm.compression.quantize.rtn import IntegerGrid, fit_grid, round_to_grid
 from jaxlm.core.errors import UserError
 from tests.compression import naive
 
@@ -64,8 +64,8 @@ def test_gptq_against_optimal_brain_surgeon_in_float64(bits, group, symmetric, a
 
 def test_it_beats_rounding():
     w, h = naive.problem(32, 96)
-    scale, zero = grid(jnp.asarray(w), 2, 32, False)
-    rounded = naive.loss(w, dense(round_to(w, scale, zero, 2, 32), scale, zero, 32), h)
+    scale, zero = fit_grid(jnp.asarray(w), 2, 32, False)
+    rounded = naive.loss(w, dense(round_to_grid(w, scale, zero, 2, 32), scale, zero, 32), h)
     assert gptq_integers(w, h, bits=2, group=32)[3].loss < 0.7 * rounded
 
 
@@ -73,15 +73,15 @@ def test_it_beats_rounding():
 def test_the_search_for_clips_finds_the_best_of_all_shrinks(symmetric):
     rng = np.random.default_rng(0)
     w, weight = rng.standard_t(4, (2, 5, 40)).astype(np.float32), rng.uniform(0.1, 3, (2, 40)).astype(np.float32)
-    scale, zero = grid(jnp.asarray(w), 3, 16, symmetric, jnp.asarray(weight), 0.4)
+    scale, zero = fit_grid(jnp.asarray(w), 3, 16, symmetric, jnp.asarray(weight), 0.4)
 
     def cost(scale, zero):
-        q = dense(round_to(w, scale, zero, 3, 16), scale, zero, 16)
+        q = dense(round_to_grid(w, scale, zero, 3, 16), scale, zero, 16)
         each = np.pad(weight[:, None] * (w - q) ** 2, ((0, 0), (0, 0), (0, 8)))
         return each.reshape(2, 5, 3, 16).sum(-1)
 
     # shrinking a group's span is shrinking its values: the grid of by * w, for every factor
-    tried = [cost(*grid(jnp.asarray(by * w), 3, 16, symmetric)) for by in np.linspace(1, 0.4, 61)]
+    tried = [cost(*fit_grid(jnp.asarray(by * w), 3, 16, symmetric)) for by in np.linspace(1, 0.4, 61)]
     np.testing.assert_allclose(cost(scale, zero), np.min(tried, 0), rtol=0.02)
     assert np.mean(cost(scale, zero)) < 0.95 * np.mean(tried[0])
 
@@ -89,9 +89,9 @@ def test_the_search_for_clips_finds_the_best_of_all_shrinks(symmetric):
 def test_without_correlations_it_is_rounding_to_nearest():
     w, _ = naive.problem(16, 48)
     codes, scale, zero, _ = gptq_integers(w, np.diag(np.linspace(1, 2, 48, dtype=np.float32)), bits=3, group=16)
-    expected = grid(jnp.asarray(w), 3, 16, False)
+    expected = fit_grid(jnp.asarray(w), 3, 16, False)
     np.testing.assert_allclose(scale, expected[0], rtol=1e-6)
-    np.testing.assert_array_equal(codes, round_to(w, *expected, 3, 16))
+    np.testing.assert_array_equal(codes, round_to_grid(w, *expected, 3, 16))
 
 
 def test_the_scale_of_the_hessian_does_not_matter():
@@ -121,11 +121,11 @@ def test_a_hopeless_hessian_means_rounding_to_nearest(broken):
     h = {"negative": -np.ones((32, 32)), "nan": np.full((32, 32), np.nan), "zero": np.zeros((32, 32))}[broken]
     codes, scale, zero, info = gptq_integers(w, h.astype(np.float32), bits=4, group=16)
     assert info.failed == (broken == "negative") and jnp.isfinite(info.loss)
-    expected = grid(jnp.asarray(w), 4, 16, False)
+    expected = fit_grid(jnp.asarray(w), 4, 16, False)
     if broken == "zero":  # every input is dead
         assert not dense(codes, scale, zero, 16).any()
     else:
-        np.testing.assert_array_equal(codes, round_to(w, *expected, 4, 16))
+        np.testing.assert_array_equal(codes, round_to_grid(w, *expected, 4, 16))
 
 
 def test_stacks_are_solved_at_once_each_with_its_own_hessian():
@@ -162,7 +162,7 @@ class Table:
     table: jax.Array
 
     def fit(self, w_OxI, group, weight_I=None):
-        return grid(w_OxI, 2, group, True)[0]
+        return fit_grid(w_OxI, 2, group, True)[0]
 
     def codes(self, w_OxI, params, group=0):
         assert not group

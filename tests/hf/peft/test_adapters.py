@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxlm
 from jaxlm import nn
-from jaxlm.compression.platforms import describe
+from jaxlm.compression.platforms import describe_leaf
 from jaxlm.core.leaves import LoRA, QArray, merge_adapters
 from jaxlm.core.sharding import make_mesh, shardings
 from jaxlm.core.tree import flatten, map_params
@@ -111,7 +111,7 @@ def test_each_layer_gets_its_own_rank_and_scale(tmp_path):
     changes = {f"{m}.weight": lambda w, m=m, s=s: w + s * product(tensors, m) for m, s in scales.items()}
     apart = check(base, adapter, edited(tmp_path / "edited", base, changes))
     leaf = flatten(apart.params)["decoder/layers/0/attn/q/kernel"]
-    assert leaf.a.shape == (3, 32, 5) and leaf.shape == (3, 32, 32) and describe(leaf) == "float32 + rank 5"
+    assert leaf.a.shape == (3, 32, 5) and leaf.shape == (3, 32, 32) and describe_leaf(leaf) == "float32 + rank 5"
     assert not np.any(leaf.b[1]) and not np.any(leaf.scale[1])  # the layer that has none
     assert not isinstance(flatten(apart.params)["decoder/layers/0/attn/k/kernel"], LoRA)
 
