@@ -23,7 +23,6 @@ SLOW = {
     "compression/test_solvers": r"data_helps.*(moe|seq2seq)\]|zeros_survive.*\[moe\]",
     "compression/prune/test_structured": r"\[(seq2seq-(rotary|post-norm|relative|unequal)|post-norm|qwen3-moe|gemma).*\]",
     "compression/prune/test_width": r"\[(seq2seq-(rotary|post-norm|relative)|post-norm|qwen3-moe|gemma).*\]",
-    "data/batches/test_loader": r"being_prefetched\[exception\]",
     "inference/engine/test_engine": r"of_generate.*\[(learned|relative|local|int4|fp8)\]|change_nothing\[3\]|many_devices|"
                              r"warming_up\[mesh\]|guesses_for_itself",
     "inference/test_translate": r"still_open.*\[int4\]",

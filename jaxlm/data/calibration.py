@@ -1,4 +1,4 @@
-"""A little data for compression to calibrate with: windows of text, or sentence pairs."""
+"""Calibration data for compression: a few windows of text, or sentence pairs."""
 
 from __future__ import annotations
 
@@ -9,28 +9,36 @@ from jaxlm.data.batches.bitext import SentencePairs
 from jaxlm.data.batches.packing import token_stream
 from jaxlm.data.batches.shuffle import random_state
 from jaxlm.data.sources.spec import open_source
-from jaxlm.data.sources.types import Bitext, Tokens
+from jaxlm.data.sources.types import Bitext, Source, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 __all__ = ["calibration_batches", "hold_out"]
 
+Arrays = tuple[np.ndarray, ...]  # a batch
 _BATCH_TOKENS = 4096
-_PAIRS_A_WINDOW = 16
+_PAIRS_PER_WINDOW = 16
 _BUCKETS = (16, 32, 64, 128)
 
 
 def calibration_batches(
     spec: str, tokenizer: Tokenizer | None, *, pairs: bool, samples: int, context: int, seed: int
-) -> list[tuple[np.ndarray, ...]]:
-    """Batches of the training part of a SPEC: ``(tokens [B, context],)``, or ``(sources [B, S], inputs [B, T])``.
+) -> list[Arrays]:
+    """Calibration batches from the training split of a SPEC.
 
     Args:
-        spec: text, or for a model that translates sentence pairs (``pairs``).
-        tokenizer: the model's; None takes token ids only.
-        samples: windows of ``context`` tokens, none overlapping another; there are 16 pairs for each. Where there is
-            more they are drawn with ``seed``, in the order of the text.
+        spec: text; sentence pairs for a model that translates.
+        tokenizer: of the model; None: the SPEC must be token ids.
+        pairs: whether the model translates.
+        samples: the number of windows, which do not overlap; 16 sentence pairs count as a window. From more data they
+            are drawn at random, and stay in the order of the text.
+        context: tokens of a window.
+        seed: of the draw.
 
-    UserError where there is no whole window, or the SPEC does not fit the model.
+    Returns:
+        batches ``(tokens [B, context],)``, or ``(sources [B, S], inputs [B, T])`` if ``pairs``; all int32.
+
+    Raises:
+        UserError: when the data is less than one window, or when the SPEC does not fit the model.
     """
     source = open_source(spec, "train")
     if isinstance(source, Bitext) != pairs:
@@ -43,42 +51,46 @@ def calibration_batches(
     return _pairs(source, tokenizer, samples, seed) if pairs else _windows(source, tokenizer, samples, context, seed)
 
 
-def hold_out(batches: list[tuple[np.ndarray, ...]]) -> tuple[list, list]:
-    """Batches to calibrate with, and about a fifth to judge by: of each batch, or where rows are few, of the batches.
+def hold_out(batches: list[Arrays]) -> tuple[list[Arrays], list[Arrays]]:
+    """Splits batches into those to calibrate with, and about a fifth held out to measure the result with: a fifth of
+    the rows of each batch, or a fifth of the batches if these have fewer than 5 rows.
 
-    UserError where there is too little for both.
+    Raises:
+        UserError: when there is too little data for both.
     """
-    kept, held = [], []
+    calibration, held_out = [], []
     for number, batch in enumerate(batches):
         rows = np.arange(len(batch[0]))
         out = rows % 5 == 2 if len(rows) >= 5 else np.full(len(rows), number % 5 == 2)
-        kept.append(tuple(part[~out] for part in batch))
-        held.append(tuple(part[out] for part in batch))
-    kept, held = ([batch for batch in part if len(batch[0])] for part in (kept, held))
-    if not kept or not held:
-        raise UserError("the calibration data is too little to judge by a part of it; give more")
-    return kept, held
+        calibration.append(tuple(array[~out] for array in batch))
+        held_out.append(tuple(array[out] for array in batch))
+    calibration, held_out = ([batch for batch in part if len(batch[0])] for part in (calibration, held_out))
+    if not calibration or not held_out:
+        raise UserError("the calibration data is too little to hold out a part of it; give more")
+    return calibration, held_out
 
 
-def _windows(source, tokenizer: Tokenizer | None, samples: int, context: int, seed: int) -> list[tuple[np.ndarray]]:
+def _windows(
+    source: Source, tokenizer: Tokenizer | None, samples: int, context: int, seed: int
+) -> list[tuple[np.ndarray]]:
     ids_N = source.ids if tokenizer is None else token_stream(source, tokenizer)
     total = len(ids_N) // context
     if not total:
         raise UserError(f"{source.spec!r} is {len(ids_N)} tokens, less than one window of {context}; give more")
-    chosen = np.arange(total)
+    drawn = np.arange(total)
     if total > samples:
-        chosen = np.sort(random_state(seed, 0).choice(total, samples, replace=False))
-    windows_NxT = np.stack([ids_N[i * context : (i + 1) * context] for i in chosen]).astype(np.int32)
+        drawn = np.sort(random_state(seed, 0).choice(total, samples, replace=False))
+    windows_NxT = np.stack([ids_N[i * context : (i + 1) * context] for i in drawn]).astype(np.int32)
     rows = max(1, _BATCH_TOKENS // context)
     return [(windows_NxT[i : i + rows],) for i in range(0, len(windows_NxT), rows)]
 
 
 def _pairs(source: Bitext, tokenizer: Tokenizer, samples: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    wanted = samples * _PAIRS_A_WINDOW
+    wanted = samples * _PAIRS_PER_WINDOW
     if len(source.src) > wanted:
-        chosen = np.sort(random_state(seed, 0).choice(len(source.src), wanted, replace=False))
-        source = Bitext(source.spec, [source.src[i] for i in chosen], [source.tgt[i] for i in chosen])
+        drawn = np.sort(random_state(seed, 0).choice(len(source.src), wanted, replace=False))
+        source = Bitext(source.spec, [source.src[i] for i in drawn], [source.tgt[i] for i in drawn])
     pairs = SentencePairs(source, tokenizer, _BUCKETS, _BATCH_TOKENS, keep_all=True)
     plan = pairs.plan(None, 0)
-    batches = (pairs.take(plan, k) for k in range(len(plan.bucket)))
+    batches = (pairs.batch(plan, k) for k in range(len(plan.bucket)))
     return [(batch["src"], batch["inputs"]) for batch in batches]

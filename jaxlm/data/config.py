@@ -1,4 +1,4 @@
-"""What to train on and in what shapes."""
+"""The configuration of data: sources, tokenizer, and the shapes of batches."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class DataConfig:
     """
 
     train: str = ""
-    valid: str = ""
-    test: str = ""
-    tokenizer: str = ""  # a tokenizer.json or a model directory; "" trains one on ``train``
+    valid: str = ""  # scored while training
+    test: str = ""  # scored by ``jaxlm evaluate`` if that names no data
+    tokenizer: str = ""  # a tokenizer.json or a model directory; "": trained on ``train``
     tokenizer_kind: Literal["bpe", "char"] = "bpe"
-    vocab_size: int = 8192  # of a byte-pair tokenizer trained here
+    vocab_size: int = 8192  # of a byte-pair tokenizer that is trained
     seq_len: int = 256
     batch_size: int = 16
-    packing: Literal["stream", "documents"] = "stream"  # windows of one token stream, or whole documents side by side
+    packing: Literal["stream", "documents"] = "stream"  # windows of a token stream, or whole documents side by side
     batch_tokens: int = 4096
-    buckets: tuple[int, ...] = (12, 16, 24, 32, 64, 128)  # padded lengths; training leaves longer pairs out and says so
-    prefetch: int = 2  # batches prepared ahead by a thread; 0: none
-    cache: str = ""  # a directory that keeps tokenized text from training to training; "": it is kept in memory
-    bad_rows: Literal["fail", "report"] = "fail"  # rows of files that are no good: a mistake, or left out and counted
+    buckets: tuple[int, ...] = (12, 16, 24, 32, 64, 128)  # padded lengths; longer pairs are left out of training
+    prefetch: int = 2  # batches that a thread prepares ahead; 0: none
+    cache: str = ""  # the directory of the token cache; "": tokenized text is kept in memory
+    bad_rows: Literal["fail", "report"] = "fail"  # unusable rows: an error, or left out and counted
     contamination: Literal["report", "fail", "off"] = "report"  # documents of ``valid`` and ``test`` found in ``train``
     seed: int = 0

@@ -115,7 +115,7 @@ def pair_batches(
             f"{lm.config.max_positions}: split it"
         )
     plan = pairs.plan(None, 0)
-    return (pairs.take(plan, k) for k in range(len(plan.bucket)))
+    return (pairs.batch(plan, k) for k in range(len(plan.bucket)))
 
 
 def perplexity(

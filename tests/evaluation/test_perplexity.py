@@ -71,7 +71,7 @@ def test_figures_are_those_of_one_window_at_a_time(make, context, stride, rows):
     lm = make()
     ids = lm.tokenizer.encode(TEXT)
     loss, tokens = naive(lm, ids, context, stride or context)
-    found = perplexity(lm, Documents("text:x", [TEXT], ends=False), context=context, stride=stride, batch_size=rows)
+    found = perplexity(lm, Documents("text:x", [TEXT], append_eos=False), context=context, stride=stride, batch_size=rows)
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
     assert (found["tokens"], found["words"], found["bytes"]) == (tokens, len(TEXT.split()), len(TEXT))
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
@@ -83,7 +83,7 @@ def test_figures_are_those_of_one_window_at_a_time(make, context, stride, rows):
 
 def test_tokens_score_as_the_text_they_stand_for():
     lm = decoder()
-    text = perplexity(lm, Documents("text:x", [TEXT], ends=False), context=16)
+    text = perplexity(lm, Documents("text:x", [TEXT], append_eos=False), context=16)
     tokens = Tokens("tokens:x", np.array(lm.tokenizer.encode(TEXT), np.uint16))
     assert perplexity(lm, tokens, context=16) == text
     bare = perplexity(replace(lm, tokenizer=None), tokens, context=16)
@@ -94,7 +94,7 @@ def test_tokens_score_as_the_text_they_stand_for():
 def test_documents_are_joined_by_their_end():
     lm = decoder(eos_id=2)
     joined = np.array([*lm.tokenizer.encode("a cat"), 2, *lm.tokenizer.encode("a dog"), 2])
-    found = perplexity(lm, Documents("jsonl:x", ["a cat", "a dog"], ends=True), context=16)
+    found = perplexity(lm, Documents("jsonl:x", ["a cat", "a dog"], append_eos=True), context=16)
     assert found["loss"] == pytest.approx(perplexity(lm, Tokens("t", joined), context=16)["loss"])
     assert found["words"] == 4
 
@@ -121,19 +121,19 @@ def test_translation_loss_is_over_target_tokens_with_their_end():
 )
 def test_impossible_windows_are_named(options, named):
     with pytest.raises(UserError, match=named):
-        perplexity(decoder(), Documents("text:x", [TEXT], ends=False), **options)
+        perplexity(decoder(), Documents("text:x", [TEXT], append_eos=False), **options)
 
 
 def test_other_mistakes_are_named():
     lm = decoder(positions="learned", max_positions=32)
     with pytest.raises(UserError, match="32 positions"):
-        perplexity(lm, Documents("text:x", [TEXT], ends=False), context=33)
+        perplexity(lm, Documents("text:x", [TEXT], append_eos=False), context=33)
     with pytest.raises(UserError, match="tokens"):
         perplexity(lm, Tokens("tokens:x", np.array([3, 99])))
     with pytest.raises(UserError, match="knows 31"):
         perplexity(replace(lm, tokenizer=None), Tokens("tokens:x", np.array([3, 99])))
     with pytest.raises(UserError, match="no tokenizer"):
-        perplexity(replace(lm, tokenizer=None), Documents("text:x", [TEXT], ends=False))
+        perplexity(replace(lm, tokenizer=None), Documents("text:x", [TEXT], append_eos=False))
     with pytest.raises(UserError, match="nothing to predict"):
         perplexity(lm, Tokens("tokens:x", np.array([3])))
 

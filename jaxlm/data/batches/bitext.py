@@ -1,7 +1,7 @@
-"""Sentence pairs in a few fixed shapes: batches of about equal token counts, bucketed by length.
+"""Sentence pairs in batches of about equal token counts, bucketed by length.
 
-A pair goes to the smallest bucket that holds both of its sides with their eos; a bucket of length L has as many rows as
-``batch_tokens`` allows. Each bucket is one shape, so the step compiles once a bucket.
+A pair goes to the smallest bucket that holds both of its sides with their eos. A bucket of length L has as many rows as
+``batch_tokens`` allows. Each bucket is one shape, so the training step compiles once for each bucket.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from jaxlm.data.batches.token_cache import hash_texts, load_or_build, write_arra
 from jaxlm.data.sources.types import Bitext
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
-_AT_A_TIME = 1 << 14  # sentences encoded
+_SENTENCES = 1 << 14  # encoded at a time
 
 
 class SentencePairs:
-    """Encoded pairs, their buckets, and the batches made of them."""
+    """Encoded sentence pairs, their buckets, and batches of them."""
 
     def __init__(
         self, source: Bitext, tokenizer: Tokenizer, buckets: tuple[int, ...], batch_tokens: int, *,
@@ -33,18 +33,19 @@ class SentencePairs:
     ):
         """
         Args:
-            source: the text.
-            tokenizer: has pad and eos.
+            source: the sentence pairs.
+            tokenizer: must have pad and eos tokens.
             buckets: padded lengths.
-            batch_tokens: padded tokens of a batch on its larger side.
-            keep_all: longer buckets (each twice the last) take pairs that fit none; otherwise those are left out.
-            multiple: the number of rows is one of this (devices, processes).
+            batch_tokens: padded tokens of a batch, counted on one side.
+            keep_all: whether pairs that fit no bucket go to longer buckets (each twice as long as the one before);
+                otherwise they are left out.
+            multiple: the number of rows of a batch is a multiple of it (devices, processes).
             source_language, target_language: see ``Tokenizer.encode_source`` and ``encode_target``.
-            start_id: what decoder inputs start with; None: the bos token of the tokenizer.
-            cache: where tokenized text is kept (``data.batches.token_cache``).
+            start_id: the first decoder input; None: the bos token of the tokenizer.
+            cache: the directory of the token cache (``data.batches.token_cache``); "": none.
 
         Raises:
-            UserError: no buckets, a tokenizer without the special tokens, or no pair that fits.
+            UserError: when there are no buckets, when the tokenizer lacks a special token, or when no pair fits.
         """
         roles = ("pad", "bos", "eos") if start_id is None else ("pad", "eos")
         missing = [role for role in roles if getattr(tokenizer, f"{role}_id") is None]
@@ -53,111 +54,114 @@ class SentencePairs:
         if not buckets or min(buckets) < 2:
             raise UserError(f"data.buckets is {buckets}; give padded lengths of at least 2, such as (16, 32, 64)")
         self._pad, self._start = tokenizer.pad_id, tokenizer.bos_id if start_id is None else start_id
-        made_by = tokenizer.fingerprint() if cache else ""
-        self._src = _Side(
+        fingerprint = tokenizer.fingerprint() if cache else ""
+        self._src = _Sentences(
             source.src, partial(tokenizer.encode_source, language=source_language), cache,
-            f"source {source_language} {made_by}",
+            f"source {source_language} {fingerprint}",
         )
-        self._tgt = _Side(
+        self._tgt = _Sentences(
             source.tgt, partial(tokenizer.encode_target, language=target_language), cache,
-            f"target {target_language} {made_by}",
+            f"target {target_language} {fingerprint}",
         )
         length = np.maximum(self._src.lengths, self._tgt.lengths)[:-1]
         self._buckets = sorted(set(buckets))
         while keep_all and self._buckets[-1] < length.max():
             self._buckets.append(2 * self._buckets[-1])
         self._bucket_of = np.searchsorted(self._buckets, length)
-        self._kept = np.flatnonzero(self._bucket_of < len(self._buckets))
+        self._used = np.flatnonzero(self._bucket_of < len(self._buckets))
         self._longest = int(length.max())
-        if not len(self._kept):
+        if not len(self._used):
             raise UserError(
                 f"no pair of {source.spec!r} fits the longest bucket, {self._buckets[-1]} tokens; raise data.buckets"
             )
         self._rows = [bucket_rows(length, batch_tokens, multiple) for length in self._buckets]
 
     def __len__(self) -> int:
-        """Pairs in an epoch."""
-        return len(self._kept)
+        """The number of pairs in an epoch."""
+        return len(self._used)
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """(rows, length) of the batches that occur, shortest first."""
-        used = np.unique(self._bucket_of[self._kept])
-        return [(self._rows[b], self._buckets[b]) for b in used]
+        """The shapes (rows, length) of the batches that occur, shortest first."""
+        occurring = np.unique(self._bucket_of[self._used])
+        return [(self._rows[bucket], self._buckets[bucket]) for bucket in occurring]
 
     def plan(self, seed: int | None, epoch: int) -> EpochPlan:
-        return plan_epoch(self._bucket_of, self._kept, self._rows, seed, epoch)
+        """The batches of an epoch; see ``plan_epoch``."""
+        return plan_epoch(self._bucket_of, self._used, self._rows, seed, epoch)
 
-    def take(self, plan: EpochPlan, k: int, part: int = 0, parts: int = 1) -> Batch:
-        """Rows ``part`` of ``parts`` of batch k: ``src``, ``inputs`` (start + target), ``targets`` (target + eos) int32
-        and ``weights`` float32, each [rows, length].
+    def batch(self, plan: EpochPlan, k: int, shard: int = 0, num_shards: int = 1) -> Batch:
+        """A shard of the rows of batch k: ``src``, ``inputs`` (start + target), ``targets`` (target + eos) int32 and
+        ``weights`` float32, each [rows, length].
 
-        Rows beyond the last pair have weight 0 and hold an empty pair, so that no row is without a token to attend to.
+        Rows beyond the last pair have weight 0 and hold an empty pair, because each row needs a token to attend to.
         """
         bucket = plan.bucket[k]
-        length, rows = self._buckets[bucket], self._rows[bucket] // parts
+        length, rows = self._buckets[bucket], self._rows[bucket] // num_shards
         pairs_B = np.full(rows, len(self._bucket_of))  # the empty pair
-        chosen = plan.order[plan.starts[k]:plan.starts[k + 1]][part * rows:(part + 1) * rows]
-        pairs_B[:len(chosen)] = chosen
-        src_BxS, _ = self._src.take(pairs_B, length, self._pad)
-        targets_BxT, mask_BxT = self._tgt.take(pairs_B, length, self._pad)
+        pairs = plan.examples(k)[shard * rows:(shard + 1) * rows]
+        pairs_B[:len(pairs)] = pairs
+        src_BxS, _ = self._src.padded(pairs_B, length, self._pad)
+        targets_BxT, mask_BxT = self._tgt.padded(pairs_B, length, self._pad)
         inputs_BxT = np.full_like(targets_BxT, self._start)
         inputs_BxT[:, 1:] = np.where(mask_BxT[:, 1:], targets_BxT[:, :-1], self._pad)
-        mask_BxT[len(chosen):] = False
+        mask_BxT[len(pairs):] = False
         return {"src": src_BxS, "inputs": inputs_BxT, "targets": targets_BxT, "weights": mask_BxT.astype(np.float32)}
 
     def report(self) -> dict[str, int | float]:
-        """``too_long`` pairs were left out; ``efficiency`` is the real part of the padded tokens of an epoch."""
+        """Figures of an epoch: ``too_long`` counts the pairs that are left out; ``efficiency`` is the share of tokens
+        that are not padding."""
         plan = self.plan(None, 0)
-        padded = 2 * sum(self._rows[b] * self._buckets[b] for b in plan.bucket)
-        src, tgt = (int(side.lengths[self._kept].sum()) for side in (self._src, self._tgt))
+        padded = 2 * sum(self._rows[bucket] * self._buckets[bucket] for bucket in plan.bucket)
+        src, tgt = (int(side.lengths[self._used].sum()) for side in (self._src, self._tgt))
         return {
-            "pairs": len(self._kept), "too_long": len(self._bucket_of) - len(self._kept), "longest": self._longest,
+            "pairs": len(self._used), "too_long": len(self._bucket_of) - len(self._used), "longest": self._longest,
             "source_tokens": src, "target_tokens": tgt, "batches": len(plan.bucket), "efficiency": (src + tgt) / padded,
         }
 
     def documents(self) -> Iterator[EncodedDocuments]:
-        """Each pair as one document, some at a time, those that are left out of batches too."""
-        for at in range(0, len(self._bucket_of), _AT_A_TIME):
-            stop = min(at + _AT_A_TIME, len(self._bucket_of))
-            yield join_pairs(side.some(at, stop) for side in (self._src, self._tgt))
+        """Each pair as one document, some at a time, including the pairs that are left out of batches."""
+        for start in range(0, len(self._bucket_of), _SENTENCES):
+            stop = min(start + _SENTENCES, len(self._bucket_of))
+            yield join_pairs(side.span(start, stop) for side in (self._src, self._tgt))
 
     def notes(self) -> list[str]:
-        total, kept = len(self._bucket_of), len(self._kept)
-        if total == kept:
+        """A sentence about the pairs that are left out, if any."""
+        total, used = len(self._bucket_of), len(self._used)
+        if total == used:
             return []
         return [
-            f"{total - kept:,} of {total:,} pairs are longer than {self._buckets[-1]} tokens (the longest: "
+            f"{total - used:,} of {total:,} pairs are longer than {self._buckets[-1]} tokens (the longest: "
             f"{self._longest}) and are left out of training; raise data.buckets to keep them"
         ]
 
 
-class _Side:
-    """One language: sentences with their eos, end to end, and an empty one at the end."""
+class _Sentences:
+    """The sentences of one language with their eos, end to end, and an empty sentence after the last."""
 
     def __init__(self, texts: list[str], encode: Callable[[list[str]], list[list[int]]], cache: str, name: str):
-        """``name`` says how ``encode`` encodes, for the ``cache``."""
+        """``name`` distinguishes how ``encode`` encodes, for the key of the ``cache``."""
         texts = [*texts, ""]
 
         def parts() -> Iterator[EncodedDocuments]:
-            for at in range(0, len(texts), _AT_A_TIME):  # Python's numbers take ten times the room
-                rows = encode(texts[at : at + _AT_A_TIME])
+            for start in range(0, len(texts), _SENTENCES):  # lists of Python's integers take ten times the memory
+                rows = encode(texts[start : start + _SENTENCES])
                 ids = np.fromiter(itertools.chain.from_iterable(rows), np.int32)
                 yield EncodedDocuments(ids, np.array([*map(len, rows)]))
 
         encoded = (
             load_or_build(cache, f"{name} {hash_texts(texts)}", lambda new: write_arrays(parts(), new)) if cache
-            else EncodedDocuments.joined(parts())
+            else EncodedDocuments.concatenate(parts())
         )
         self.ids, self.lengths = encoded.ids, encoded.lengths
         self._starts = np.cumsum(self.lengths) - self.lengths
 
-    def some(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids of some sentences, end to end, and their lengths."""
+    def span(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of consecutive sentences, end to end, and their lengths."""
         return self.ids[self._starts[start] : self._starts[stop]], self.lengths[start:stop]
 
-    def take(self, rows_B: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids [B, length] int32, and where they are not padding, bool."""
+    def padded(self, rows_B: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+        """Some sentences: ids [B, length] int32, and a mask [B, length] bool of what is not padding."""
         offset_L = np.arange(length)
         mask_BxL = offset_L < self.lengths[rows_B][:, None]
         at_BxL = np.minimum(self._starts[rows_B][:, None] + offset_L, len(self.ids) - 1)
@@ -165,7 +169,7 @@ class _Side:
 
 
 def join_pairs(sides: Iterable[tuple[np.ndarray, np.ndarray]]) -> EncodedDocuments:
-    """Sentences and their translations as one document each; a side is ids end to end and lengths."""
+    """Each sentence with its translation as one document. A side is (ids end to end, lengths of the sentences)."""
     sides = list(sides)
     order = np.argsort(np.concatenate([np.arange(len(lengths)) for _, lengths in sides]), kind="stable")
     lengths = np.concatenate([lengths for _, lengths in sides])

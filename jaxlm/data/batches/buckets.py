@@ -1,4 +1,4 @@
-"""Batches of examples in a few fixed lengths: each bucket is one shape, so the step compiles once a bucket."""
+"""Buckets: batches of examples in a few fixed lengths, so that the training step compiles once for each length."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jaxlm.data.batches.shuffle import random_state
 
 
 def bucket_rows(length: int, batch_tokens: int, multiple: int) -> int:
-    """Rows of a bucket: ``batch_tokens // length``, rounded down to a multiple of both 8 and ``multiple``, or of
-    ``multiple`` alone where that leaves nothing, and at least ``multiple``."""
+    """The rows of a batch of a bucket: ``batch_tokens // length``, rounded down to a multiple of both 8 and
+    ``multiple``; if that gives 0, to a multiple of ``multiple``; and at least ``multiple``."""
     for unit in (math.lcm(8, multiple), multiple):
         if rows := batch_tokens // length // unit * unit:
             return rows
@@ -21,21 +21,28 @@ def bucket_rows(length: int, batch_tokens: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """An epoch: batch k holds the examples ``order[starts[k]:starts[k + 1]]``, in bucket ``bucket[k]``."""
+    """The batches of an epoch. Batch k holds the examples ``order[starts[k]:starts[k + 1]]``, padded to the length of
+    bucket ``bucket[k]``."""
 
     order: np.ndarray  # [examples]
     starts: np.ndarray  # [batches + 1]
     bucket: np.ndarray  # [batches]
 
+    def examples(self, k: int) -> np.ndarray:
+        """The examples of batch k."""
+        return self.order[self.starts[k] : self.starts[k + 1]]
+
 
 def plan_epoch(bucket_of: np.ndarray, order: np.ndarray, rows: list[int], seed: int | None, epoch: int) -> EpochPlan:
-    """The batches of an epoch: shuffled examples in shuffled batches, or all in order, bucket by bucket, without
-    ``seed``. The last batch of a bucket may be partial. The number of batches is the same in every epoch.
+    """Plans the batches of an epoch. The last batch of a bucket may be partial. The number of batches is the same in
+    every epoch.
 
     Args:
-        bucket_of: of every example.
+        bucket_of: the bucket of every example.
         order: the examples that take part.
-        rows: of a batch of each bucket.
+        rows: the rows of a batch, of every bucket.
+        seed: shuffles the examples and the batches, differently in each epoch; None: examples in order, bucket by
+            bucket.
     """
     random = None if seed is None else random_state(seed, epoch)
     if random:

@@ -1,4 +1,4 @@
-"""A source as token ids: documents end to end, and which of their tokens are to be learned."""
+"""Encodes sources as token ids: documents end to end, and which of their tokens the model is trained to predict."""
 
 from __future__ import annotations
 
@@ -14,40 +14,45 @@ from jaxlm.data.sources.jsonl import JsonlRows, RowError
 from jaxlm.data.sources.types import Bitext, Dialogues, Documents, Mixture, Preferences, Source, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
-_CHARACTERS = 1 << 22  # of texts encoded at a time
-_DIALOGUES = 1 << 10
+_BATCH_CHARACTERS = 1 << 22  # of texts encoded at a time
+_TEXT_OVERHEAD = 64  # characters that a text counts for in addition to its own
+_BATCH_ROWS = 1 << 10  # of dialogues encoded at a time
 
 
 @dataclass(frozen=True)
 class EncodedDocuments:
-    """Documents as ids; of preferences two for each row, the preferred one first.
+    """Documents as ids. Of preferences there are two documents for each row, the preferred one first.
 
     Attributes:
-        ids: [N], end to end, of any integer type.
-        lengths: [D] of documents.
-        learned: [N] bool, the tokens to be predicted; None: all.
+        ids: [N] of any integer type, the documents end to end.
+        lengths: [D], the number of ids of each document; they sum to N.
+        loss_mask: [N] bool, the tokens that the model is trained to predict; None: all.
         notes: sentences about rows that were left out.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
-    learned: np.ndarray | None = None
+    loss_mask: np.ndarray | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def joined(cls, parts: Iterable[EncodedDocuments], notes: Iterable[str] = ()) -> EncodedDocuments:
+    def concatenate(cls, parts: Iterable[EncodedDocuments], notes: Iterable[str] = ()) -> EncodedDocuments:
+        """The documents of several parts, in order."""
         parts = list(parts)
-        learned = None if parts[0].learned is None else np.concatenate([part.learned for part in parts])
+        loss_mask = None if parts[0].loss_mask is None else np.concatenate([part.loss_mask for part in parts])
         ids, lengths = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "lengths"))
-        return cls(ids, lengths, learned, tuple(notes))
+        return cls(ids, lengths, loss_mask, tuple(notes))
 
 
 def encode_documents(source: Source, tokenizer: Tokenizer) -> EncodedDocuments:
-    """A source of a language model as ids: documents each followed by eos, a text file as the one that it is, given ids
-    cut after each eos, dialogues up to their last token to be learned.
+    """A source of a language model as ids.
 
-    UserError for sentence pairs, for ids outside the vocabulary, for no text at all, and for documents if the tokenizer
-    has no eos.
+    Each document is followed by eos; a text file is one document without eos; a stream of given ids is cut after each
+    eos; dialogues end with the last token that the model is trained on.
+
+    Raises:
+        UserError: when the source is sentence pairs or a mixture, when it holds no text, when given ids are outside the
+            vocabulary, or when documents need an eos token that the tokenizer does not have.
     """
     if isinstance(source, Bitext):
         raise UserError(
@@ -56,33 +61,37 @@ def encode_documents(source: Source, tokenizer: Tokenizer) -> EncodedDocuments:
     if isinstance(source, Mixture):
         raise UserError(f"{source.spec!r} is a mixture; give one of its sources")
     if isinstance(source, Tokens):
-        return _given(source, tokenizer)
+        return _encode_tokens(source, tokenizer)
     parts = list(encode_in_chunks(source, tokenizer))
     check_not_empty(source, parts)
     rows = source.texts if isinstance(source, Documents) else source.rows
-    return EncodedDocuments.joined(parts, rows.notes() if isinstance(rows, JsonlRows) else ())
+    return EncodedDocuments.concatenate(parts, rows.notes() if isinstance(rows, JsonlRows) else ())
 
 
 def check_not_empty(source: Documents | Dialogues | Preferences, parts: Iterable[EncodedDocuments]) -> None:
-    """UserError where nothing is left of a source."""
-    ends = isinstance(source, Documents) and source.ends
-    if not any(len(part.ids) > ends * len(part.lengths) for part in parts):
+    """Checks that documents hold anything besides eos.
+
+    Raises:
+        UserError: when they do not.
+    """
+    eos_tokens = 1 if isinstance(source, Documents) and source.append_eos else 0  # of each document
+    if not any(len(part.ids) > eos_tokens * len(part.lengths) for part in parts):
         raise UserError(f"{source.spec!r} holds no text; name a file with documents in it")
 
 
 def encode_in_chunks(source: Documents | Dialogues | Preferences, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
-    """The documents of a source in order, some at a time, in memory that does not grow with it."""
+    """The documents of a source in order, some at a time, in memory that does not grow with the source."""
     if isinstance(source, Documents):
-        return _texts(source, tokenizer)
-    return _dialogues(source, tokenizer)
+        return _encode_texts(source, tokenizer)
+    return _encode_dialogues(source, tokenizer)
 
 
-def _texts(source: Documents, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
-    if source.ends and tokenizer.eos_id is None:
+def _encode_texts(source: Documents, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
+    if source.append_eos and tokenizer.eos_id is None:
         raise UserError(f"the tokenizer has no eos token to end the documents of {source.spec!r} with; use another")
     for texts in _batches(source.texts):
         ids, lengths = tokenizer.encode_flat(texts)
-        if source.ends:
+        if source.append_eos:
             ids, lengths = np.insert(ids, np.cumsum(lengths), tokenizer.eos_id), lengths + 1
         yield EncodedDocuments(ids, lengths)
 
@@ -91,15 +100,15 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch, size = [], 0
     for text in texts:
         batch.append(text)
-        size += len(text) + 64
-        if size > _CHARACTERS:
+        size += len(text) + _TEXT_OVERHEAD
+        if size > _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def _dialogues(source: Dialogues | Preferences, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
+def _encode_dialogues(source: Dialogues | Preferences, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
     encoder, dtype = DialogueEncoder(tokenizer), tokenizer.vocabulary.id_dtype
     paired = isinstance(source, Preferences)
 
@@ -111,12 +120,12 @@ def _dialogues(source: Dialogues | Preferences, tokenizer: Tokenizer) -> Iterato
                 source.rows.reject(number, error)
 
     rows = encoded()
-    while some := list(itertools.chain.from_iterable(itertools.islice(rows, _DIALOGUES))):
-        ids, learned = (np.concatenate(part) for part in zip(*some, strict=True))
-        yield EncodedDocuments(ids.astype(dtype), np.array([len(part) for part, _ in some]), learned)
+    while batch := list(itertools.chain.from_iterable(itertools.islice(rows, _BATCH_ROWS))):
+        ids, loss_mask = map(np.concatenate, zip(*batch, strict=True))
+        yield EncodedDocuments(ids.astype(dtype), np.array([len(ids) for ids, _ in batch]), loss_mask)
 
 
-def _given(source: Tokens, tokenizer: Tokenizer) -> EncodedDocuments:
+def _encode_tokens(source: Tokens, tokenizer: Tokenizer) -> EncodedDocuments:
     ids = source.ids
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= tokenizer.vocab_size:

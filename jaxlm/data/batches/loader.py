@@ -1,8 +1,9 @@
-"""Batches for training and evaluation: random access underneath, a grain pipeline with a prefetching thread on top.
+"""Loaders make the batches of training and evaluation: random access by batch number, and a grain pipeline with a
+prefetching thread.
 
-Batch i is a pure function of (data, configuration, seed, i). Training goes round for ever; where it is, is one number,
-the examples (windows, rows of documents, or pairs) consumed by all processes together, so that a run may resume with
-another number of processes. Evaluation is one ordered pass that counts every example exactly once.
+Batch i is a pure function of (data, configuration, seed, i). Training repeats its data without end. Its position is one
+number, the examples (windows, rows of documents, or pairs) that all processes together have consumed, so that a run can
+be resumed with another number of processes. Evaluation is one pass in order that counts every example exactly once.
 """
 
 from __future__ import annotations
@@ -35,33 +36,33 @@ def make_loader(
     config: DataConfig, source: Source, tokenizer: Tokenizer, *, train: bool,
     process_index: int = 0, process_count: int = 1, row_multiple: int = 1,
 ) -> Loader:
-    """The loader of a source: pairs for translation, rows of tokens for language modelling, where dialogues are packed
-    as documents are, and pairs of replies.
+    """The loader of a source: sentence pairs for translation, rows of tokens for language modelling (in which dialogues
+    are packed as documents are), and pairs of replies for preferences.
 
     Args:
         config: batch shape, packing, prefetch and seed.
         source: what to read.
-        tokenizer: encodes it.
-        train: shuffled and endless; otherwise one pass in order.
-        process_index: which slice of each batch's rows this process gets.
-        process_count: how many slices there are.
-        row_multiple: what the rows of every batch must be a multiple of: the devices and micro-batches that share them.
+        tokenizer: encodes the source.
+        train: whether batches are shuffled and endless; otherwise they are one pass in order.
+        process_index: which shard of the rows of each batch this process gets.
+        process_count: the number of shards.
+        row_multiple: the rows of every batch are a multiple of it: the devices and micro-batches that share them.
 
     Raises:
-        UserError: sizes that are not positive, a ``batch_size`` that cannot be shared, or a source or tokenizer of the
-            wrong kind.
+        UserError: when sizes are not positive, when ``batch_size`` cannot be shared evenly, or when the source or the
+            tokenizer is of the wrong kind.
     """
     if config.seed < 0:
         raise UserError(f"data.seed is {config.seed}; it must not be negative")
     seed = config.seed if train else None
-    place = (process_index, process_count)
+    shard = (process_index, process_count)
     multiple = math.lcm(row_multiple, process_count)
     if isinstance(source, Bitext):
         pairs = SentencePairs(
             source, tokenizer, config.buckets, config.batch_tokens, keep_all=not train, multiple=multiple,
             cache=config.cache,
         )
-        return PairLoader(pairs, seed, config.prefetch, *place)
+        return PairLoader(pairs, seed, config.prefetch, *shard)
     if config.seq_len < 1 or config.batch_size < 1:
         raise UserError(f"data.seq_len {config.seq_len} and data.batch_size {config.batch_size} must both be positive")
     if config.batch_size % multiple:
@@ -73,23 +74,23 @@ def make_loader(
     encoded, pad = [encode_cached(each, tokenizer, config.cache) for each in sources], tokenizer.pad_id or 0
     if isinstance(source, Preferences):
         preferences = PreferencePairs(encoded[0], config.seq_len, config.batch_size, pad)
-        return PairLoader(preferences, seed, config.prefetch, *place)
+        return PairLoader(preferences, seed, config.prefetch, *shard)
     if config.packing == "documents" or any(isinstance(each, Dialogues) for each in sources):
         parts = [PackedDocuments(each, config.seq_len, pad) for each in encoded]
     else:
         parts = [Windows(each.ids, config.seq_len, seed, each.notes) for each in encoded]
     rows = MixedRows(parts, source, seed) if isinstance(source, Mixture) else parts[0]
-    return RowLoader(rows, encoded, config.batch_size, config.seq_len, seed, config.prefetch, *place)
+    return RowLoader(rows, encoded, config.batch_size, config.seq_len, seed, config.prefetch, *shard)
 
 
 class Loader(abc.ABC):
-    """``batch(i)`` is batch i of this process; ``iterate`` prefetches them in order.
+    """``batch(i)`` is batch i of this process; ``iterate`` prefetches batches in order.
 
     Attributes:
-        shapes: the shapes (rows, length) of the global batch that occur, shortest first.
-        examples_per_epoch: over all processes.
+        shapes: the shapes (rows, length) of global batches that occur, shortest first.
+        examples_per_epoch: of all processes together.
         batches_per_epoch: rounded up.
-        train: endless and shuffled, or one ordered pass.
+        train: whether batches are shuffled and endless; otherwise they are one pass in order.
     """
 
     shapes: list[tuple[int, int]]
@@ -99,7 +100,7 @@ class Loader(abc.ABC):
     def __init__(self, seed: int | None, prefetch: int, process_index: int, process_count: int):
         self.train = seed is not None
         self._seed, self._prefetch = seed, prefetch
-        self._part, self._parts = process_index, process_count
+        self._shard, self._num_shards = process_index, process_count
 
     @abc.abstractmethod
     def batch(self, index: int) -> Batch:
@@ -107,30 +108,34 @@ class Loader(abc.ABC):
 
     @abc.abstractmethod
     def examples_before(self, index: int) -> int:
-        """Examples in all batches before ``index``, over all processes."""
+        """The number of examples in all batches before ``index``, of all processes together."""
 
     @abc.abstractmethod
     def report(self) -> dict[str, int | float]:
-        """What the data amounts to and what was left out."""
+        """Figures about the data: how much there is and how much is left out."""
 
     @abc.abstractmethod
     def notes(self) -> list[str]:
-        """Sentences about the data that the user should see: what was left out, what was cut."""
+        """Sentences about the data that the user should see: what is left out, truncated or split."""
 
     @abc.abstractmethod
     def documents(self) -> Iterable[EncodedDocuments]:
-        """All that batches are made of, source by source, to look for leaks in."""
+        """All documents that batches are made of, for ``find_contamination``."""
 
     @abc.abstractmethod
     def _batch_near(self, examples: int) -> int:
-        """The batch that follows ``examples``, if one starts just there."""
+        """The batch that follows ``examples`` examples, if a batch starts there."""
 
     def state(self, index: int) -> dict[str, int]:
-        """What to remember in order to go on with batch ``index``."""
+        """The position to save in order to resume with batch ``index``."""
         return {"examples": self.examples_before(index)}
 
     def batch_at_examples(self, examples: int) -> int:
-        """The batch that follows ``examples``. UserError if none starts there: the data or its batches have changed."""
+        """The batch that follows ``examples`` examples.
+
+        Raises:
+            UserError: when no batch starts there, because the data or the batch size has changed.
+        """
         index = self._batch_near(examples)
         if self.examples_before(index) != examples:
             raise UserError(
@@ -139,8 +144,8 @@ class Loader(abc.ABC):
         return index
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
-        """Batches from ``start`` on: for ever in training, to the end of the pass otherwise. Close the iterator, or let
-        go of it, and its thread ends."""
+        """Batches from ``start`` on: without end in training, to the end of the pass otherwise. The prefetching thread
+        ends when the iterator is closed or garbage-collected."""
         stop = sys.maxsize if self.train else self.batches_per_epoch
         ahead = max(self._prefetch, 0)
         batches = iter(
@@ -155,8 +160,8 @@ class Loader(abc.ABC):
 
 
 class RowLoader(Loader):
-    """Fixed batches of rows. In training, batches run on across the ends of epochs; in evaluation the last is filled up
-    with rows of weight 0."""
+    """Batches of a fixed number of rows. In training, a batch may contain the end of an epoch and the start of the
+    next; in evaluation, the last batch is filled up with rows of weight 0."""
 
     def __init__(
         self, rows: Windows | PackedDocuments | MixedRows, encoded: Sequence[EncodedDocuments], batch_size: int,
@@ -170,9 +175,9 @@ class RowLoader(Loader):
         self._order = ShuffledOrder(len(rows), seed) if self.train else None
 
     def batch(self, index: int) -> Batch:
-        per = self._size // self._parts
-        first = index * self._size + self._part * per
-        example_B = np.arange(first, first + per)
+        rows = self._size // self._num_shards
+        first = index * self._size + self._shard * rows
+        example_B = np.arange(first, first + rows)
         if not self.train:
             return self._rows.take(0, np.where(example_B < len(self._rows), example_B, -1))
         epoch_B, place_B = np.divmod(example_B, len(self._rows))
@@ -199,7 +204,7 @@ class RowLoader(Loader):
 
 
 class PairLoader(Loader):
-    """Bucketed batches of pairs; see ``jaxlm.data.batches.bitext`` and ``jaxlm.data.batches.preferences``."""
+    """Batches of sentence pairs, or of pairs of replies, in buckets of lengths."""
 
     def __init__(
         self, pairs: SentencePairs | PreferencePairs, seed: int | None, prefetch: int, process_index: int = 0,
@@ -217,7 +222,7 @@ class PairLoader(Loader):
 
     def batch(self, index: int) -> Batch:
         epoch, k = divmod(index, self.batches_per_epoch)
-        return self._pairs.take(self._plan(epoch), k, self._part, self._parts)
+        return self._pairs.batch(self._plan(epoch), k, self._shard, self._num_shards)
 
     def examples_before(self, index: int) -> int:
         epoch, k = divmod(index, self.batches_per_epoch)

@@ -1,4 +1,4 @@
-"""Rows of several sources, each as often as it is given weight."""
+"""Rows of several sources, each as often as its weight says."""
 
 from __future__ import annotations
 
@@ -12,15 +12,24 @@ from jaxlm.data.sources.types import Mixture
 
 
 class MixedRows:
-    """Rows of parts that go round by themselves, shuffled, each at its own pace.
+    """The rows of several sources. Each source repeats independently of the others, shuffled again each time.
 
-    Weights that are epochs say how often an epoch of the mixture goes through a part; shares say which part of the
-    rows comes from it, and an epoch ends when the first part would begin again. Rounded to whole rows, every epoch
-    holds the same number of rows of a part, and no row of a part comes again before all of it have come.
+    With weights in epochs, an epoch of the mixture goes through each source as often as its weight says. With shares,
+    each source has its share of the rows, and an epoch ends when the first source would begin again. Counts are rounded
+    to whole rows. Every epoch has the same number of rows of a source, and no row of a source comes again before all
+    its other rows have come.
     """
 
     def __init__(self, parts: list[Windows | PackedDocuments], mixture: Mixture, seed: int | None):
-        """``parts`` are the rows of the sources of ``mixture``. Without ``seed``: each row once, in order."""
+        """
+        Args:
+            parts: the rows of each source of ``mixture``.
+            mixture: the weights.
+            seed: of the order; None: each row once, in order, whatever the weights.
+
+        Raises:
+            UserError: when the weight of a source is less than one row.
+        """
         self._parts, self._mixture = parts, mixture
         sizes, weights = np.array([len(part) for part in parts]), np.array(mixture.weights)
         if seed is None:
@@ -31,17 +40,17 @@ class MixedRows:
             counts = np.rint(weights * sizes).astype(np.int64)
         if not counts.all():
             least = mixture.sources[int(counts.argmin())].spec
-            raise UserError(f"{least!r} is given less than a row of an epoch of the mixture; raise its weight")
+            raise UserError(f"{least!r} has less than one row in an epoch of the mixture; raise its weight")
         self._counts, self._ends = counts, np.cumsum(counts)
         self._orders = None
-        if seed is not None:  # each part has a randomness of its own
+        if seed is not None:  # every source has an order of its own
             self._orders = [ShuffledOrder(len(part), seed + ((i + 1) << 32)) for i, part in enumerate(parts)]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def take(self, epoch: int, rows_B: np.ndarray) -> Batch:
-        """The rows of an epoch, those of a part one after another; row -1 is all padding."""
+        """Some rows of an epoch, in which the rows of a source follow one another. Row -1 is all padding."""
         part_B = np.searchsorted(self._ends, rows_B, side="right")
         batch: Batch = {}
         for i in np.unique(part_B):
@@ -57,11 +66,11 @@ class MixedRows:
         part, first = self._parts[i], self._ends[i] - self._counts[i]
         if self._orders is None:
             return part.take(0, np.where(rows_B < 0, -1, rows_B - first))
-        round_B, place_B = np.divmod(epoch * self._counts[i] + rows_B - first, len(part))
+        repeat_B, place_B = np.divmod(epoch * self._counts[i] + rows_B - first, len(part))
         batch: Batch = {}
-        for around in np.unique(round_B):
-            here = np.flatnonzero(round_B == around)
-            found = part.take(int(around), self._orders[i](int(around), place_B[here]))
+        for repeat in np.unique(repeat_B):
+            here = np.flatnonzero(repeat_B == repeat)
+            found = part.take(int(repeat), self._orders[i](int(repeat), place_B[here]))
             for name, values in found.items():
                 batch.setdefault(name, np.empty((len(rows_B), *values.shape[1:]), values.dtype))[here] = values
         return batch

@@ -1,10 +1,10 @@
 """Rows of tokens for language models: windows of one stream, or whole documents packed side by side.
 
-A stream of N ids has N - 1 targets (each id but the first). Windows of ``length`` targets cover them; every epoch
-predicts each target exactly once, in windows that always hold ``length`` tokens where the stream has them: where two
-overlap, all but one give the target no weight.
+A stream of N ids has N - 1 targets: each id but the first. Windows of ``length`` targets cover them. Every epoch
+predicts each target exactly once, in windows that always hold ``length`` tokens if the stream has as many: where two
+windows overlap, only one gives the target a weight.
 
-Both kinds of rows have ``len()``, the rows of an epoch, and ``take(epoch, rows_B) -> Batch``, a pure function.
+Both kinds have ``len()``, the rows of an epoch, and ``take(epoch, rows_B) -> Batch``, a pure function.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from jaxlm.data.batches.shuffle import random_state
 from jaxlm.data.sources.types import Dialogues, Preferences, Source
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
-_AT_A_TIME = 1 << 16  # documents
+_DOCUMENTS = 1 << 16  # counted at a time
 
 
 def token_stream(source: Source, tokenizer: Tokenizer) -> np.ndarray:
-    """All of a source as one run of ids [N]: documents in order, each followed by eos; a text file has no end.
+    """A source as one stream of ids [N]: its documents in order, each followed by eos; a text file has no eos.
 
-    UserError for dialogues, which are no stream, and what ``encode`` refuses.
+    Raises:
+        UserError: when the source is dialogues, and as ``encode_documents``.
     """
     if isinstance(source, Dialogues | Preferences):
         raise UserError(f"{source.spec!r} is dialogues; a stream of text is text:, jsonl: or tokens:")
@@ -34,37 +35,48 @@ def token_stream(source: Source, tokenizer: Tokenizer) -> np.ndarray:
 class Windows:
     """Windows of one stream.
 
-    Without ``seed`` the grid starts at the first target and every epoch is the same. With it, the first window of an
-    epoch brings a random number of new targets (from at least about ``length / 2`` choices), so that windows begin
-    elsewhere each time; the number of windows is the same in every epoch.
+    Without ``seed``, the first window starts at the first target, and all epochs are the same. With ``seed``, the first
+    window of an epoch covers a random number of targets (one of at least about ``length / 2`` numbers), so that windows
+    begin at other places in each epoch. The number of windows is the same in every epoch.
     """
 
     def __init__(self, stream: np.ndarray, length: int, seed: int | None = None, notes: tuple[str, ...] = ()):
-        """``stream``: ids [N], N >= 2. ``length``: tokens in a window."""
+        """
+        Args:
+            stream: ids [N]; N must be at least 2.
+            length: tokens of a window.
+            seed: of the places where windows begin.
+            notes: sentences about rows that were left out of the stream.
+
+        Raises:
+            UserError: when the stream is a single token.
+        """
         if len(stream) < 2:
             raise UserError("the text is a single token; a language model needs at least two")
         self._stream, self._length, self._seed, self._notes = stream, length, seed, notes
         self._targets = len(stream) - 1
         whole, rest = divmod(self._targets, length)
-        if 2 * rest < length:  # head and tail share length + rest targets
+        if 2 * rest < length:  # the first and the last window share length + rest targets
             self._count, self._heads = whole + 1, (max(rest, 1), min(length, length + rest - 1))
-        else:  # head and tail share rest targets
+        else:  # the first and the last window share rest targets
             self._count, self._heads = whole + 2, (1, rest - 1)
-        if seed is None or whole == 0 or self._heads[0] > self._heads[1]:  # no shift wanted, or possible
+        if seed is None or whole == 0 or self._heads[0] > self._heads[1]:  # no shift is wanted, or none is possible
             self._count, self._heads = whole + (rest > 0), (length, length)
 
     def __len__(self) -> int:
         return self._count
 
     def _head(self, epoch: int) -> int:
-        """New targets in the first window of an epoch."""
+        """Targets that the first window of an epoch covers."""
         low, high = self._heads
         return low if low == high else int(random_state(self._seed, epoch).randint(low, high + 1))
 
     def take(self, epoch: int, rows_B: np.ndarray) -> Batch:
-        """``inputs``, ``targets`` [B, T] int32 and ``weights`` [B, T] float32 of some rows; row -1 is all padding."""
+        """Some windows of an epoch: ``inputs``, ``targets`` int32 and ``weights`` float32, each [B, T]. Row -1 is all
+        padding."""
         head, length, targets = self._head(epoch), self._length, self._targets
-        first_B = np.where(rows_B > 0, head + (rows_B - 1) * length, 0)  # new targets of a window: first to last
+        # A window covers the targets from first to last.
+        first_B = np.where(rows_B > 0, head + (rows_B - 1) * length, 0)
         last_B = np.where(rows_B < 0, 0, np.minimum(head + rows_B * length, targets))
         at_BxT = np.maximum(np.minimum(first_B, targets - length), 0)[:, None] + np.arange(length)
         weights_BxT = (at_BxT >= first_B[:, None]) & (at_BxT < last_B[:, None])
@@ -83,48 +95,57 @@ class Windows:
 
 
 class PackedDocuments:
-    """Whole documents side by side in rows, none seeing another: ``segment_ids`` numbers them from 1 in each row (0 is
-    padding), ``positions`` counts from 0 in each.
+    """Whole documents packed side by side in rows, so that none attends to another: ``segment_ids`` numbers the
+    documents of a row from 1 (0 is padding), and ``positions`` counts from 0 in each document.
 
-    A document of n ids has n - 1 targets; one with more than ``length`` goes in pieces of ``length`` (counted as
-    split), one with no target (an empty text) is left out and counted. Dialogues, of which only some tokens are
-    learned, end after ``length`` instead (counted as cut), for a piece of one would begin without what it answers, and
-    are left out where that leaves nothing to learn. Packed once, best fit of the longest first (Krell et al.,
-    arXiv:2107.02027).
+    A document of n ids has n - 1 targets. One with more than ``length`` targets is split into pieces of ``length``; one
+    without targets (an empty text) is left out. A dialogue, in which the model is trained on some tokens only, is
+    truncated after ``length`` targets instead, because a piece of a dialogue would begin without the prompt; it is left
+    out if no such token remains. The report counts each of these cases.
+
+    Documents are packed once, by best fit decreasing (Krell et al., arXiv:2107.02027).
     """
 
     def __init__(self, encoded: EncodedDocuments, length: int, pad_id: int):
-        """``length``: tokens in a row."""
+        """
+        Args:
+            encoded: the documents.
+            length: tokens of a row.
+            pad_id: fills rows up.
+
+        Raises:
+            UserError: when no document remains.
+        """
         lengths = np.asarray(encoded.lengths)
         starts, targets = np.cumsum(lengths) - lengths, lengths - 1
-        cut = np.zeros(len(lengths), bool)
-        if encoded.learned is not None:
-            cut, targets = targets > length, np.minimum(targets, length)
-            learned = count_learned(encoded.learned, starts + 1, targets)
-            targets[learned == 0] = 0
+        truncated = np.zeros(len(lengths), bool)
+        if encoded.loss_mask is not None:
+            truncated, targets = targets > length, np.minimum(targets, length)
+            trained = count_trained(encoded.loss_mask, starts + 1, targets)
+            targets[trained == 0] = 0
         n_pieces = -(-targets // length)
         piece = np.arange(n_pieces.sum()) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
         starts = np.repeat(starts, n_pieces) + piece * length
         sizes = np.minimum(np.repeat(targets, n_pieces) - piece * length, length)
         if not len(sizes):
             raise UserError(
-                "no document has two tokens; a language model needs at least two" if encoded.learned is None else
+                "no document has two tokens; a language model needs at least two" if encoded.loss_mask is None else
                 f"no dialogue has a reply within {length} tokens; raise data.seq_len"
             )
         row_of, self._count = _best_fit(sizes, length)
         order = np.argsort(row_of, kind="stable")
-        self._ids, self._learned, self._notes = encoded.ids, encoded.learned, encoded.notes
+        self._ids, self._loss_mask, self._notes = encoded.ids, encoded.loss_mask, encoded.notes
         self._length, self._pad_id = length, pad_id
         self._starts, self._sizes, row_of = starts[order], sizes[order], row_of[order]
-        self._first = np.searchsorted(row_of, np.arange(self._count + 1))  # of the pieces of a row
+        self._first = np.searchsorted(row_of, np.arange(self._count + 1))  # piece of a row
         before = np.cumsum(self._sizes) - self._sizes
         self._offsets = before - before[self._first[row_of]]  # of a piece in its row
-        kind = {}
-        if encoded.learned is not None:
-            kind = {"cut": int((cut & (targets > 0)).sum()), "learned": int(learned.sum())}
+        dialogues = {}
+        if encoded.loss_mask is not None:
+            dialogues = {"cut": int((truncated & (targets > 0)).sum()), "learned": int(trained.sum())}
         self._report = {
             "documents": len(lengths), "empty": int((targets < 1).sum()), "split": int((n_pieces > 1).sum()),
-            "tokens": int(np.sum(lengths)), **kind, "rows": self._count,
+            "tokens": int(np.sum(lengths)), **dialogues, "rows": self._count,
             "efficiency": float(sizes.sum() / (self._count * length)),
         }
 
@@ -132,14 +153,14 @@ class PackedDocuments:
         return self._count
 
     def take(self, epoch: int, rows_B: np.ndarray) -> Batch:
-        """``inputs``, ``targets``, ``segment_ids``, ``positions`` [B, T] int32 and ``weights`` [B, T] float32 of some
-        rows; row -1 is all padding. Every epoch has the same rows."""
+        """Some rows: ``inputs``, ``targets``, ``segment_ids``, ``positions`` int32 and ``weights`` float32, each
+        [B, T]. Row -1 is all padding. All epochs have the same rows."""
         n_B = np.where(rows_B < 0, 0, self._first[rows_B + 1] - self._first[rows_B])
-        number_P = _within(n_B)  # of a piece in its row
+        number_P = _count_within(n_B)  # of a piece in its row
         row_P = np.repeat(np.arange(len(rows_B)), n_B)
         piece_P = self._first[rows_B][row_P] + number_P
         size_P = self._sizes[piece_P]
-        position_N = _within(size_P)
+        position_N = _count_within(size_P)
         where_N = np.repeat(row_P * self._length + self._offsets[piece_P], size_P) + position_N
         at_N = np.repeat(self._starts[piece_P], size_P) + position_N
 
@@ -150,7 +171,7 @@ class PackedDocuments:
 
         return {
             "inputs": spread(self._ids[at_N], self._pad_id), "targets": spread(self._ids[at_N + 1], self._pad_id),
-            "weights": spread(1 if self._learned is None else self._learned[at_N + 1], 0, np.float32),
+            "weights": spread(1 if self._loss_mask is None else self._loss_mask[at_N + 1], 0, np.float32),
             "segment_ids": spread(np.repeat(number_P + 1, size_P)), "positions": spread(position_N),
         }
 
@@ -160,42 +181,46 @@ class PackedDocuments:
     def notes(self) -> list[str]:
         notes = list(self._notes)
         if empty := self._report["empty"]:
-            why = "empty" if self._learned is None else f"without a reply within {self._length} tokens"
+            why = "empty" if self._loss_mask is None else f"without a reply within {self._length} tokens"
             notes.append(f"{empty:,} of {self._report['documents']:,} documents are {why} and are left out")
-        if cut := self._report.get("cut"):
+        if truncated := self._report.get("cut"):
             notes.append(
-                f"{cut:,} of {self._report['documents']:,} dialogues are longer than {self._length} tokens and are cut "
-                "there; raise data.seq_len to keep them whole"
+                f"{truncated:,} of {self._report['documents']:,} dialogues are longer than {self._length} tokens and "
+                "are truncated there; raise data.seq_len to keep them whole"
             )
         if split := self._report["split"]:
             notes.append(
-                f"{split:,} of {self._report['documents']:,} documents are longer than {self._length} tokens and go in "
-                "pieces; raise data.seq_len to keep them whole"
+                f"{split:,} of {self._report['documents']:,} documents are longer than {self._length} tokens and are "
+                "split into pieces; raise data.seq_len to keep them whole"
             )
         return notes
 
 
-def count_learned(learned_N: np.ndarray, starts_D: np.ndarray, sizes_D: np.ndarray) -> np.ndarray:
-    """How many tokens are learned among ``sizes_D`` of them from ``starts_D`` on, [D]. Starts ascend; what is on disk
-    is read a little at a time."""
+def count_trained(loss_mask_N: np.ndarray, starts_D: np.ndarray, sizes_D: np.ndarray) -> np.ndarray:
+    """How many tokens of each span the model is trained on, [D]. A span is ``sizes_D`` tokens from ``starts_D`` on;
+    starts ascend. A mask on disk is read a little at a time."""
     found_D = np.zeros(len(starts_D), np.int64)
-    for at in range(0, len(starts_D), _AT_A_TIME):
-        start, size = starts_D[at : at + _AT_A_TIME], sizes_D[at : at + _AT_A_TIME]
-        at_L = np.flatnonzero(learned_N[start[0] : start[-1] + max(size[-1], 0)]) + start[0]
-        found_D[at : at + _AT_A_TIME] = np.searchsorted(at_L, start + size) - np.searchsorted(at_L, start)
+    for at in range(0, len(starts_D), _DOCUMENTS):
+        start, size = starts_D[at : at + _DOCUMENTS], sizes_D[at : at + _DOCUMENTS]
+        at_L = np.flatnonzero(loss_mask_N[start[0] : start[-1] + max(size[-1], 0)]) + start[0]
+        found_D[at : at + _DOCUMENTS] = np.searchsorted(at_L, start + size) - np.searchsorted(at_L, start)
     return found_D
 
 
-def _within(counts: np.ndarray) -> np.ndarray:
-    """[2, 3] -> [0, 1, 0, 1, 2]"""
+def _count_within(counts: np.ndarray) -> np.ndarray:
+    """Counts from 0 in each group: group sizes [2, 3] give [0, 1, 0, 1, 2]."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _best_fit(sizes: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """The row of each item, longest items first, each into the fullest row that can take it; and the number of rows."""
+    """Best fit decreasing: the longest item first, each into the fullest row that has space for it.
+
+    Returns:
+        the row of each item [items]; the number of rows.
+    """
     row_of = np.empty(len(sizes), np.int64)
     rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free space
-    spaces = 0  # bit s: some row has s free
+    spaces = 0  # bit s is set where some row has the free space s
     n_rows = 0
     for item in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[item])

@@ -1,4 +1,4 @@
-"""The order of examples: shuffled anew each epoch, by block where there are many, and the same for all who ask."""
+"""The order of examples: a pure function of (seed, epoch), in little memory even for very many examples."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ import functools
 
 import numpy as np
 
-_BLOCK = 1 << 10  # rows read one after another
-_GROUP = 1 << 10  # blocks whose rows are mixed
+_BLOCK = 1 << 10  # consecutive rows that move together
+_GROUP = 1 << 10  # blocks whose rows are permuted together
 
 
 def random_state(seed: int, epoch: int) -> np.random.RandomState:
-    """The randomness of an epoch. RandomState, because NumPy promises never to change what it draws (NEP 19), so a run
-    resumed under another NumPy sees the same data."""
+    """The random numbers of an epoch. RandomState is used because NumPy promises never to change its stream (NEP 19),
+    so that a run that is resumed with another version of NumPy sees the same data."""
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
 
 
 class ShuffledOrder:
-    """``count`` rows in shuffled order, of any epoch, in memory that hardly grows with their number.
+    """The shuffled order of ``count`` rows, of any epoch, in memory that hardly grows with ``count``.
 
-    Up to a million rows are permuted. Of more, blocks of 1,024 rows are: groups of 1,024 blocks then have their rows
-    mixed, so that what is read within some thousand batches lies in as many places, not all over a disk. The grid of
-    blocks begins elsewhere each epoch.
+    Up to a million rows are permuted freely. Of more rows, blocks of 1,024 consecutive rows are permuted, and then the
+    rows within each group of 1,024 blocks. So the rows of some thousand batches lie in 1,024 places of a disk, not
+    everywhere on it. The first block begins at another row in each epoch.
     """
 
     def __init__(self, count: int, seed: int, block: int = _BLOCK, group: int = _GROUP):
         self.count, self._seed, self._block, self._group = count, seed, block, group
         self._blocks = functools.lru_cache(maxsize=2)(self._blocks)
-        self._mixed = functools.lru_cache(maxsize=4)(self._mixed)
+        self._permuted = functools.lru_cache(maxsize=4)(self._permuted)
 
     def __call__(self, epoch: int, places_B: np.ndarray) -> np.ndarray:
-        """The rows at some places of an epoch."""
+        """The rows at some places of the order of an epoch."""
         size = self._block * self._group
         rows_B = np.empty(len(places_B), np.int64)
         for number in np.unique(places_B // size):
             here = places_B // size == number
-            rows_B[here] = self._mixed(epoch, int(number))[places_B[here] % size]
+            rows_B[here] = self._permuted(epoch, int(number))[places_B[here] % size]
         return rows_B
 
-    def _mixed(self, epoch: int, number: int) -> np.ndarray:
-        """The rows of a group of blocks."""
+    def _permuted(self, epoch: int, number: int) -> np.ndarray:
+        """The permuted rows of a group of blocks."""
         if self.count <= self._block * self._group:
             return random_state(self._seed, epoch).permutation(self.count)
         blocks, shift = self._blocks(epoch)
@@ -51,7 +51,7 @@ class ShuffledOrder:
         ).permutation(rows)
 
     def _blocks(self, epoch: int) -> tuple[np.ndarray, int]:
-        """The blocks in their order, the one that is not full at the end; and the row that the first begins with."""
+        """The order of the blocks, with a partial block last; and the row at which the first block begins."""
         random = random_state(self._seed, epoch)
         full = self.count // self._block
         blocks = random.permutation(full)

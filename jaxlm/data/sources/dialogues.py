@@ -1,11 +1,14 @@
-"""Rows of fine-tuning data, in the forms that are about, as what a model is to say and what comes before.
+"""Rows of fine-tuning data: parses the usual formats into prompts and replies.
 
-    chat        {"messages": [{"role": ..., "content": ...}, ...]}, with "tools" where there are some; a message with
-                "weight": 0 is not learned. ShareGPT's {"conversations": [{"from": ..., "value": ...}, ...]} too
+    chat        {"messages": [{"role": ..., "content": ...}, ...]}, with "tools" if there are any; the model is not
+                trained on a message with "weight": 0. Also ShareGPT's {"conversations": [{"from": ..., "value": ...}]}
     instruct    {"prompt": ..., "completion": ...}, both texts or both messages; or Alpaca's {"instruction": ...,
                 "input": ..., "output": ...}
-    preference  {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages; without a prompt, what the two
-                conversations begin with is the prompt
+    preference  {"prompt": ..., "chosen": ..., "rejected": ...}, texts or messages; without a prompt, the messages that
+                both conversations begin with are the prompt
+
+To add a format, write a function from the object of a line to a row, and enter it in ``data.sources.spec``. The token
+cache knows the function by its name.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A text, and what is to follow it."""
+    """A text, and the reply that should follow it."""
 
     prompt: str
     reply: str
@@ -29,17 +32,18 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation, which the chat template of the tokenizer writes; replies of the assistant are to be learned."""
+    """A conversation, which the chat template of the tokenizer renders. The model is trained on the replies of the
+    assistant."""
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None = None
-    plain: Completion | None = None  # what it is where the tokenizer has no template
+    without_template: Completion | None = None  # used in place of it if the tokenizer has no chat template
 
 
 Dialogue = Completion | Chat
 
 _SHAREGPT = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-_ALPACA = (  # the prompts of Stanford Alpaca, which models of its kind expect
+_ALPACA = (  # the prompts of Stanford Alpaca, which models trained on its format expect
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
     "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
@@ -47,13 +51,14 @@ _PAIRED = ", paired with an input that provides further context"
 
 
 def chat_row(row: Mapping[str, Any]) -> Chat:
+    """A row of ``chat:``. Raises RowError when it is in none of the formats."""
     if "messages" in row:
         messages = _messages(row["messages"], "messages")
     elif isinstance(row.get("conversations"), list):
         turns = [turn if isinstance(turn, dict) else {} for turn in row["conversations"]]
         unknown = [turn.get("from") for turn in turns if turn.get("from") not in _SHAREGPT]
         if unknown:
-            raise RowError('a turn "from" nobody known', f"write {', '.join(_SHAREGPT)}")
+            raise RowError('an unknown "from" of a turn', f"write {', '.join(_SHAREGPT)}")
         messages = _messages(
             [{"role": _SHAREGPT[turn["from"]], "content": turn.get("value")} for turn in turns], "conversations"
         )
@@ -62,10 +67,11 @@ def chat_row(row: Mapping[str, Any]) -> Chat:
     tools = row.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowError('"tools" is not a list of objects')
-    return _learnable(Chat(messages, tools or None))
+    return _with_reply(Chat(messages, tools or None))
 
 
 def instruct_row(row: Mapping[str, Any]) -> Dialogue:
+    """A row of ``instruct:``. Raises RowError when it is in none of the formats."""
     if "instruction" in row:
         instruction, given, output = (_text(row, name) for name in ("instruction", "input", "output"))
         if not output.strip():
@@ -75,7 +81,7 @@ def instruct_row(row: Mapping[str, Any]) -> Dialogue:
         )
         asked = "\n\n".join(filter(None, (instruction, given)))
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": output}]
-        return Chat(messages, plain=Completion(prompt, output))
+        return Chat(messages, without_template=Completion(prompt, output))
     if "prompt" not in row or "completion" not in row:
         raise RowError(
             'neither "prompt" and "completion" nor "instruction" and "output"',
@@ -85,33 +91,36 @@ def instruct_row(row: Mapping[str, Any]) -> Dialogue:
 
 
 def preference_row(row: Mapping[str, Any]) -> tuple[Dialogue, Dialogue]:
-    """What is preferred, and what it is preferred to, after the same prompt."""
+    """The dialogue with the preferred reply, and the one with the rejected reply. Raises RowError when the row has
+    another format."""
     if "chosen" not in row or "rejected" not in row:
         raise RowError(
             'no "chosen" and "rejected"', 'write {"prompt": "...", "chosen": "...", "rejected": "..."} on each line'
         )
     if row["chosen"] == row["rejected"]:
         raise RowError('"chosen" and "rejected" are the same')
-    if "prompt" in row and not _is_whole(row["chosen"]):
+    if "prompt" in row and not _includes_prompt(row["chosen"]):
         return tuple(_joined(row["prompt"], row[name], name) for name in ("chosen", "rejected"))
     if isinstance(row["chosen"], str) or isinstance(row["rejected"], str):
         raise RowError('no "prompt"', "texts need one")
     both = [_messages(row[name], name) for name in ("chosen", "rejected")]
-    same = 0
-    while same < min(map(len, both)) and both[0][same] == both[1][same]:
-        same += 1
-    return tuple(_learnable(Chat([*map(_muted, messages[:same]), *messages[same:]])) for messages in both)
+    shared = 0
+    while shared < min(map(len, both)) and both[0][shared] == both[1][shared]:
+        shared += 1
+    return tuple(
+        _with_reply(Chat([*map(_without_loss, messages[:shared]), *messages[shared:]])) for messages in both
+    )
 
 
-def _is_whole(messages: Any) -> bool:
-    """Whether some messages are a conversation with its prompt, not only a reply to one."""
+def _includes_prompt(messages: Any) -> bool:
+    """Whether messages are a whole conversation, not only a reply."""
     return isinstance(messages, list) and bool(messages) and isinstance(messages[0], dict) and (
         messages[0].get("role") in ("system", "user")
     )
 
 
 def _joined(prompt: Any, reply: Any, name: str) -> Dialogue:
-    """Texts, or messages of which only those of the reply are learned."""
+    """A prompt and a reply, both texts or messages; the model is trained on the messages of the reply only."""
     if isinstance(prompt, str) and isinstance(reply, str):
         if not reply:
             raise RowError(f'an empty "{name}"')
@@ -120,10 +129,10 @@ def _joined(prompt: Any, reply: Any, name: str) -> Dialogue:
     if isinstance(reply, str):
         reply = {"role": "assistant", "content": reply}
     after = _messages([reply] if isinstance(reply, dict) else reply, name)
-    return _learnable(Chat([*map(_muted, before), *after]))
+    return _with_reply(Chat([*map(_without_loss, before), *after]))
 
 
-def _muted(message: Message) -> Message:
+def _without_loss(message: Message) -> Message:
     return {**message, "weight": 0}
 
 
@@ -147,11 +156,12 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     return value
 
 
-def is_learned(message: Message) -> bool:
+def is_trained_on(message: Message) -> bool:
+    """Whether the model is trained to write a message."""
     return message["role"] == "assistant" and message.get("weight", 1) == 1
 
 
-def _learnable(chat: Chat) -> Chat:
-    if not any(map(is_learned, chat.messages)):
-        raise RowError('no reply of the "assistant" to learn')
+def _with_reply(chat: Chat) -> Chat:
+    if not any(map(is_trained_on, chat.messages)):
+        raise RowError('no reply of the "assistant" to train on')
     return chat

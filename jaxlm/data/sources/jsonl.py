@@ -1,7 +1,8 @@
-"""JSONL of any size: a row a line, indexed once, mapped instead of read, and what is wrong with rows told by line.
+"""Reads JSONL files of any size: one JSON object ("row") a line.
 
-The index (where lines start, and a digest of the content) of a large file is kept beside it, in ``NAME.index.npy``,
-where that directory may be written to.
+A file is indexed once and memory-mapped, so that rows are read one by one, and mistakes are reported by line number.
+The index (where lines start, and a hash of the content) of a large file is kept beside it in ``NAME.index.npy``, if
+that directory can be written to.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.sources.slices import Slicer
 from jaxlm.data.sources.text_files import is_compressed, read_bytes, readable
 
 T = TypeVar("T")
 BadRows = Literal["fail", "report"]
-_WORTH_KEEPING = 1 << 26  # bytes of a file whose index is kept on disk
-_LONGEST = 1 << 26  # bytes of a line: a longer one is a file whose line ends are missing
-_BLOCK = 1 << 24
-_SHOWN = 5  # lines named of each kind of mistake
+_MIN_BYTES_TO_INDEX = 1 << 26  # size of the files whose index is kept on disk
+_MAX_LINE = 1 << 26  # bytes; a longer line means that the file has no line ends
+_BLOCK = 1 << 24  # bytes scanned at a time
+_SHOWN = 5  # line numbers named for each kind of mistake
 
 
 class RowError(Exception):
@@ -40,88 +42,95 @@ class RowError(Exception):
 
 
 class JsonlRows(Generic[T]):
-    """The rows of a file, read one after another, as often as asked.
+    """The rows of a file. They can be iterated as often as needed.
 
-    Iteration skips blank lines, and, where ``bad_rows`` is "report", those that ``read`` or a later reader rejects:
-    ``bad`` has them by their number in the file, from 1. Where it is "fail", the first is a UserError.
+    Iteration skips blank lines. With ``bad_rows`` "report" it also skips the rows that ``parse`` or a later reader
+    rejects, and ``rejected`` says why, by line number in the file (from 1). With "fail" the first such row is a
+    UserError.
     """
 
     def __init__(
-        self, path: str | Path, read: Callable[[Mapping[str, Any]], T], cut: Callable[[int], slice],
-        bad_rows: BadRows = "fail",
+        self, path: str | Path, parse: Callable[[Mapping[str, Any]], T], slicer: Slicer, bad_rows: BadRows = "fail"
     ):
         """
         Args:
             path: the file, plain or compressed.
-            read: from the object of a line to what it says, or a RowError; a function of a module, as it goes to other
-                processes.
-            cut: which lines, given how many there are.
-            bad_rows: what to do about those that are no good.
+            parse: from the object of a line to the row; raises RowError for a row that cannot be used. It must be a
+                function of a module, because it is pickled for other processes.
+            slicer: which lines to read.
+            bad_rows: what to do about rows that cannot be used.
         """
-        self.path, self.bad_rows, self.bad = Path(path).expanduser(), bad_rows, dict[int, str]()
-        self._read = read
+        self.path, self.bad_rows, self.rejected = Path(path).expanduser(), bad_rows, dict[int, str]()
+        self._parse = parse
         self._index = _index(self.path)
-        chosen = cut(len(self._index.starts))
-        self._first, self._stop = chosen.start, chosen.stop
+        selected = slicer(len(self._index.starts))
+        self._first, self._stop = selected.start, selected.stop
 
     def __len__(self) -> int:
-        """Lines, blank and bad ones too."""
+        """The number of lines, with blank and rejected ones."""
         return self._stop - self._first
 
     def __iter__(self) -> Iterator[T]:
         return (row for _, row in self.numbered())
 
     @property
-    def content(self) -> str:
-        """Names what is read: equal where the content of the file, the lines and the way to read them are."""
-        return f"{self._index.digest} {self._first}:{self._stop} {self._read.__qualname__}"
+    def content_key(self) -> str:
+        """Equal for rows with the same content: the same bytes of the file, the same lines, the same ``parse``."""
+        return f"{self._index.content_hash} {self._first}:{self._stop} {self._parse.__qualname__}"
 
     @property
     def size(self) -> int:
-        """Bytes."""
-        return int(self._bound(self._stop) - self._bound(self._first))
+        """Bytes of the lines."""
+        return int(self._start_of(self._stop) - self._start_of(self._first))
 
-    def part(self, k: int, n: int) -> JsonlRows[T]:
-        """Part k of n: lines in a row, of about as many bytes each; together they are all."""
+    def shard(self, index: int, num_shards: int) -> JsonlRows[T]:
+        """Shard ``index`` of ``num_shards``: consecutive lines. Shards have about as many bytes each, and together hold
+        all lines."""
         starts = self._index.starts[self._first : self._stop]
-        goal = self._bound(self._first) + self.size * np.array([k, k + 1]) / n
-        low, high = (self._first + int(at) for at in np.searchsorted(starts, goal))
+        bounds = self._start_of(self._first) + self.size * np.array([index, index + 1]) / num_shards
+        low, high = (self._first + int(line) for line in np.searchsorted(starts, bounds))
         rows = object.__new__(JsonlRows)
-        rows.__dict__ |= self.__dict__ | {"bad": {}, "_first": low, "_stop": self._stop if k == n - 1 else high}
+        stop = self._stop if index == num_shards - 1 else high
+        rows.__dict__ |= self.__dict__ | {"rejected": {}, "_first": low, "_stop": stop}
         rows.__dict__.pop("_data", None)
         return rows
 
     def numbered(self) -> Iterator[tuple[int, T]]:
-        """(number of the line, row)."""
+        """(line number, row)."""
         for number in range(self._first, self._stop):
-            line = self._data[self._bound(number) : self._bound(number + 1)]
+            line = self._data[self._start_of(number) : self._start_of(number + 1)]
             if line.strip():
                 try:
-                    row = self._read(_parse(line, first=number == 0))
+                    row = self._parse(_parse_line(line, first=number == 0))
                 except RowError as error:
                     self.reject(number + 1, error)
                     continue
                 yield number + 1, row
 
     def reject(self, number: int, error: RowError) -> None:
-        """Notes that a row is no good. UserError where that is not to be."""
+        """Records that the row of a line cannot be used.
+
+        Raises:
+            UserError: when ``bad_rows`` is "fail".
+        """
         if self.bad_rows == "fail":
             raise UserError(f"{self.path}:{number}: {error.what}; {error.remedy}") from None
-        self.bad[number] = error.what
+        self.rejected[number] = error.what
 
     def notes(self) -> list[str]:
-        """A sentence about the rows left out, if any: how many, why, and which lines."""
-        if not self.bad:
+        """A sentence about the rejected rows, if any: how many, why, and which lines."""
+        if not self.rejected:
             return []
         kinds = []
-        for what, count in Counter(self.bad.values()).most_common():
-            lines = sorted(number for number, why in self.bad.items() if why == what)
+        for what, count in Counter(self.rejected.values()).most_common():
+            lines = sorted(number for number, why in self.rejected.items() if why == what)
             more = ", ..." if count > _SHOWN else ""
             which = ", ".join(map(str, lines[:_SHOWN]))
             kinds.append(f"{count:,} {what} (line{'s' * (count > 1)} {which}{more})")
-        return [f"{len(self.bad):,} of {len(self):,} rows of {self.path} are left out: {'; '.join(kinds)}"]
+        return [f"{len(self.rejected):,} of {len(self):,} rows of {self.path} are left out: {'; '.join(kinds)}"]
 
-    def _bound(self, line: int) -> int:
+    def _start_of(self, line: int) -> int:
+        """The first byte of a line; the size of the file after the last line."""
         starts = self._index.starts
         return int(starts[line]) if line < len(starts) else self._index.size
 
@@ -140,17 +149,17 @@ class JsonlRows(Generic[T]):
         self._index = _index(self.path)
 
 
-def _parse(line: bytes, first: bool) -> Mapping[str, Any]:
-    """The object of a line. RowError if it is none, or holds what is no text."""
-    if len(line) > _LONGEST:
-        raise RowError(f"longer than {_LONGEST >> 20} MiB", "end each row in a newline")
+def _parse_line(line: bytes, first: bool) -> Mapping[str, Any]:
+    """The object of a line. Raises RowError when the line is no object, or its strings are not Unicode text."""
+    if len(line) > _MAX_LINE:
+        raise RowError(f"longer than {_MAX_LINE >> 20} MiB", "end each row in a newline")
     try:
         row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"invalid UTF-8 (byte 0x{line[error.start]:02x})", "convert the file to UTF-8") from None
     except json.JSONDecodeError as error:
         if b"\r" in line.strip():
-            raise RowError("several rows parted by a bare \\r", "end each row in \\n") from None
+            raise RowError("several rows separated by a bare \\r", "end each row in \\n") from None
         raise RowError(f"not JSON ({error.msg})", "write one object a line") from None
     except RecursionError:
         raise RowError("nested too deeply") from None
@@ -160,54 +169,54 @@ def _parse(line: bytes, first: bool) -> Mapping[str, Any]:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise RowError("half of a surrogate pair, which is no character") from None
+            raise RowError("half of a surrogate pair, which is not a character") from None
     return row
 
 
 @dataclass(frozen=True)
 class _Index:
     size: int
-    digest: str
-    starts: np.ndarray  # of lines, int64
+    content_hash: str
+    starts: np.ndarray  # the first byte of each line, int64
 
 
 def _index(path: Path) -> _Index:
-    """Where lines start; from the file beside it where that is of this content."""
+    """The index of a file: from ``NAME.index.npy`` if that belongs to the file as it is now, or else made anew."""
     if is_compressed(path):
         data = read_bytes(path)
         return _scan(iter([data]), len(data))
     with readable(path):
         stat = path.stat()
-        kept = Path(f"{path}.index.npy")
+        saved = Path(f"{path}.index.npy")
         stamp = [stat.st_size, stat.st_mtime_ns]
         try:
-            array = np.load(kept, mmap_mode="r", allow_pickle=False)
+            array = np.load(saved, mmap_mode="r", allow_pickle=False)
             if array.dtype == np.int64 and array.ndim == 1 and len(array) >= 4 and array[:2].tolist() == stamp:
                 return _Index(stat.st_size, array[2:4].tobytes().hex(), array[4:])
         except (OSError, ValueError, EOFError):
-            pass  # none, or not whole: made again
+            pass  # there is none, or it is damaged
         if not stat.st_size:
             raise UserError(f"{path} is empty; name a file with text in it")
         with open(path, "rb") as file:
             index = _scan(iter(lambda: file.read(_BLOCK), b""), stat.st_size)
-    if stat.st_size >= _WORTH_KEEPING:
-        digest = np.frombuffer(bytes.fromhex(index.digest), np.int64)
-        _keep(kept, np.concatenate([np.array(stamp, np.int64), digest, index.starts]))
+    if stat.st_size >= _MIN_BYTES_TO_INDEX:
+        content_hash = np.frombuffer(bytes.fromhex(index.content_hash), np.int64)
+        _save(saved, np.concatenate([np.array(stamp, np.int64), content_hash, index.starts]))
     return index
 
 
 def _scan(blocks: Iterator[bytes], size: int) -> _Index:
-    digest, ends, at = hashlib.blake2b(digest_size=16), [np.zeros(1, np.int64)], 0
+    content_hash, starts, offset = hashlib.blake2b(digest_size=16), [np.zeros(1, np.int64)], 0
     for block in blocks:
-        digest.update(block)
-        ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + (at + 1))
-        at += len(block)
-    starts = np.concatenate(ends)
-    return _Index(size, digest.hexdigest(), starts[:-1] if starts[-1] == size else starts)
+        content_hash.update(block)
+        starts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + (offset + 1))
+        offset += len(block)
+    starts = np.concatenate(starts)
+    return _Index(size, content_hash.hexdigest(), starts[:-1] if starts[-1] == size else starts)
 
 
-def _keep(path: Path, array: np.ndarray) -> None:
-    """Writes the index in one step, where that is possible: without it, it is made again."""
+def _save(path: Path, array: np.ndarray) -> None:
+    """Writes the index atomically. If the directory cannot be written to, the index is made anew each time."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     except OSError:

@@ -1,22 +1,23 @@
-"""Where data comes from: ``open_source(SPEC)`` reads it, checks it, and says precisely what is wrong with it.
+"""Opens data: ``open_source(SPEC)`` reads a source, checks it, and reports mistakes by file and line.
 
-    text:PATH            one stream of text, kept to the character
+    text:PATH            one stream of text, unchanged
     jsonl:PATH           one document a line, in its field "text"
-    chat:PATH            one conversation a line (``data.sources.dialogues`` says in which forms); replies are learned
-    instruct:PATH        one prompt with its completion a line; completions are learned
-    preference:PATH      one prompt with two replies a line, of which one is preferred
+    chat:PATH            one conversation a line, in one of the formats of ``data.sources.dialogues``; the model is
+                         trained on the replies
+    instruct:PATH        one prompt with its completion a line; the model is trained on the completions
+    preference:PATH      one prompt with two replies a line: one preferred, one rejected
     tokens:PATH.npy      token ids made elsewhere: a one-dimensional integer array, memory-mapped
-    bitext:SRC,TGT       line i of SRC translates to line i of TGT; lines end in "\\n" only
+    bitext:SRC,TGT       line i of SRC translates to line i of TGT; only "\\n" ends a line
     wmt14:FOLDER/en-de   the archives of WMT14 in a folder; ``:train``, ``:valid`` or ``:test`` (``data.sources.wmt14``)
     tfds:NAME/CONFIG:SPLIT
                          text or translations of tensorflow-datasets (``data.sources.tfds``)
-    builtin:phrasebook   synthetic English-German pairs made here; ``:train``, ``:valid`` or ``:test`` picks the part
+    builtin:phrasebook   synthetic English-German pairs; ``:train``, ``:valid`` or ``:test`` names the split
     mix:2x SPEC + 1x SPEC, or mix:70% SPEC + 30% SPEC
-                         several of them: so many times each in an epoch, or so much of the rows from each
+                         several sources: how many times an epoch goes through each, or the share of rows from each
 
-Text files are UTF-8, plain or compressed (.gz, .xz). Any SPEC may end in a slice ``[a:b]`` with Python's meaning; the
-bounds are integers or percentages (``text:x.txt[:90%]``, rounded down) of characters (text), lines (of files of rows,
-bitext), ids (tokens) or pairs (builtin).
+Text files are UTF-8, plain or compressed (.gz, .xz). Every SPEC except ``mix:`` may end in a slice ``[a:b]`` with
+Python's meaning. The bounds are integers or percentages (``text:x.txt[:90%]``, rounded down), and count characters
+(text), lines (files of rows, bitext), ids (tokens) or pairs (builtin).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from jaxlm.data.sources.types import Bitext, Dialogues, Documents, Mixture, Pref
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
-_FORMS = {
+_FORMATS = {
     "text": "text:PATH",
     "jsonl": "jsonl:PATH",
     "chat": "chat:PATH",
@@ -53,39 +54,40 @@ _FORMS = {
 
 
 def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -> Source:
-    """Opens a SPEC (see the module). Rows are read when asked for, all else into memory.
+    """Opens a SPEC (see the module's docstring). Files of rows are read row by row when iterated; everything else is
+    read into memory at once.
 
     Args:
         spec: what to read.
-        split: the part of a builtin corpus meant when the SPEC names none.
-        bad_rows: what rows that are no good are: a mistake, or left out and counted (``JsonlRows``).
+        split: the split of a corpus that has several, if the SPEC names none.
+        bad_rows: what to do about rows that cannot be used (``JsonlRows``).
 
     Raises:
-        UserError: the SPEC, a file or a line in it is not what it should be; the message names it.
+        UserError: when the SPEC, a file or a line is not as it should be; the message names it.
     """
     if not spec:
-        raise UserError(f"no data given; name a source: {', '.join(_FORMS.values())}")
+        raise UserError(f"no data given; name a source: {', '.join(_FORMATS.values())}")
     scheme, colon, rest = spec.partition(":")
-    if not colon or scheme not in _FORMS:
+    if not colon or scheme not in _FORMATS:
         hint = f"; did you mean text:{spec}?" if Path(spec).expanduser().is_file() else ""
-        raise UserError(f"unknown data source {spec!r}: write {', '.join(_FORMS.values())}{hint}")
+        raise UserError(f"unknown data source {spec!r}: write {', '.join(_FORMATS.values())}{hint}")
     if scheme == "mix":
         return _mixture(spec, rest, split, bad_rows)
-    body, cut = parse_slice(spec, rest)
+    body, slicer = parse_slice(spec, rest)
     if not body:
-        raise UserError(f"{spec!r} names no file; write {_FORMS[scheme]}")
-    if scheme in _PARTED:
-        return _PARTED[scheme](spec, body, split, cut)
-    if scheme in _ROWS:
-        kind, read = _ROWS[scheme]
-        rows = JsonlRows(body, read, cut, bad_rows)
-        return Documents(spec, rows, ends=True) if kind is Documents else kind(spec, rows)
-    return {"text": _text, "tokens": _tokens, "bitext": _bitext}[scheme](spec, body, cut)
+        raise UserError(f"{spec!r} names no file; write {_FORMATS[scheme]}")
+    if scheme in _WITH_SPLITS:
+        return _WITH_SPLITS[scheme](spec, body, split, slicer)
+    if scheme in _ROW_FORMATS:
+        kind, parse = _ROW_FORMATS[scheme]
+        rows = JsonlRows(body, parse, slicer, bad_rows)
+        return Documents(spec, rows, append_eos=True) if kind is Documents else kind(spec, rows)
+    return {"text": _text, "tokens": _tokens, "bitext": _bitext}[scheme](spec, body, slicer)
 
 
-def _text(spec: str, path: str, cut: Slicer) -> Documents:
+def _text(spec: str, path: str, slicer: Slicer) -> Documents:
     text = read_text(path)
-    return Documents(spec, (text[cut(len(text))],), ends=False)
+    return Documents(spec, (text[slicer(len(text))],), append_eos=False)
 
 
 def text_row(row: Mapping[str, Any]) -> str:
@@ -94,13 +96,13 @@ def text_row(row: Mapping[str, Any]) -> str:
     return row["text"]
 
 
-_ROWS = {
+_ROW_FORMATS = {
     "jsonl": (Documents, text_row), "chat": (Dialogues, chat_row), "instruct": (Dialogues, instruct_row),
     "preference": (Preferences, preference_row),
 }
 
 
-def _tokens(spec: str, path: str, cut: Slicer) -> Tokens:
+def _tokens(spec: str, path: str, slicer: Slicer) -> Tokens:
     try:
         ids = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -112,10 +114,10 @@ def _tokens(spec: str, path: str, cut: Slicer) -> Tokens:
         raise UserError(f"{path} holds {what}; token ids are a one-dimensional integer array")
     if not ids.size:
         raise UserError(f"{path} is empty; name a file with token ids in it")
-    return Tokens(spec, ids[cut(len(ids))])
+    return Tokens(spec, ids[slicer(len(ids))])
 
 
-def _bitext(spec: str, paths: str, cut: Slicer) -> Bitext:
+def _bitext(spec: str, paths: str, slicer: Slicer) -> Bitext:
     names = paths.split(",")
     if len(names) != 2 or not all(names):
         raise UserError(f"{spec!r} names {sum(map(bool, names))} files; write bitext:SRC,TGT")
@@ -125,43 +127,44 @@ def _bitext(spec: str, paths: str, cut: Slicer) -> Bitext:
             f"{names[0]} has {len(src):,} lines and {names[1]} has {len(tgt):,}; line i of one must translate line i "
             "of the other"
         )
-    chosen = cut(len(src))
-    return Bitext(spec, src[chosen], tgt[chosen])
+    selected = slicer(len(src))
+    return Bitext(spec, src[selected], tgt[selected])
 
 
-def _builtin(spec: str, body: str, split: Split, cut: Slicer) -> Bitext:
-    name, _, part = body.partition(":")
+def _builtin(spec: str, body: str, split: Split, slicer: Slicer) -> Bitext:
+    name, _, named = body.partition(":")
+    split = named or split
     if name != "phrasebook":
         raise UserError(f"no builtin data {name!r}; there is builtin:phrasebook")
-    if (part or split) not in SPLITS:
-        raise UserError(f"builtin:phrasebook has no part {part or split!r}; choose from {', '.join(SPLITS)}")
-    from jaxlm.data.phrasebook import generate  # only those who ask for it pay for it
+    if split not in SPLITS:
+        raise UserError(f"builtin:phrasebook has no split {split!r}; choose from {', '.join(SPLITS)}")
+    from jaxlm.data.phrasebook import generate  # slow to import
 
-    pairs = generate()[part or split]
-    src, tgt = zip(*pairs[cut(len(pairs))], strict=True)
+    pairs = generate()[split]
+    src, tgt = zip(*pairs[slicer(len(pairs))], strict=True)
     return Bitext(spec, src, tgt, synthetic="synthetic sentences from jaxlm's phrasebook generator, not natural text")
 
 
-def _wmt14(spec: str, body: str, split: Split, cut: Slicer) -> Bitext:
+def _wmt14(spec: str, body: str, split: Split, slicer: Slicer) -> Bitext:
     from jaxlm.data.sources.wmt14 import read
 
     src, tgt = read(body, split)
-    chosen = cut(len(src))
-    return Bitext(spec, src[chosen], tgt[chosen])
+    selected = slicer(len(src))
+    return Bitext(spec, src[selected], tgt[selected])
 
 
-def _tfds(spec: str, body: str, split: Split, cut: Slicer) -> Bitext | Documents:
+def _tfds(spec: str, body: str, split: Split, slicer: Slicer) -> Bitext | Documents:
     from jaxlm.data.sources.tfds import read
 
     features = read(body, split)
-    chosen = cut(len(features[0]))
-    whole = chosen == slice(0, len(features[0]))
+    selected = slicer(len(features[0]))
+    whole = selected == slice(0, len(features[0]))
     if len(features) == 1:
-        return Documents(spec, features[0] if whole else features[0][chosen], ends=True)
-    return Bitext(spec, *(feature[chosen] for feature in features))
+        return Documents(spec, features[0] if whole else features[0][selected], append_eos=True)
+    return Bitext(spec, *(feature[selected] for feature in features))
 
 
-_PARTED = {"builtin": _builtin, "wmt14": _wmt14, "tfds": _tfds}
+_WITH_SPLITS = {"builtin": _builtin, "wmt14": _wmt14, "tfds": _tfds}
 
 
 def _mixture(spec: str, rest: str, split: Split, bad_rows: BadRows) -> Mixture | Bitext:

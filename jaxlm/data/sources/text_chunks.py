@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-_PIECE = 1 << 16  # characters
+_CHUNK = 1 << 16  # characters
 
 
-def text_chunks(text: str, size: int = _PIECE) -> Iterator[str]:
-    """Cuts a text into consecutive pieces of at least ``size`` characters, always just before a newline that follows
-    something other than white space.
+def text_chunks(text: str, size: int = _CHUNK) -> Iterator[str]:
+    """Cuts a text into consecutive chunks of at least ``size`` characters, each time before a newline that does not
+    follow white space.
 
-    There every word ends, and so does every match of GPT-2's pre-tokenizer: its pattern takes white space only at the
-    start of a word, and looks ahead only from white space. Encoding or counting piece by piece changes nothing.
+    Every word ends there, and so does every match of GPT-2's pre-tokenizer, whose pattern takes white space only at the
+    start of a word and looks ahead only from white space. So the tokens and the words of the chunks are those of the
+    text.
     """
     start = 0
     while start < len(text):
@@ -26,10 +27,11 @@ def text_chunks(text: str, size: int = _PIECE) -> Iterator[str]:
 
 
 def count_words_and_bytes(texts: Iterable[str]) -> tuple[int, int]:
-    """(words, bytes) of some texts, for perplexity a word or byte: runs of non-white-space, and UTF-8 length."""
+    """(words, bytes) of some texts, for perplexity per word or byte. Words are runs of characters that are not white
+    space; bytes are those of UTF-8."""
     words = n_bytes = 0
     for text in texts:
-        for piece in text_chunks(text):
-            words += len(piece.split())
-            n_bytes += len(piece.encode())
+        for chunk in text_chunks(text):
+            words += len(chunk.split())
+            n_bytes += len(chunk.encode())
     return words, n_bytes

@@ -1,4 +1,4 @@
-"""Files of text as they come: plain or compressed, UTF-8, lines that end in "\\n"; and what is wrong with them."""
+"""Reads text files: plain or compressed, UTF-8, with lines that end in "\\n". Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
 def is_compressed(path: Path) -> bool:
+    """Whether ``read_bytes`` decompresses the file."""
     return path.suffix in _OPENERS
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns what goes wrong with a file inside the block into a UserError of one line."""
+    """Turns errors of reading a file into a UserError of one line."""
     try:
         yield
     except FileNotFoundError:
@@ -34,7 +35,11 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def read_bytes(name: str | Path) -> bytes:
-    """The content of a file, decompressed by the end of its name. UserError where it cannot be read, or is empty."""
+    """The content of a file, decompressed if its name ends in .gz or .xz.
+
+    Raises:
+        UserError: when the file cannot be read or is empty.
+    """
     path = Path(name).expanduser()
     with readable(path), _OPENERS.get(path.suffix, open)(path, "rb") as file:
         data = file.read()
@@ -44,15 +49,21 @@ def read_bytes(name: str | Path) -> bytes:
 
 
 def read_text(name: str | Path) -> str:
+    """The text of a file. Raises as ``read_bytes`` and ``decode``."""
     return decode(read_bytes(name), name)
 
 
 def read_lines(name: str | Path) -> list[str]:
+    """The lines of a file, without line ends. Raises as ``read_text``."""
     return split_lines(read_text(name))
 
 
 def decode(data: bytes, name: str | Path) -> str:
-    """UTF-8. UserError that names the line where it is none."""
+    """The text of UTF-8 bytes; ``name`` is their file.
+
+    Raises:
+        UserError: when the bytes are not UTF-8; the message names the file and the line.
+    """
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -63,8 +74,8 @@ def decode(data: bytes, name: str | Path) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """Lines end in "\\n" and nothing else: other separators that Unicode knows occur inside sentences. A "\\r" before
-    it belongs to the line end of files from Windows."""
+    """The lines of a text. Only "\\n" ends a line, because the other separators of Unicode occur inside sentences; a
+    "\\r" before it belongs to the line end of files from Windows."""
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()

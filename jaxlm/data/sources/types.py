@@ -1,4 +1,8 @@
-"""The types of sources: what ``open_source`` makes of a SPEC."""
+"""The types of sources that ``open_source`` returns.
+
+In each, ``spec`` is the SPEC that it was opened with, and ``synthetic`` a note for texts that no human wrote ("" for
+others).
+"""
 
 from __future__ import annotations
 
@@ -14,18 +18,18 @@ from jaxlm.data.sources.jsonl import JsonlRows
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts for a language model. ``ends`` tells whether each text is a document with an end the model should learn;
-    a text file is not: it is a stretch of one stream."""
+    """Texts for a language model. ``append_eos`` tells whether each text is a whole document, whose end the model
+    should learn; a text file is a stretch of one stream."""
 
     spec: str
     texts: Iterable[str]
-    ends: bool
-    synthetic: str = ""  # says so, where the text was made up
+    append_eos: bool
+    synthetic: str = ""
 
 
 @dataclass(frozen=True)
 class Dialogues:
-    """Texts and conversations of which a language model is to learn the replies."""
+    """Prompts with completions, and conversations, for a language model that is trained on the replies."""
 
     spec: str
     rows: JsonlRows[Dialogue]
@@ -34,7 +38,7 @@ class Dialogues:
 
 @dataclass(frozen=True)
 class Preferences:
-    """Dialogues in twos: the same prompt, with a reply that is preferred to another, and the other."""
+    """Pairs of dialogues with the same prompt: (with the preferred reply, with the rejected reply)."""
 
     spec: str
     rows: JsonlRows[tuple[Dialogue, Dialogue]]
@@ -43,7 +47,7 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One stream of token ids, integers of any width [N]."""
+    """One stream of token ids [N], of any integer type."""
 
     spec: str
     ids: np.ndarray
@@ -61,16 +65,18 @@ class Bitext:
 
     @property
     def texts(self) -> list[str]:
-        """Both sides: what a joint tokenizer is trained on."""
+        """The sentences of both languages, on which a joint tokenizer is trained."""
         return [*self.src, *self.tgt]
-
-
-Plain = Documents | Dialogues | Preferences | Tokens | Bitext
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources that language models read, with their ``weights``: shares that add up to 1, or epochs."""
+    """Several sources for one language model.
+
+    Attributes:
+        weights: of each source. They are shares of the rows, which add up to 1, if ``shares``; otherwise they are how
+            many times an epoch of the mixture goes through each source.
+    """
 
     spec: str
     sources: tuple[Documents | Dialogues | Tokens, ...]
@@ -79,7 +85,7 @@ class Mixture:
 
     @property
     def texts(self) -> Iterator[str]:
-        """Of those that have plain text."""
+        """The texts of the sources that are plain text."""
         return itertools.chain.from_iterable(getattr(source, "texts", ()) for source in self.sources)
 
     @property
@@ -87,4 +93,4 @@ class Mixture:
         return "; ".join(dict.fromkeys(source.synthetic for source in self.sources if source.synthetic))
 
 
-Source = Plain | Mixture
+Source = Documents | Dialogues | Preferences | Tokens | Bitext | Mixture

@@ -1,10 +1,10 @@
-"""WMT14 English and German, from the archives of the task (statmt.org/wmt14) as they are, by name in one folder.
+"""Reads WMT14 English and German from the archives of the task (statmt.org/wmt14), which lie in one folder.
 
-    training-parallel-europarl-v7.tgz, training-parallel-commoncrawl.tgz, training-parallel-nc-v9.tgz    train
-    dev.tgz                                                                                  valid: newstest2013
-    test-full.tgz                                                                            test: newstest2014
+    train    training-parallel-europarl-v7.tgz, training-parallel-commoncrawl.tgz, training-parallel-nc-v9.tgz
+    valid    dev.tgz (newstest2013)
+    test     test-full.tgz (newstest2014)
 
-Pairs of which a side is empty are left out of training, which leaves 4.5 million.
+Training leaves out the pairs with an empty side; 4.5 million pairs remain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from jaxlm.core.errors import UserError
 from jaxlm.data.sources.text_files import decode, split_lines
 
-_PARTS: Mapping[str, Sequence[tuple[str, str]]] = {  # archive, and a file in it of each language
+_SPLITS: Mapping[str, Sequence[tuple[str, str]]] = {  # (archive, file of a language in it)
     "train": (
         ("training-parallel-europarl-v7.tgz", "europarl-v7.de-en.{language}"),
         ("training-parallel-commoncrawl.tgz", "commoncrawl.de-en.{language}"),
@@ -32,18 +32,22 @@ _SEGMENT = re.compile(r"<seg\b[^>]*>(.*?)</seg>", re.DOTALL)
 
 
 def read(body: str, split: str) -> tuple[list[str], list[str]]:
-    """Source and target sentences of ``FOLDER/en-de[:PART]``, or ``FOLDER/de-en[:PART]``.
+    """Source and target sentences of ``FOLDER/en-de[:SPLIT]`` or ``FOLDER/de-en[:SPLIT]``.
 
-    ``split`` is the part where the body names none. UserError where an archive is missing or damaged, or its two
-    languages differ in length.
+    Args:
+        body: what follows ``wmt14:``.
+        split: "train", "valid" or "test", if the body names no split.
+
+    Raises:
+        UserError: when an archive is missing or damaged, or when its two languages have different numbers of sentences.
     """
-    path, _, part = body.partition(":")
+    path, _, named = body.partition(":")
     folder, pair = Path(path).expanduser().parent, Path(path).name
-    part = part or split
-    if pair not in ("en-de", "de-en") or part not in _PARTS:
-        raise UserError(f"wmt14:{body} is none of WMT14; write wmt14:FOLDER/en-de:train, or de-en, or valid or test")
+    split = named or split
+    if pair not in ("en-de", "de-en") or split not in _SPLITS:
+        raise UserError(f"wmt14:{body} is not WMT14; write wmt14:FOLDER/en-de:train, or de-en, or valid or test")
     src, tgt = [], []
-    for archive, member in _PARTS[part]:
+    for archive, member in _SPLITS[split]:
         names = [member.format(language=language, side=side)
                  for language, side in zip(pair.split("-"), ("src", "ref"), strict=True)]
         found = _members(folder / archive, names)
@@ -53,14 +57,14 @@ def read(body: str, split: str) -> tuple[list[str], list[str]]:
                 "fetch it again"
             )
         for source, target in zip(*found, strict=True):
-            if part != "train" or (source.strip() and target.strip()):
+            if split != "train" or (source.strip() and target.strip()):
                 src.append(source)
                 tgt.append(target)
     return src, tgt
 
 
 def _members(archive: Path, names: list[str]) -> list[list[str]]:
-    """The sentences of some files, wherever they lie in an archive."""
+    """The sentences of some files of an archive, in whatever folder they lie."""
     found: dict[str, list[str]] = {}
     try:
         with tarfile.open(archive, "r|*") as tar:
@@ -74,7 +78,7 @@ def _members(archive: Path, names: list[str]) -> list[list[str]]:
     except FileNotFoundError:
         raise UserError(f"{archive} does not exist; get it from statmt.org/wmt14/translation-task.html") from None
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise UserError(f"{archive} is damaged or no archive ({error}); fetch it again") from None
+        raise UserError(f"{archive} is damaged or not an archive ({error}); fetch it again") from None
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(f"{archive} holds no {' and no '.join(missing)}; fetch it again")
@@ -82,5 +86,5 @@ def _members(archive: Path, names: list[str]) -> list[list[str]]:
 
 
 def _segments(text: str) -> list[str]:
-    """The sentences of an SGML file, which is no XML."""
+    """The sentences of an SGML file (it is not XML)."""
     return [html.unescape(" ".join(segment.split())) for segment in _SEGMENT.findall(text)]

@@ -48,7 +48,7 @@ def test_an_epoch_holds_every_pair_exactly_once(lengths, seed, multiple):
     plan = pairs.plan(seed, 0)
     found = []
     for k in range(len(plan.bucket)):
-        batch = pairs.take(plan, k)
+        batch = pairs.batch(plan, k)
         assert batch["src"].shape == batch["inputs"].shape == batch["targets"].shape == batch["weights"].shape
         assert batch["src"].shape in pairs.shapes and batch["src"].shape[0] % multiple == 0
         assert batch["weights"].any()
@@ -83,7 +83,7 @@ def test_a_pair_goes_to_the_smallest_bucket_that_holds_both_sides_and_eos():
     plan = pairs.plan(None, 0)
     shapes = {}
     for k in range(len(plan.bucket)):
-        for src, tgt in pairs_in(batch := pairs.take(plan, k)):
+        for src, tgt in pairs_in(batch := pairs.batch(plan, k)):
             shapes[len(src), len(tgt)] = batch["src"].shape[1]
     assert shapes == {(3, 3): 4, (4, 0): 8, (0, 4): 8, (7, 7): 8, (8, 0): 16}
     assert pairs.shapes == [(4, 4), (2, 8), (1, 16)]
@@ -93,7 +93,7 @@ def test_without_a_seed_pairs_keep_their_order_in_a_bucket():
     source = corpus([(9, i % 5) for i in range(40)])
     pairs = SentencePairs(source, TOKENIZER, (10,), 80, keep_all=True)
     plan = pairs.plan(None, 0)
-    found = sum((pairs_in(pairs.take(plan, k)) for k in range(len(plan.bucket))), [])
+    found = sum((pairs_in(pairs.batch(plan, k)) for k in range(len(plan.bucket))), [])
     assert [src for src, _ in found] == source.src
 
 
@@ -112,7 +112,7 @@ def test_parts_of_a_batch_are_its_rows(parts):
     pairs = SentencePairs(corpus([(i % 8, i % 8) for i in range(75)]), TOKENIZER, (4, 8), 32, keep_all=True, multiple=4)
     plan = pairs.plan(0, 0)
     for k in range(len(plan.bucket)):
-        whole, slices = pairs.take(plan, k), [pairs.take(plan, k, part, parts) for part in range(parts)]
+        whole, slices = pairs.batch(plan, k), [pairs.batch(plan, k, part, parts) for part in range(parts)]
         for key in whole:
             assert (np.concatenate([part[key] for part in slices]) == whole[key]).all()
 

@@ -97,7 +97,7 @@ def test_instructions_with_a_template_and_without(tmp_path):
         "Response:\n"
     )
     assert plain.decode(ids[mask]) == "2"
-    assert "Input" not in instruct_row({"instruction": "Add.", "output": "2"}).plain.prompt
+    assert "Input" not in instruct_row({"instruction": "Add.", "output": "2"}).without_template.prompt
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
         DialogueEncoder(plain)(Chat(TURNS))
 
@@ -129,10 +129,10 @@ def test_forms_of_rows():
     (chat_row, {"messages": "hello"}, '"messages" is not a list of messages'),
     (chat_row, {"messages": [{"content": "a"}]}, 'a message without a "role"'),
     (chat_row, {"messages": [{"role": "user"}]}, 'a message without "content"'),
-    (chat_row, {"messages": [{"role": "user", "content": "a"}]}, 'no reply of the "assistant" to learn'),
+    (chat_row, {"messages": [{"role": "user", "content": "a"}]}, 'no reply of the "assistant"'),
     (chat_row, {"messages": [{"role": "assistant", "content": "a", "weight": 2}]}, 'a "weight" that is neither'),
     (chat_row, {"messages": TURNS, "tools": "add"}, '"tools" is not a list of objects'),
-    (chat_row, {"conversations": [{"from": "nobody", "value": "a"}]}, 'a turn "from" nobody known'),
+    (chat_row, {"conversations": [{"from": "nobody", "value": "a"}]}, 'unknown "from"'),
     (instruct_row, {"prompt": "a"}, 'neither "prompt" and "completion"'),
     (instruct_row, {"prompt": "a", "completion": ""}, 'an empty "completion"'),
     (instruct_row, {"instruction": "a", "output": " "}, 'an empty "output"'),
@@ -153,7 +153,7 @@ def test_what_a_template_refuses_is_a_bad_row(tmp_path):
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     encoded = encode_documents(open_source(f"chat:{path}", bad_rows="report"), found)
     one, mask = DialogueEncoder(found)(Chat(TURNS))
-    assert encoded.ids.tolist() == [*one, *one] and encoded.learned.tolist() == [*mask, *mask]
+    assert encoded.ids.tolist() == [*one, *one] and encoded.loss_mask.tolist() == [*mask, *mask]
     assert "the chat template refuses this conversation: roles must take turns, user first (line 2)" in encoded.notes[0]
     assert "a message that spells the special token </s> (line 3)" in encoded.notes[0]
     with pytest.raises(UserError, match="x.jsonl:2: the chat template refuses this conversation: roles must take"):
@@ -162,9 +162,9 @@ def test_what_a_template_refuses_is_a_bad_row(tmp_path):
 
 def test_templates_that_cannot_be_followed(tmp_path):
     shouting = "{% for m in messages %}{{ m.content ~ messages | length }}</s>{% endfor %}"
-    with pytest.raises(RowError, match="an earlier turn that the chat template writes otherwise once more follow"):
+    with pytest.raises(RowError, match="an earlier turn"):
         DialogueEncoder(made(shouting, tmp_path))(Chat(TURNS))
     once = "{% if loop.last %}{% generation %}x{% endgeneration %}{% endif %}"
     half = UNMARKED.replace("{{ message.content }}", once + "{{ message.content }}", 1)
-    with pytest.raises(RowError, match="2 replies of which the chat template marks 1"):
+    with pytest.raises(RowError, match="2 replies.* marks 1"):
         DialogueEncoder(made(half, tmp_path))(Chat(TURNS))

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -31,15 +32,17 @@ WORDS = [f"w{i}" + "x" * (i % 23) for i in range(150)]
 TOKENIZER = Tokenizer.train(WORDS, "char")
 CONFIG = DataConfig(seq_len=16, batch_size=12, batch_tokens=128, buckets=(8, 16, 32), seed=7)
 CASES = {
-    "stream": (CONFIG, Documents("text:x", [" ".join(WORDS).replace(" ", "x")], ends=False)),
-    "documents": (dataclasses.replace(CONFIG, packing="documents"), Documents("jsonl:x", WORDS, ends=True)),
+    "stream": (CONFIG, Documents("text:x", [" ".join(WORDS).replace(" ", "x")], append_eos=False)),
+    "documents": (dataclasses.replace(CONFIG, packing="documents"), Documents("jsonl:x", WORDS, append_eos=True)),
     "pairs": (CONFIG, Bitext("bitext:a,b", WORDS, WORDS[::-1])),
 }
-MIXED = [Documents("text:x", ["x".join(WORDS[:60])], ends=False), Documents("jsonl:x", WORDS[60:], ends=True)]
+MIXED = (
+    Documents("text:x", ["x".join(WORDS[:60])], append_eos=False), Documents("jsonl:x", WORDS[60:], append_eos=True)
+)
 CASES |= {
-    "mixture": (CONFIG, Mixture("mix:x", tuple(MIXED), (2.0, 1.0), shares=False)),
+    "mixture": (CONFIG, Mixture("mix:x", MIXED, (2.0, 1.0), shares=False)),
     "shares": (
-        dataclasses.replace(CONFIG, packing="documents"), Mixture("mix:x", tuple(MIXED), (0.3, 0.7), shares=True)
+        dataclasses.replace(CONFIG, packing="documents"), Mixture("mix:x", MIXED, (0.3, 0.7), shares=True)
     ),
     "dialogues": (CONFIG, Dialogues("instruct:x", Lines([Completion(word[:3], word[3:] or "x") for word in WORDS]))),
     "preferences": (
@@ -143,8 +146,7 @@ def test_one_process_is_the_concatenation_of_several(kind, train, count):
 
 
 @ALL
-@pytest.mark.parametrize("before, after", [(1, 1), (1, 4), (4, 2)])
-def test_resuming_equals_going_on_whatever_the_number_of_processes(kind, before, after):
+def test_resuming_equals_going_on_whatever_the_number_of_processes(kind):
     def batches(count: int, start: int, n: int) -> list[dict[str, np.ndarray]]:
         parts = [
             itertools.islice(loader(kind, process_index=i, process_count=count, row_multiple=4).iterate(start), n)
@@ -155,7 +157,8 @@ def test_resuming_equals_going_on_whatever_the_number_of_processes(kind, before,
     whole = loader(kind, row_multiple=4)
     n = 2 * whole.batches_per_epoch + 3
     uninterrupted = batches(1, 0, n)
-    for stop in (0, 1, whole.batches_per_epoch - 1, whole.batches_per_epoch, n - 2):
+    stops = (0, 1, whole.batches_per_epoch - 1, whole.batches_per_epoch, n - 2)
+    for stop, (before, after) in zip(stops, [(1, 1), (1, 4), (4, 2), (1, 4), (4, 2)], strict=True):
         state = loader(kind, process_count=before, row_multiple=4).state(stop)
         start = loader(kind, process_count=after, row_multiple=4).batch_at_examples(**state)
         assert start == stop
@@ -230,47 +233,54 @@ def test_mistakes(changes, options, message):
     assert str(caught.value) == message
 
 
-def test_only_the_loader_costs_the_import_of_grain():
-    script = (
-        "import sys, jaxlm.data.batches.bitext, jaxlm.data.batches.packing, jaxlm.data.sources.spec\n"
-        "import jaxlm.data.tokenizers.from_config\n"
-        "sys.exit('grain' in sys.modules or 'jax' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, env=ENV)
-
-
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 ENDINGS = {
     "exit": ("pass", None, 0),
     "exception": ("raise KeyError", None, 1),
     "SIGTERM": ("while True: next(kept)", signal.SIGTERM, 0),
 }
-
-
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_a_program_ends_while_batches_are_being_prefetched(ending):
-    last, sent, status = ENDINGS[ending]
-    script = f"""
-import signal, sys
+ENDS = f"""
+import os, signal, sys
+import jaxlm.data.batches.bitext, jaxlm.data.batches.packing, jaxlm.data.sources.spec, jaxlm.data.tokenizers.from_config
+print("grain" in sys.modules or "jax" in sys.modules, flush=True)
 from jaxlm.data.config import DataConfig
 from jaxlm.data.batches.loader import make_loader
 from jaxlm.data.sources.types import Documents
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-source = Documents("text:x", ["abc" * 9999], ends=False)
-loader = make_loader(DataConfig(prefetch=8), source, Tokenizer.train(source.texts, "char"), train=True)
-dropped, kept = loader.iterate(), loader.iterate()
-next(dropped), next(kept)
-del dropped
-print("ready", flush=True)
-{last}
+
+def prefetching(ending):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    source = Documents("text:x", ["abc" * 9999], append_eos=False)
+    loader = make_loader(DataConfig(prefetch=8), source, Tokenizer.train(source.texts, "char"), train=True)
+    dropped, kept = loader.iterate(), loader.iterate()
+    next(dropped), next(kept)
+    del dropped
+    print(os.getpid(), flush=True)
+    exec({ {name: last for name, (last, _, _) in ENDINGS.items()} }[ending])
+
+for ending in {list(ENDINGS)}:  # grain, imported once, has started no thread yet
+    child = os.fork()
+    if not child:
+        prefetching(ending)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-    command = [sys.executable, "-c", script]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=ENV) as run:
+
+
+def test_a_program_ends_while_batches_are_being_prefetched():
+    """In any way. And only the loader costs the import of grain."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ENDS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env) as run:
         try:
-            assert run.stdout.readline() == b"ready\n"
-            if sent:
-                run.send_signal(sent)
-            assert run.wait(timeout=60) == status
+            assert run.stdout.readline() == b"False\n", "grain or jax is imported without the loader"
+            for ending, (_, sent, status) in ENDINGS.items():
+                child = int(run.stdout.readline())
+                if sent:
+                    os.kill(child, sent)
+                ended = threading.Timer(60, run.kill)
+                ended.start()
+                assert run.stdout.readline() == f"{status}\n".encode(), ending
+                ended.cancel()
+            assert run.wait(timeout=60) == 0
         finally:
             run.kill()

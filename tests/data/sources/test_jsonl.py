@@ -22,8 +22,8 @@ BAD = [  # line, what is said of it
     (b'["text"]', "not an object"),
     (b'{"txt": "b"}', 'no string under "text"'),
     (b'{"text": "\xe4"}', "invalid UTF-8 (byte 0xe4)"),
-    (b'{"text": "b"}\r{"text": "c"}', "several rows parted by a bare \\r"),
-    (b'{"text": "\\ud83d"}', "half of a surrogate pair, which is no character"),
+    (b'{"text": "b"}\r{"text": "c"}', "several rows separated by a bare \\r"),
+    (b'{"text": "\\ud83d"}', "half of a surrogate pair, which is not a character"),
     (b'{"text": ' + b"[" * 50_000, "nested too deeply"),
     (b'{"text": "' + b"x" * 3000 + b'"}', "longer than 0 MiB"),
 ]
@@ -51,14 +51,14 @@ def numbered(count: int) -> list[bytes]:
 @pytest.mark.parametrize("line, why", BAD, ids=[why for _, why in BAD])
 def test_bad_rows_are_fatal_or_counted(line, why, monkeypatch):
     if line.startswith(b'{"text": "xxx'):
-        monkeypatch.setattr(jsonl, "_LONGEST", 1000)
+        monkeypatch.setattr(jsonl, "_MAX_LINE", 1000)
     write("x", [b'{"text": "a"}', line, b"", b'{"text": "d"}'])
     with pytest.raises(UserError) as caught:
         list(rows("x"))
     assert str(caught.value).startswith(f"x:2: {why}; ") and "\n" not in str(caught.value)
     some = rows("x", bad_rows="report")
     assert list(some) == list(some) == ["a", "d"]
-    assert some.bad == {2: why}
+    assert some.rejected == {2: why}
     assert some.notes() == [f"1 of 4 rows of x are left out: 1 {why} (line 2)"]
     assert list(rows("x", lambda n: slice(2, n))) == ["d"], "what is not read is no mistake"
 
@@ -86,7 +86,7 @@ def test_line_ends_may_mix_and_a_mark_may_come_first():
 
 
 def test_the_index_is_kept_and_believed_only_where_it_fits(monkeypatch):
-    monkeypatch.setattr(jsonl, "_WORTH_KEEPING", 0)
+    monkeypatch.setattr(jsonl, "_MIN_BYTES_TO_INDEX", 0)
     monkeypatch.setattr(jsonl, "_BLOCK", 64)  # lines go across blocks
     write("x", numbered(40))
     first = rows("x")
@@ -95,19 +95,20 @@ def test_the_index_is_kept_and_believed_only_where_it_fits(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jsonl, "_scan", lambda *_: pytest.fail("scanned again"))
         again = rows("x")
-    assert list(again) == list(first) and again.content == first.content
+    assert list(again) == list(first) and again.content_key == first.content_key
     before = os.stat("x")
     write("x", numbered(41)[1:])
     os.utime("x", ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     changed = rows("x")
-    assert list(changed) == [json.loads(line)["text"] for line in numbered(41)[1:]] and changed.content != first.content
+    assert list(changed) == [json.loads(line)["text"] for line in numbered(41)[1:]]
+    assert changed.content_key != first.content_key
     for damage in (b"", b"\x93NUMPY", kept.tobytes()):
         open("x.index.npy", "wb").write(damage)
         assert list(rows("x")) == list(changed)
 
 
 def test_an_index_that_cannot_be_kept_is_made_again(monkeypatch):
-    monkeypatch.setattr(jsonl, "_WORTH_KEEPING", 0)
+    monkeypatch.setattr(jsonl, "_MIN_BYTES_TO_INDEX", 0)
     write("x", numbered(5))
 
     def refuse(*_, **__):
@@ -123,18 +124,18 @@ def test_parts_are_the_whole(name, cut):
     write(name, numbered(37))
     whole = rows(name, lambda n: cut)
     for n in (1, 2, 3, 50):
-        parts = [pickle.loads(pickle.dumps(whole.part(k, n))) for k in range(n)]
+        parts = [pickle.loads(pickle.dumps(whole.shard(k, n))) for k in range(n)]
         assert [row for part in parts for row in part.numbered()] == list(whole.numbered())
         assert sum(part.size for part in parts) == whole.size
-    sizes = [part.size for part in (rows(name).part(k, 4) for k in range(4))]
+    sizes = [part.size for part in (rows(name).shard(k, 4) for k in range(4))]
     assert max(sizes) < 2 * min(sizes)
 
 
 def test_what_is_read_has_a_name():
     write("x", numbered(9))
     write("y", numbered(9))
-    assert rows("x").content == rows("y").content
+    assert rows("x").content_key == rows("y").content_key
     others = [
         rows("x", lambda n: slice(1, n)), JsonlRows("x", dict, lambda n: slice(0, n)), rows(write("z", numbered(8)))
     ]
-    assert len({each.content for each in (rows("x"), *others)}) == 4
+    assert len({each.content_key for each in (rows("x"), *others)}) == 4

@@ -51,7 +51,7 @@ def phrasebook(monkeypatch):
 
 def test_text_is_one_stream_to_the_character():
     source = open_source("text:" + write("x.txt", TEXT))
-    assert source == Documents("text:x.txt", (TEXT,), ends=False)
+    assert source == Documents("text:x.txt", (TEXT,), append_eos=False)
     assert not source.synthetic
 
 
@@ -66,7 +66,7 @@ def test_compressed_equals_plain(suffix):
 def test_jsonl_reads_the_field_text():
     write("x.jsonl", '{"text": "a\\nb", "id": 1}\n\n{"text": ""}\n{"text": "ä"}')
     source = open_source("jsonl:x.jsonl")
-    assert isinstance(source, Documents) and source.ends
+    assert isinstance(source, Documents) and source.append_eos
     assert list(source.texts) == list(source.texts) == ["a\nb", "", "ä"]
 
 
@@ -246,4 +246,5 @@ def test_tokens_must_be_a_row_of_integers():
 
 def test_builtin_names(phrasebook):
     assert bad("builtin:novel") == "no builtin data 'novel'; there is builtin:phrasebook"
-    assert bad("builtin:phrasebook:dev") == "builtin:phrasebook has no part 'dev'; choose from train, valid, test"
+    message = bad("builtin:phrasebook:dev")
+    assert "'dev'" in message and "train, valid, test" in message

@@ -69,7 +69,7 @@ def test_translations_in_both_directions():
 
 def test_text_and_features_by_name():
     source = open_source("tfds:tiny_texts:train")
-    assert isinstance(source, Documents) and source.ends
+    assert isinstance(source, Documents) and source.append_eos
     assert sorted(source.texts) == sorted(source.texts) == [row["text"] for row in TEXTS]
     assert sorted(open_source("tfds:tiny_texts:train:title").texts) == [row["title"] for row in TEXTS]
     assert list(open_source("tfds:tiny_titles:train:b").texts) == ["2"]

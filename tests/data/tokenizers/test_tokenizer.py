@@ -280,7 +280,7 @@ def test_deepseek(shared, tmp_path):
 
 
 def test_tokenizer_for(tmp_path):
-    source = Documents("text:x", CORPUS, ends=False)
+    source = Documents("text:x", CORPUS, append_eos=False)
     assert tokenizer_from_config(DataConfig(vocab_size=280), source).vocab_size == 280
     assert tokenizer_from_config(DataConfig(tokenizer_kind="char"), source).vocab_size == CHAR.vocab_size
     BPE.save(tmp_path)
