@@ -28,10 +28,10 @@ def idle_nodes() -> int:
 pytestmark = pytest.mark.skipif(idle_nodes() < 2, reason="no SLURM with two idle nodes here")
 
 
-def submit(run: Path, cache: Path) -> str:
+def submit(run: Path) -> str:
     options = ["--parsable", "--nodes=2", f"--output={run}.log"]
     command = ["sbatch", *options, ROOT / "launch" / "slurm.sbatch", CONFIG, "--out", run, "--train.steps", str(STEPS)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(cache, 1), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -42,7 +42,7 @@ def state(job: str) -> str:
 
 def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(tmp_path):
     run, whole = tmp_path / "preempted", tmp_path / "whole"
-    job = submit(run, tmp_path / "xla")
+    job = submit(run)
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
     until(lambda: len(losses(run)) > 5, lambda: state(job) not in ended)
     subprocess.run(["scancel", "--signal=TERM", job], check=True)
@@ -59,7 +59,7 @@ def test_a_preempted_job_is_queued_again_and_ends_as_if_it_had_not_been(tmp_path
                  f"0: resuming at step {stopped}", "0: preflight: 2 processes of 1 devices"):
         assert line in log
 
-    job = submit(whole, tmp_path / "xla")
+    job = submit(whole)
     until(lambda: state(job) in ended)
     assert state(job) == "COMPLETED", Path(f"{whole}.log").read_text()
     found, expected = losses(run), losses(whole)
