@@ -1,4 +1,4 @@
-"""Reading compiled programs: which collectives there are, how large their results, and whether a loop runs them."""
+"""Reads compiled programs: their collectives, the sizes of the results, and whether a loop runs them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Collective(NamedTuple):
     kind: str
     dtype: str
     elements: int  # of one result
-    in_loop: bool  # anywhere but in the entry computation
+    in_loop: bool  # it is not in the entry computation
 
 
 def collectives(text: str) -> list[Collective]:
-    """Those of ``compiled.as_text()``; one with several results is as many."""
+    """The collectives of ``compiled.as_text()``; a collective with several results is listed once for each."""
     found, entry = [], False
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):

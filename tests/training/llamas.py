@@ -16,7 +16,7 @@ CONFIG = nn.DecoderConfig(
 
 
 def tiny_llama(path: Path, seed: int = 0, config: nn.DecoderConfig = CONFIG) -> Path:
-    """A model directory with weights large enough that every gradient counts."""
+    """Writes a model directory; its weights are large enough that no gradient is negligible."""
     import jax
 
     from jaxlm.core.tree import flatten
@@ -28,7 +28,7 @@ def tiny_llama(path: Path, seed: int = 0, config: nn.DecoderConfig = CONFIG) -> 
 
 
 def batch(rows: int = 4, length: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random tokens; a third of the targets do not count."""
+    """Random tokens; a third of the targets have weight 0."""
     random = np.random.default_rng(seed)
     tokens = random.integers(3, CONFIG.vocab_size, (rows, length + 1)).astype(np.int32)
     weights = (random.random((rows, length)) < 0.67).astype(np.float32)

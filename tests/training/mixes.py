@@ -1,4 +1,4 @@
-"""Every parallelism, alone and mixed, against one device. As a program it tries all mixes and prints a line for each:
+"""Every kind of parallelism, alone and mixed, against one device. As a program it tries all mixes, a line each:
 
     python -m tests.training.mixes [MODEL ...] [--only PART_OF_A_NAME]
 """
@@ -27,14 +27,14 @@ from jaxlm.training.step import StepOptions, make_step
 
 ROWS, LENGTH, VOCABULARY, STEPS = 16, 16, 64, 20
 SIZES = dict(vocab_size=VOCABULARY, width=16, heads=8, kv_heads=8, ffn=32)
-# Embeddings of size 1: training from small ones, which the first norm blows up, would do so with rounding errors too.
+# Embeddings have size 1: the first norm would amplify small ones, and their rounding errors with them.
 MODELS = {
     "decoder": nn.DecoderConfig(**SIZES, layers=8, tie_embeddings=False, embed_scale=True),
     "seq2seq": nn.preset("tiny", **SIZES, encoder_layers=8, decoder_layers=8, dropout=0.0),
     "moe": nn.DecoderConfig(**SIZES, layers=8, experts=8, expert_ffn=16, embed_scale=True),
 }
-# One line a mix: sizes of axes, and what else is to be tried with them: fields of its configuration, or options
-# of the step and of where the optimizer lies.
+# One line a mix: the sizes of axes, and options tried with them: of the model, of the step, or of the sharding of the
+# optimizer.
 MIXES = [
     dict(data=8),
     dict(fsdp=8),
@@ -77,7 +77,7 @@ def name(mix: dict) -> str:
 
 
 def batches(model: str) -> list[dict[str, np.ndarray]]:
-    """Each with rows of two documents, or with padding in the source."""
+    """Batches whose rows hold two documents, or have padding in the source."""
     random, found = np.random.default_rng(0), []
     for _ in range(STEPS):
         batch = {key: random.integers(3, VOCABULARY, (ROWS, LENGTH)).astype(np.int32) for key in ("inputs", "targets")}
@@ -133,8 +133,8 @@ def alone(model: str, steps: int = STEPS):
 
 
 def differences(model: str, mix: dict, steps: int = STEPS) -> dict[str, float]:
-    """The largest relative differences to one device: of losses, of gradients and of the parameters in the end (each by
-    the largest number of its tensor). AssertionError where a tensor takes more of a device than its share."""
+    """The largest relative differences to one device: of losses, of gradients and of the final parameters (each divided
+    by the largest number of its tensor). Asserts that no tensor takes more of a device than its share."""
     losses, gradients, state, mesh, like = train(model, mix, steps)
     want_losses, want_gradients, want_params = alone(model, steps)
     check_bytes(state, like, mesh, mix.get("shard_optimizer", True))
@@ -143,7 +143,7 @@ def differences(model: str, mix: dict, steps: int = STEPS) -> dict[str, float]:
     def largest(got, want):
         return max(float(np.max(np.abs(got[path] - want[path])) / np.max(np.abs(want[path]))) for path in want)
 
-    # The gradient of a bias of keys is zero but for rounding, so it is not compared with itself.
+    # The gradient of a key bias is zero but for rounding errors, so it is not compared.
     real = {path: leaf for path, leaf in want_gradients.items() if not path.endswith("/k/bias")}
     return {
         "loss": float(np.max(np.abs(losses / want_losses - 1))), "gradient": largest(gradients, real),
@@ -151,13 +151,13 @@ def differences(model: str, mix: dict, steps: int = STEPS) -> dict[str, float]:
     }
 
 
-# What splits a dimension, written down once more.
+# The mesh axes that split a dimension, independently of ``core.sharding.RULES``.
 _SPLIT = {"embed": ["fsdp"], "heads": ["tensor"], "kv_heads": ["tensor"], "mlp": ["tensor"], "vocab": ["tensor"],
           "experts": ["expert"], "layers": ["stage"]}
 
 
 def check_bytes(state, like, mesh, shard_optimizer: bool) -> None:
-    """No parameter and no moment takes more of any device than its share: nothing is replicated by mistake."""
+    """Asserts that no parameter and no moment takes more of any device than its share."""
     axes = {"/".join(map(str, path)): variable.get_metadata("axes") for path, variable in nnx.to_flat_state(like)}
     moments = optax.tree.get(state.opt_state, "trace")
     for path, leaf in state.params.items():

@@ -1,4 +1,4 @@
-"""Trainings of a model that exists: adapters, averages and their runs, on disk and over devices."""
+"""Fine-tuning: adapters, averages and their runs, on disk and over devices."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def finished(experiment, tmp_path_factory):
 
 
 def test_a_run_of_adapters(experiment, finished, base):
-    """The model is had from the base; an adapter comes out, which is loaded by the run's name."""
+    """The model comes from the base; the run exports an adapter, which is loaded by the name of the run."""
     run, path = finished
     assert path == run / "adapter" and not (run / "model").exists()
     settings = json.loads((path / "adapter_config.json").read_text())
@@ -94,7 +94,7 @@ def test_resumed_is_uninterrupted(experiment, finished, tmp_path, monkeypatch):
 
 
 def test_merged_besides(experiment, finished, tmp_path):
-    """What is merged is what was trained and validated: over the rounded weights."""
+    """The merged model is the one that was trained and validated, over the rounded weights."""
     merging = dataclasses.replace(experiment, lora=dataclasses.replace(experiment.lora, merge=True))
     setup = prepare(merging, tmp_path)
     trainer = loop.Trainer(setup, tmp_path, StopSignal())
@@ -137,7 +137,7 @@ def test_sharded_is_unsharded(base, options):
 
 
 def test_the_average_is_validated_and_exported(experiment, tmp_path):
-    """Of all weights, against a loop of the formula; it is in the checkpoints, and what the run is loaded as."""
+    """The average of all weights equals a loop of the formula; checkpoints hold it, and the run is loaded with it."""
     decay = 0.8
     plain = dataclasses.replace(
         experiment, lora=LoraConfig(), data=dataclasses.replace(experiment.data, valid=""),

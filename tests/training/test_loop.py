@@ -1,4 +1,4 @@
-"""A whole training: killed, terminated, resumed, stopped early, averaged, and what it writes."""
+"""Whole trainings: killed, terminated, resumed, stopped early and averaged, and the files they write."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def experiment(folder: Path, **changes) -> Experiment:
 
 
 def rows(run: Path) -> list[dict]:
-    """What a run logged, without what a clock says and without the marks of its starts."""
+    """The logged rows of a run, without timings and without the rows of its starts."""
     return [{name: value for name, value in row.items() if name not in TIMINGS}
             for row in read_metrics(run / "metrics.jsonl") if "start" not in row]
 
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(folder):
-    """A training that nothing disturbed."""
+    """A training that nothing interrupted."""
     train(experiment(folder), folder / "finished")
     return folder / "finished"
 
@@ -212,7 +212,7 @@ def test_poison(folder, tmp_path, monkeypatch):
 
 
 class Scripted:
-    """Stands in for the validator: says what it is told, and keeps the parameters it saw."""
+    """Replaces the validator: returns the given losses, and keeps the parameters that it saw."""
 
     def __init__(self, losses):
         self.losses, self.seen = iter(losses), []

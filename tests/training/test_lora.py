@@ -1,4 +1,4 @@
-"""Adapters: trained as PEFT trains them, on frozen weights that may be compressed, and written for PEFT."""
+"""Adapters: their training equals that of PEFT, on frozen weights that may be compressed; PEFT reads them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def assert_close(found, want):
 
 
 def gradient_step(lm, data, **options):
-    """The loss of a step, and the gradients: what plain descent at rate 1 takes away."""
+    """The loss of a step and its gradients: the change of plain descent at rate 1."""
     step = make_step(lm.graphdef, lm.params, lm_loss, optax.sgd(1.0), **options)
     before = jax.tree.map(np.asarray, Partition(flatten(lm.params)).split(flatten(lm.params))[0])
     state, metrics = step(init_state(lm.params, optax.sgd(1.0), 0), data)
@@ -125,7 +125,7 @@ def mixed(base, **options):
     pytest.param("w4a16-rtn-g16", False, marks=pytest.mark.slow), ("mixed", True), ("w8a8-dynamic", False),
 ])
 def test_a_compressed_base_trains_as_what_it_stands_for(base, recipe, dora):
-    """The gradients are those over the dense weights that the codes mean (activations in int8: about those)."""
+    """The gradients equal those over the dequantized weights; with activations in int8 they are close."""
     lm = mixed(base, dora=dora) if recipe == "mixed" else adapted(base, base=recipe, dora=dora)
     assert any(isinstance(leaf.base, QArray | Codebook) for leaf in flatten(lm.params).values()
                if isinstance(leaf, LoRA))
@@ -141,8 +141,8 @@ def test_a_compressed_base_trains_as_what_it_stands_for(base, recipe, dora):
 
 
 def test_the_backward_pass_keeps_no_dense_copy_of_the_base(base):
-    """What lies between the passes is codes: no float array of the size of a compressed weight, as there is of a dense
-    one."""
+    """Between the passes codes are kept: no float array has the size of a compressed weight; over dense weights some
+    do."""
     def kept(lm):
         partition = Partition(flatten(lm.params))
         trained, frozen = partition.split(flatten(lm.params))

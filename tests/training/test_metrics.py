@@ -1,4 +1,4 @@
-"""What is counted and written: FLOPs, speed, rows."""
+"""Metrics: FLOPs, speed, memory, and the rows of the log."""
 
 from __future__ import annotations
 

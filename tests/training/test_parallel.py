@@ -1,6 +1,6 @@
-"""Parallelism: training on eight devices is training on one, and compiled programs move what they should.
+"""Parallelism: training on eight devices equals training on one, and compiled programs move only what they must.
 
-A selection of the mixes; ``python -m tests.training.mixes`` tries all of them.
+The tests try a selection of the mixes; ``python -m tests.training.mixes`` tries all of them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def compiled(sizes, rows=16, length=64, config=CONFIG, **options):
 
 
 def test_fsdp_gathers_a_kernel_at_a_time():
-    """Never the model: what is gathered outside of the loop over layers is the embedding and the head."""
+    """Outside of the loop over layers only the embedding and the head are gathered, never the model."""
     gathered = [each for each in compiled(dict(data=1, fsdp=8)) if each.kind == "all-gather"]
     assert {each.elements for each in gathered if each.in_loop} <= {32 * 32, LAYER}
     assert max(each.elements for each in gathered) == TABLE
@@ -93,7 +93,7 @@ SMALL = nn.DecoderConfig(vocab_size=64, width=16, heads=8, ffn=32, layers=2, tie
 
 
 def gradient(config, mesh=None, transform=None, **options):
-    """Of one batch, by the step itself: with momentum it is the optimizer's state."""
+    """The gradient of one batch, by the step itself: with momentum it is the optimizer's state."""
     graphdef, like = nn.abstract(config)
     tx, random, layout = optax.sgd(0.1, momentum=0.9), np.random.default_rng(0), None
     batch = {key: random.integers(3, 64, (16, 16)).astype(np.int32) for key in ("inputs", "targets")}

@@ -1,4 +1,4 @@
-"""The step: accumulation, meshes, bad updates, transforms, untrained leaves and dropout keys."""
+"""The step: accumulation, meshes, bad updates, transforms, frozen leaves and dropout keys."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_bfloat16_is_for_activations_only():
 
 
 class Linear(nnx.Module):
-    """logits = table[token]; a leaf of integers comes along."""
+    """logits = table[token], with a leaf of integers, and noise where a key is given."""
 
     def __init__(self):
         self.table = nnx.Param(jnp.linspace(-1, 1, VOCABULARY**2).reshape(VOCABULARY, VOCABULARY), axes=("vocab", None))

@@ -1,4 +1,4 @@
-"""How processes find each other, share rows, and what is compared before step 0: all that needs no second process."""
+"""Several processes, as far as one process can test them: environment, rendezvous, rows, checks before step 0."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def mesh_of(processes: np.ndarray, **sizes: int):
     [
         ([0, 0, 1, 1], dict(data=4), [(0, 2), (1, 2)]),
         ([0, 0, 1, 1], dict(data=2, tensor=2), [(0, 2), (1, 2)]),
-        ([0, 1, 0, 1], dict(data=2, tensor=2), [(0, 1), (0, 1)]),  # both hold half of each layer, and every row
+        ([0, 1, 0, 1], dict(data=2, tensor=2), [(0, 1), (0, 1)]),  # both need every row: each holds half of each layer
         ([0, 0, 1, 1], dict(stage=2, data=2), [(0, 1), (0, 1)]),
-        ([0, 1, 0, 1], dict(data=4), [(0, 2), (1, 2)]),  # as a torus may have it
+        ([0, 1, 0, 1], dict(data=4), [(0, 2), (1, 2)]),  # the order of a torus
         ([0, 0, 1, 1, 2, 2, 3, 3], dict(data=2, fsdp=2, tensor=2), [(0, 4), (1, 4), (2, 4), (3, 4)]),
         ([0, 0, 1, 1, 2, 2, 3, 3], dict(data=2, tensor=4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
     ],
@@ -185,7 +185,7 @@ def test_alone_everything_is_gathered():
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_processes_share_the_sentences_of_a_validation(setup, monkeypatch, parts):
-    """A translator that is right about every sentence gets 100, however the sentences are dealt out."""
+    """A translator that is right about every sentence gets 100, for any number of processes."""
     source = Bitext("made up", [f"s{i}" for i in range(8)], [f"the sentence number {i} of eight" for i in range(8)])
     right = dict(zip(source.src, source.tgt, strict=True))
     shares = [[right[s] for s in source.src[part:7:parts]] for part in range(parts)]

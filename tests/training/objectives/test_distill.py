@@ -1,4 +1,4 @@
-"""Distillation: the loss against NumPy, and a student that lost layers learns from who has them."""
+"""Distillation: the loss against NumPy, and a student that lost layers learns from the model that has them."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_student_without_layers_recovers(tmp_path):
 
 
 def test_a_narrower_student_learns_a_projection(tmp_path):
-    """It is trained beside the model, and is no part of it."""
+    """The projection is trained with the model, but is not part of it."""
     home = tiny_llama(tmp_path / "teacher")
     config = dataclasses.replace(CONFIG, width=8)
     graphdef, params = nn.build(config, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""DPO against NumPy in float64, and a reference that takes no memory."""
+"""DPO against NumPy in float64, and a reference model that takes no memory."""
 
 from __future__ import annotations
 

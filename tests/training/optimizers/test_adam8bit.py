@@ -1,4 +1,4 @@
-"""Adam in a byte a moment: the rounding, and that it trains as Adam does."""
+"""8-bit Adam: its rounding, and that it trains as Adam does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DP-SGD: the clipping against a loop, the noise against its formula, and the account against the library."""
+"""DP-SGD: the clipping against a loop, the noise against its formula, and epsilon against the library."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def step_of(lm):
 
 
 def descended(lm, data, step):
-    """What a step of plain descent at rate 1 takes away."""
+    """The change of the parameters in a step of plain descent at rate 1, and the metrics."""
     before = jax.tree.map(np.asarray, flatten(lm.params))
     state, metrics = step(init_state(lm.params, optax.sgd(1.0), 0), data)
     return {path: leaf - np.asarray(state.params[path]) for path, leaf in before.items()}, metrics

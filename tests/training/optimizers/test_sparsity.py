@@ -1,4 +1,4 @@
-"""The optimizers that keep zeros: counts, schedules, moments, meshes, and whole trainings that compress."""
+"""Optimizers that keep weights at zero: counts, schedules, moments, meshes, and compression-aware trainings."""
 
 from __future__ import annotations
 
