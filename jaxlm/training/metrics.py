@@ -73,6 +73,7 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
+        """Closes both files."""
         with room_for(str(self._path)):
             self._file.close()
             self._board.close()
@@ -98,6 +99,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Leaves the time inside the block out."""
         before = time.perf_counter()
         try:
             yield

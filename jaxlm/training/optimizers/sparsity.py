@@ -59,23 +59,54 @@ def with_sparsity(tx: optax.GradientTransformation, config: PruneConfig, end: in
     Raises:
         UserError: when a field of ``config`` is out of range.
     """
-    begin, every = config.begin, config.every
-    if not 0 < config.sparsity < 1:
-        raise UserError(f"prune.sparsity={config.sparsity} must be more than 0 and less than 1")
-    if not 0 <= begin < end or every < 1:
-        raise UserError(
-            f"prune.begin={begin}, prune.end={end}, prune.every={every}: begin before the end, every 1 or more"
-        )
-    if not 0 <= config.drop <= 1:
-        raise UserError(f"prune.drop={config.drop} is not a share of the weights; use 0 to 1")
+    _check(config, end)
+    change = _mask_change(config, end)
 
     def init(params):
         masks = {path: jnp.ones_like(params[path], bool) for path in prunable_matrices(config.target, params)}
         return SparseState(jnp.zeros((), jnp.int32), masks, tx.init(params))
 
-    def due(t):
-        regular = (t >= begin) & (t < end) & ((t - begin) % every == 0)
-        return regular | (t == end) if config.method == "gradual" else regular
+    def update(grads, state, params):
+        finals = pruned_counts({path: mask.shape for path, mask in state.masks.items()}, config.sparsity,
+                               config.distribution)
+        updates, inner = tx.update(_where(state.masks, grads, jnp.zeros_like), state.inner, params)
+        updates = _keep_zero(state.masks, updates, params)
+
+        def changed():
+            masks = {path: change(params[path] + updates[path], grads[path], mask, state.count, finals[path])
+                     for path, mask in state.masks.items()}
+            stays = {path: state.masks[path] & masks[path] if path in masks else True for path in params}
+            return masks, optax.tree.map_params(tx, lambda leaf, stays: jnp.where(stays, leaf, 0), inner, stays)
+
+        masks, inner = jax.lax.cond(_due(config, end, state.count), changed, lambda: (state.masks, inner))
+        return _keep_zero(masks, updates, params), SparseState(state.count + 1, masks, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _check(config: PruneConfig, end: int) -> None:
+    """Raises UserError where a field is out of range."""
+    if not 0 < config.sparsity < 1:
+        raise UserError(f"prune.sparsity={config.sparsity} must be more than 0 and less than 1")
+    if not 0 <= config.begin < end or config.every < 1:
+        raise UserError(
+            f"prune.begin={config.begin}, prune.end={end}, prune.every={config.every}: begin before the end, every 1 or "
+            "more"
+        )
+    if not 0 <= config.drop <= 1:
+        raise UserError(f"prune.drop={config.drop} must be a share of the weights, from 0 to 1")
+
+
+def _due(config: PruneConfig, end: int, t: jax.Array) -> jax.Array:
+    """Whether the masks change at update ``t``."""
+    begin = config.begin
+    regular = (t >= begin) & (t < end) & ((t - begin) % config.every == 0)
+    return regular | (t == end) if config.method == "gradual" else regular
+
+
+def _mask_change(config: PruneConfig, end: int) -> Callable[..., jax.Array]:
+    """``(weight, gradient, mask, t, zeros at the end) -> mask`` of a matrix, as ``config.method`` says."""
+    begin = config.begin
 
     def gradual(weight, gradient, mask, t, final):
         share = cubic(t, begin, end)
@@ -90,24 +121,7 @@ def with_sparsity(tx: optax.GradientTransformation, config: PruneConfig, end: in
             lambda: ~smallest_of_each(jnp.abs(weight), final), lambda: regrow(weight, gradient, mask, count),
         )
 
-    change = {"gradual": gradual, "rigl": rigl}[config.method]
-
-    def update(grads, state, params):
-        finals = pruned_counts({path: mask.shape for path, mask in state.masks.items()}, config.sparsity,
-                               config.distribution)
-        updates, inner = tx.update(_where(state.masks, grads, jnp.zeros_like), state.inner, params)
-        updates = _keep_zero(state.masks, updates, params)
-
-        def changed():
-            masks = {path: change(params[path] + updates[path], grads[path], mask, state.count, finals[path])
-                     for path, mask in state.masks.items()}
-            stays = {path: state.masks[path] & masks[path] if path in masks else True for path in params}
-            return masks, optax.tree.map_params(tx, lambda leaf, stays: jnp.where(stays, leaf, 0), inner, stays)
-
-        masks, inner = jax.lax.cond(due(state.count), changed, lambda: (state.masks, inner))
-        return _keep_zero(masks, updates, params), SparseState(state.count + 1, masks, inner)
-
-    return optax.GradientTransformation(init, update)
+    return {"gradual": gradual, "rigl": rigl}[config.method]
 
 
 def _where(masks: dict, tree: dict, otherwise: Callable) -> dict:

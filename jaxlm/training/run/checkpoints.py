@@ -51,6 +51,7 @@ class Checkpoints:
 
     @property
     def keep_best(self) -> int:
+        """How many checkpoints with the best scores are kept."""
         return self._store.keep_best
 
     def restore(self) -> tuple[TrainState, Position] | None:
@@ -69,6 +70,7 @@ class Checkpoints:
         return complete_state(state, setup.initial, self._program.layout, reference), position
 
     def is_saved(self, step: int) -> bool:
+        """Whether the newest checkpoint is of this step."""
         return self._saved == step
 
     def save(self, state: TrainState, position: Position) -> None:
@@ -104,4 +106,5 @@ class Checkpoints:
         self._store.wait()
 
     def close(self) -> None:
+        """Waits, and closes the directory."""
         self._store.close()
