@@ -90,8 +90,8 @@ def _check(config: PruneConfig, end: int) -> None:
         raise UserError(f"prune.sparsity={config.sparsity} must be more than 0 and less than 1")
     if not 0 <= config.begin < end or config.every < 1:
         raise UserError(
-            f"prune.begin={config.begin}, prune.end={end}, prune.every={config.every}: begin before the end, every 1 or "
-            "more"
+            f"prune.begin={config.begin}, prune.end={end}, prune.every={config.every}: begin before the end, every 1 "
+            "or more"
         )
     if not 0 <= config.drop <= 1:
         raise UserError(f"prune.drop={config.drop} must be a share of the weights, from 0 to 1")
