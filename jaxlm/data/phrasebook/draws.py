@@ -1,4 +1,5 @@
-"""Chance: who does what to whom, when. ``event`` draws a whole clause; the patterns put it into sentences."""
+"""Random choices: who does what to whom, and when. ``event`` draws a whole clause, which patterns put into
+sentences."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ T = TypeVar("T")
 
 
 class Dice:
-    """The only source of chance: ``random.Random(seed).random()``, whose stream Python promises to keep."""
+    """The only source of random numbers: ``random.Random(seed).random()``, whose stream Python promises never to
+    change."""
 
     def __init__(self, seed: int) -> None:
         self.roll = random.Random(seed).random
@@ -44,7 +46,7 @@ class Dice:
         return items[int(self.roll() * len(items))]
 
     def chance(self, probability: float) -> bool:
-        """True this often."""
+        """True with this probability."""
         return self.roll() < probability
 
     def between(self, low: int, high: int) -> int:
@@ -59,7 +61,7 @@ def sentence(en: str, de: str, mark: str = ".") -> Pair:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A function that draws one pair, the family it belongs to, and how many pairs a phrasebook has of it."""
+    """A function that draws one pair, the family it belongs to, and how many pairs of it a phrasebook has."""
 
     family: str
     share: int
@@ -70,7 +72,7 @@ PATTERNS: list[Pattern] = []  # in the order of the source
 
 
 def pattern(family: str, share: int) -> Callable[[Callable[[Dice], Pair]], Callable[[Dice], Pair]]:
-    """Enters a function in ``PATTERNS``."""
+    """A decorator that adds a function to ``PATTERNS``."""
 
     def enter(draw: Callable[[Dice], Pair]) -> Callable[[Dice], Pair]:
         PATTERNS.append(Pattern(family, share, draw))
@@ -94,7 +96,7 @@ OWNERS = ("my", "his", "her", "our")
 
 
 def own(subject: Phrase) -> str:
-    """The determiner for what belongs to the subject; "the" where none would be clear."""
+    """The determiner for something that belongs to the subject; "the" where a possessive would be unclear."""
     if subject is YOU or subject is THOU:
         return "your" if subject is YOU else "thy"
     if subject is ME or subject is WE:
@@ -108,14 +110,14 @@ def described(dice: Dice, kind: lex.Kind, determiner: str, often: float = 0.45) 
 
 
 def kin(dice: Dice) -> Phrase:
-    """Anna, or my brother."""
+    """A person who is named or related: Anna, my brother."""
     if dice.chance(0.4):
         return named(dice.pick(NAMES))
     return phrase(dice.pick(OWNERS), dice.pick(lex.FAMILY.nouns))
 
 
 def person(dice: Dice) -> Phrase:
-    """Somebody who is not a pronoun."""
+    """A person that is not a pronoun."""
     return kin(dice) if dice.chance(0.7) else described(dice, lex.PEOPLE, "the", 0.3)
 
 
@@ -125,7 +127,7 @@ def anybody(dice: Dice) -> Phrase:
 
 
 def somebody_else(dice: Dice, subject: Phrase) -> Phrase:
-    """An object person who is not the subject: "he visits him", never "I visit me" or "they visit them"."""
+    """A person other than the subject, as an object: "he visits him", never "I visit me" or "they visit them"."""
     while True:
         other = dice.pick(PRONOUNS) if dice.chance(0.35) else person(dice)
         reflexive = other.person == subject.person == 4 or {other.person, subject.person} <= {0, 3}
@@ -143,7 +145,7 @@ def drink(dice: Dice) -> Phrase:
 
 
 def thing(dice: Dice, kind: lex.Kind, subject: Phrase) -> Phrase:
-    """What the subject acts on."""
+    """Something that the subject acts on."""
     if kind is lex.DRINKS and dice.chance(0.6):
         return drink(dice)
     if kind is lex.DRINKS:
@@ -169,7 +171,7 @@ TENSES_OF = {  # by the style of the verb
 
 
 def coming(dice: Dice) -> Pair:
-    """A time to come: a day, a date or an hour."""
+    """A time in the future: a day, a date or an hour."""
     roll = dice.roll()
     if roll < 0.7:
         return dice.pick(lex.FUTURE_TIMES)
@@ -183,9 +185,9 @@ def coming(dice: Dice) -> Pair:
 def tense_and_time(
     dice: Dice, verb: lex.Verb, tenses: Sequence[str] | None = None, negative: bool = False
 ) -> tuple[str, Pair]:
-    """A tense that suits the verb, one of ``tenses`` where there is a choice, and an adverb of time to go with it.
+    """A tense that suits the verb (one of ``tenses`` if that is given and possible), and an adverb of time for it.
 
-    Present and past always have an adverb, so that "I read" is never unclear.
+    Present and past always have an adverb, because "I read" alone could be either.
     """
     known = TENSES_OF[verb.style]
     tense = dice.pick(

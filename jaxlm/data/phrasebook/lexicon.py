@@ -54,7 +54,7 @@ ENGLISH_PLURALS = {"child": "children", "man": "men", "woman": "women", "policem
 
 
 def entries(table: str) -> list[str]:
-    """The entries of a table: what stands between semicolons."""
+    """The entries of a table, which semicolons separate."""
     return [" ".join(entry.split()) for entry in table.split(";")]
 
 

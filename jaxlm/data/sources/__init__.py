@@ -1,0 +1,1 @@
+"""Sources: what a SPEC names, opened and checked."""
