@@ -19,7 +19,7 @@ from jaxlm.nn.attention.paged import LayerPages
 from jaxlm.nn.attention.quantized_kv import KeyValue, fake_quantize_kv, quantize_kv
 from jaxlm.nn.attention.ring import uses_ring
 from jaxlm.nn.config import StackConfig
-from jaxlm.nn.layers import Mlp, Norm, split_key
+from jaxlm.nn.layers import Mlp, Norm, ParamKeys, split_key
 from jaxlm.nn.moe.layer import Moe
 from jaxlm.nn.moe.routing import Routing
 
@@ -79,18 +79,18 @@ class Block(nnx.Module):
     ``parallel`` layers are x + attention(N(x)) + mlp(N'(x)).
     """
 
-    def __init__(self, config: StackConfig, *, cross: bool, experts: bool, depth: int, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, *, cross: bool, experts: bool, depth: int, keys: ParamKeys):
         """``depth`` is the number of layers of the stack, by which initial output projections are scaled down."""
         scale = (2 * depth) ** -0.5
         sandwich = config.norm_position == "sandwich"
         self.config = config
-        self.attn = Attention(config, rngs=rngs, scale=scale)
+        self.attn = Attention(config, keys=keys, scale=scale)
         self.attn_norm = Norm(config.width, config)
         self.attn_out_norm = Norm(config.width, config) if sandwich else None
-        self.cross = Attention(config, rngs=rngs, scale=scale) if cross else None
+        self.cross = Attention(config, keys=keys, scale=scale) if cross else None
         self.cross_norm = Norm(config.width, config) if cross else None
         self.cross_out_norm = Norm(config.width, config) if cross and sandwich else None
-        self.mlp = (Moe if experts else Mlp)(config, rngs=rngs, scale=scale)
+        self.mlp = (Moe if experts else Mlp)(config, keys=keys, scale=scale)
         self.mlp_norm = Norm(config.width, config)
         self.mlp_out_norm = Norm(config.width, config) if sandwich else None
 
@@ -171,13 +171,15 @@ class Block(nnx.Module):
         return norm(x_BxTxD) if position == "post" else x_BxTxD
 
 
-def stacked_block(config: StackConfig, layers: int, *, cross: bool, experts: bool, depth: int, rngs: nnx.Rngs) -> Block:
+def stacked_block(
+    config: StackConfig, layers: int, *, cross: bool, experts: bool, depth: int, keys: ParamKeys
+) -> Block:
     """A Block whose every parameter is that of ``layers`` layers, stacked along a leading dimension."""
 
-    def block(rngs):
-        return Block(config, cross=cross, experts=experts, depth=depth, rngs=rngs)
+    def split_block(key):
+        return nnx.split(Block(config, cross=cross, experts=experts, depth=depth, keys=ParamKeys(key)))
 
-    state = jax.vmap(lambda key: nnx.state(block(nnx.Rngs(params=key))))(jax.random.split(rngs.params(), layers))
+    graphdef, state = jax.vmap(split_block)(jax.random.split(keys.next(), layers))
     for _, variable in nnx.to_flat_state(state):
         variable.set_metadata("axes", ("layers", *variable.get_metadata("axes")))
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: block(nnx.Rngs(0)))), state)
+    return nnx.merge(graphdef, state)

@@ -12,7 +12,7 @@ from jaxlm.core.sharding import constrain
 from jaxlm.nn.attention.kv_cache import Cache
 from jaxlm.nn.attention.paged import PagePool
 from jaxlm.nn.config import DecoderConfig, StackConfig, layer_groups_of
-from jaxlm.nn.layers import Embedding, Linear, softcap
+from jaxlm.nn.layers import Embedding, Linear, ParamKeys, softcap
 from jaxlm.nn.moe.routing import Routing
 from jaxlm.nn.stack import C, Stack
 
@@ -25,12 +25,12 @@ __all__ = ["DecoderLM", "embed", "head_logits", "output_head"]
 class DecoderLM(nnx.Module):
     """From tokens to the logits of the tokens that follow them. Every variant is configuration."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, keys: ParamKeys):
         self.config = config
         std = config.width**-0.5 if config.embed_scale else 0.02
-        self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
-        self.decoder = Stack(config, layer_groups_of(config, "decoder"), causal=True, cross=False, rngs=rngs)
-        self.head, self.logits_bias = output_head(config, rngs=rngs)
+        self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), keys=keys, std=std)
+        self.decoder = Stack(config, layer_groups_of(config, "decoder"), causal=True, cross=False, keys=keys)
+        self.head, self.logits_bias = output_head(config, keys=keys)
 
     def __call__(
         self,
@@ -101,10 +101,10 @@ def embed(table: Embedding, tokens_BxT: jax.Array, config: StackConfig) -> jax.A
     return x_BxTxD * jnp.asarray(config.width**0.5, x_BxTxD.dtype) if config.embed_scale else x_BxTxD
 
 
-def output_head(config: StackConfig, *, rngs: nnx.Rngs) -> tuple[Linear | None, nnx.Param | None]:
+def output_head(config: StackConfig, *, keys: ParamKeys) -> tuple[Linear | None, nnx.Param | None]:
     """The output head (None if it is the embedding), and the bias of the logits (None without one)."""
     width, rows, axes = config.width, config.vocab_size, ("embed", "vocab")
-    untied = None if config.tie_embeddings else Linear(width, rows, axes, bias=False, rngs=rngs)
+    untied = None if config.tie_embeddings else Linear(width, rows, axes, bias=False, keys=keys)
     return untied, nnx.Param(jnp.zeros(rows), axes=("vocab",)) if config.logits_bias else None
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxlm.core.ops import dropout
 from jaxlm.nn.config import LSTMConfig
-from jaxlm.nn.layers import Embedding, Linear, split_key
+from jaxlm.nn.layers import Embedding, Linear, ParamKeys, split_key
 
 
 @jax.tree_util.register_dataclass
@@ -62,9 +62,9 @@ class LSTMLayer(nnx.Module):
     The forget gate starts open (bias 1; Jozefowicz et al. 2015).
     """
 
-    def __init__(self, n_in: int, hidden: int, *, rngs: nnx.Rngs):
-        self.input = Linear(n_in, 4 * hidden, ("embed", "mlp"), bias=True, rngs=rngs)
-        self.recurrent = Linear(hidden, 4 * hidden, ("embed", "mlp"), bias=False, rngs=rngs)
+    def __init__(self, n_in: int, hidden: int, *, keys: ParamKeys):
+        self.input = Linear(n_in, 4 * hidden, ("embed", "mlp"), bias=True, keys=keys)
+        self.recurrent = Linear(hidden, 4 * hidden, ("embed", "mlp"), bias=False, keys=keys)
         self.input.bias.set_value(self.input.bias.get_value().at[hidden : 2 * hidden].set(1.0))
 
     def __call__(self, x_BxTxD: jax.Array, h_BxH: jax.Array, c_BxH: jax.Array, real_BxT: jax.Array):
@@ -88,18 +88,18 @@ class LSTMLayer(nnx.Module):
 class LSTMLM(nnx.Module):
     """From tokens to the logits of the tokens that follow them, with the same methods as ``DecoderLM``."""
 
-    def __init__(self, config: LSTMConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LSTMConfig, *, keys: ParamKeys):
         self.config = config
         hidden, width = config.d_hidden, config.width
-        self.embed = Embedding(config.vocab_size, width, ("vocab", "embed"), rngs=rngs, std=width**-0.5)
+        self.embed = Embedding(config.vocab_size, width, ("vocab", "embed"), keys=keys, std=width**-0.5)
         self.layers = nnx.List(
-            [LSTMLayer(width if i == 0 else hidden, hidden, rngs=rngs) for i in range(config.layers)]
+            [LSTMLayer(width if i == 0 else hidden, hidden, keys=keys) for i in range(config.layers)]
         )
         # A tied head needs an output as wide as the embedding.
         bridged = config.tie_embeddings and hidden != width
-        self.bridge = Linear(hidden, width, ("mlp", "embed"), bias=False, rngs=rngs) if bridged else None
+        self.bridge = Linear(hidden, width, ("mlp", "embed"), bias=False, keys=keys) if bridged else None
         untied = not config.tie_embeddings
-        self.head = Linear(hidden, config.vocab_size, ("embed", "vocab"), bias=False, rngs=rngs) if untied else None
+        self.head = Linear(hidden, config.vocab_size, ("embed", "vocab"), bias=False, keys=keys) if untied else None
 
     def __call__(self, tokens_BxT: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """Logits ``[B, T, V]`` in float32. Dropout needs a ``key``."""

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxlm.nn.attention.kv_cache import Cache
 from jaxlm.nn.config import Seq2SeqConfig, layer_groups_of
 from jaxlm.nn.decoder import embed, head_logits, output_head
-from jaxlm.nn.layers import Embedding
+from jaxlm.nn.layers import Embedding, ParamKeys
 from jaxlm.nn.moe.routing import Routing, concat_routings
 from jaxlm.nn.stack import Stack
 
@@ -18,15 +18,15 @@ __all__ = ["Seq2Seq"]
 class Seq2Seq(nnx.Module):
     """From source tokens and the beginning of the target to the logits of the target tokens that follow."""
 
-    def __init__(self, config: Seq2SeqConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Seq2SeqConfig, *, keys: ParamKeys):
         self.config = config
         std = config.width**-0.5 if config.embed_scale else 0.02
-        self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), rngs=rngs, std=std)
+        self.embed = Embedding(config.vocab_size, config.width, ("vocab", "embed"), keys=keys, std=std)
         rows, axes = config.src_vocab_size, ("vocab", "embed")
-        self.src_embed = Embedding(rows, config.width, axes, rngs=rngs, std=std) if rows else None
-        self.encoder = Stack(config.encoder, layer_groups_of(config, "encoder"), causal=False, cross=False, rngs=rngs)
-        self.decoder = Stack(config.decoder, layer_groups_of(config, "decoder"), causal=True, cross=True, rngs=rngs)
-        self.head, self.logits_bias = output_head(config, rngs=rngs)
+        self.src_embed = Embedding(rows, config.width, axes, keys=keys, std=std) if rows else None
+        self.encoder = Stack(config.encoder, layer_groups_of(config, "encoder"), causal=False, cross=False, keys=keys)
+        self.decoder = Stack(config.decoder, layer_groups_of(config, "decoder"), causal=True, cross=True, keys=keys)
+        self.head, self.logits_bias = output_head(config, keys=keys)
 
     def __call__(
         self,

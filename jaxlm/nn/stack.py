@@ -26,7 +26,7 @@ from jaxlm.nn.attention.quantized_kv import KeyValue, fake_quantize_kv, quantize
 from jaxlm.nn.attention.ring import uses_ring
 from jaxlm.nn.block import ACTIVATION_AXES, Block, LayerContext, LayerSettings, stacked_block
 from jaxlm.nn.config import StackConfig
-from jaxlm.nn.layers import Embedding, Norm, split_key
+from jaxlm.nn.layers import Embedding, Norm, ParamKeys, split_key
 from jaxlm.nn.moe.routing import Routing, concat_routings
 from jaxlm.nn.pipeline import Schedule, make_schedule, num_stages, run_pipeline
 from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
@@ -40,16 +40,16 @@ C = TypeVar("C", Cache, PagedCache)
 class Stack(nnx.Module):
     """Layers with what surrounds them: absolute positions before, the final norm after."""
 
-    def __init__(self, config: StackConfig, layer_groups: list[range], *, causal: bool, cross: bool, rngs: nnx.Rngs):
+    def __init__(self, config: StackConfig, layer_groups: list[range], *, causal: bool, cross: bool, keys: ParamKeys):
         """``layer_groups`` are the layers of each group; ``cross`` says whether they attend to an encoder's output."""
         self.config, self.causal, self.layer_groups = config, causal, tuple(layer_groups)
         learned, rows = config.positions == "learned", config.max_positions + config.position_offset
-        self.pos = Embedding(rows, config.width, ("positions", "embed"), rngs=rngs) if learned else None
+        self.pos = Embedding(rows, config.width, ("positions", "embed"), keys=keys) if learned else None
         self.rel = RelativeBias(config, bidirectional=not causal) if config.positions == "relative" else None
         self.embed_norm = Norm(config.width, config) if config.embed_norm else None
         depth = layer_groups[-1].stop
         self.layers = nnx.List([
-            stacked_block(config, len(run), cross=cross, experts=config.has_experts(run[0]), depth=depth, rngs=rngs)
+            stacked_block(config, len(run), cross=cross, experts=config.has_experts(run[0]), depth=depth, keys=keys)
             for run in layer_groups
         ])
         self.final_norm = Norm(config.width, config) if config.norm_position != "post" else None

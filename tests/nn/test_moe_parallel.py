@@ -15,6 +15,7 @@ from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import batch_sharding, make_mesh, shardings
 from jaxlm.core.tree import flatten
+from jaxlm.nn.layers import ParamKeys
 from jaxlm.nn.moe.layer import Moe
 from jaxlm.training.objectives.loss import router_loss
 from tests.nn.test_pipeline import train
@@ -27,7 +28,7 @@ CAPACITY = dataclasses.replace(CONFIG, expert_routing="capacity", capacity_facto
 
 def moe(config):
     """A layer whose router prefers some experts, and its input."""
-    graphdef, params = nnx.split(Moe(config, rngs=nnx.Rngs(0), scale=1.0))
+    graphdef, params = nnx.split(Moe(config, keys=ParamKeys(jax.random.key(0)), scale=1.0))
     rng = np.random.default_rng(0)
     params["router"]["kernel"].value = jnp.asarray(rng.normal(0, 1, (D, E)) + [1, 0, 0, -1], jnp.float32)
     return graphdef, params, jnp.asarray(rng.normal(0.5, 1, (B, T, D)), jnp.float32)

@@ -17,7 +17,7 @@ from jaxlm.nn.attention.paged import LayerPages, attend_pages
 from jaxlm.nn.attention.quantized_kv import KVArray, query_key_scores, weighted_values
 from jaxlm.nn.attention.ring import ring_attend, uses_ring
 from jaxlm.nn.config import StackConfig
-from jaxlm.nn.layers import Linear, Norm, softcap
+from jaxlm.nn.layers import Linear, Norm, ParamKeys, softcap
 from jaxlm.nn.positions import rotate
 
 __all__ = ["Attention", "attend"]
@@ -76,15 +76,15 @@ def attend(
 class Attention(nnx.Module):
     """Self-attention, or cross-attention when keys and values come from elsewhere."""
 
-    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, scale: float):
+    def __init__(self, config: StackConfig, *, keys: ParamKeys, scale: float):
         """``scale`` shrinks the initial output projection; see ``Linear``."""
         width, K = config.width, config.d_head
         self.config = config
         q_size, kv_size = config.heads * K, config.n_kv_heads * K
-        self.q = Linear(width, q_size, ("embed", "heads"), bias=config.qkv_bias, rngs=rngs)
-        self.k = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, rngs=rngs)
-        self.v = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, rngs=rngs)
-        self.o = Linear(q_size, width, ("heads", "embed"), bias=config.out_bias, rngs=rngs, scale=scale)
+        self.q = Linear(width, q_size, ("embed", "heads"), bias=config.qkv_bias, keys=keys)
+        self.k = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, keys=keys)
+        self.v = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, keys=keys)
+        self.o = Linear(q_size, width, ("heads", "embed"), bias=config.out_bias, keys=keys, scale=scale)
         sizes = {"none": None, "head": (K, K), "width": (q_size, kv_size)}[config.qk_norm]
         self.q_norm, self.k_norm = (None, None) if sizes is None else (Norm(size, config) for size in sizes)
 

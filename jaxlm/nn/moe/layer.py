@@ -16,7 +16,7 @@ from jaxlm.core import ops
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import RULES
 from jaxlm.nn.config import StackConfig
-from jaxlm.nn.layers import ACTIVATIONS, Linear, truncated_normal
+from jaxlm.nn.layers import ACTIVATIONS, Linear, ParamKeys, truncated_normal
 from jaxlm.nn.moe.routing import Routing, apply_sorted, dispatch_in_rounds, dispatch_with_capacity, expert_capacity
 
 __all__ = ["ExpertLinear", "Experts", "Moe"]
@@ -25,8 +25,8 @@ __all__ = ["ExpertLinear", "Experts", "Moe"]
 class ExpertLinear(nnx.Module):
     """A linear map for each expert: ``kernel_ExIxO``."""
 
-    def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str], *, rngs: nnx.Rngs, scale: float = 1.0):
-        self.kernel = nnx.Param(truncated_normal(rngs, shape, scale * shape[1] ** -0.5), axes=("experts", *axes))
+    def __init__(self, shape: tuple[int, int, int], axes: tuple[str, str], *, keys: ParamKeys, scale: float = 1.0):
+        self.kernel = nnx.Param(truncated_normal(keys, shape, scale * shape[1] ** -0.5), axes=("experts", *axes))
 
     def __call__(self, x: jax.Array, sizes_E: jax.Array | None) -> jax.Array:
         """Rows ``[M, I]`` sorted by expert, of which expert e has ``sizes_E[e]``; without sizes, rows ``[E, M, I]``."""
@@ -37,13 +37,13 @@ class ExpertLinear(nnx.Module):
 class Experts(nnx.Module):
     """The MLPs of all experts; rows as for ``ExpertLinear``."""
 
-    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, scale: float):
+    def __init__(self, config: StackConfig, *, keys: ParamKeys, scale: float):
         width, ffn, experts = config.width, config.d_expert, config.experts
         self.act = ACTIVATIONS[config.activation]
         self.ffn_dropout = config.ffn_dropout
-        self.gate = ExpertLinear((experts, width, ffn), ("embed", "mlp"), rngs=rngs) if config.gated else None
-        self.up = ExpertLinear((experts, width, ffn), ("embed", "mlp"), rngs=rngs)
-        self.down = ExpertLinear((experts, ffn, width), ("mlp", "embed"), rngs=rngs, scale=scale)
+        self.gate = ExpertLinear((experts, width, ffn), ("embed", "mlp"), keys=keys) if config.gated else None
+        self.up = ExpertLinear((experts, width, ffn), ("embed", "mlp"), keys=keys)
+        self.down = ExpertLinear((experts, ffn, width), ("mlp", "embed"), keys=keys, scale=scale)
 
     def __call__(self, x: jax.Array, sizes_E: jax.Array | None, key: jax.Array | None) -> jax.Array:
         h = self.up(x, sizes_E)
@@ -58,10 +58,10 @@ class Moe(nnx.Module):
     adds nothing: the residual stream carries the token on.
     """
 
-    def __init__(self, config: StackConfig, *, rngs: nnx.Rngs, scale: float):
+    def __init__(self, config: StackConfig, *, keys: ParamKeys, scale: float):
         self.config = config
-        self.router = Linear(config.width, config.experts, ("embed", "experts"), bias=False, rngs=rngs)
-        self.experts = Experts(config, rngs=rngs, scale=scale)
+        self.router = Linear(config.width, config.experts, ("embed", "experts"), bias=False, keys=keys)
+        self.experts = Experts(config, keys=keys, scale=scale)
 
     def __call__(self, x_BxTxD: jax.Array, key: jax.Array | None) -> tuple[jax.Array, Routing]:
         """The output ``[B, T, D]``, and what the router did.
