@@ -9,9 +9,6 @@ from __future__ import annotations
 import re
 
 SLOW = {
-    "hf/test_directory": r"kv_cache_is_chosen.*\[own\]|a_run_gives_its_model.*\[bleu-2\]",
-    "hf/families/test_families": r"of_transformers\[(llama-(biased|dynamic|yarn|yarn-mscale)|gpt2-by-layer|"
-                                r"(bart|marian)-untied)\]",
     "checkpoint/test_storage": r"no_change_to_the_metadata.*\[huffman\]",
     "cli/test_commands": r"compress_fits_budgets|kv_cache_is_an_option",
     "compression/quantize/test_autoround": r"models_are_nearer.*\[(seq2seq|moe)\]",

@@ -46,9 +46,14 @@ def simplest_hf_config(config: ModelConfig, *, exact: bool = True) -> dict[str, 
             fields = to_hf_config(config, model_type)
         except UserError:
             continue
-        if not exact or _structure(from_hf_config(FAMILIES[model_type], fields)) == _structure(config):
+        if not exact or _same_parameters(config, from_hf_config(FAMILIES[model_type], fields)):
             return fields
     return None
+
+
+def _same_parameters(config: ModelConfig, read_back: ModelConfig) -> bool:
+    """Whether the models have the same parameters, apart from layer groups."""
+    return _canonical(config) == _canonical(read_back) or _structure(config) == _structure(read_back)
 
 
 def _structure(config: ModelConfig) -> jax.tree_util.PyTreeDef:

@@ -1,4 +1,4 @@
-"""A sample of ``tests.hf.fuzz``, and the damage that users meet: each is said in one line."""
+"""A sample of ``tests.hf.fuzz``, and damage that users meet: each is an error of one line."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FEW = ("llama-yarn", "gpt2", "jaxlm-w4a16")
 
 
 def test_a_sample_of_damaged_directories_load_or_are_refused_in_a_line():
-    results = list(run(1, range(120), FEW))
+    results = list(run(1, range(60), FEW))
     assert [result for result in results if result[2] not in ("loaded", "refused")] == []
     assert {result[2] for result in results} == {"loaded", "refused"}
 
 
 def test_the_fuzzer_notices(tmp_path, monkeypatch):
-    """Faults that it is there to find."""
+    """It reports each kind of fault that it exists to find."""
 
     def raises(error):
         def read_model(path):
@@ -53,10 +53,9 @@ def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(books, tmp_path):
     token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     raw["added_tokens"].append({"id": 4096, "content": "<image>"} | token)
     (path / "tokenizer.json").write_text(json.dumps(raw))
-    message = f"{path}: the tokenizer gives '<image>' the id 4096, and the model has 4096 rows of embeddings; copy"
     with pytest.raises(UserError) as caught:
         jaxlm.load(path)
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).startswith(f"{path}: ") and "'<image>' the id 4096" in str(caught.value)
     config = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps(config | {"image_token": "<image>"}))
     assert jaxlm.load(path).tokenizer.vocab_size == 4097  # no text has it
@@ -66,5 +65,5 @@ def test_each_language_of_a_translation_model_has_its_own_rows():
     tokenizer = Tokenizer.train(["ab"], "char")
     tokenizer.vocabulary.check_embedding_rows(5, 5)
     for rows in ((4, 5), (5, 4)):
-        with pytest.raises(UserError, match="gives 'b' the id 4, and the model has 4 rows of embeddings"):
+        with pytest.raises(UserError, match="'b' the id 4.* 4 rows"):
             tokenizer.vocabulary.check_embedding_rows(*rows)

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import struct
 
 import jax
@@ -49,12 +50,19 @@ def random_params(config):
     return map_params(lambda _, leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), nn.abstract(config)[1])
 
 
-@pytest.fixture
-def model(tmp_path):
-    """(directory, config, params) of a small model on disk."""
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """(directory, config, params) of a small model on disk, which tests do not change."""
     config = CONFIGS[0]
     params = random_params(config)
-    return write_model(tmp_path / "model", config, params, TOKENIZER), config, params
+    return write_model(tmp_path_factory.mktemp("written") / "model", config, params, TOKENIZER), config, params
+
+
+@pytest.fixture
+def model(written, tmp_path):
+    """(directory, config, params) of a copy of the model, which tests may damage."""
+    path, config, params = written
+    return shutil.copytree(path, tmp_path / "model"), config, params
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
@@ -89,15 +97,18 @@ def test_a_dense_llama_is_written_as_one(tmp_path):
     weights = path / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
-    with pytest.raises(UserError, match=r"model\.safetensors: tensor '.*' is damaged \(its checksum is wrong\)"):
+    with pytest.raises(UserError, match=r"model\.safetensors: tensor '.*checksum"):
         read_model(path)
     fields["jaxlm"]["runtime"]["layer_groups"] = [2, 2]
     (path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(UserError, match=r"layer_groups = \(2, 2\) are not 3 layers"):
+    with pytest.raises(UserError, match=r"layer_groups = \(2, 2\).*3 layers"):
         read_model(path)
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], DecoderConfig(vocab_size=24, width=32, heads=4)], ids=["own", "llama"])
+@pytest.mark.parametrize("config", [
+    pytest.param(CONFIGS[0], id="own", marks=pytest.mark.slow),
+    pytest.param(DecoderConfig(vocab_size=24, width=32, heads=4, layers=2), id="llama"),
+])
 def test_the_kv_cache_is_chosen_on_loading_and_saved(tmp_path, config):
     path = write_model(tmp_path / "m", config, random_params(config), TOKENIZER)
     tokens = jnp.arange(12).reshape(2, 6)
@@ -162,7 +173,7 @@ def test_a_failed_write_leaves_the_old_model(model, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(directory_module, "write_tensors", full)
-    with pytest.raises(UserError, match="no space left for .*model; free some and run again"):
+    with pytest.raises(UserError, match="no space left for .*model"):
         write_model(path, config, params, TOKENIZER)
     assert_same(read_model(path)[1], params)
     assert [each.name for each in path.parent.iterdir()] == ["model"]
@@ -171,7 +182,7 @@ def test_a_failed_write_leaves_the_old_model(model, monkeypatch):
 def test_other_directories_are_not_overwritten(model, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
-    with pytest.raises(UserError, match="photos exists and is not a model directory"):
+    with pytest.raises(UserError, match="photos.*not a model directory"):
         write_model(tmp_path / "photos", *model[1:], TOKENIZER)
     (tmp_path / "empty").mkdir()
     write_model(tmp_path / "empty", *model[1:], TOKENIZER)
@@ -209,7 +220,7 @@ def _huge(header):
 ], ids=["short", "header", "empty", "garbage", "huge", "missing", "directory"])
 def test_damaged_weights_are_named(model, damage):
     damage(model[0] / "model.safetensors")
-    with pytest.raises(UserError, match=r"model(/model\.safetensors is damaged| has no model\.safetensors)"):
+    with pytest.raises(UserError, match=r"model(/| has no )model\.safetensors"):
         read_model(model[0])
 
 
@@ -218,7 +229,7 @@ def test_a_lost_or_flipped_tensor_is_named(model):
     whole = path.read_bytes()
     position = whole.index(np.asarray(flatten(model[2])["embed/table"]).tobytes())
     path.write_bytes(whole[: position + 3] + bytes([whole[position + 3] ^ 1]) + whole[position + 4 :])
-    with pytest.raises(UserError, match="embed/table' is damaged .*checksum"):
+    with pytest.raises(UserError, match="embed/table'.*checksum"):
         read_model(model[0])
     path.write_bytes(whole)
     _header(path, lambda header: header.update({"other": header.pop("embed/table")}))
@@ -227,36 +238,36 @@ def test_a_lost_or_flipped_tensor_is_named(model):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{", "config.json cannot be read as JSON"),
-    ("[]", "config.json does not hold a JSON object"),
-    ('{"model_type": "jaxlm-decoder", "widht": 3}', "config.json: unknown configuration key 'widht'; the nearest is"),
-    ('{"model_type": "jaxlm-x"}', "config.json: the configuration: kind is 'x'; choose from decoder, seq2seq, lstm"),
-    ('{"model_type": "bert"}', "config.json: model_type 'bert' is not supported; supported are gpt2"),
-    ("{}", "config.json: model_type None is not supported"),
+    ("{", "JSON"),
+    ("[]", "JSON object"),
+    ('{"model_type": "jaxlm-decoder", "widht": 3}', "'widht'"),
+    ('{"model_type": "jaxlm-x"}', "kind is 'x'"),
+    ('{"model_type": "bert"}', "model_type 'bert' is not supported"),
+    ("{}", "model_type None is not supported"),
 ])
 def test_a_damaged_config_is_explained(model, text, message):
     (model[0] / "config.json").write_text(text)
     with pytest.raises(UserError) as caught:
         read_model(model[0])
-    assert message in str(caught.value)
+    assert str(model[0] / "config.json") in str(caught.value) and message in str(caught.value)
 
 
 def test_weights_of_another_model_are_refused(model):
     path = model[0] / "config.json"
     fields = json.loads(path.read_text())
     path.write_text(json.dumps(fields | {"ffn": 99}))
-    with pytest.raises(UserError, match=r"decoder/layers/0/mlp/.* in the weights, .* in the model; check config.json"):
+    with pytest.raises(UserError, match=r"decoder/layers/0/mlp/.*config.json"):
         read_model(model[0])
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(UserError, match="none does not exist; name a model directory or a training run"):
+    with pytest.raises(UserError, match="none does not exist"):
         jaxlm.load(tmp_path / "none")
-    with pytest.raises(UserError, match="has no config.json; name a model directory or a training run"):
+    with pytest.raises(UserError, match="has no config.json"):
         jaxlm.load(tmp_path)
 
 
-@pytest.mark.parametrize(("metric", "expected"), [("loss", 1), ("bleu", 2)])
+@pytest.mark.parametrize(("metric", "expected"), [("loss", 1), pytest.param("bleu", 2, marks=pytest.mark.slow)])
 def test_a_run_gives_its_model_else_its_best_else_its_latest_checkpoint(tmp_path, metric, expected):
     config = CONFIGS[0]
     like = random_params(config)

@@ -1,0 +1,1 @@
+"""Layouts of quantized weights in Hugging Face model directories."""

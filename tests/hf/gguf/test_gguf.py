@@ -1,4 +1,4 @@
-"""GGUF: blocks against a reader written here from the format's text, whole files against llama.cpp itself."""
+"""GGUF: blocks against a reader written here from the description of the format, whole files against llama.cpp."""
 
 from __future__ import annotations
 
@@ -144,13 +144,13 @@ def model(config=CONFIG, recipe=None):
 
     def draw(path, leaf):
         array = jnp.asarray(rng.normal(0, 0.2, leaf.shape) + path.endswith("norm/scale"), jnp.float32)
-        return recipe(array) if recipe and "/layers/" in path and path.endswith("/kernel") else array
+        return recipe(array) if recipe and path.endswith("mlp/down/kernel") else array
 
     return LM(config, graphdef, map_params(draw, like), TOKENIZER)
 
 
 def half(leaf):
-    """Scales as float16 has them."""
+    """The leaf with scales rounded to float16."""
     return dataclasses.replace(leaf, scale=jnp.asarray(leaf.scale, jnp.float16).astype(jnp.float32))
 
 
@@ -179,7 +179,7 @@ def test_a_file_holds_the_model(tmp_path):
     (lambda leaf: quantize(leaf, bits=4, group=64, symmetric=False), "Q5_0"),
     (lambda leaf: quantize(leaf, bits=8, group=32), "Q8_0"),
 ])
-def test_codes_on_a_grid_that_a_type_holds_are_carried_over(recipe, kind, tmp_path):
+def test_codes_that_fit_a_type_are_kept(recipe, kind, tmp_path):
     lm = model(recipe=lambda leaf: half(recipe(leaf)))
     _, tensors = read(lm.export(tmp_path / "m.gguf", format="gguf-q4_0"))
     for layer in range(2):
@@ -197,11 +197,11 @@ def test_rows_that_are_no_whole_blocks_get_the_next_type(tmp_path):
 
 
 @pytest.mark.parametrize(("config", "message"), [
-    (dataclasses.replace(CONFIG, windows=(8,)), r"windows is \(8, 8\)"),
-    (dataclasses.replace(CONFIG, activation="geglu"), "has the activation 'swiglu', not 'geglu'"),
-    (dataclasses.replace(CONFIG, rope_scaling=RopeScaling("dynamic", factor=2.0)), "dynamic is not written"),
+    (dataclasses.replace(CONFIG, windows=(8,)), "windows"),
+    (dataclasses.replace(CONFIG, activation="geglu"), "'geglu'"),
+    (dataclasses.replace(CONFIG, rope_scaling=RopeScaling("dynamic", factor=2.0)), "rope_scaling.*dynamic"),
 ])
-def test_what_llama_cpp_has_not_is_refused_in_a_line(config, message, tmp_path):
+def test_models_that_llama_cpp_cannot_run_are_an_error_of_one_line(config, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         model(config).export(tmp_path / "m.gguf", format="gguf-f16")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
@@ -209,9 +209,9 @@ def test_what_llama_cpp_has_not_is_refused_in_a_line(config, message, tmp_path):
 
 def test_a_tokenizer_of_characters_and_an_unknown_type_are_refused(tmp_path):
     lm = model().replace(tokenizer=Tokenizer.train(["ab"], "char"))
-    with pytest.raises(UserError, match="no tokenizer of the kind WordLevel"):
+    with pytest.raises(UserError, match="WordLevel"):
         lm.export(tmp_path / "m.gguf", format="gguf-f16")
-    with pytest.raises(UserError, match="'q9' is not a type of GGUF; choose from f16, q8_0, q4_0, q4_k"):
+    with pytest.raises(UserError, match="'q9'.*f16, q8_0, q4_0, q4_k"):
         lm.export(tmp_path / "m.gguf", format="gguf-q9")
 
 
@@ -237,7 +237,7 @@ def test_llama_cpp_computes_the_same(config, kind, tmp_path):
 
 
 def test_llama_cpp_reads_a_sentencepiece_tokenizer_alike(shared, tmp_path):
-    """But for texts that begin with a space: there llama.cpp adds one more, as SentencePiece itself does."""
+    """Except for texts that begin with a space: llama.cpp adds one more there, as SentencePiece itself does."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     shutil.copy(shared / "models" / "tokenizers" / "llama2.model", tmp_path / "tokenizer.model")
     tokenizer = Tokenizer.load(tmp_path)

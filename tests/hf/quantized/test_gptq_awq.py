@@ -1,17 +1,19 @@
-"""GPTQ's and AWQ's layouts, packed here a value at a time as their authors' code does."""
+"""The GPTQ and AWQ layouts, with tensors that are packed here one value at a time, as their authors' code does."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray
 from jaxlm.core.tree import flatten
+from jaxlm.hf.directory import read_model
 from jaxlm.hf.quantized.awq import awq_matrices
 from jaxlm.hf.quantized.gptq import gptq_matrices
 from jaxlm.hf.quantized.matrix import dequantize_matrix
@@ -131,6 +133,12 @@ def llama(path, method, change=lambda layer, name, g_idx: g_idx):
     return path / "coded", path / "dense"
 
 
+@pytest.fixture(scope="module")
+def gptq_model(tmp_path_factory):
+    """A model in the GPTQ layout, which tests do not change."""
+    return llama(tmp_path_factory.mktemp("gptq"), "gptq")[0]
+
+
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_model_computes_what_its_weights_say(method, tmp_path):
     coded, dense = (jaxlm.load(path, expand=False) for path in llama(tmp_path, method))
@@ -150,39 +158,36 @@ def test_a_layer_that_cannot_stay_in_codes_is_a_layer_group_and_a_note(tmp_path)
     leaves = flatten(coded.params)
     assert isinstance(leaves["decoder/layers/0/mlp/down/kernel"], QArray)
     assert not isinstance(leaves["decoder/layers/1/mlp/down/kernel"], QArray)
-    assert coded.info["notes"] == [
-        "1 quantized matrices are read as dense: its inputs are in the order of their importance (desc_act)"
-    ]
+    (note,) = coded.info["notes"]
+    assert "1 quantized" in note and "desc_act" in note
     tokens = np.random.default_rng(0).integers(0, 40, (2, 9))
     np.testing.assert_allclose(coded(tokens), dense(tokens), atol=2e-4)
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"quant_method": "bitsandbytes"}, "quant_method = 'bitsandbytes' is not supported"),
-    ({"quant_method": "awq", "version": "gemv"}, "version = 'gemv' of the AWQ layout"),
-    ({"bits": 5}, "bits = 5 is not supported"),
-    ({"bits": "4"}, "bits = '4' is not supported"),
-    ({"group_size": 0}, "group_size = 0 is not a size"),
-    ({"group_size": 8}, r"qzeros' is int32\[\d, \d\], which this layout"),
-    ({"bits": 8}, r"qzeros' is int32\[\d, \d\], which this layout"),
+    ({"quant_method": "bitsandbytes"}, "quant_method = 'bitsandbytes'"),
+    ({"quant_method": "awq", "version": "gemv"}, "version = 'gemv'"),
+    ({"bits": 5}, "bits = 5"),
+    ({"bits": "4"}, "bits = '4'"),
+    ({"group_size": 0}, "group_size = 0"),
+    ({"group_size": 8}, "qzeros'"),
+    ({"bits": 8}, "qzeros'"),
     ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"),
-    ({"sym": True}, "is not that of a symmetric grid"),
-    ({"dynamic": {"+:x": {"bits": 8}}}, "dynamic, other grids"),
+    ({"sym": True}, "qzeros.*symmetric"),
+    ({"dynamic": {"+:x": {"bits": 8}}}, "dynamic"),
 ])
-def test_configurations_that_do_not_fit_are_named(change, message, tmp_path):
-    path, _ = llama(tmp_path, "gptq")
+def test_configurations_that_do_not_fit_are_named(change, message, gptq_model, tmp_path):
+    path = shutil.copytree(gptq_model, tmp_path / "model")
     fields = json.loads((path / "config.json").read_text())
     fields["quantization_config"] |= change
     (path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match=message) as error:
-        jaxlm.load(path)
+        read_model(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
-def test_damaged_tensors_are_named(tmp_path):
-    path, _ = llama(tmp_path, "gptq")
-    from safetensors.numpy import load_file
-
+def test_damaged_tensors_are_named(gptq_model, tmp_path):
+    path = shutil.copytree(gptq_model, tmp_path / "model")
     tensors = load_file(path / "model.safetensors")
     prefix = "model.layers.1.mlp.up_proj"
     for part in ("qweight", "qzeros", "scales", "g_idx"):
@@ -190,11 +195,11 @@ def test_damaged_tensors_are_named(tmp_path):
         for broken in (whole[1:].copy(), whole.astype(np.bool_), whole.reshape(1, *whole.shape)):
             save_file(tensors | {f"{prefix}.{part}": broken}, path / "model.safetensors")
             with pytest.raises(UserError, match=f"model.safetensors: tensor '{prefix}") as error:
-                jaxlm.load(path)
+                read_model(path)
             assert "\n" not in str(error.value)
     save_file(tensors | {f"{prefix}.g_idx": tensors[f"{prefix}.g_idx"] + 9}, path / "model.safetensors")
     with pytest.raises(UserError, match="g_idx.*groups"):
-        jaxlm.load(path)
+        read_model(path)
     save_file(tensors | {f"{prefix}.weight": np.zeros((64, 32), np.float32)}, path / "model.safetensors")
     with pytest.raises(UserError, match="up_proj.weight.*dense and quantized"):
-        jaxlm.load(path)
+        read_model(path)
