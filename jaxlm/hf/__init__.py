@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxlm.hf.config import from_hf_config
     from jaxlm.hf.directory import (
         export_model,
+        model_bytes,
         read_generation,
         read_model,
         read_model_config,
@@ -36,7 +37,8 @@ else:
     __getattr__, __dir__, __all__ = lazy(
         __name__,
         config="from_hf_config",
-        directory="export_model read_generation read_model read_model_config read_tokenizer weight_bytes write_model",
+        directory="export_model model_bytes read_generation read_model read_model_config read_tokenizer weight_bytes "
+        "write_model",
         families__registry="FAMILIES",
         gguf__export="export_gguf",
         hub="local_path",

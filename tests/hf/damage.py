@@ -1,4 +1,4 @@
-"""Ways to damage a model directory, for ``tests.hf.fuzz``: each changes files and tells what it did."""
+"""Ways to damage a model directory, for ``tests.hf.fuzz``. Each changes the files and returns what it did."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ OTHERS = (
 )
 
 
-def odd(rng: random.Random, value: Any) -> Any:
-    """Something else in place of a value of JSON: near it, or of any type."""
+def vary(rng: random.Random, value: Any) -> Any:
+    """Another JSON value: near the given one, or of any type."""
     kind = rng.randrange(4)
     if kind == 0 and isinstance(value, int):
         return rng.choice([value + 1, value - 1, value * 2, value // 2, -value, float(value), str(value)])
     if kind == 0 and isinstance(value, list) and value:
-        return rng.choice([value[::-1], value[1:], value * 2, [*value[:-1], odd(rng, value[-1])]])
+        return rng.choice([value[::-1], value[1:], value * 2, [*value[:-1], vary(rng, value[-1])]])
     if kind == 0 and isinstance(value, dict) and value:
         name = rng.choice(sorted(value))
-        return {**value, name: odd(rng, value[name])}
+        return {**value, name: vary(rng, value[name])}
     return rng.choice(NUMBERS if kind < 3 else OTHERS)
 
 
-def deep(rng: random.Random, value: Any) -> Any:
-    """The value, odd somewhere inside."""
+def vary_inside(rng: random.Random, value: Any) -> Any:
+    """The value, with another one somewhere inside."""
     if not isinstance(value, dict) or not value or rng.random() < 0.1:
-        return odd(rng, value)
+        return vary(rng, value)
     name = rng.choice(sorted(value))
-    return {**value, name: deep(rng, value[name])}
+    return {**value, name: vary_inside(rng, value[name])}
 
 
-def flipped(rng: random.Random, data: bytes, end: int | None = None) -> bytes:
-    """Some bits of the bytes before ``end`` turned over."""
+def flip_bits(rng: random.Random, data: bytes, end: int | None = None) -> bytes:
+    """The data with a few bits before ``end`` flipped."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 6)):
         out[rng.randrange(min(len(out), end or len(out)))] ^= 1 << rng.randrange(8)
     return bytes(out)
 
 
-def split(data: bytes) -> tuple[dict[str, Any], bytes]:
+def split_file(data: bytes) -> tuple[dict[str, Any], bytes]:
     """Header and tensors of a safetensors file."""
     end = 8 + int.from_bytes(data[:8], "little")
     return json.loads(data[8:end]), data[end:]
 
 
-def joined(header: dict[str, Any] | str | bytes, data: bytes) -> bytes:
+def join_file(header: dict[str, Any] | str | bytes, data: bytes) -> bytes:
     header = json.dumps(header) if isinstance(header, dict) else header
     text = header.encode() if isinstance(header, str) else header
     return len(text).to_bytes(8, "little") + text + data
@@ -71,7 +71,7 @@ def weights_file(rng: random.Random, files: Files) -> str:
 
 
 def damage_bytes(rng: random.Random, files: Files) -> str:
-    """Of the weights: cut off, a length that lies, bits turned over."""
+    """Weights: truncated, with a wrong length, or with flipped bits."""
     name = weights_file(rng, files)
     data = files[name]
     length = int.from_bytes(data[:8], "little")
@@ -84,15 +84,15 @@ def damage_bytes(rng: random.Random, files: Files) -> str:
     elif kind == "more":
         data += b"\0" * rng.randint(1, 9)
     else:
-        data = flipped(rng, data, 8 + length if kind == "header bits" else None)
+        data = flip_bits(rng, data, 8 + length if kind == "header bits" else None)
     files[name] = data
     return f"{name}: {kind}"
 
 
 def damage_header(rng: random.Random, files: Files) -> str:
-    """Of the weights: a header that is another, or none."""
+    """Weights: another header, or none."""
     name = weights_file(rng, files)
-    header, data = split(files[name])
+    header, data = split_file(files[name])
     whole = json.dumps(header)
     first = next(name for name in header if name != "__metadata__")
     text = rng.choice([
@@ -106,47 +106,47 @@ def damage_header(rng: random.Random, files: Files) -> str:
         f'{whole[:-1]}, "__metadata__": {{"a": "b"}}, "__metadata__": {{"a": "c"}}}}',
         whole.replace('"dtype"', '"dtype": "F64", "dtype"', 1), whole.replace('"shape"', '"shape": [1], "shape"', 1),
     ])
-    files[name] = joined(text, data)
+    files[name] = join_file(text, data)
     return f"{name}: header {text[:40]!r}"
 
 
 def damage_entry(rng: random.Random, files: Files) -> str:
-    """Of the weights: what the header says about one tensor."""
+    """Weights: the entry of one tensor in the header."""
     file = weights_file(rng, files)
-    header, data = split(files[file])
+    header, data = split_file(files[file])
     name = rng.choice(sorted(set(header) - {"__metadata__"}))
     entry = header[name]
     field = rng.choice(["dtype", "shape", "shape", "data_offsets", "data_offsets", "all", "missing", "more"])
     if field == "dtype":
-        entry[field] = rng.choice([*DTYPES, odd(rng, "F32")])
+        entry[field] = rng.choice([*DTYPES, vary(rng, "F32")])
     elif field == "shape":
         shape = entry[field]
         at = rng.randrange(len(shape))
-        changed = [*shape[:at], odd(rng, shape[at]), *shape[at + 1 :]]
+        changed = [*shape[:at], vary(rng, shape[at]), *shape[at + 1 :]]
         entry[field] = rng.choice([
-            changed, changed, odd(rng, shape), shape[::-1], [1, *shape], [*shape, 0], [*shape, 1],
+            changed, changed, vary(rng, shape), shape[::-1], [1, *shape], [*shape, 0], [*shape, 1],
         ])
     elif field == "data_offsets":
         begin, end = entry[field]
         other = header[rng.choice(sorted(set(header) - {"__metadata__"}))][field]
         entry[field] = rng.choice([
-            other, [end, begin], [begin - 4, end - 4], [begin + 4, end + 4], [begin, end + 4], [odd(rng, begin), end],
-            [begin, odd(rng, end)], [begin], [begin, end, end], [2**64 - 4, 2**64], odd(rng, [begin, end]),
+            other, [end, begin], [begin - 4, end - 4], [begin + 4, end + 4], [begin, end + 4], [vary(rng, begin), end],
+            [begin, vary(rng, end)], [begin], [begin, end, end], [2**64 - 4, 2**64], vary(rng, [begin, end]),
         ])
     elif field == "missing":
         del entry[rng.choice(sorted(entry))]
     elif field == "more":
-        entry["stride"] = odd(rng, 1)
+        entry["stride"] = vary(rng, 1)
     else:
-        header[name] = odd(rng, entry)
-    files[file] = joined(header, data)
+        header[name] = vary(rng, entry)
+    files[file] = join_file(header, data)
     return f"{file}: {name!r} is {str(header[name])[:200]}"
 
 
 def damage_names(rng: random.Random, files: Files) -> str:
-    """Of the weights: tensors that are gone, of another name, or too many, in a file that is otherwise right."""
+    """Weights: missing, renamed or superfluous tensors in a file that is otherwise valid."""
     file = weights_file(rng, files)
-    header, data = split(files[file])
+    header, data = split_file(files[file])
     names = sorted(set(header) - {"__metadata__"})
     name, other = rng.choice(names), rng.choice(names)
     kind = rng.choice(["lost", "hole", "renamed", "swapped", "more", "empty"])
@@ -169,27 +169,27 @@ def damage_names(rng: random.Random, files: Files) -> str:
             "dtype": "F32", "shape": rng.choice([[0], [0, 2**40], [2**63, 0], [0] * 40]),
             "data_offsets": [len(data), len(data)],
         }
-    files[file] = joined(header, data)
+    files[file] = join_file(header, data)
     return f"{file}: {kind} {name!r}"
 
 
 def damage_metadata(rng: random.Random, files: Files) -> str:
-    """Of the weights: what the header says about the file."""
+    """Weights: the metadata of the header."""
     file = weights_file(rng, files)
-    header, data = split(files[file])
+    header, data = split_file(files[file])
     name = rng.choice(sorted(header))
-    sums = rng.choice(["", "{}", "[]", "3", DEEP, "[[[],1]]", '[["a"]]', json.dumps({name: odd(rng, "0")}), "NaN"])
+    sums = rng.choice(["", "{}", "[]", "3", DEEP, "[[[],1]]", '[["a"]]', json.dumps({name: vary(rng, "0")}), "NaN"])
     metadata = header.get("__metadata__", {"format": "pt"})
-    told = json.dumps(deep(rng, json.loads(metadata.get("jaxlm") or "{}")))
-    metadata |= rng.choice([{"jaxlm.crc32": sums}, {"jaxlm": odd(rng, "")}, {"jaxlm": told}, {"jaxlm": told}])
-    header["__metadata__"] = metadata if rng.random() < 0.8 else odd(rng, metadata)
-    files[file] = joined(header, data)
+    nested = json.dumps(vary_inside(rng, json.loads(metadata.get("jaxlm") or "{}")))
+    metadata |= rng.choice([{"jaxlm.crc32": sums}, {"jaxlm": vary(rng, "")}, {"jaxlm": nested}, {"jaxlm": nested}])
+    header["__metadata__"] = metadata if rng.random() < 0.8 else vary(rng, metadata)
+    files[file] = join_file(header, data)
     return f"{file}: __metadata__ {str(header['__metadata__'])[:200]}"
 
 
-def divide(files: Files) -> dict[str, str]:
-    """The weights in three files; returns tensor -> file, as in an index."""
-    header, data = split(files.pop(WEIGHTS_FILE))
+def shard(files: Files) -> dict[str, str]:
+    """Splits the weights into three files; returns tensor name -> file name, as in an index."""
+    header, data = split_file(files.pop(WEIGHTS_FILE))
     places = {}
     metadata = header.pop("__metadata__", {})
     for part in range(3):
@@ -199,20 +199,20 @@ def divide(files: Files) -> dict[str, str]:
             entries[name] = header[name] | {"data_offsets": [len(chosen), len(chosen) + end - begin]}
             chosen += data[begin:end]
             places[name] = file
-        files[file] = joined(entries, chosen)
+        files[file] = join_file(entries, chosen)
     return places
 
 
 def damage_index(rng: random.Random, files: Files) -> str:
-    """Of weights in several files: the index, a file, or which file a tensor is in."""
-    places: dict[str, Any] = divide(files)
+    """Weights in several files: the index, a file, or the file of a tensor."""
+    places: dict[str, Any] = shard(files)
     name, file = rng.choice(sorted(places)), rng.choice(sorted(set(places.values())))
     kind = rng.choice(["place", "name", "file", "map", "index", "text", "weights"])
     index: Any = {"metadata": {"total_size": 1}, "weight_map": places}
     shown: Any = ""
     if kind == "place":
         shown = places[name] = rng.choice([
-            odd(rng, file), file, "../" + file, "/etc/passwd", f"./{file}", f"{file}/", "", ".", "..",
+            vary(rng, file), file, "../" + file, "/etc/passwd", f"./{file}", f"{file}/", "", ".", "..",
             "a/b.safetensors",
             "none.safetensors", ".safetensors", "a\nb.safetensors", "\0.safetensors", "\ud800.safetensors",
             "x" * 300 + ".safetensors", CONFIG, INDEX_FILE,
@@ -223,13 +223,13 @@ def damage_index(rng: random.Random, files: Files) -> str:
         data, another = files.pop(file), files[rng.choice(sorted(set(places.values()) - {file}))]
         files |= rng.choice([{}, {file: b""}, {file.upper(): data}, {file: another}])
     elif kind == "map":
-        shown = index["weight_map"] = odd(rng, places)
+        shown = index["weight_map"] = vary(rng, places)
     elif kind == "index":
-        index = rng.choice([{}, {"weight_map": {}}, {"weight_map": None}, index | {"metadata": odd(rng, {})}])
+        index = rng.choice([{}, {"weight_map": {}}, {"weight_map": None}, index | {"metadata": vary(rng, {})}])
     text = json.dumps(index).encode()
     if kind == "text":
         begin = text[: rng.randrange(len(text))]
-        text = rng.choice([b"", b"[]", b"null", b"3", DEEP.encode(), b"\xff" + text, begin, flipped(rng, text)])
+        text = rng.choice([b"", b"[]", b"null", b"3", DEEP.encode(), b"\xff" + text, begin, flip_bits(rng, text)])
         shown = text[:40]
     files[INDEX_FILE] = text
     if kind == "weights":
@@ -238,24 +238,24 @@ def damage_index(rng: random.Random, files: Files) -> str:
 
 
 def damage_config(rng: random.Random, files: Files) -> str:
-    """Of config.json: one or two fields."""
+    """config.json: one or two fields."""
     config = json.loads(files[CONFIG])
-    family = FAMILIES.get(config["model_type"])  # None: a type of ours, all of whose fields are known
+    family = FAMILIES.get(config["model_type"])  # None for jaxlm's own model types, whose fields are all known
     known = set(config) if family is None else {name for field in family.fields for name in field.hf_defaults}
-    told = []
+    described = []
     for _ in range(rng.choice([1, 1, 1, 2])):
         name = rng.choice([*sorted(known), *sorted(set(config) & known), *sorted(config), "jaxlm", "unknown"])
-        kind = rng.choice(["odd", "odd", "odd", "removed", "inside"])
+        kind = rng.choice(["other", "other", "other", "removed", "inside"])
         if kind == "removed":
             config.pop(name, None)
-        elif kind == "odd":
-            config[name] = odd(rng, config.get(name))
+        elif kind == "other":
+            config[name] = vary(rng, config.get(name))
         else:
             name, config_value = rng.choice(_INSIDE)
             config[name] = config_value(rng)
-        told.append(f"{name} = {str(config.get(name, 'absent'))[:200]}")
+        described.append(f"{name} = {str(config.get(name, 'absent'))[:200]}")
     files[CONFIG] = json.dumps(config).encode()
-    return f"{CONFIG}: " + ", ".join(told)
+    return f"{CONFIG}: " + ", ".join(described)
 
 
 def _rope(rng: random.Random) -> dict[str, Any]:
@@ -268,36 +268,36 @@ def _rope(rng: random.Random) -> dict[str, Any]:
         *given, "rope_theta", "factor", "mscale", "mscale_all_dim", "attention_factor", "beta_fast", "truncate", "type",
         "partial_rotary_factor", "original_max_position_embeddings", "full_attention", "sliding_attention", "x",
     ])
-    return given | {name: odd(rng, given.get(name, 1.0))}
+    return given | {name: vary(rng, given.get(name, 1.0))}
 
 
 def _runtime(rng: random.Random) -> dict[str, Any]:
     names = [
         "dtype", "scan_layers", "remat", "dropout", "layer_groups", "encoder_layer_groups", "decoder_layer_groups", "x",
     ]
-    values = [[1, 2], [3], [1, 1, 1], [2, 2], [10**9], [-1, 4], "float32", "full", odd(rng, [1, 2])]
+    values = [[1, 2], [3], [1, 1, 1], [2, 2], [10**9], [-1, 4], "float32", "full", vary(rng, [1, 2])]
     return {"runtime": {rng.choice(names): rng.choice(values)}}
 
 
 def _kinds(rng: random.Random) -> list[Any]:
     kinds = ["sliding_attention", "full_attention", "full_attention"]
-    return rng.choice([kinds, kinds[:2], kinds * 2, odd(rng, kinds), [*kinds[:2], odd(rng, "x")]])
+    return rng.choice([kinds, kinds[:2], kinds * 2, vary(rng, kinds), [*kinds[:2], vary(rng, "x")]])
 
 
 _INSIDE: list[tuple[str, Callable[[random.Random], Any]]] = [
     ("rope_scaling", _rope), ("rope_parameters", _rope), ("jaxlm", _runtime), ("layer_types", _kinds),
-    ("mlp_only_layers", lambda rng: odd(rng, [1])), ("rope_scaling", _rope),
-    ("eos_token_id", lambda rng: [odd(rng, 2), odd(rng, 3)]),
+    ("mlp_only_layers", lambda rng: vary(rng, [1])), ("rope_scaling", _rope),
+    ("eos_token_id", lambda rng: [vary(rng, 2), vary(rng, 3)]),
 ]
 
 
 def damage_config_text(rng: random.Random, files: Files) -> str:
-    """Of config.json: its text."""
+    """config.json: its text."""
     text = files[CONFIG]
     text = rng.choice([
         b"", b"{", b"[]", b"null", b"3", b'"x"', b"NaN", b"9" * 5000, b"\xff\xfe" + text,
-        text.decode().encode("utf-16"),
-        b"\xef\xbb\xbf" + text, text + text, text[: rng.randrange(len(text))], flipped(rng, text), flipped(rng, text),
+        text.decode().encode("utf-16"), b"\xef\xbb\xbf" + text, text + text, text[: rng.randrange(len(text))],
+        flip_bits(rng, text), flip_bits(rng, text),
         text[:-1] + b', "vocab_size": 3}', b'{"model_type": {"a": 1}}', b'{"model_type": ["llama"]}',
     ])
     files[CONFIG] = text

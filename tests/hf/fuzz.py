@@ -1,11 +1,11 @@
-"""Damaged model directories: each loads, or is refused in one line that names it; nothing else may happen.
+"""A fuzzer of model directories: each damaged one loads, or is an error of one line that names it.
 
     python -m tests.hf.fuzz [--cases 10000] [--seed 0] [--first 0]
 
-A case is a small model of a Hugging Face family with its config.json, its weights or their index damaged at random.
-What a case does follows from the seed and its number, which are printed where it fails: repeat it alone with
-``--first NUMBER --cases 1``. A case fails too if it warns, takes ``SECONDS``, or asks for ``BYTES`` of memory: lengths
-and sizes in a file are only claims. Cases run in children, so that one that ends its process is only one failure.
+A case is a small model of a Hugging Face family whose config.json, weights or index are damaged at random. The damage
+depends on the seed and the number of the case, which are printed where it fails; ``--first NUMBER --cases 1`` repeats
+the case. It also fails if it warns, takes ``SECONDS``, or asks for ``BYTES`` of memory, because lengths and sizes in a
+file are only claims. Cases run in child processes, so that one that ends its process is only one failure.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from jaxlm.hf.tensor_files import WEIGHTS_FILE
 from tests.hf.damage import CONFIG, DAMAGE, Files
 from tests.hf.families.families import GOLDEN, weights
 
-COMPRESSED = {"jaxlm-w4a16": "w4a16-rtn-g8"}  # our own format: name -> recipe
+COMPRESSED = {"jaxlm-w4a16": "w4a16-rtn-g8"}  # models in jaxlm's own format: name -> recipe
 BASES = (
     "llama", "llama-longrope", "llama-yarn", "gpt2", "gpt_neox", "mixtral", "qwen3", "qwen3_moe-sparse", "gemma3_text",
     "phi3", "t5", "marian", "bart", *COMPRESSED,
 )
-SECONDS = 10  # of this process on any core: other programs may keep it waiting
+SECONDS = 10  # CPU time: other programs may keep the process waiting
 BYTES = 2**30
-CHILD = 500  # cases of one child, whose caches of jax grow with each
-Result = tuple[int, str, str]  # number of the case, what was done, outcome
+CASES_PER_CHILD = 500  # JAX's caches grow with every case
+Result = tuple[int, str, str]  # number of the case, its damage, the outcome
 
 
 @functools.cache
 def base(name: str) -> Files:
-    """The files of a golden case, whole; of a compressed one for a name of ours."""
+    """The undamaged files of a golden case or of a compressed model."""
     if name in COMPRESSED:
         with tempfile.TemporaryDirectory() as root:
             _write(Path(root, "dense"), base("llama"))
@@ -62,7 +62,7 @@ def base(name: str) -> Files:
 
 
 def case(seed: int, number: int, bases: tuple[str, ...]) -> tuple[str, Files]:
-    """What was done to which model, and its files afterwards."""
+    """A description of the damage, and the damaged files."""
     rng = random.Random(f"{seed} {number}")
     name = rng.choice(bases)
     files = dict(base(name))
@@ -70,12 +70,12 @@ def case(seed: int, number: int, bases: tuple[str, ...]) -> tuple[str, Files]:
 
 
 class Hang(BaseException):
-    """Not an Exception: what catches those must not take it for damage."""
+    """The time is up. Not an Exception: code that catches those must not take it for damage."""
 
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """MemoryError or the like inside once the process grows by BYTES, Hang after SECONDS."""
+    """Inside, memory runs out once the process has grown by BYTES, and Hang is raised after SECONDS."""
 
     def stop(*_):
         raise Hang
@@ -94,7 +94,7 @@ def limited() -> Iterator[None]:
 
 
 def outcome(directory: Path) -> str:
-    """"loaded", "refused", or what went wrong."""
+    """The outcome of reading a directory: "loaded", "refused", or what went wrong."""
     try:
         with limited(), warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -117,14 +117,14 @@ def outcome(directory: Path) -> str:
 
 def run(seed: int, numbers: range, bases: tuple[str, ...] = BASES) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as root:
-        for name in bases:  # compiled before anything is measured, and whole they must load
+        for name in bases:  # undamaged they must load; this also compiles before anything is measured
             _write(Path(root, name), base(name))
             read_model(Path(root, name))
         for number in numbers:
-            told, files = case(seed, number, bases)
+            damage, files = case(seed, number, bases)
             directory = Path(root, str(number))
             _write(directory, files)
-            yield number, told, outcome(directory)
+            yield number, damage, outcome(directory)
             shutil.rmtree(directory)
 
 
@@ -142,8 +142,8 @@ def run_in_children(seed: int, numbers: range) -> Iterator[Result]:
         yield from results
         numbers = numbers[len(results) :]
         if numbers:
-            told, _ = case(seed, numbers[0], BASES)
-            yield numbers[0], told, f"its process ended with {child.returncode}: {child.stderr[-2000:]}"
+            damage, _ = case(seed, numbers[0], BASES)
+            yield numbers[0], damage, f"its process ended with {child.returncode}: {child.stderr[-2000:]}"
             numbers = numbers[1:]
 
 
@@ -158,17 +158,17 @@ def main() -> None:
     if args.child:
         for result in run(args.seed, numbers):
             print(json.dumps(result), flush=True)
-            faulthandler.dump_traceback_later(60 * SECONDS, exit=True)  # where no signal can end a case
+            faulthandler.dump_traceback_later(60 * SECONDS, exit=True)  # in case no signal can end a case
         return
     began, counts = time.time(), collections.Counter()
-    parts = [numbers[i : i + CHILD] for i in range(0, len(numbers), CHILD)]
+    parts = [numbers[i : i + CASES_PER_CHILD] for i in range(0, len(numbers), CASES_PER_CHILD)]
     with ThreadPoolExecutor(2) as pool:
         for results in pool.map(lambda part: list(run_in_children(args.seed, part)), parts):
-            for number, told, found in results:
+            for number, damage, found in results:
                 good = found in ("loaded", "refused")
                 counts[found if good else "failed"] += 1
                 if not good:
-                    print(f"seed {args.seed}, case {number}: {told}\n    {found}", flush=True)
+                    print(f"seed {args.seed}, case {number}: {damage}\n    {found}", flush=True)
     print(f"{counts['loaded']} loaded, {counts['refused']} refused, {counts['failed']} failed; "
           f"{time.time() - began:.0f} s")
     sys.exit(counts["failed"] > 0)

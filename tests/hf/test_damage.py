@@ -13,11 +13,11 @@ from jaxlm.core.errors import UserError
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from tests.hf.fuzz import BASES, outcome, run
 
-FEW = ("llama-yarn", "gpt2", "jaxlm-w4a16")
+SAMPLE_BASES = ("llama-yarn", "gpt2", "jaxlm-w4a16")
 
 
 def test_a_sample_of_damaged_directories_load_or_are_refused_in_a_line():
-    results = list(run(1, range(60), FEW))
+    results = list(run(1, range(60), SAMPLE_BASES))
     assert [result for result in results if result[2] not in ("loaded", "refused")] == []
     assert {result[2] for result in results} == {"loaded", "refused"}
 
@@ -38,7 +38,7 @@ def test_the_fuzzer_notices(tmp_path, monkeypatch):
     for expected, fault in faults.items():
         monkeypatch.setattr("tests.hf.fuzz.read_model", fault)
         assert expected in outcome(tmp_path)
-    assert set(FEW) <= set(BASES)
+    assert set(SAMPLE_BASES) <= set(BASES)
 
 
 @pytest.fixture(scope="module")

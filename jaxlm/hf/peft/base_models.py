@@ -1,4 +1,4 @@
-"""Models that are adapters, or get some: where the base weights are, and the model with its adapters."""
+"""Models and their adapters: where the base weights of an adapter are, and a model with adapters applied."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def weights_of(path: str | Path) -> tuple[Path, list[Adapter]]:
     run whose adapters are not merged.
 
     Raises:
-        UserError: the adapter is damaged, or a model on the hub cannot be had.
+        UserError: the adapter is damaged, or a model cannot be downloaded.
     """
     path = local_path(path)
     if (path / "adapter" / ADAPTER_CONFIG).is_file() and not (path / "model").exists():

@@ -1,9 +1,9 @@
-"""Small random models of every Hugging Face family, each switch of a family on in at least one of them.
+"""Small random models of every Hugging Face family. Each option of a family is used in at least one of its cases.
 
-    python tests/hf/families/families.py [NAME ...]        (with torch and transformers) writes golden/NAME.json
+    python -m tests.hf.families.families [CASE ...]        writes golden/CASE.json; needs torch and transformers
 
-A golden file holds what transformers makes of a case: the config.json, the tensors' names and shapes, logits, greedy
-or beam-search output. The weights themselves follow from the tensors' names, so that the files stay small.
+A golden file holds what transformers computes for a case: its config.json, the names and shapes of its tensors, logits,
+and the tokens of greedy or beam search. Weights follow from the names of the tensors, so that files stay small.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def weights(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Random float32 tensors that depend on their names alone."""
+    """Random float32 tensors, which depend only on their names."""
 
     def tensor(name: str, shape: list[int]) -> np.ndarray:
         rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -155,7 +155,7 @@ def weights(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def inputs(config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens ``[2, 24]``, which end with the end token, and decoder inputs ``[2, 9]``, all of them ordinary ones."""
+    """Tokens ``[2, 24]``, which end with the end token, and decoder inputs ``[2, 9]`` without special tokens."""
     rng = np.random.default_rng(0)
     source = rng.integers(3, 50, (2, 24))
     source[:, -1] = config.get("eos_token_id", 1)
@@ -163,7 +163,7 @@ def inputs(config: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def transformers_model(name: str, directory: Path):
-    """The case as a model of transformers, and saved by it in a directory."""
+    """The case as a model of transformers, which has saved it in ``directory``."""
     import torch
     import transformers
     from safetensors.numpy import load_file, save_file
@@ -172,19 +172,19 @@ def transformers_model(name: str, directory: Path):
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     model = kind.from_config(config)
-    if name == "t5-untied":  # transformers ties it unless the file has both
+    if name == "t5-untied":  # transformers ties the head unless the file has both tensors
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.save_pretrained(directory)
     file = directory / "model.safetensors"
     shapes = {key: tensor.shape for key, tensor in load_file(file).items()}
-    if "marian" in name:  # its sinusoids are saved too, but are not to be learned
+    if "marian" in name:  # it also saves its sinusoids, which are no parameters
         shapes = {key: shape for key, shape in shapes.items() if "embed_positions" not in key}
     save_file(weights(shapes), file, metadata={"format": "pt"})
     return kind.from_pretrained(directory).eval().float()
 
 
 def outputs(model) -> dict[str, Any]:
-    """What transformers computes of a model: logits, greedy and beam-search continuations."""
+    """What transformers computes with a model: logits, and the tokens of greedy search or of beam search."""
     import torch
     import transformers
 
@@ -192,10 +192,10 @@ def outputs(model) -> dict[str, Any]:
     source, target = map(torch.from_numpy, inputs(config))
     ids = {f"{role}_token_id": config.get(f"{role}_token_id") for role in ("pad", "eos", "bos", "decoder_start")}
     seq2seq = model.config.is_encoder_decoder
-    # Nothing but these: files of real models also force and forbid tokens. Greedy search never ends.
+    # No other settings: files of real models also force and forbid tokens. Greedy search has no end token.
     options = dict(num_beams=BEAMS, length_penalty=1.0) if seq2seq else {"eos_token_id": 10**6}
     plain = transformers.GenerationConfig(**(ids | options), max_new_tokens=STEPS, do_sample=False)
-    model.generation_config = transformers.GenerationConfig(**ids)  # else its settings fill what is absent
+    model.generation_config = transformers.GenerationConfig(**ids)  # else its own settings are defaults
     with torch.no_grad():
         if seq2seq:
             logits = model(input_ids=source, decoder_input_ids=target).logits

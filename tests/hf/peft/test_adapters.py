@@ -1,7 +1,9 @@
-"""LoRA adapters of PEFT: what they add, where it goes, merged and kept apart, and read by PEFT when we write them."""
+"""LoRA adapters of PEFT: what they add to which parameters, merged and kept apart, and PEFT reads those that jaxlm
+writes."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import zlib
@@ -18,6 +20,7 @@ from jaxlm.compression.platforms import describe_leaf
 from jaxlm.core.leaves import LoRA, QArray, merge_adapters
 from jaxlm.core.sharding import make_mesh, shardings
 from jaxlm.core.tree import flatten, map_params
+from jaxlm.hf.directory import read_model
 from jaxlm.hf.peft.adapters import apply_adapter, read_adapter, save_adapter
 from tests.cli.conftest import jaxlm_command  # noqa: F401  a fixture
 from tests.hf.families.families import GOLDEN, transformers_model, weights
@@ -26,13 +29,30 @@ TOKENS = np.random.default_rng(0).integers(3, 50, (2, 12))
 PREFIX = "base_model.model."
 
 
-def base_model(path, name):
-    """A directory with a small model of a family."""
-    golden = json.loads((GOLDEN / f"{name}.json").read_text())
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(golden["config"]))
-    save_file(weights(golden["tensors"]), path / "model.safetensors")
-    return path
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory):
+    """A function from the name of a golden case to a directory with its model, which tests do not change."""
+
+    @functools.cache
+    def make(name):
+        golden = json.loads((GOLDEN / f"{name}.json").read_text())
+        path = tmp_path_factory.mktemp(name) / "base"
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(golden["config"]))
+        save_file(weights(golden["tensors"]), path / "model.safetensors")
+        return path
+
+    return make
+
+
+@functools.cache
+def loaded(base):
+    return jaxlm.load(base)
+
+
+@functools.cache
+def base_logits(base):
+    return logits(loaded(base))
 
 
 def write(path, tensors, **config):
@@ -59,7 +79,9 @@ def edited(path, source, changes):
     path.mkdir()
     (path / "config.json").write_bytes((source / "config.json").read_bytes())
     save_file(tensors, path / "model.safetensors")
-    return jaxlm.load(path)
+    lm = loaded(source)
+    config, params, *_ = read_model(path)
+    return lm.replace(params=params) if config == lm.config else jaxlm.load(path)
 
 
 def product(tensors, module):
@@ -77,14 +99,14 @@ def logits(lm):
 
 
 def check(base, adapter, expected):
-    """Merged and apart compute the same as the model edited by hand; something was adapted."""
-    apart, plain = jaxlm.load(base, adapter=adapter, merge=False), jaxlm.load(base)
+    """The adapter merged and apart computes the same as the model edited by hand, and other than the base model."""
+    apart = jaxlm.load(base, adapter=adapter, merge=False)
     merged = apart.replace(params=merge_adapters(apart.params))
     assert not any(isinstance(leaf, LoRA) for leaf in flatten(merged.params).values())
     want = logits(expected)
     for each in (apart, merged):  # sums in float32, whose order is XLA's: errors are a part of the largest terms
         assert_close(logits(each), want)
-    assert np.abs(want - logits(plain)).max() > 1e-2
+    assert np.abs(want - base_logits(base)).max() > 1e-2
     return apart
 
 
@@ -94,13 +116,13 @@ def fields_of(base):
 
 def with_adapter(base, adapter):
     """The model, merged by hand."""
-    lm = jaxlm.load(base)
+    lm = loaded(base)
     config, params = apply_adapter(read_adapter(adapter), lm.config, lm.params, fields_of(base))
     return lm.replace(config=config, graphdef=nn.abstract(config)[0], params=merge_adapters(params))
 
 
-def test_each_layer_gets_its_own_rank_and_scale(tmp_path):
-    base = base_model(tmp_path / "base", "llama")
+def test_each_layer_gets_its_own_rank_and_scale(tmp_path, base_model):
+    base = base_model("llama")
     q, down = "model.layers.{}.self_attn.q_proj", "model.layers.1.mlp.down_proj"
     tensors = pair(q.format(0), 32, 32, 2) | pair(q.format(2), 32, 32, 5) | pair(down, 48, 32)
     adapter = write(
@@ -122,8 +144,8 @@ def test_each_layer_gets_its_own_rank_and_scale(tmp_path):
     ("phi3", "model.layers.{}.mlp.gate_up_proj", 32, 96, True),
     ("gpt_neox", "gpt_neox.layers.{}.attention.query_key_value", 32, 96, True),
 ])
-def test_fused_tensors_share_a_and_cut_b(tmp_path, name, module, n_in, n_out, transposed):
-    base = base_model(tmp_path / "base", name)
+def test_fused_tensors_share_a_and_slice_b(tmp_path, base_model, name, module, n_in, n_out, transposed):
+    base = base_model(name)
     modules = [module.format(i) for i in range(3)]
     tensors = {key: each for m in modules for key, each in pair(m, n_in, n_out).items()}
     adapter = write(tmp_path / "adapter", tensors, fan_in_fan_out=not transposed)
@@ -142,8 +164,8 @@ def test_fused_tensors_share_a_and_cut_b(tmp_path, name, module, n_in, n_out, tr
     assert json.loads((again / "adapter_config.json").read_text())["fan_in_fan_out"] is not transposed
 
 
-def test_experts_have_adapters_of_their_own(tmp_path):
-    base = base_model(tmp_path / "base", "mixtral")
+def test_experts_have_adapters_of_their_own(tmp_path, base_model):
+    base = base_model("mixtral")
     modules = "model.layers.1.block_sparse_moe.experts.2.w1", "model.layers.0.block_sparse_moe.gate"
     tensors = pair(modules[0], 32, 48) | pair(modules[1], 32, 4)
     adapter = write(tmp_path / "adapter", tensors)
@@ -157,8 +179,8 @@ def test_experts_have_adapters_of_their_own(tmp_path):
     }),
     ("marian", {"model.decoder.layers.2.encoder_attn.v_proj": (32, 32), "model.encoder.layers.0.fc2": (48, 32)}),
 ])
-def test_translation_models_are_adapted_on_both_sides(tmp_path, name, modules):
-    base = base_model(tmp_path / "base", name)
+def test_translation_models_are_adapted_on_both_sides(tmp_path, base_model, name, modules):
+    base = base_model(name)
     tensors = {key: each for module, sizes in modules.items() for key, each in pair(module, *sizes).items()}
     adapter = write(tmp_path / "adapter", tensors)
     changes = {f"{m}.weight": lambda w, m=m: w + 1.5 * product(tensors, m) for m in modules}
@@ -166,8 +188,8 @@ def test_translation_models_are_adapted_on_both_sides(tmp_path, name, modules):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found.params, expected.params)
 
 
-def test_whole_tensors_and_biases_take_the_place_of_the_models(tmp_path):
-    base = base_model(tmp_path / "base", "gpt2")
+def test_whole_tensors_and_biases_replace_those_of_the_model(tmp_path, base_model):
+    base = base_model("gpt2")
     rng = np.random.default_rng(1)
     norm, bias = (rng.normal(0, 1, n).astype(np.float32) for n in (32, 96))
     tensors = {"transformer.ln_f.weight": norm, "transformer.h.1.attn.c_attn.base_layer.bias": bias}
@@ -181,8 +203,8 @@ def test_whole_tensors_and_biases_take_the_place_of_the_models(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["embedding", "head", "own head"])
-def test_tied_embeddings_part_where_one_end_is_adapted(tmp_path, end):
-    base = base_model(tmp_path / "base", "gpt2")
+def test_tied_embeddings_are_untied_where_one_of_them_is_adapted(tmp_path, base_model, end):
+    base = base_model("gpt2")
     rng = np.random.default_rng(1)
     table = load_file(base / "model.safetensors")["transformer.wte.weight"]
     a, b = rng.normal(0, 0.3, (4, 61)).astype(np.float32), rng.normal(0, 0.3, (32, 4)).astype(np.float32)
@@ -203,11 +225,11 @@ def test_tied_embeddings_part_where_one_end_is_adapted(tmp_path, end):
 
 
 @pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w4a16-rtn-g8"])
-def test_a_quantized_base_keeps_its_codes(tmp_path, recipe):
-    base = base_model(tmp_path / "base", "llama")
+def test_a_quantized_base_keeps_its_codes(tmp_path, base_model, recipe):
+    base = base_model("llama")
     module = "model.layers.1.self_attn.v_proj"
     adapter = write(tmp_path / "adapter", pair(module, 32, 16))
-    small = jaxlm.compress(jaxlm.load(base), recipe)
+    small = jaxlm.compress(loaded(base), recipe)
     small.save(tmp_path / "small")
     apart = jaxlm.load(tmp_path / "small", adapter=adapter, merge=False, expand=False)
     leaf = flatten(apart.params)["decoder/layers/0/attn/v/kernel"]
@@ -215,18 +237,18 @@ def test_a_quantized_base_keeps_its_codes(tmp_path, recipe):
     np.testing.assert_array_equal(leaf.base.codes, flatten(small.params)["decoder/layers/0/attn/v/kernel"].codes)
     assert np.abs(logits(apart) - logits(small)).max() > 0.5
     merged = jaxlm.load(tmp_path / "small", adapter=adapter, expand=False)
-    assert merged.info["notes"] == ["1 quantized tensors are dense with the adapter merged into them"]
+    assert [note for note in merged.info["notes"] if note.startswith("1 quantized") and "adapter" in note]
     if recipe != "w8a8-dynamic":  # there activations are rounded before the product, but not once merged
         assert_close(logits(merged), logits(apart))
     apart.save(tmp_path / "saved")
     np.testing.assert_array_equal(logits(jaxlm.load(tmp_path / "saved", expand=False)), logits(merged))
 
 
-def test_a_copy_of_a_model_that_scales_attention_by_layer_takes_its_adapters(tmp_path):
+def test_a_copy_of_a_model_that_scales_attention_by_layer_takes_its_adapters(tmp_path, base_model):
     """Compressed or saved again, queries keep the scale that the adapter was trained with."""
-    base = base_model(tmp_path / "base", "gpt2-by-layer")
+    base = base_model("gpt2-by-layer")
     adapter = write(tmp_path / "adapter", pair("transformer.h.2.attn.c_attn", 32, 96), fan_in_fan_out=True)
-    lm, apart = jaxlm.load(base), jaxlm.load(base, adapter=adapter, merge=False)
+    lm, apart = loaded(base), jaxlm.load(base, adapter=adapter, merge=False)
     lm.save(tmp_path / "saved")
     jaxlm.compress(lm, "w8a16-rtn").save(tmp_path / "small")
     saved, small = (jaxlm.load(tmp_path / name, adapter=adapter, merge=False) for name in ("saved", "small"))
@@ -239,8 +261,8 @@ def test_a_copy_of_a_model_that_scales_attention_by_layer_takes_its_adapters(tmp
         np.testing.assert_array_equal(getattr(flatten(small.params)[query], part), expected)
 
 
-def test_saving_and_compressing_merge(tmp_path):
-    base = base_model(tmp_path / "base", "llama")
+def test_saving_and_compressing_merge(tmp_path, base_model):
+    base = base_model("llama")
     adapter = write(tmp_path / "adapter", pair("model.layers.1.self_attn.v_proj", 32, 16))
     merged, apart = (jaxlm.load(base, adapter=adapter, merge=merge) for merge in (True, False))
     for name, save in {"saved": apart.save, "exported": apart.export}.items():
@@ -252,8 +274,8 @@ def test_saving_and_compressing_merge(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, small.params, expected.params)
 
 
-def test_on_a_mesh_the_parts_go_with_the_weight(tmp_path):
-    base = base_model(tmp_path / "base", "llama")
+def test_on_a_mesh_the_parts_are_sharded_as_the_weight(tmp_path, base_model):
+    base = base_model("llama")
     adapter = write(tmp_path / "adapter", pair("model.layers.1.self_attn.q_proj", 32, 32))
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     spread = jaxlm.load(base, adapter=adapter, merge=False, mesh=mesh)
@@ -266,8 +288,8 @@ def test_on_a_mesh_the_parts_go_with_the_weight(tmp_path):
     assert_close(logits(spread), logits(jaxlm.load(base, adapter=adapter)))
 
 
-def test_a_second_adapter_lies_upon_the_first_and_an_adapter_finds_its_base(tmp_path):
-    base = base_model(tmp_path / "base", "llama")
+def test_a_second_adapter_lies_upon_the_first_and_an_adapter_finds_its_base(tmp_path, base_model):
+    base = base_model("llama")
     one, two = pair("model.layers.1.self_attn.q_proj", 32, 32), pair("model.layers.1.self_attn.q_proj", 32, 32, seed=1)
     first = write(tmp_path / "first", one, base_model_name_or_path=str(base))
     second = write(tmp_path / "second", two)
@@ -277,22 +299,22 @@ def test_a_second_adapter_lies_upon_the_first_and_an_adapter_finds_its_base(tmp_
     lm = jaxlm.load(first, adapter=second, merge=False)
     for each in (lm, jaxlm.load(first, adapter=second)):
         assert_close(logits(each), logits(expected))
-    with pytest.raises(jaxlm.UserError, match="two adapters, one upon the other"):
+    with pytest.raises(jaxlm.UserError, match="q/kernel has two adapters"):
         save_adapter(tmp_path / "x", lm.config, lm.params)
 
 
-def test_names_may_lack_the_prefix_and_the_family_is_found(tmp_path):
-    base = base_model(tmp_path / "base", "gpt2")
+def test_names_may_lack_the_prefix_and_the_family_is_found(tmp_path, base_model):
+    base = base_model("gpt2")
     adapter = write(tmp_path / "adapter", pair("h.1.attn.c_attn", 32, 96))
-    lm = jaxlm.load(base)
+    lm = loaded(base)
     config, params = apply_adapter(read_adapter(adapter), lm.config, lm.params)  # no config.json
     found = lm.replace(config=config, params=merge_adapters(params))
     np.testing.assert_array_equal(logits(found), logits(jaxlm.load(base, adapter=adapter)))
 
 
-def test_what_differs_between_queries_keys_and_values_is_saved_as_a_sum_of_ranks(tmp_path):
-    lm = jaxlm.load(base_model(tmp_path / "base", "gpt2"))
-    rng = np.random.default_rng(0)
+def test_what_differs_between_queries_keys_and_values_is_saved_as_a_sum_of_ranks(tmp_path, base_model):
+    base = base_model("gpt2")
+    lm, rng = loaded(base), np.random.default_rng(0)
 
     def adapt(path, leaf):
         if not re.fullmatch(r"decoder/layers/0/attn/[qv]/kernel", path):
@@ -304,16 +326,11 @@ def test_what_differs_between_queries_keys_and_values_is_saved_as_a_sum_of_ranks
     adapted = lm.replace(params=map_params(adapt, lm.params))
     out = save_adapter(tmp_path / "out", lm.config, adapted.params)
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
-    assert_close(logits(jaxlm.load(tmp_path / "base", adapter=out)), logits(adapted))
-    with pytest.raises(jaxlm.UserError, match="nothing to save"):
+    assert_close(logits(jaxlm.load(base, adapter=out)), logits(adapted))
+    with pytest.raises(jaxlm.UserError, match="no parameter"):
         save_adapter(tmp_path / "x", lm.config, lm.params)
-    with pytest.raises(jaxlm.UserError, match="is not an adapter directory"):
-        save_adapter(tmp_path / "base", lm.config, adapted.params)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return jaxlm.load(base_model(tmp_path_factory.mktemp("llama") / "base", "llama"))
+    with pytest.raises(jaxlm.UserError, match="base .*adapter directory"):
+        save_adapter(base, lm.config, adapted.params)
 
 
 GOOD = pair("model.layers.1.self_attn.q_proj", 32, 32)
@@ -321,46 +338,47 @@ LAYER = "model.layers.1.self_attn"
 
 
 @pytest.mark.parametrize("tensors, config, message", [
-    (GOOD, {"use_dora": True}, "adapter_config.json: use_dora is True, and '.*lora_magnitude_vector' does not go"),
+    (GOOD, {"use_dora": True}, "adapter_config.json: use_dora is True.*lora_magnitude_vector"),
     (GOOD | {"model.layers.1.self_attn.q_proj.lora_magnitude_vector": np.ones(32, np.float32)}, {},
      "use_dora is False, and"),
-    (GOOD, {"some_new_switch": 3}, "some_new_switch = 3 is not supported, and might change"),
-    (GOOD, {"peft_type": "IA3"}, "peft_type 'IA3' is not supported; only LORA is"),
-    (GOOD, {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' changed the base model as well"),
+    (GOOD, {"some_new_switch": 3}, "some_new_switch = 3"),
+    (GOOD, {"peft_type": "IA3"}, "peft_type 'IA3'"),
+    (GOOD, {"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
     (GOOD, {"r": 8}, r"tensor 'base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight' has rank 4, .* be 8"),
-    (GOOD, {"lora_alpha": "6"}, "lora_alpha = '6' is not a number"),
-    (GOOD, {"alpha_pattern": {"q_proj": None}}, "lora_alpha = None is not a number"),
-    (GOOD, {"rank_pattern": {"(": 4}}, r"'\(' in rank_pattern or alpha_pattern is not a regular expression"),
-    (GOOD, {"rank_pattern": [4]}, r"rank_pattern = \[4\] is not an object"),
-    (pair(f"{LAYER}.q_proj", 32, 48), {}, r"safetensors: .*q_proj' are for 32 inputs and 48 outputs, .* 32 and 32"),
-    (pair("model.layers.7.self_attn.q_proj", 32, 32), {}, "tensor 'model.layers.7.*q_proj.weight' has no place"),
-    (pair("transformer.h.0.attn.c_attn", 32, 96), {}, "tensor 'transformer.h.0.attn.c_attn.weight' has no place"),
-    ({f"{LAYER}.q_proj.lora_A.weight": np.zeros((4, 32), np.float32)}, {}, "has no tensor .*lora_B.weight'"),
-    ({f"{LAYER}.q_proj.lora_B.weight": np.zeros((4, 32), np.float32)}, {}, "has no partner lora_A.weight"),
+    (GOOD, {"lora_alpha": "6"}, "lora_alpha = '6'"),
+    (GOOD, {"alpha_pattern": {"q_proj": None}}, "lora_alpha = None"),
+    (GOOD, {"rank_pattern": {"(": 4}}, r"'\(' in rank_pattern"),
+    (GOOD, {"rank_pattern": [4]}, r"rank_pattern = \[4\]"),
+    (pair(f"{LAYER}.q_proj", 32, 48), {}, r"safetensors: .*q_proj'.* 32 inputs and 48 outputs, .* 32 and 32"),
+    (pair("model.layers.7.self_attn.q_proj", 32, 32), {}, "'model.layers.7.*q_proj.weight'"),
+    (pair("transformer.h.0.attn.c_attn", 32, 96), {}, "'transformer.h.0.attn.c_attn.weight'"),
+    ({f"{LAYER}.q_proj.lora_A.weight": np.zeros((4, 32), np.float32)}, {}, "lora_B.weight'"),
+    ({f"{LAYER}.q_proj.lora_B.weight": np.zeros((4, 32), np.float32)}, {}, "lora_B.weight'.*lora_A.weight"),
     (GOOD | {f"{LAYER}.q_proj.lora_magnitude_vector": np.zeros(3, np.float32)}, {},
-     "use_dora is False, and .*lora_magnitude_vector' does not go with it"),
-    (GOOD | {f"{LAYER}.q_proj.lora_bias": np.zeros(3, np.float32)}, {}, "is not of a plain LoRA adapter"),
-    ({"model.norm.weight": np.zeros(31, np.float32)}, {}, r"'model.norm.weight' is \[31\], the base model's is \[32\]"),
+     "use_dora is False.*lora_magnitude_vector"),
+    (GOOD | {f"{LAYER}.q_proj.lora_bias": np.zeros(3, np.float32)}, {}, "lora_bias'"),
+    ({"model.norm.weight": np.zeros(31, np.float32)}, {}, r"'model.norm.weight'.*\[31\].*\[32\]"),
 ])
-def test_what_is_not_understood_is_said_in_a_line(tmp_path, llama, tensors, config, message):
+def test_unknown_settings_and_tensors_are_an_error_of_one_line(tmp_path, base_model, tensors, config, message):
+    llama = loaded(base_model("llama"))
     adapter = write(tmp_path / "adapter", tensors, **config)
     with pytest.raises(jaxlm.UserError, match=message) as caught:
         apply_adapter(read_adapter(adapter), llama.config, llama.params)
     assert str(tmp_path / "adapter") in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_not_there_is_said_in_a_line(tmp_path):
-    base = base_model(tmp_path / "base", "llama")
-    with pytest.raises(jaxlm.UserError, match="base has no adapter_config.json; name a PEFT adapter directory"):
+def test_missing_files_are_an_error_of_one_line(tmp_path, base_model):
+    base = base_model("llama")
+    with pytest.raises(jaxlm.UserError, match="base has no adapter_config.json"):
         jaxlm.load(base, adapter=base)
     adapter = write(tmp_path / "adapter", GOOD, base_model_name_or_path="/nowhere/llama")
-    with pytest.raises(jaxlm.UserError, match="base model '/nowhere/llama' is not there; name the model's directory"):
+    with pytest.raises(jaxlm.UserError, match="'/nowhere/llama'"):
         jaxlm.load(adapter)
     (adapter / "adapter_config.json").write_text("[]")
-    with pytest.raises(jaxlm.UserError, match="adapter_config.json cannot be read as JSON"):
+    with pytest.raises(jaxlm.UserError, match="adapter_config.json.*JSON"):
         jaxlm.load(base, adapter=adapter)
     (write(tmp_path / "pickled", GOOD) / "adapter_model.safetensors").rename(tmp_path / "pickled" / "adapter_model.bin")
-    with pytest.raises(jaxlm.UserError, match="has no adapter_model.safetensors; save the adapter with peft"):
+    with pytest.raises(jaxlm.UserError, match="has no adapter_model.safetensors"):
         jaxlm.load(base, adapter=tmp_path / "pickled")
 
 
@@ -408,14 +426,13 @@ def test_peft_computes_the_same_and_reads_what_we_write(tmp_path, name):
         assert_close(again(torch.from_numpy(TOKENS)).logits, expected)
 
 
-def test_commands_take_an_adapter(tmp_path, jaxlm_command):  # noqa: F811
-    base = base_model(tmp_path / "base", "llama")
+def test_commands_take_an_adapter(tmp_path, base_model, jaxlm_command):  # noqa: F811
+    base = base_model("llama")
     adapter = write(tmp_path / "adapter", GOOD)
     words = ("compress", base, "--adapter", adapter, "--recipe", "w4a16-rtn-g8", "--out", tmp_path / "small")
     assert jaxlm_command(*words)[0] == 0
     expected = jaxlm.compress(jaxlm.load(base, adapter=adapter), "w4a16-rtn-g8")
-    found = jaxlm.load(tmp_path / "small", expand=False)
-    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    jax.tree.map(np.testing.assert_array_equal, read_model(tmp_path / "small")[1], expected.params)
     for command in ("evaluate", "generate", "translate"):
         status, out, _ = jaxlm_command(command, "--help")
         assert "--adapter DIR" in out
