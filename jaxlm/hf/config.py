@@ -76,23 +76,23 @@ def from_hf_config(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
     for name, value in sorted(fields.items()):
         if value is not None and name not in known and name not in IGNORED_FIELDS and name not in family.ignored_fields:
             raise UserError(f"{name} = {value!r} is not known, and might change what the model computes")
-    ours: dict[str, Any] = {}
+    converted: dict[str, Any] = {}
     for field in family.fields:
         try:
-            ours |= field.from_hf({name: fields.get(name, default) for name, default in field.hf_defaults.items()})
+            converted |= field.from_hf({name: fields.get(name, default) for name, default in field.hf_defaults.items()})
         except UserError:
             raise
         except (TypeError, ValueError, OverflowError, ZeroDivisionError):
             given = ", ".join(f"{name} = {fields[name]!r}" for name in field.hf_defaults if name in fields)
             raise UserError(f"{given} makes no sense in a configuration of this model_type") from None
-    config = _checked(family.config_class, ours | _special_token_ids(family, fields))
+    config = _checked(family.config_class, converted | _special_token_ids(family, fields))
     validate_sizes(config)
     return config
 
 
-def _checked(config_class: type[ModelConfig], ours: Mapping[str, Any]) -> ModelConfig:
+def _checked(config_class: type[ModelConfig], values: Mapping[str, Any]) -> ModelConfig:
     """The configuration with these fields, whose types are checked."""
-    plain = {name: to_dict(value) if dataclasses.is_dataclass(value) else value for name, value in ours.items()}
+    plain = {name: to_dict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
     try:
         return from_dict(config_class, plain)
     except UserError as error:

@@ -41,7 +41,7 @@ def abstract_params(config: ModelConfig) -> Params:
 
 
 def tensors_of_param(family: Family, config: ModelConfig, path: str, shape: tuple[int, ...]) -> Iterator[HfTensor]:
-    """The tensors that make up the parameter of ours at ``path``, which has this shape.
+    """The tensors that make up our parameter at ``path``, which has this shape.
 
     Raises:
         UserError: the family has no such tensor.

@@ -90,15 +90,15 @@ def to_hf_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
 
 def _check_same_model(config: ModelConfig, read_back: ModelConfig) -> None:
     """Raises UserError, naming a field, where the two configurations are not of the same model."""
-    ours, theirs = (dataclasses.asdict(_canonical(each)) for each in (config, read_back))
-    for name, value in ours.items():
-        added = name in _ADDABLE and theirs[name] and not value
+    given, found = (dataclasses.asdict(_canonical(each)) for each in (config, read_back))
+    for name, value in given.items():
+        added = name in _ADDABLE and found[name] and not value
         # Untied families have a source vocabulary of their own; a shared one is written twice (hf.families.bart).
-        split = name == "src_vocab_size" and not value and theirs[name] == config.vocab_size
+        split = name == "src_vocab_size" and not value and found[name] == config.vocab_size
         untied = name == "tie_embeddings" and not value  # the head in the file is enough (hf.reader)
-        close = isinstance(value, float) and math.isclose(value, theirs[name], rel_tol=1e-9)
-        if value != theirs[name] and not (added or split or untied or close):
-            raise UserError(f"{name} is {value!r}, where such models have {theirs[name]!r}")
+        close = isinstance(value, float) and math.isclose(value, found[name], rel_tol=1e-9)
+        if value != found[name] and not (added or split or untied or close):
+            raise UserError(f"{name} is {value!r}, where such models have {found[name]!r}")
 
 
 def _canonical(config: StackConfig) -> StackConfig:

@@ -1,1 +1,1 @@
-"""Tables of the Hugging Face model families: which fields and tensors are which of ours."""
+"""Tables of the Hugging Face model families: how their fields and tensors become jaxlm's."""

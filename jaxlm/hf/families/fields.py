@@ -109,7 +109,7 @@ class Family:
     unused_tensors: tuple[str, ...] = ()
 
 
-# Activations by the names that transformers has for them -> ours.
+# transformers' name of an activation -> our name.
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu", "tanh": "tanh", "silu": "silu", "swish": "silu",
@@ -150,8 +150,8 @@ def _present(hf_name: str, value: Any) -> Any:
 
 
 def choice(hf_name: str, name: str, values: Mapping[Any, Any], default: Any = REQUIRED) -> ConfigField:
-    """A field whose values have other names here: ``values`` maps theirs to ours. Where several mean the same, the
-    first is written."""
+    """A field whose values have other names here: ``values`` maps values of config.json to
+    ours. Where several mean the same, the first is written."""
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
         value = fields[hf_name]
@@ -161,7 +161,7 @@ def choice(hf_name: str, name: str, values: Mapping[Any, Any], default: Any = RE
 
     def to_hf(config: ModelConfig) -> dict[str, Any]:
         value = getattr(config, name)
-        return {hf_name: next((hf_value for hf_value, ours in values.items() if ours == value), None)}
+        return {hf_name: next((hf_value for hf_value, other in values.items() if other == value), None)}
 
     return ConfigField({hf_name: default}, from_hf, to_hf)
 

@@ -195,8 +195,8 @@ def _replace_slice(
         raise UserError(
             f"{adapter.file}: tensor {name!r} is {list(array.shape)}, the base model's is {list(expected)}"
         )
-    ours = np.moveaxis(_extract(spec.fused, base.config, np.moveaxis(stored, -1, 0)), 0, -1)
-    value = jnp.asarray(ours * base.scale(tensor) + spec.offset, leaf.dtype)
+    part = np.moveaxis(_extract(spec.fused, base.config, np.moveaxis(stored, -1, 0)), 0, -1)
+    value = jnp.asarray(part * base.scale(tensor) + spec.offset, leaf.dtype)
     return (dequantize(leaf) if is_leaf(leaf) else leaf).at[tensor.index].set(value) if tensor.index else value
 
 
@@ -205,9 +205,9 @@ def _extract(fused: FusedSlice | None, config: ModelConfig, outputs_first: np.nd
     return outputs_first if fused is None else fused.extract(config, outputs_first)
 
 
-def _num_outputs(tensor: HfTensor, config: ModelConfig, ours: int) -> int:
-    """The number of outputs of the stored tensor, of which ``ours`` belong to one parameter."""
-    return ours if tensor.spec.fused is None else sum(tensor.spec.fused.sizes(config))
+def _num_outputs(tensor: HfTensor, config: ModelConfig, n_out: int) -> int:
+    """The number of outputs of the stored tensor; ``n_out`` of them belong to one parameter."""
+    return n_out if tensor.spec.fused is None else sum(tensor.spec.fused.sizes(config))
 
 
 # Saving ---------------------------------------------------------------------------------------------------------------
@@ -279,14 +279,14 @@ def _deltas_by_module(base: _BaseModel) -> dict[str, list[tuple[HfTensor, LoraDe
 
 def _delta_of_layer(leaf: LoRA, tensor: HfTensor, scale: float, *, linear: bool) -> LoraDelta | None:
     """The delta of one layer without the zeros that pad its rank; None where the layer has none."""
-    a, b, ours = (np.asarray(part[tensor.index], np.float32) for part in (leaf.a, leaf.b, leaf.scale))
+    a, b, scales = (np.asarray(part[tensor.index], np.float32) for part in (leaf.a, leaf.b, leaf.scale))
     used = np.flatnonzero(a.any(0) | b.any(1))
     if not len(used):
         return None
     rank = used[-1] + 1
     magnitude = leaf.magnitude
     magnitude = None if magnitude is None else np.asarray(magnitude[tensor.index], np.float32)[0] / scale
-    return LoraDelta(a[:, :rank], b[:rank], float(ours[0, 0]) / scale, linear, magnitude)
+    return LoraDelta(a[:, :rank], b[:rank], float(scales[0, 0]) / scale, linear, magnitude)
 
 
 def _fuse(config: ModelConfig, parts: list[tuple[HfTensor, LoraDelta]]) -> LoraDelta:
