@@ -24,13 +24,6 @@ SLOW = {
                              r"warming_up\[mesh\]|guesses_for_itself",
     "inference/test_translate": r"still_open.*\[int4\]",
     "launch/test_notebooks": r"it_runs",
-    "nn/attention/test_ring": r"\[seq2seq-(ring|gather)\]",
-    "nn/test_decoder": r"beams_remember.*\[gemma|scan_and_remat.*changes[34]",
-    "nn/test_moe_parallel": r"in_a_pipeline",
-    "nn/test_pipeline": r"training_equals.*\[(twice around|translation)\]|remat_in_a_pipeline.*\[segments1\]",
-    "nn/test_seq2seq": r"cached_decoding.*\[(rotary|post-norm|relative)-(int8|int4|fp8)\]|"
-                       r"batch_mates.*\[(rotary|post-norm|relative|unequal)\]",
-    "nn/test_layerwise": r"\[(relative|post-norm|rotary)\]",
     "serving/test_schema": r"whatever_the_schema",
 }
 

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxlm.checkpoint.codec import CodedArray, CodedStream, Codes, CorruptError, Planes, Words, decode, encode
-from jaxlm.core.leaves import Codebook, LowRank, QArray, is_leaf
+from jaxlm.core.leaves import Codebook, LowRank, QArray, expand_groups, is_leaf
 from jaxlm.core.tree import Leaf
 
 __all__ = ["Entry", "Streams", "Tensors", "array_name", "array_suffixes", "pack_leaf", "unpack_leaf"]
@@ -72,7 +72,7 @@ def _pack_quantized(leaf: QArray, storage: str) -> tuple[Entry, Streams]:
     if leaf.zero is not None:
         zero = np.asarray(leaf.zero).astype(np.int16)
         parts["zero"] = _wrap(zero, leaf.bits)
-        zero = _spread(zero, leaf.group, codes.shape[-1])
+        zero = expand_groups(zero, leaf.group, codes.shape[-1])
     parts["codes"] = _wrap(codes - zero, leaf.bits)
     fields = {}
     for part, values in parts.items():
@@ -149,10 +149,6 @@ def _unwrap(codes: np.ndarray, bits: int) -> np.ndarray:
     return ((codes + half & (2**bits - 1)) - half).astype(np.int8)
 
 
-def _spread(per_group: np.ndarray, group: int, n_in: int) -> np.ndarray:
-    return per_group if per_group.shape[-1] == 1 else np.repeat(per_group, group, axis=-1)[..., :n_in]
-
-
 # Unpacking ------------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +201,7 @@ def _unpack_quantized(codes: np.ndarray, grid: tuple[int, ...], entry: Mapping[s
     if "zero" in entry["parts"]:
         zero = decode(_coded("zero", entry, arrays), Codes(bits), math.prod(grid)).astype(np.int16).reshape(grid)
         zero = _unwrap(zero, bits)
-        codes = codes + _spread(zero, group, codes.shape[-1]).astype(np.int16)
+        codes = codes + expand_groups(zero, group, codes.shape[-1]).astype(np.int16)
     scale, act_scale = _unpack_floats("scale", grid, entry, arrays), None
     if "act_scale" in entry["parts"]:
         act_scale = _unpack_floats("act_scale", (*grid[:-2], 1, 1), entry, arrays)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlm.core.tree import Params, map_params
 
@@ -245,11 +246,14 @@ def is_leaf(x: Any) -> bool:
     return isinstance(x, _KINDS)
 
 
-def expand_groups(per_group: jax.Array, group: int, n_in: int) -> jax.Array:
-    """``[..., groups]`` to ``[..., n_in]`` (or ``[..., 1]``, which broadcasts, where there is one group)."""
+def expand_groups(per_group: jax.Array | np.ndarray, group: int, n_in: int) -> jax.Array | np.ndarray:
+    """The value of each column's group: ``[..., groups]`` to ``[..., n_in]``. Works on JAX and on NumPy arrays.
+
+    One group stays ``[..., 1]``, which broadcasts.
+    """
     if per_group.shape[-1] == 1:
         return per_group
-    return jnp.repeat(per_group, group, axis=-1)[..., :n_in]
+    return (np if isinstance(per_group, np.ndarray) else jnp).repeat(per_group, group, axis=-1)[..., :n_in]
 
 
 def centred_codes(leaf: QArray, dtype: jnp.dtype) -> jax.Array:

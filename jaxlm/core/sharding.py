@@ -1,7 +1,7 @@
 """Sharding as data: one table from logical axes to mesh axes, and the functions that read it.
 
-Every parameter names its logical axes where it is created. ``shardings`` turns any tree that holds such parameters
-(the parameters, the optimizer's moments, gradients) into ``NamedSharding``s of the same structure.
+Every parameter names its logical axes where it is created. ``shardings`` maps any tree of such parameters (the
+parameters themselves, an optimizer's moments, gradients) to ``NamedSharding``s in the same structure.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LoRA, LowRank, is_leaf
-from jaxlm.core.tree import Params, Transform, path_str
+from jaxlm.core.tree import Params, Transform, dtype_bits, path_str
 
 log = logging.getLogger(__name__)
 
-# Outermost first: stages and replicas talk least and may lie in different slices; tensor talks most and is adjacent.
+# Outermost first: stages and replicas communicate least and may be in different slices; devices that share "tensor"
+# communicate most and are neighbours.
 AXES = ("stage", "data", "fsdp", "expert", "sequence", "tensor")
 MeshAxes = str | tuple[str, ...] | None
-LogicalAxis = str | tuple[str, ...] | None  # a name in the table of rules, or mesh axes themselves
+LogicalAxis = str | tuple[str, ...] | None  # a name in RULES, or a tuple of mesh axes
 
 # Logical axis -> mesh axis. Megatron-style tensor parallelism (arXiv:1909.08053) splits heads, FFN and vocabulary;
-# ZeRO-3 (arXiv:1910.02054) splits whatever dimension of a parameter is left along "fsdp". Experts lie on the devices
-# that hold different rows (arXiv:2006.16668).
+# ZeRO-3 (arXiv:1910.02054) splits another dimension of each parameter along "fsdp". Experts are split over devices that
+# hold different rows of the batch (arXiv:2006.16668).
 RULES: Mapping[str, MeshAxes] = {
     "batch": ("data", "fsdp", "expert"),
     "embed": "fsdp",
@@ -45,11 +45,10 @@ RULES: Mapping[str, MeshAxes] = {
     "length": "sequence",
     "norm": None,
     "positions": None,
-    "features": None,  # the width of an activation, as opposed to that of a weight
+    "features": None,  # the width of an activation; "embed" is that of a weight
 }
 
-
-# Preset -> the axes that share the devices, and the one that gets the rest; see ``mesh_sizes``.
+# Preset -> its narrow axes, and the axis that gets the remaining devices; see ``mesh_sizes``.
 PRESETS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "ddp": ((), "data"),
     "fsdp": ((), "fsdp"),
@@ -57,16 +56,16 @@ PRESETS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "3d": (("tensor", "stage"), "data"),
     "moe": (("expert",), "fsdp"),
 }
-HOST_MEMORY = "pinned_host"  # JAX's name for memory of the host that devices read by themselves
-_HOST = 8  # devices of one host, which the axes that talk most should not leave
+HOST_MEMORY = "pinned_host"  # JAX's name for host memory that devices can read
+_HOST = 8  # devices of one host; the axes that communicate most should stay within it
 
 
 def mesh_sizes(preset: str, explicit: Mapping[str, int], devices: int) -> dict[str, int]:
-    """The arguments of ``make_mesh`` for so many devices: ``explicit`` sizes that are not 0, and what the preset makes
-    of the devices that these leave.
+    """The arguments of ``make_mesh`` for this number of devices.
 
-    Each of the preset's narrow axes gets the largest power of two, up to 8, of which every narrow axis and the rest can
-    have as much; the rest is the last axis's. With 64 devices "3d" is data 4 x stage 4 x tensor 4.
+    Sizes in ``explicit`` that are not 0 count as they are; the preset divides the remaining devices. Each of its narrow
+    axes gets the largest power of two, up to 8, that leaves as many devices for every other axis; the last axis gets
+    the rest. With 64 devices "3d" is data 4 x stage 4 x tensor 4.
     """
     narrow, rest = PRESETS[preset]
     given = {axis: size for axis, size in explicit.items() if size}
@@ -86,40 +85,51 @@ def make_mesh(
     *, data: int = -1, fsdp: int = 1, tensor: int = 1, sequence: int = 1, stage: int = 1, expert: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh of all ``AXES`` over the devices (all by default); one size may be -1: whatever is left."""
+    """A mesh of all ``AXES`` over the devices (default: all devices). One size may be -1: the remaining devices.
+
+    Raises:
+        UserError: when a size is not positive, or the product of the sizes is not the number of devices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = dict(zip(AXES, (stage, data, fsdp, expert, sequence, tensor), strict=True))
-    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise UserError(f"a mesh of {describe_mesh(sizes)}: sizes are positive, and at most one is -1 (what is left)")
-    known = math.prod(size for size in sizes.values() if size != -1)
-    if len(devices) % known or (-1 not in sizes.values() and known != len(devices)):
-        raise UserError(
-            f"a mesh of {describe_mesh(sizes)} does not fit {len(devices)} devices; make the product of its sizes that"
-        )
-    shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
+    shape = _mesh_shape(sizes, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def abstract_mesh(preset: str, explicit: Mapping[str, int], devices: int) -> AbstractMesh:
-    """A mesh without devices, of the sizes that ``mesh_sizes`` gives; one may be -1."""
-    sizes = mesh_sizes(preset, explicit, devices)
-    known = math.prod(size for size in sizes.values() if size != -1)
-    shape = tuple(devices // known if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+    """A mesh without devices, of the sizes that ``mesh_sizes`` gives. Errors as in ``make_mesh``."""
+    shape = _mesh_shape(mesh_sizes(preset, explicit, devices), devices)
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
+    """The sizes in the order of ``AXES``, with -1 replaced by the remaining devices."""
+    if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+        raise UserError(f"a mesh of {describe_mesh(sizes)}: sizes are positive, and at most one is -1 (the rest)")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if devices % known or (-1 not in sizes.values() and known != devices):
+        raise UserError(
+            f"a mesh of {describe_mesh(sizes)} does not fit {devices} devices; make the product of its sizes {devices}"
+        )
+    return tuple(devices // known if sizes[axis] == -1 else sizes[axis] for axis in AXES)
+
+
 def describe_mesh(sizes: Mapping[str, int]) -> str:
-    """The axes that split something: "data 4 x tensor 2"."""
+    """The axes of more than one device: "data 4 x tensor 2"."""
     return " x ".join(f"{name} {size}" for name, size in sizes.items() if size != 1) or "one device"
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Of what the rows of a batch must be a multiple."""
+    """Into how many shards the rows of a batch are split: their number must be a multiple of this."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def spec(shape: Sequence[int], axes: Sequence[LogicalAxis], mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES):
-    """The PartitionSpec of one array: a dimension its mesh axes do not divide is replicated."""
+    """The PartitionSpec of one array. A dimension that its mesh axes do not divide is replicated.
+
+    Raises:
+        KeyError: when a logical axis is not in ``rules``.
+    """
     entries: list[MeshAxes] = []
     for size, axis in zip(shape, axes, strict=True):
         if isinstance(axis, str) and axis not in rules:
@@ -134,8 +144,10 @@ def spec(shape: Sequence[int], axes: Sequence[LogicalAxis], mesh: Mesh, rules: M
 
 
 def _splitting(mesh_axes: MeshAxes, mesh: Mesh) -> tuple[str, ...]:
-    """Those of the mesh axes that split anything, so that equal layouts have equal specs; in ``shard_map`` the manual
-    ones have done so already. A mesh of somebody else's may lack some."""
+    """Those of the mesh axes that split arrays: the others are left out, so that equal layouts have equal specs.
+
+    Axes that are manual (inside ``shard_map``) have split them already. A mesh from elsewhere may lack an axis.
+    """
     names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(name for name in names if mesh.shape.get(name, 1) > 1 and types[name] != AxisType.Manual)
@@ -146,14 +158,16 @@ def _entry(names: tuple[str, ...]) -> MeshAxes:
 
 
 def override_sharding(overrides: Sequence[str]) -> Transform:
-    """A Transform that changes where parameters lie, by path: ``"embed/table=tensor+fsdp -"``.
+    """A Transform that changes the sharding of parameters, by path: ``"embed/table=tensor+fsdp -"``.
 
-    Each override is a regular expression for whole paths, "=", and for every dimension of the parameter (the first of a
-    layer's is that of the layers) the mesh axes that split it, joined by "+", or "-". A later one wins.
+    An override is a regular expression for whole paths, "=", and for every dimension of the parameter the mesh axes
+    that split it, joined by "+", or "-" for none. (The first dimension of a parameter in a layer is that of the
+    layers.) A later override wins.
 
-    Raises UserError on an override that is not of this form, names what is no axis, or matches no parameter.
+    Raises:
+        UserError: when an override is not of this form, names an unknown axis, or matches no parameter.
     """
-    parsed = [_parse(override) for override in overrides]
+    parsed = [_parse_override(override) for override in overrides]
 
     def transform(params: Params) -> Params:
         flat = nnx.to_flat_state(params)
@@ -165,7 +179,7 @@ def override_sharding(overrides: Sequence[str]) -> Transform:
             for path in matching:
                 if len(found[path]) != len(axes):
                     raise UserError(f"mesh.rules: {override!r} is for {len(axes)} dimensions, and {path_str(path)} has "
-                                    f"{len(found[path])}; write axes, or -, for each")
+                                    f"{len(found[path])}; write axes or - for each dimension")
                 found[path] = axes
         moved = [(path, variable.copy()) for path, variable in flat]
         for path, variable in moved:
@@ -175,12 +189,12 @@ def override_sharding(overrides: Sequence[str]) -> Transform:
     return transform if parsed else lambda params: params
 
 
-def _parse(override: str) -> tuple[str, Callable, tuple[tuple[str, ...], ...]]:
+def _parse_override(override: str) -> tuple[str, Callable, tuple[tuple[str, ...], ...]]:
     pattern, equals, right = override.rpartition("=")
     try:
         matches = re.compile(pattern.strip()).fullmatch
     except re.error as error:
-        raise UserError(f"mesh.rules: {pattern!r} is no regular expression: {error}") from None
+        raise UserError(f"mesh.rules: {pattern!r} is not a regular expression: {error}") from None
     axes = tuple(() if part == "-" else tuple(part.split("+")) for part in right.split())
     names = [name for part in axes for name in part]
     for name in names if equals else ():
@@ -188,12 +202,14 @@ def _parse(override: str) -> tuple[str, Callable, tuple[tuple[str, ...], ...]]:
             near = difflib.get_close_matches(name, AXES, 1, 0.0)[0]
             raise UserError(f"mesh.rules: {override!r}: there is no mesh axis {name!r}; the nearest is {near!r}")
     if not equals or not axes or len(set(names)) < len(names):
-        raise UserError(f"mesh.rules: {override!r} is not PATTERN=AXES, an axis or - for each dimension and none twice")
+        raise UserError(
+            f"mesh.rules: {override!r} is not PATTERN=AXES, with an axis or - for each dimension and no axis twice"
+        )
     return override, matches, axes
 
 
 def fit_to_shape(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding:
-    """The sharding of an array of another shape along the same dimensions: those that do not divide are replicated."""
+    """The same sharding for an array of another shape; dimensions that do not divide are replicated."""
     mesh = sharding.mesh
     entries = []
     for size, entry in zip(shape, [*sharding.spec, *[None] * (len(shape) - len(sharding.spec))], strict=True):
@@ -203,8 +219,10 @@ def fit_to_shape(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding
 
 
 def shard_over(sharding: NamedSharding, shape: Sequence[int], axis: str = "data") -> NamedSharding:
-    """The sharding of an array split over one more mesh axis, in the dimension that divides and of which a device has
-    most. The same where none divides, or the axis is in use."""
+    """The sharding of an array split over one more mesh axis, in the divisible dimension of which a device has most.
+
+    The sharding stays as it is if no dimension divides, or the axis is in use.
+    """
     mesh, parts = sharding.mesh, sharding.mesh.shape[axis]
     entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in sharding.spec]
     entries += [()] * (len(shape) - len(entries))
@@ -218,7 +236,11 @@ def shard_over(sharding: NamedSharding, shape: Sequence[int], axis: str = "data"
 
 
 def require_host_memory(mesh: Mesh | AbstractMesh) -> None:
-    """UserError where the devices have no memory of the host to offload to; a mesh without devices may have any."""
+    """Checks that devices can offload to host memory. A mesh without devices passes.
+
+    Raises:
+        UserError: when the devices have no such memory.
+    """
     if isinstance(mesh, AbstractMesh):
         return
     device = mesh.devices.flat[0]
@@ -227,7 +249,7 @@ def require_host_memory(mesh: Mesh | AbstractMesh) -> None:
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> Any:
-    """A tree of the same structure with a NamedSharding for each array; what names no axes is replicated."""
+    """A tree of the same structure with a NamedSharding for each array. Arrays without logical axes are replicated."""
 
     def of_array(array, axes):
         return NamedSharding(mesh, spec(array.shape, axes, mesh, rules))
@@ -244,7 +266,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> A
                 if value.magnitude is not None:
                     parts["magnitude"] = of_array(value.magnitude, (*layers, None, n_out))
             return dataclasses.replace(value, **parts)
-        # The other parts of a coded leaf are [..., out, in or groups of in]; what is one a matrix is replicated.
+        # The other parts of a coded leaf are [..., out, in or groups of in]; one value a matrix is replicated.
         coded = (*layers, n_out, n_in) if value.axis == -2 else axes
         small = {"table": (*layers, None), "act_scale": (*layers, None, None)}
 
@@ -264,7 +286,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Mapping[str, MeshAxes] = RULES) -> A
 
 
 def batch_sharding(mesh: Mesh, length: int | None = None) -> NamedSharding:
-    """Rows of a batch over the data, fsdp and expert axes; with a ``length`` that divides, tokens over sequence too."""
+    """The sharding of a batch: rows over data, fsdp and expert; tokens over sequence, if it divides ``length``."""
     entries = [_entry(_splitting(RULES["batch"], mesh))]
     if length is not None:
         entries.append(_entry(_splitting(RULES["length"], mesh)) if length % mesh.shape["sequence"] == 0 else None)
@@ -272,7 +294,7 @@ def batch_sharding(mesh: Mesh, length: int | None = None) -> NamedSharding:
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Pins an activation's layout where a mesh is in use (``jax.set_mesh``); does nothing elsewhere."""
+    """Fixes the sharding of an activation if a mesh is in use (``jax.set_mesh``); otherwise does nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -280,26 +302,25 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 
 
 def bytes_per_device(tree: Any) -> float:
-    """What one device holds of abstract arrays with shardings, those in the host's memory left out; int4 counts half a
-    byte."""
-    def of(x) -> float:
+    """Bytes of device memory that one device holds of arrays with shardings (abstract or not).
+
+    Arrays that are offloaded to the host do not count; int4 counts half a byte.
+    """
+    def of_array(x) -> float:
         if x.sharding is not None and x.sharding.memory_kind == HOST_MEMORY:
             return 0.0
         shape = x.sharding.shard_shape(x.shape) if x.sharding is not None else x.shape
-        dtype = jnp.dtype(x.dtype)
-        integer = jnp.issubdtype(dtype, jnp.integer)
-        bits = jnp.iinfo(dtype).bits if integer else 8 * dtype.itemsize
-        return math.prod(shape) * bits / 8
+        return math.prod(shape) * dtype_bits(x.dtype) / 8
 
-    return float(sum(of(x) for x in jax.tree.leaves(tree)))
+    return float(sum(of_array(x) for x in jax.tree.leaves(tree)))
 
 
 def on_device(x: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """An array that lies so, or a copy on its devices of one that is offloaded to the host; in or out of ``jit``."""
+    """An array with this sharding; if it is offloaded to the host, a copy on its devices. In ``jit`` or out."""
     return jax.device_put(x, sharding.with_memory_kind(None)) if sharding.memory_kind == HOST_MEMORY else x
 
 
 def num_shards(axis: str) -> int:
-    """Into how many parts GSPMD splits what lies along a logical axis, where a mesh is in use; 1 elsewhere."""
+    """Into how many shards GSPMD splits a dimension with this logical axis on the mesh in use; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _splitting(RULES[axis], mesh))

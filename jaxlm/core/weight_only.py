@@ -1,14 +1,14 @@
-"""``x @ dequantize(w)`` for few rows and integer weights on GPUs, the weights dequantized inside the product (Triton).
+"""A GPU kernel (Triton) for ``x @ dequantize(w)`` with few rows and integer weights: it dequantizes in registers.
 
-A decoding step reads far more weights than it computes with, so its time is that of reading them. Where XLA does not
-fuse the conversion into the product it writes the dequantized weights to memory and reads them again. The kernel reads
-the codes once, int4 two a byte, and keeps the rest in registers: at best its time falls with the bytes, to a half
-(int8) and a quarter (int4) of bfloat16's.
+A decoding step takes as long as reading its weights does. Where XLA does not fuse the conversion into the product, it
+writes the dequantized weights to memory and reads them again. The kernel reads the codes once, two int4 a byte. At best
+its time falls with the bytes: to a half (int8) and a quarter (int4) of the time with bfloat16.
 
-It has not run on a GPU: none was at hand. The tests compare it with ``reference`` in Pallas' interpreter and lower it
-to Triton, which says nothing of its speed. So ``ops.dot`` leaves these products to XLA unless ``JAXLM_KERNELS=1`` is
-set, which is for one device: XLA does not split a kernel over a mesh. ``tests/benchmarks/inference/decode_bandwidth.py`` measures
-both. On TPU it does not serve: a scale a group is a narrow column, which Mosaic cannot index.
+The kernel has not run on a GPU yet. The tests compare it with ``reference`` in Pallas' interpreter and lower it to
+Triton, which says nothing about its speed. So ``ops.dot`` leaves these products to XLA unless ``JAXLM_KERNELS=1`` is
+set. That is for one device, because XLA does not split a kernel over a mesh.
+``tests/benchmarks/inference/decode_bandwidth.py`` measures both. The kernel does not work on TPUs: the scales of a
+group are a narrow column, which Mosaic cannot index.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from jax.experimental.pallas import triton
 
 from jaxlm.core.leaves import QArray, coded_values
 
-ROWS = 16  # a tensor-core product takes as many at least: fewer cost the same
-PROGRAMS = 256  # about what a product is split into: two for each multiprocessor of a large GPU
+ROWS = 16  # the fewest rows of a tensor-core product
+PROGRAMS = 256  # about as many as a product is split into: two for each multiprocessor of a large GPU
 UNROLLED = 16  # blocks of columns in a program, at most
 
 
 def enabled() -> bool:
-    """Whether the user asked for kernels, by ``JAXLM_KERNELS=1``; read where a product is traced."""
+    """Whether ``JAXLM_KERNELS=1`` is set; read when a product is traced."""
     return os.environ.get("JAXLM_KERNELS") == "1"
 
 
@@ -46,10 +46,10 @@ def reference(x_MxI: jax.Array, w: QArray) -> jax.Array:
 
 
 def dot(x_MxI: jax.Array, w: QArray, *, interpret: bool = False) -> jax.Array:
-    """``reference`` by the kernel, for what it ``takes``; ``interpret`` runs it on any platform, slowly.
+    """``reference`` by the kernel, for products that it ``takes``; ``interpret`` runs it on any platform, slowly.
 
-    A program multiplies a block of outputs by some blocks of columns; what the programs of an output found is added in
-    float32. Columns of a block share their scale, so the integers are multiplied as they are.
+    A program multiplies a block of outputs by some blocks of columns; the results of an output's programs are added in
+    float32. The columns of a block share their scale, so the integers are multiplied as they are.
     """
     (rows, n_in), n_out = x_MxI.shape, w.codes.shape[0]
     outputs, columns = _blocks(w)
@@ -74,7 +74,7 @@ def dot(x_MxI: jax.Array, w: QArray, *, interpret: bool = False) -> jax.Array:
 
 
 def _kernel(x_ref, codes_ref, scale_ref, zero_ref, sums_ref, *, rows: int, columns: int, group: int):
-    """The slices are static: so int4 is loaded as bytes, and unpacked in registers."""
+    """The slices are static, so that int4 is loaded as bytes and unpacked in registers."""
     blocks = codes_ref.shape[-1] // columns
     sums_MxO = jnp.zeros(sums_ref.shape, jnp.float32)
     for block in range(blocks):

@@ -36,7 +36,9 @@ def make(name):
     return LayerwiseModel(config, graphdef), params
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name == "relative" else name for name in CONFIGS
+])
 def test_layer_by_layer_is_the_whole_model(name):
     walk, params = make(name)
     batch = (SOURCE, TARGET) if walk.config.kind == "seq2seq" else (TARGET,)

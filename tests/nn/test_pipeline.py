@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -65,7 +66,9 @@ def train(config, mesh=None):
     return state, history, compiled.as_text()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [
+    name if name == "once around" else pytest.param(name, marks=pytest.mark.slow) for name in CASES
+])
 def test_training_equals_one_device(name):
     config, sizes = CASES[name]
     mesh = make_mesh(**sizes, devices=jax.devices()[:4])
@@ -98,8 +101,13 @@ def test_a_schedule_takes_every_microbatch_through_every_layer(stages, microbatc
     assert schedule.bubble == pytest.approx(1 - microbatches * repeats / (last + 1))
 
 
+@functools.cache
+def built(config):
+    return nn.build(config, jax.random.key(0))
+
+
 def outputs(config, stages, rows=8, key=None):
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = built(config)
     tokens = np.tile(np.arange(3, 9, dtype=np.int32), (rows, 1))
     mesh = make_mesh(stage=stages, data=1, devices=jax.devices()[:stages])
     with jax.set_mesh(mesh):
@@ -114,7 +122,7 @@ def test_dropout_differs_by_layer_and_microbatch_not_by_stage():
     assert len({row.tobytes() for row in by_two}) == 8  # all rows are the same text
 
 
-@pytest.mark.parametrize("layer_groups", [(), (2, 2)])
+@pytest.mark.parametrize("layer_groups", [(), pytest.param((2, 2), marks=pytest.mark.slow)])
 def test_remat_in_a_pipeline_keeps_what_its_name_says(layer_groups):
     """Products with parameters differ from stage to stage there, and are kept all the same."""
     tokens = np.zeros((4, 6), np.int32)
@@ -135,7 +143,7 @@ def test_rows_that_do_not_divide_go_layer_by_layer():
 
 
 def test_decoding_on_a_mesh_with_stages():
-    graphdef, params = nn.build(TRANSLATION, jax.random.key(0))
+    graphdef, params = built(dataclasses.replace(TRANSLATION, remat="none"))
     src = np.random.default_rng(0).integers(3, VOCABULARY, (3, 5)).astype(np.int32)
 
     @jax.jit

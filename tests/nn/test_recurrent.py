@@ -39,14 +39,15 @@ def test_matches_the_float64_reference_and_decodes_alike(changes):
     graphdef, params = nn.build(config, jax.random.key(0))
     model = nnx.merge(graphdef, params)
     batch = jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 9)))
-    full = model(batch)
+    full = jax.jit(lambda params: nnx.merge(graphdef, params)(batch))(params)
     weights = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(params).items()}
     np.testing.assert_allclose(full, [reference(config, weights, row) for row in np.asarray(batch)], atol=1e-5)
 
     padded = jnp.stack([jnp.pad(batch[0], (0, 2)), jnp.pad(batch[1], (2, 0))])
     cache = model.init_cache(2, 11).replace(start=jnp.array([0, 2]))
-    first, cache = model.decode(padded[:, :5], cache)
-    second, cache = model.decode(padded[:, 5:], cache)
+    decode = jax.jit(lambda params, tokens, cache: nnx.merge(graphdef, params).decode(tokens, cache))
+    first, cache = decode(params, padded[:, :5], cache)
+    second, cache = decode(params, padded[:, 5:], cache)
     cached = jnp.concatenate([first, second], 1)
     np.testing.assert_allclose(cached[0, :9], full[0], atol=1e-5)
     np.testing.assert_allclose(cached[1, 2:], full[1], atol=1e-5)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import QArray
+from jaxlm.core.leaves import QArray, expand_groups
 from jaxlm.hf.tensor_files import TensorFiles
 
 __all__ = [
@@ -115,12 +115,8 @@ def dequantize_matrix(matrix: MatrixValues) -> np.ndarray:
         return matrix
     codes, n_in = matrix.codes.astype(np.float32), matrix.codes.shape[-1]
     if matrix.zero is not None:
-        codes -= _repeat_groups(matrix.zero, matrix.group, n_in).astype(np.float32)
-    return codes * _repeat_groups(matrix.scale, matrix.group, n_in)
-
-
-def _repeat_groups(per_group: np.ndarray, group: int, n_in: int) -> np.ndarray:
-    return per_group if per_group.shape[-1] == 1 else np.repeat(per_group, group, axis=-1)[..., :n_in]
+        codes -= expand_groups(matrix.zero, matrix.group, n_in).astype(np.float32)
+    return codes * expand_groups(matrix.scale, matrix.group, n_in)
 
 
 def make_qarray(

@@ -16,6 +16,8 @@ import numpy as np
 import optax
 from jax import Array
 
+from jaxlm.core.leaves import expand_groups
+
 __all__ = ["BLOCK", "Adam8bitState", "BlockQuantized", "dynamic_table", "scale_by_adam8bit"]
 
 BLOCK = 256
@@ -43,18 +45,16 @@ class BlockQuantized:
         blocks = -(-size // BLOCK)
         padded = jnp.pad(x, [*[(0, 0)] * len(lead), (0, blocks * BLOCK - size)]).reshape(*lead, blocks, BLOCK)
         scale = jnp.max(jnp.abs(padded), -1)
-        shares = x / jnp.maximum(_per_number(scale, size), 1e-38)
+        shares = x / jnp.maximum(expand_groups(scale, BLOCK, size), 1e-38)
         codes = jnp.searchsorted(jnp.asarray((table[1:] + table[:-1]) / 2), shares, method="scan_unrolled")
         return BlockQuantized(codes.astype(jnp.uint8), scale, signed)
 
     @property
     def array(self) -> Array:
         """The float32 array that this represents."""
-        return jnp.asarray(dynamic_table(self.signed))[self.codes] * _per_number(self.scale, self.codes.shape[-1])
-
-
-def _per_number(scale: Array, size: int) -> Array:
-    return jnp.repeat(scale, BLOCK, -1)[..., :size]
+        return jnp.asarray(dynamic_table(self.signed))[self.codes] * expand_groups(
+            self.scale, BLOCK, self.codes.shape[-1]
+        )
 
 
 def dynamic_table(signed: bool) -> np.ndarray:
