@@ -11,15 +11,7 @@ import re
 SLOW = {
     "checkpoint/test_storage": r"no_change_to_the_metadata.*\[huffman\]",
     "cli/test_commands": r"compress_fits_budgets|kv_cache_is_an_option",
-    "compression/quantize/test_autoround": r"models_are_nearer.*\[(seq2seq|moe)\]",
     "compression/fit/test_budget": r"\[(moe|seq2seq)\]",
-    "compression/quantize/test_fold": r"awq_is_better.*\[(moe|seq2seq)\]",
-    "compression/test_models": r"\[(seq2seq|bfloat16)\]",
-    "compression/quantize/test_rotate": r"\[(seq2seq-(rotary|post-norm|relative)|qwen3-moe|gemma).*\]",
-    "compression/test_sharded": r"sparsegpt",
-    "compression/test_solvers": r"data_helps.*(moe|seq2seq)\]|zeros_survive.*\[moe\]",
-    "compression/prune/test_structured": r"\[(seq2seq-(rotary|post-norm|relative|unequal)|post-norm|qwen3-moe|gemma).*\]",
-    "compression/prune/test_width": r"\[(seq2seq-(rotary|post-norm|relative)|post-norm|qwen3-moe|gemma).*\]",
     "inference/engine/test_engine": r"of_generate.*\[(learned|relative|local|int4|fp8)\]|change_nothing\[3\]|many_devices|"
                              r"warming_up\[mesh\]|guesses_for_itself",
     "inference/test_translate": r"still_open.*\[int4\]",

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxlm import nn
 from jaxlm.compression.calibration import Calibration
 from jaxlm.compression.names import parse
+from jaxlm.core.leaves import dequantize_tree
 from jaxlm.core.tree import flatten
 from jaxlm.nn.layerwise import LayerwiseModel
 
@@ -46,8 +47,9 @@ def make(name, tokens=64):
     return config, graphdef, params, Calibration(batches, layerwise)
 
 
+@functools.cache
 def run(name, recipe):
-    """The model compressed, with data."""
+    """The model compressed, with data, by a recipe or its name; made once for all tests."""
     config, _, params, calibration = make(name)
     return (parse(recipe) if isinstance(recipe, str) else recipe).run(config, params, calibration)
 
@@ -58,8 +60,14 @@ def logits(graphdef, params, *batch):
 
 
 def error(name, params, config=None):
-    """Mean squared change of the logits on the calibration data."""
+    """Mean squared change of the logits on the calibration data.
+
+    Weights are dequantized, so that one compiled model serves for all representations (``test_models`` proves that
+    they compute the same), unless activations are rounded too.
+    """
     before, graphdef, dense, calibration = make(name)
     other = graphdef if config in (None, before) else nn.initializer(config)[0]
+    if not any(getattr(leaf, "act_bits", 0) for leaf in flatten(params).values()):
+        params = dequantize_tree(params)
     changes = [logits(other, params, *each) - logits(graphdef, dense, *each) for each in calibration.batches]
     return np.mean([np.mean(change**2) for change in changes])

@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from jaxlm import nn
@@ -19,6 +20,11 @@ VARIANTS |= {
     f"seq2seq-{name}": dataclasses.replace(test_seq2seq.SMALL, **each) for name, each in test_seq2seq.VARIANTS.items()
 }
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 23, (2, 9)))
+
+
+def some(*names: str, slow: str = "") -> list:
+    """Variants to test, and those, separated by spaces, that prove the same for another kind of model."""
+    return [*names, *(pytest.param(name, marks=pytest.mark.slow) for name in slow.split())]
 
 
 def make(name: str, **changes):

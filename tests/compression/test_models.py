@@ -43,7 +43,12 @@ def logits(graphdef, params):
     return model(TOKENS, TOKENS[:, ::-1]) if model.config.kind == "seq2seq" else model(TOKENS)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+KINDS = [
+    pytest.param(name, marks=pytest.mark.slow) if name in ("bfloat16", "seq2seq") else name for name in CONFIGS
+]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_weight_only_models_equal_their_dequantized_ones(name):
     graphdef, params = build(name)
     small = jax.jit(parse("w4a16-rtn-g48").apply)(params)
@@ -55,7 +60,7 @@ def test_weight_only_models_equal_their_dequantized_ones(name):
     np.testing.assert_allclose(logits(graphdef, small), logits(graphdef, placed), atol=loose)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_integer_models_are_near_the_dense_ones(name):
     graphdef, params = build(name)
     small = jax.jit(parse("w8a8-dynamic").apply)(params)
@@ -73,7 +78,7 @@ def test_an_integer_model_decodes_as_it_reads():
         np.testing.assert_allclose(step[:, 0], whole[:, t], atol=2e-2 * float(jnp.abs(whole).max()))
 
 
-@pytest.mark.parametrize("name", ["decoder", "seq2seq", "lstm"])
+@pytest.mark.parametrize("name", ["decoder", pytest.param("seq2seq", marks=pytest.mark.slow), "lstm"])
 def test_half_takes_half_the_bytes_and_hardly_changes_anything(name):
     graphdef, params = build(name)
     exact = parse("w4a16-rtn-g48").apply(params)

@@ -16,8 +16,8 @@ from jaxlm.compression.quantize.float8 import Float8
 from jaxlm.compression.quantize.gptq import Gptq
 from jaxlm.compression.quantize.half_precision import HalfPrecision
 from jaxlm.compression.quantize.rtn import Quantize
-from jaxlm.compression.recipe import Recipe
-from jaxlm.compression.steps import LayerStep
+from jaxlm.compression.recipe import STEPS, Recipe, step_class
+from jaxlm.compression.steps import LayerStep, Step
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize, is_leaf
 from jaxlm.core.tree import flatten
@@ -100,6 +100,16 @@ def test_what_is_listed_is_what_there_is():
         recipe = parse(name.example)
         assert recipe.steps and Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
         assert (name.data == "needed") == any(isinstance(step, LayerStep) for step in recipe.steps) and name.meaning
+
+
+def test_every_step_can_be_stored_and_loaded():
+    def subclasses(kind):
+        return {each for sub in kind.__subclasses__() for each in {sub, *subclasses(sub)}}
+
+    loaded = {kind: step_class(kind) for kind in STEPS}
+    assert all(step.kind == kind for kind, step in loaded.items())
+    defined = {step for step in subclasses(Step) if step.__module__.startswith("jaxlm.") and hasattr(step, "kind")}
+    assert {step for step in defined if not step.__name__.startswith("_")} == set(loaded.values())
 
 
 @pytest.mark.parametrize("vnni", [True, False])

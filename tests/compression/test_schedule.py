@@ -130,7 +130,7 @@ def test_a_step_that_needs_calibration_is_refused():
     class Solved:
         kind = "gptq"
 
-    with pytest.raises(UserError, match="'mine': a gptq step cannot be trained through"):
+    with pytest.raises(UserError, match="'mine': a gptq step"):
         fake_compress(Recipe((Solved(),), name="mine"))
 
 

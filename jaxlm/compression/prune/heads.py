@@ -59,30 +59,40 @@ def prune_heads(
         shared = [each for each in prefixes if re.match(rf"{table.split('/')[0]}/layers/\d+/attn", each)]
         total = sum((scores[each] / _total(scores[each])).sum(0) for each in shared)
         scores |= {each: jnp.broadcast_to(total, scores[each].shape) for each in shared}
-    new, sizes = dict(leaves), {}
+    new, counts = dict(leaves), {}
     for prefix, score_LxGxR in scores.items():
-        groups, ratio = score_LxGxR.shape[-2:]
-        if by == "group":
-            kv = top_indices(score_LxGxR.sum(-1), remaining(groups, share, "key/value heads"))
-            query = kv[..., None] * ratio + jnp.arange(ratio)
-        else:
-            each = top_indices(score_LxGxR, remaining(ratio, share, "query heads of a key/value head"))
-            kv = jnp.broadcast_to(jnp.arange(groups), (*score_LxGxR.shape[:-2], groups))
-            query = jnp.arange(groups)[:, None] * ratio + each
-        query = query.reshape(*query.shape[:-2], -1)
+        query, kv = _chosen_heads(score_LxGxR, share, by)
         _keep_heads(new, prefix, query, kv, size, config.qk_norm == "width", means, grams, damping)
         side = prefix.split("/")[0]
-        sizes[side] = (query.shape[-1], kv.shape[-1])
+        counts[side] = (query.shape[-1], kv.shape[-1])
         if (table := f"{side}/rel/table") in leaves and prefix.endswith("/attn"):
             new[table] = select(leaves[table], query[0], -1)
+    return _with_heads(config, size, counts), replace_leaves(params, new)
+
+
+def _chosen_heads(score_LxGxR: jax.Array, share: float, by: Literal["group", "query"]) -> tuple[jax.Array, jax.Array]:
+    """The indices of the query heads and of the key/value heads that remain."""
+    groups, ratio = score_LxGxR.shape[-2:]
+    if by == "group":
+        kv = top_indices(score_LxGxR.sum(-1), remaining(groups, share, "key/value heads"))
+        query = kv[..., None] * ratio + jnp.arange(ratio)
+    else:
+        each = top_indices(score_LxGxR, remaining(ratio, share, "query heads of a key/value head"))
+        kv = jnp.broadcast_to(jnp.arange(groups), (*score_LxGxR.shape[:-2], groups))
+        query = jnp.arange(groups)[:, None] * ratio + each
+    return query.reshape(*query.shape[:-2], -1), kv
+
+
+def _with_heads(config: ModelConfig, size: int, counts: dict[str, tuple[int, int]]) -> ModelConfig:
+    """The configuration with heads of ``size`` dimensions, and for each side (query heads, key/value heads)."""
     changes = {"head_dim": size}
     if isinstance(config, Seq2SeqConfig):
-        changes |= {"heads": sizes["encoder"][0]}
-        changes |= {"decoder_heads": sizes["decoder"][0]} if config.decoder_heads else {}
+        changes |= {"heads": counts["encoder"][0]}
+        changes |= {"decoder_heads": counts["decoder"][0]} if config.decoder_heads else {}
     else:
-        changes |= {"heads": sizes["decoder"][0]}
-    changes |= {"kv_heads": sizes["decoder"][1]} if config.kv_heads else {}
-    return dataclasses.replace(config, **changes), replace_leaves(params, new)
+        changes |= {"heads": counts["decoder"][0]}
+    changes |= {"kv_heads": counts["decoder"][1]} if config.kv_heads else {}
+    return dataclasses.replace(config, **changes)
 
 
 def _total(score_LxGxR: jax.Array) -> jax.Array:

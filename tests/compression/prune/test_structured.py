@@ -15,7 +15,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, map_params
 from jaxlm.hf.directory import read_model, write_model
 from jaxlm.hf.writer import simplest_hf_config, to_hf_config
-from tests.compression.models import assert_whole, logits, make
+from tests.compression.models import assert_whole, logits, make, some
 
 
 def zeroed(params, pattern_axis_units):
@@ -45,7 +45,7 @@ def features(heads, size):
     return (np.asarray(heads)[..., None] * size + np.arange(size)).reshape(*np.shape(heads)[:-1], -1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma", "olmo2", "seq2seq-post-norm", "seq2seq-relative"])
+@pytest.mark.parametrize("name", some("llama", "gpt2", "olmo2", slow="gemma seq2seq-post-norm seq2seq-relative"))
 def test_heads_of_zeros_go_and_nothing_changes(name):
     config, params = make(name)
     size, groups = config.d_head, config.n_kv_heads
@@ -78,7 +78,7 @@ def test_heads_of_zeros_go_and_nothing_changes(name):
     same_logits((config, params), (new_config, new))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("name", some("llama", slow="qwen3-moe"))
 def test_query_heads_go_evenly(name):
     config, params = make(name, heads=6, kv_heads=2, head_dim=4)
     gone = np.array([[0, 5], [2, 4], [1, 3]])  # one of each group of three
@@ -118,7 +118,7 @@ def test_which_heads_go_follows_the_data_where_there_is_any():
 # Feed-forward channels and experts ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe", "seq2seq-unequal"])
+@pytest.mark.parametrize("name", some("gpt2", "qwen3-moe", slow="llama seq2seq-unequal"))
 def test_channels_of_zeros_go_and_nothing_changes(name):
     config, params = make(name)
     rng = np.random.default_rng(5)
@@ -207,16 +207,21 @@ def test_experts_that_no_token_goes_to_go():
     new = flatten(prune_experts(config, params, 0.2, mean_squares={down: square})[1])
     for layer, gone in ((0, 2), (1, 4)):
         np.testing.assert_array_equal(new[down][layer], np.delete(flatten(params)[down][layer], gone, 0))
-    with pytest.raises(UserError, match="1 experts would be left and each token goes to 2"):
+    with pytest.raises(UserError, match="1 experts .* 2"):
         prune_experts(config, params, 0.8)
 
 
 # Layers ---------------------------------------------------------------------------------------------------------------
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("name,side,layers", [
-    ("llama", "decoder", [1]), ("gemma", "decoder", [0]), ("gemma3", "decoder", [0, 2]), ("qwen3-moe", "decoder", [1]),
-    ("qwen3-moe", "decoder", [0]), ("seq2seq-pre-norm", "decoder", [0, 2]), ("seq2seq-rotary", "encoder", [0]),
+    ("gemma3", "decoder", [0, 2]), ("seq2seq-pre-norm", "decoder", [0, 2]),
+    pytest.param("llama", "decoder", [1], marks=SLOW), pytest.param("gemma", "decoder", [0], marks=SLOW),
+    pytest.param("qwen3-moe", "decoder", [1], marks=SLOW), pytest.param("qwen3-moe", "decoder", [0], marks=SLOW),
+    pytest.param("seq2seq-rotary", "encoder", [0], marks=SLOW),
 ])
 def test_layers_that_add_nothing_go_and_nothing_changes(name, side, layers):
     config, params = make(name)
@@ -266,7 +271,7 @@ def test_what_cannot_be_is_refused():
         (lambda: drop_layers(config, params, [0, 1, 2]), "layers 0 to 2"),
         (lambda: layers_to_drop(3, 3), "use 1 to 2"),
         (lambda: layers_to_drop(3, 1, [0.0]), "3 layers and 1 influences"),
-        (lambda: prune_heads(*make("seq2seq-unequal"), 0.5), "encoder have 8 dimensions|of the encoder"),
+        (lambda: prune_heads(*make("seq2seq-unequal"), 0.5), "of the encoder"),
         (lambda: drop_layers(*make("seq2seq-pre-norm", windows=(3, 0)), [0]), "different windows"),
     ):
         with pytest.raises(UserError, match=reason):
@@ -276,7 +281,9 @@ def test_what_cannot_be_is_refused():
         prune_ffn(config, nn.build(config, jax.random.key(0))[1], 0.5)
 
 
-@pytest.mark.parametrize("name,kind", [("llama", "llama"), ("gpt2", "gpt2"), ("seq2seq-pre-norm", "m2m_100")])
+@pytest.mark.parametrize("name,kind", [
+    ("llama", "llama"), pytest.param("gpt2", "gpt2", marks=SLOW), ("seq2seq-pre-norm", "m2m_100")
+])
 def test_pruned_models_are_saved_as_those_of_their_family(tmp_path, name, kind):
     config, params = make(name, **({"position_offset": 0} if name == "gpt2" else {}))
     config, params = drop_layers(*prune_ffn(config, params, 0.25), [1])

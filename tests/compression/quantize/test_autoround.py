@@ -20,7 +20,8 @@ from jaxlm.core import ops
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, coded_values, dequantize
 from jaxlm.core.tree import flatten
-from tests.compression.test_solvers import error, make, run
+from tests.compression.calibrated import error, make, run
+from tests.compression.models import some
 
 NAME = "mlp/down/kernel"
 
@@ -156,7 +157,7 @@ def test_padding_counts_for_nothing():
 LEARN = AutoRound(2, 16, iterations=40, tokens=64)
 
 
-@pytest.mark.parametrize("name", ["decoder", "moe", "seq2seq"])
+@pytest.mark.parametrize("name", some("decoder", slow="moe seq2seq"))
 def test_models_are_nearer_than_rounded_to_nearest(name):
     learned = run(name, Recipe((LEARN,)))
     assert error(name, learned.params) < 0.4 * error(name, run(name, "w2a16-rtn-g16").params)
@@ -168,10 +169,10 @@ def test_models_are_nearer_than_rounded_to_nearest(name):
 
 def test_the_seed_decides():
     config, _, params, calibration = make("decoder")
-    other = dataclasses.replace(LEARN, tokens=16)
-    first, second = run("decoder", Recipe((other,))), run("decoder", Recipe((other,)))
+    other = Recipe((dataclasses.replace(LEARN, tokens=16),))
+    first, second = (other.run(config, params, calibration) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
-    changed = Recipe((other,)).run(config, params, dataclasses.replace(calibration, seed=7))
+    changed = other.run(config, params, dataclasses.replace(calibration, seed=7))
     path = "decoder/layers/0/attn/q/kernel"
     assert not jnp.array_equal(flatten(first.params)[path].codes, flatten(changed.params)[path].codes)
 

@@ -21,6 +21,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize, is_leaf
 from jaxlm.core.tree import flatten
 from tests.compression.calibrated import CONFIGS, error, make, run
+from tests.compression.models import some
 
 FOLDS = {"decoder": 4, "moe": 4, "relu": 4, "seq2seq": 4}  # in the first layer
 
@@ -59,7 +60,7 @@ def test_what_cannot_be_folded_is_not():
     assert producers(activation="gelu") == ["attn_norm", "attn/v", "mlp_norm"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", some("decoder", "relu", slow="moe seq2seq"))
 def test_awq_is_better_than_rounding(name):
     rounded = parse("w3a16-rtn-g16").apply(make(name)[2])
     assert error(name, run(name, "w3a16-awq-g16").params) < 0.95 * error(name, rounded)
@@ -112,9 +113,12 @@ def test_smoothing_changes_nothing_and_helps_rounding(name):
     assert error(name, rounded.apply(smooth.params)) < 1.5 * error(name, rounded.apply(params))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("recipe", ["w8a8-static", "fp8-static"])
-def test_static_ranges_are_those_of_the_data(name, recipe):
+STATIC = [("w8a8-static", name) for name in CONFIGS] + [("fp8-static", "moe")]
+STATIC += [pytest.param("fp8-static", name, marks=pytest.mark.slow) for name in CONFIGS if name != "moe"]
+
+
+@pytest.mark.parametrize("recipe,name", STATIC)
+def test_static_ranges_are_those_of_the_data(recipe, name):
     done = run(name, recipe)
     leaves = [leaf for leaf in flatten(done.params).values() if isinstance(leaf, QArray)]
     assert leaves and all(leaf.act_scale.shape == (*leaf.codes.shape[:-2], 1, 1) for leaf in leaves)

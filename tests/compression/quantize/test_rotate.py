@@ -14,7 +14,7 @@ from jaxlm.compression.residual_stream import learned_positions, role
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, map_params
 from jaxlm.nn.positions import sinusoids
-from tests.compression.models import assert_whole, logits, make
+from tests.compression.models import assert_whole, logits, make, some
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 24, 28, 36, 44, 64, 96, 256, 704, 768])
@@ -32,10 +32,8 @@ def test_where_no_construction_is_known_there_are_blocks(n, block):
 
 
 REFUSED = {"post-norm": "post", "olmo2": "output", "gemma3": "sandwich", "seq2seq-unequal": "sandwich"}
-ROTATED = [
-    "untied", "gpt2", "gemma", "neox", "qwen3-moe", "no-bias-norm", "seq2seq-pre-norm", "seq2seq-relative",
-    "seq2seq-rotary",
-]
+ROTATED = some("gpt2", "qwen3-moe", "seq2seq-pre-norm",
+               slow="untied gemma neox no-bias-norm seq2seq-relative seq2seq-rotary")
 
 
 @pytest.mark.parametrize("name", ROTATED)
@@ -50,7 +48,7 @@ def test_the_logits_stay_as_they_were(name):
     assert new_config.norm == "rmsnorm" and not new_config.tie_embeddings
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("name", some("gpt2", slow="mixtral"))
 def test_norms_are_fused_in_the_basis_that_there_is(name):
     config, params = make(name)
     new_config, new = fuse_norms(config, params)
@@ -82,7 +80,7 @@ def test_what_else_cannot_be_rotated_is_refused():
         rotate(config, nn.build(config, jax.random.key(0))[1], jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", some("gpt2", slow="llama"))
 def test_one_number_before_the_head_leaves_the_embeddings_tied(name):
     config, params = make(name)
     params = map_params(lambda path, leaf: 0 * leaf + 1.5 if path.endswith("final_norm/scale") else leaf, params)
