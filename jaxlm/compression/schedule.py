@@ -1,6 +1,7 @@
 """Compression in training: weights that are used in their compressed form, and schedules of pruning.
 
-These are pure functions; ``training.compression_aware`` and ``training.optimizers.sparsity`` use them in the training step.
+These are pure functions; ``training.compression_aware`` and ``training.optimizers.sparsity`` use them in the training
+step.
 """
 
 from __future__ import annotations
