@@ -40,6 +40,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 _MOST_MAPPINGS = 30_000  # of the 65,530 that Linux allows a process
+_MOST_RESIDENT = 3 * 2**30  # bytes of one worker
 gc.set_threshold(200_000, 20, 50)  # tracing makes millions of small objects, and few of them are garbage
 
 
@@ -52,15 +53,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def free_programs():
-    """Compiled programs are dropped before their mappings of memory are as many as Linux allows a process, which the
-    compiler would abort."""
+    """Compiled programs stay for the modules that compile the same, until they take too much memory, or come near the
+    number of mappings that Linux allows a process, past which the compiler aborts it."""
     yield
-    with open("/proc/self/maps") as maps:
-        mappings = sum(1 for _ in maps)
-    if mappings > _MOST_MAPPINGS:
+    mappings = Path("/proc/self/maps").read_text().count("\n")
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if mappings > _MOST_MAPPINGS or resident > _MOST_RESIDENT:
         import jax  # after the environment is set
 
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
