@@ -28,7 +28,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         f"--xla_cpu_{_HURRY}",
     ]
 )
-# What one worker, child process or earlier run has compiled, the others load, as long as versions and flags are the same.
+# What one worker, child process or earlier run has compiled, the others load while versions and flags are the same.
 _CACHES = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _made_by = [sys.version, *(version(package) for package in ("jax", "jaxlib")), os.environ["XLA_FLAGS"]]
