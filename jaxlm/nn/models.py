@@ -20,15 +20,19 @@ __all__ = ["abstract", "build", "initializer"]
 _MODELS = {"decoder": DecoderLM, "seq2seq": Seq2Seq, "lstm": LSTMLM}
 
 
-@functools.lru_cache(maxsize=64)  # so that one configuration is traced, and its initializer compiled, once
+@functools.lru_cache(maxsize=64)  # a configuration is traced once, and jit compiles one function for it
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, Params, Callable[[jax.Array], Params]]:
+    def split(key):
+        return nnx.split(_MODELS[config.kind](config, keys=ParamKeys(key)))
+
+    graphdef, shapes = jax.eval_shape(split, jax.random.key(0))
+    return graphdef, shapes, lambda key: split(key)[1]
+
+
 def initializer(config: ModelConfig) -> tuple[nnx.GraphDef, Callable[[jax.Array], Params]]:
     """The model's structure, and the pure function from a key to its parameters (to ``jit`` with out_shardings)."""
-
-    def make(key):
-        return _MODELS[config.kind](config, keys=ParamKeys(key))
-
-    graphdef, _ = jax.eval_shape(lambda key: nnx.split(make(key)), jax.random.key(0))
-    return graphdef, lambda key: nnx.state(make(key))
+    graphdef, _, init = _structure(config)
+    return graphdef, init
 
 
 def build(config: ModelConfig, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
@@ -39,5 +43,5 @@ def build(config: ModelConfig, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
 
 def abstract(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
     """The model with shapes and dtypes in place of arrays; allocates nothing."""
-    graphdef, init = initializer(config)
-    return graphdef, jax.eval_shape(init, jax.random.key(0))
+    graphdef, shapes, _ = _structure(config)
+    return graphdef, jax.tree.map(lambda shape: shape, shapes)  # a tree of the caller's own
