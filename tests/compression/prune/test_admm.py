@@ -37,8 +37,15 @@ def test_it_is_near_the_best_of_all_masks(sparsity):
     assert np.mean(found) < 1.25 * np.mean(least) and np.mean(found) < 0.9 * np.mean(greedy)
 
 
-@pytest.mark.parametrize("sparsity", [0.8, (2, 4)])
-@pytest.mark.parametrize("grid", [None, IntegerGrid(4)])
+@pytest.mark.parametrize(
+    "sparsity,grid",
+    [
+        (0.8, None),
+        ((2, 4), IntegerGrid(4)),
+        pytest.param(0.8, IntegerGrid(4), marks=pytest.mark.slow),
+        pytest.param((2, 4), None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_solver_with_search_beats_one_without(sparsity, grid):
     w, h = naive.problem(24, 72)
     h[5], h[:, 5] = 0, 0

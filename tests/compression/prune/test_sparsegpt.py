@@ -9,7 +9,10 @@ from jaxlm.compression.quantize.rtn import IntegerGrid
 from tests.compression import naive
 
 
-@pytest.mark.parametrize("sparsity,pattern", [(0.5, None), (0.8, None), (None, (2, 4)), (None, (3, 8))])
+@pytest.mark.parametrize(
+    "sparsity,pattern",
+    [(0.5, None), (None, (2, 4)), (None, (3, 8)), pytest.param(0.8, None, marks=pytest.mark.slow)],
+)
 def test_sparsegpt_against_optimal_brain_surgeon_in_float64(sparsity, pattern):
     w, h = naive.problem(24, 70)
     h[5], h[:, 5] = 0, 0
@@ -23,8 +26,13 @@ def test_sparsegpt_against_optimal_brain_surgeon_in_float64(sparsity, pattern):
     np.testing.assert_allclose(info.loss, naive.loss(w64, expected, h64), rtol=1e-3)
 
 
-@pytest.mark.parametrize("sparsity", [0.5, (2, 4)])
-@pytest.mark.parametrize("group", [0, 32])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "sparsity,group",
+    [(0.5, 32), ((2, 4), 0), pytest.param(0.5, 0, marks=SLOW), pytest.param((2, 4), 32, marks=SLOW)],
+)
 def test_joint_quantization(sparsity, group):
     w, h = naive.problem(24, 72)
     solution = sparsegpt(w, h, grid=IntegerGrid(4), group=group, sparsity=sparsity, block=32)

@@ -23,17 +23,24 @@ def dense(codes, scale, zero, group):
     return np.asarray(IntegerGrid(8).values(codes, (scale, zero), group), np.float64)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "bits,group,symmetric,act_order,static",
+    "bits,group,symmetric,act_order,static,masked",
     [
-        (4, 32, False, True, True),  # 72 inputs: the last group is shorter
-        (3, 32, True, False, False),
-        (2, 24, False, False, False),
-        (2, 0, False, True, True),
-        (4, 0, True, False, False),
+        (4, 32, False, True, True, True),  # 72 inputs: the last group is shorter
+        (3, 32, True, False, False, False),
+        (2, 24, False, False, False, True),
+        (2, 0, False, True, True, False),
+        (4, 0, True, False, False, False),
+        pytest.param(4, 32, False, True, True, False, marks=SLOW),
+        pytest.param(3, 32, True, False, False, True, marks=SLOW),
+        pytest.param(2, 24, False, False, False, False, marks=SLOW),
+        pytest.param(2, 0, False, True, True, True, marks=SLOW),
+        pytest.param(4, 0, True, False, False, True, marks=SLOW),
     ],
 )
-@pytest.mark.parametrize("masked", [False, True])
 def test_gptq_against_optimal_brain_surgeon_in_float64(bits, group, symmetric, act_order, static, masked):
     w, h = naive.problem(24, 72, seed=bits)
     w[3], h[5], h[:, 5], h[40], h[:, 40] = 0, 0, 0, 0, 0  # an output of nothing, and two dead inputs
