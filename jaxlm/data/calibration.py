@@ -6,6 +6,7 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.batches.bitext import SentencePairs
+from jaxlm.data.batches.buckets import BucketShapes
 from jaxlm.data.batches.packing import token_stream
 from jaxlm.data.batches.shuffle import random_state
 from jaxlm.data.sources.spec import open_source
@@ -90,7 +91,7 @@ def _pairs(source: Bitext, tokenizer: Tokenizer, samples: int, seed: int) -> lis
     if len(source.src) > wanted:
         drawn = np.sort(random_state(seed, 0).choice(len(source.src), wanted, replace=False))
         source = Bitext(source.spec, [source.src[i] for i in drawn], [source.tgt[i] for i in drawn])
-    pairs = SentencePairs(source, tokenizer, _BUCKETS, _BATCH_TOKENS, keep_all=True)
+    pairs = SentencePairs(source, tokenizer, BucketShapes(_BUCKETS, _BATCH_TOKENS, extend=True))
     plan = pairs.plan(None, 0)
     batches = (pairs.batch(plan, k) for k in range(len(plan.bucket)))
     return [(batch["src"], batch["inputs"]) for batch in batches]

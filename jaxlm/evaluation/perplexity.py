@@ -20,6 +20,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.progress import Progress
 from jaxlm.data.batches.batch import Batch
 from jaxlm.data.batches.bitext import SentencePairs
+from jaxlm.data.batches.buckets import BucketShapes
 from jaxlm.data.batches.encoding import encode_documents
 from jaxlm.data.batches.packing import PackedDocuments, token_stream
 from jaxlm.data.sources.text_chunks import count_words_and_bytes
@@ -105,7 +106,7 @@ def pair_batches(
         raise UserError("the model has no tokenizer: put a tokenizer.json beside its config.json")
     tokens = (rows or _rows(lm, 64)) * 64
     pairs = SentencePairs(
-        source, lm.tokenizer, _BUCKETS, tokens, keep_all=True, source_language=source_language,
+        source, lm.tokenizer, BucketShapes(_BUCKETS, tokens, extend=True), source_language=source_language,
         target_language=language_into(lm, target_language),
         start_id=decoder_start_token(lm.config, generation_for_language(lm, target_language)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -109,12 +110,13 @@ def test_a_training_tells_before_its_first_step(tmp_path):
     from jaxlm.training.setup import prepare
 
     for name, texts in (("train", TRAIN), ("valid", FRESH), ("test", [*FRESH, TRAIN[0]])):
-        (tmp_path / name).write_text("\n".join(texts))
-        (tmp_path / f"{name}.de").write_text("\n".join(texts))
+        (tmp_path / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     TOKENIZER.save(tmp_path / "tokenizer")
-    data = DataConfig(**{name: f"bitext:{tmp_path / name},{tmp_path / name}.de" for name in ("train", "valid", "test")},
-                      tokenizer=str(tmp_path / "tokenizer"), buckets=(600,), cache=str(tmp_path / "cache"))
-    model = nn.preset("tiny", width=8, heads=1, ffn=8, encoder_layers=1, decoder_layers=1)
+    data = DataConfig(
+        **{name: f"jsonl:{tmp_path / name}" for name in ("train", "valid", "test")}, seq_len=32, batch_size=8,
+        tokenizer=str(tmp_path / "tokenizer"), cache=str(tmp_path / "cache"),
+    )
+    model = nn.DecoderConfig(width=8, heads=1, ffn=8, layers=1)
 
     def told(policy):
         changed = dataclasses.replace(data, contamination=policy)

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.batches.batch import Batch
-from jaxlm.data.batches.buckets import EpochPlan, bucket_rows, plan_epoch
+from jaxlm.data.batches.buckets import BucketShapes, EpochPlan, plan_epoch
 from jaxlm.data.batches.encoding import EncodedDocuments
 from jaxlm.data.batches.token_cache import hash_texts, load_or_build, write_arrays
 from jaxlm.data.sources.types import Bitext
@@ -27,32 +27,25 @@ class SentencePairs:
     """Encoded sentence pairs, their buckets, and batches of them."""
 
     def __init__(
-        self, source: Bitext, tokenizer: Tokenizer, buckets: tuple[int, ...], batch_tokens: int, *,
-        keep_all: bool, multiple: int = 1, source_language: str | None = None, target_language: str | None = None,
-        start_id: int | None = None, cache: str = "",
+        self, source: Bitext, tokenizer: Tokenizer, shapes: BucketShapes, *, source_language: str | None = None,
+        target_language: str | None = None, start_id: int | None = None, cache: str = "",
     ):
         """
         Args:
             source: the sentence pairs.
             tokenizer: must have pad and eos tokens.
-            buckets: padded lengths.
-            batch_tokens: padded tokens of a batch, counted on one side.
-            keep_all: whether pairs that fit no bucket go to longer buckets (each twice as long as the one before);
-                otherwise they are left out.
-            multiple: the number of rows of a batch is a multiple of it (devices, processes).
+            shapes: of the batches.
             source_language, target_language: see ``Tokenizer.encode_source`` and ``encode_target``.
             start_id: the first decoder input; None: the bos token of the tokenizer.
             cache: the directory of the token cache (``data.batches.token_cache``); "": none.
 
         Raises:
-            UserError: when there are no buckets, when the tokenizer lacks a special token, or when no pair fits.
+            UserError: when the tokenizer lacks a special token, or when no pair fits a bucket.
         """
         roles = ("pad", "bos", "eos") if start_id is None else ("pad", "eos")
         missing = [role for role in roles if getattr(tokenizer, f"{role}_id") is None]
         if missing:
             raise UserError(f"the tokenizer has no {' or '.join(missing)} token, which translation needs; use another")
-        if not buckets or min(buckets) < 2:
-            raise UserError(f"data.buckets is {buckets}; give padded lengths of at least 2, such as (16, 32, 64)")
         self._pad, self._start = tokenizer.pad_id, tokenizer.bos_id if start_id is None else start_id
         fingerprint = tokenizer.fingerprint() if cache else ""
         self._src = _Sentences(
@@ -64,17 +57,15 @@ class SentencePairs:
             f"target {target_language} {fingerprint}",
         )
         length = np.maximum(self._src.lengths, self._tgt.lengths)[:-1]
-        self._buckets = sorted(set(buckets))
-        while keep_all and self._buckets[-1] < length.max():
-            self._buckets.append(2 * self._buckets[-1])
-        self._bucket_of = np.searchsorted(self._buckets, length)
-        self._used = np.flatnonzero(self._bucket_of < len(self._buckets))
+        self._lengths = shapes.up_to(length.max())
+        self._bucket_of = np.searchsorted(self._lengths, length)
+        self._used = np.flatnonzero(self._bucket_of < len(self._lengths))
         self._longest = int(length.max())
         if not len(self._used):
             raise UserError(
-                f"no pair of {source.spec!r} fits the longest bucket, {self._buckets[-1]} tokens; raise data.buckets"
+                f"no pair of {source.spec!r} fits the longest bucket, {self._lengths[-1]} tokens; raise data.buckets"
             )
-        self._rows = [bucket_rows(length, batch_tokens, multiple) for length in self._buckets]
+        self._rows = [shapes.rows(length) for length in self._lengths]
 
     def __len__(self) -> int:
         """The number of pairs in an epoch."""
@@ -84,7 +75,7 @@ class SentencePairs:
     def shapes(self) -> list[tuple[int, int]]:
         """The shapes (rows, length) of the batches that occur, shortest first."""
         occurring = np.unique(self._bucket_of[self._used])
-        return [(self._rows[bucket], self._buckets[bucket]) for bucket in occurring]
+        return [(self._rows[bucket], self._lengths[bucket]) for bucket in occurring]
 
     def plan(self, seed: int | None, epoch: int) -> EpochPlan:
         """The batches of an epoch; see ``plan_epoch``."""
@@ -97,7 +88,7 @@ class SentencePairs:
         Rows beyond the last pair have weight 0 and hold an empty pair, because each row needs a token to attend to.
         """
         bucket = plan.bucket[k]
-        length, rows = self._buckets[bucket], self._rows[bucket] // num_shards
+        length, rows = self._lengths[bucket], self._rows[bucket] // num_shards
         pairs_B = np.full(rows, len(self._bucket_of))  # the empty pair
         pairs = plan.examples(k)[shard * rows:(shard + 1) * rows]
         pairs_B[:len(pairs)] = pairs
@@ -112,7 +103,7 @@ class SentencePairs:
         """Figures of an epoch: ``too_long`` counts the pairs that are left out; ``efficiency`` is the share of tokens
         that are not padding."""
         plan = self.plan(None, 0)
-        padded = 2 * sum(self._rows[bucket] * self._buckets[bucket] for bucket in plan.bucket)
+        padded = 2 * sum(self._rows[bucket] * self._lengths[bucket] for bucket in plan.bucket)
         src, tgt = (int(side.lengths[self._used].sum()) for side in (self._src, self._tgt))
         return {
             "pairs": len(self._used), "too_long": len(self._bucket_of) - len(self._used), "longest": self._longest,
@@ -131,7 +122,7 @@ class SentencePairs:
         if total == used:
             return []
         return [
-            f"{total - used:,} of {total:,} pairs are longer than {self._buckets[-1]} tokens (the longest: "
+            f"{total - used:,} of {total:,} pairs are longer than {self._lengths[-1]} tokens (the longest: "
             f"{self._longest}) and are left out of training; raise data.buckets to keep them"
         ]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxlm.core.errors import UserError
 from jaxlm.data.batches.shuffle import random_state
 
 
@@ -17,6 +18,39 @@ def bucket_rows(length: int, batch_tokens: int, multiple: int) -> int:
         if rows := batch_tokens // length // unit * unit:
             return rows
     return multiple
+
+
+@dataclass(frozen=True)
+class BucketShapes:
+    """The shapes of the batches of sentence pairs.
+
+    Attributes:
+        lengths: padded lengths.
+        batch_tokens: padded tokens of a batch, counted on one side.
+        extend: whether pairs that fit no length get longer buckets (each twice as long as the one before); otherwise
+            they are left out.
+        multiple: the number of rows of a batch is a multiple of it (devices, processes).
+    """
+
+    lengths: tuple[int, ...]
+    batch_tokens: int
+    extend: bool
+    multiple: int = 1
+
+    def __post_init__(self):
+        if not self.lengths or min(self.lengths) < 2:
+            raise UserError(f"data.buckets is {self.lengths}; give padded lengths of at least 2, such as (16, 32, 64)")
+
+    def up_to(self, longest: int) -> list[int]:
+        """The lengths of the buckets, shortest first, for examples of up to ``longest`` tokens."""
+        lengths = sorted(set(self.lengths))
+        while self.extend and lengths[-1] < longest:
+            lengths.append(2 * lengths[-1])
+        return lengths
+
+    def rows(self, length: int) -> int:
+        """The rows of a batch of a bucket; see ``bucket_rows``."""
+        return bucket_rows(length, self.batch_tokens, self.multiple)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from jaxlm.core.errors import UserError
 from jaxlm.data.batches.batch import Batch
 from jaxlm.data.batches.bitext import SentencePairs
-from jaxlm.data.batches.buckets import EpochPlan
+from jaxlm.data.batches.buckets import BucketShapes, EpochPlan
 from jaxlm.data.batches.encoding import EncodedDocuments
 from jaxlm.data.batches.mixture import MixedRows
 from jaxlm.data.batches.packing import PackedDocuments, Windows
@@ -58,10 +58,8 @@ def make_loader(
     shard = (process_index, process_count)
     multiple = math.lcm(row_multiple, process_count)
     if isinstance(source, Bitext):
-        pairs = SentencePairs(
-            source, tokenizer, config.buckets, config.batch_tokens, keep_all=not train, multiple=multiple,
-            cache=config.cache,
-        )
+        shapes = BucketShapes(config.buckets, config.batch_tokens, extend=not train, multiple=multiple)
+        pairs = SentencePairs(source, tokenizer, shapes, cache=config.cache)
         return PairLoader(pairs, seed, config.prefetch, *shard)
     if config.seq_len < 1 or config.batch_size < 1:
         raise UserError(f"data.seq_len {config.seq_len} and data.batch_size {config.batch_size} must both be positive")

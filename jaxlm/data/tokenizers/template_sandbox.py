@@ -128,46 +128,23 @@ def _compiled(template: str, mark_generation: bool) -> jinja2.Template:
 
 @lru_cache(maxsize=2)
 def _environment(mark_generation: bool) -> jinja2.Environment:
+    from jinja2.ext import loopcontrols
+
+    environment = _environment_class()(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_generation_extension(mark_generation), loopcontrols]
+    )
+    environment.filters.update(tojson=_tojson, counted=_counted)
+    environment.globals.update(
+        raise_exception=_raise_exception, strftime_now=lambda form: datetime.now().strftime(form),
+        namespace=_namespace_class(),
+    )
+    return environment
+
+
+def _environment_class() -> type[jinja2.Environment]:
+    """Classes are made in functions, because jinja2 is imported only when a template runs."""
     import jinja2
-    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """A {% generation %} block holds what the model said; ``mark_generation`` puts marks around it."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            if mark_generation:
-                begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in _MARKS)
-                body = [begin, *body, end]
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    class Namespace(jinja2.utils.Namespace):
-        """A namespace that refuses names with a leading underscore."""
-
-        def __init__(*args: Any, **kwargs: Any):
-            self, *rest = args
-            values = dict(*rest, **kwargs)
-            for name in values:
-                _check_name(name)
-            jinja2.utils.Namespace.__init__(self, values)
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            _check_name(name)
-            super().__setitem__(name, value)
-
-    def raise_exception(message: Any) -> None:
-        raise jinja2.TemplateError(str(message))
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        """As in transformers; Jinja's own filter escapes <, > and &."""
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     class Environment(ImmutableSandboxedEnvironment):
         """Counts iterations of loops and calls, and refuses sums and products that would fill the memory."""
@@ -189,14 +166,60 @@ def _environment(mark_generation: bool) -> jinja2.Environment:
                 raise UserError(f"the chat template makes something longer than {_MAX_LENGTH:,}; use another template")
             return super().call_binop(context, operator, left, right)
 
-    environment = Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters.update(tojson=tojson, counted=_counted)
-    environment.globals.update(
-        raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form), namespace=Namespace
-    )
-    return environment
+    return Environment
+
+
+def _generation_extension(mark: bool) -> type:
+    import jinja2
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """A {% generation %} block holds what the model said; ``mark`` puts marks around it."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if mark:
+                begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in _MARKS)
+                body = [begin, *body, end]
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    return Generation
+
+
+def _namespace_class() -> type:
+    import jinja2
+
+    class Namespace(jinja2.utils.Namespace):
+        """A namespace that refuses names with a leading underscore."""
+
+        def __init__(*args: Any, **kwargs: Any):
+            self, *rest = args
+            values = dict(*rest, **kwargs)
+            for name in values:
+                _check_name(name)
+            jinja2.utils.Namespace.__init__(self, values)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _check_name(name)
+            super().__setitem__(name, value)
+
+    return Namespace
+
+
+def _raise_exception(message: Any) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(str(message))
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As in transformers; Jinja's own filter escapes <, > and &."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _check_name(name: Any) -> None:

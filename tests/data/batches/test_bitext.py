@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.batches.bitext import SentencePairs
-from jaxlm.data.batches.buckets import bucket_rows
+from jaxlm.data.batches.buckets import BucketShapes, bucket_rows
 from jaxlm.data.sources.types import Bitext
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ LENGTHS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1
 @given(LENGTHS, st.one_of(st.none(), st.integers(0, 5)), st.sampled_from([1, 2, 3]))
 def test_an_epoch_holds_every_pair_exactly_once(lengths, seed, multiple):
     source = corpus(lengths)
-    pairs = SentencePairs(source, TOKENIZER, (4, 8), 40, keep_all=True, multiple=multiple)
+    pairs = SentencePairs(source, TOKENIZER, BucketShapes((4, 8), 40, True, multiple))
     plan = pairs.plan(seed, 0)
     found = []
     for k in range(len(plan.bucket)):
@@ -63,9 +63,9 @@ def test_training_leaves_out_only_what_is_too_long_and_says_so(lengths):
     short = [pair for pair in lengths if max(pair) < 8]
     if not short:
         with pytest.raises(UserError, match="no pair of 'bitext:a,b' fits the longest bucket, 8 tokens; raise"):
-            SentencePairs(corpus(lengths), TOKENIZER, (4, 8), 40, keep_all=False)
+            SentencePairs(corpus(lengths), TOKENIZER, BucketShapes((4, 8), 40, False))
         return
-    pairs = SentencePairs(corpus(lengths), TOKENIZER, (8, 4), 40, keep_all=False)
+    pairs = SentencePairs(corpus(lengths), TOKENIZER, BucketShapes((8, 4), 40, False))
     report, left_out = pairs.report(), len(lengths) - len(short)
     assert (report["pairs"], report["too_long"]) == (len(short), left_out)
     assert report["longest"] == max(map(max, lengths)) + 1
@@ -79,7 +79,7 @@ def test_training_leaves_out_only_what_is_too_long_and_says_so(lengths):
 
 
 def test_a_pair_goes_to_the_smallest_bucket_that_holds_both_sides_and_eos():
-    pairs = SentencePairs(corpus([(3, 3), (4, 0), (0, 4), (7, 7), (8, 0)]), TOKENIZER, (4, 8), 16, keep_all=True)
+    pairs = SentencePairs(corpus([(3, 3), (4, 0), (0, 4), (7, 7), (8, 0)]), TOKENIZER, BucketShapes((4, 8), 16, True))
     plan = pairs.plan(None, 0)
     shapes = {}
     for k in range(len(plan.bucket)):
@@ -91,14 +91,14 @@ def test_a_pair_goes_to_the_smallest_bucket_that_holds_both_sides_and_eos():
 
 def test_without_a_seed_pairs_keep_their_order_in_a_bucket():
     source = corpus([(9, i % 5) for i in range(40)])
-    pairs = SentencePairs(source, TOKENIZER, (10,), 80, keep_all=True)
+    pairs = SentencePairs(source, TOKENIZER, BucketShapes((10,), 80, True))
     plan = pairs.plan(None, 0)
     found = sum((pairs_in(pairs.batch(plan, k)) for k in range(len(plan.bucket))), [])
     assert [src for src, _ in found] == source.src
 
 
 def test_shuffling_mixes_buckets_and_differs_by_epoch_and_seed():
-    pairs = SentencePairs(corpus([(i % 8, i % 8) for i in range(200)]), TOKENIZER, (2, 4, 8), 32, keep_all=True)
+    pairs = SentencePairs(corpus([(i % 8, i % 8) for i in range(200)]), TOKENIZER, BucketShapes((2, 4, 8), 32, True))
     plans = [pairs.plan(seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
     orders = [plan.order.tolist() for plan in plans]
     assert orders[0] == orders[3] and len(set(map(tuple, orders))) == 3
@@ -109,7 +109,7 @@ def test_shuffling_mixes_buckets_and_differs_by_epoch_and_seed():
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_parts_of_a_batch_are_its_rows(parts):
-    pairs = SentencePairs(corpus([(i % 8, i % 8) for i in range(75)]), TOKENIZER, (4, 8), 32, keep_all=True, multiple=4)
+    pairs = SentencePairs(corpus([(i % 8, i % 8) for i in range(75)]), TOKENIZER, BucketShapes((4, 8), 32, True, 4))
     plan = pairs.plan(0, 0)
     for k in range(len(plan.bucket)):
         whole, slices = pairs.batch(plan, k), [pairs.batch(plan, k, part, parts) for part in range(parts)]
@@ -127,10 +127,10 @@ def test_rows_of_a_bucket():
 def test_mistakes():
     source = corpus([(3, 3)])
     with pytest.raises(UserError, match=r"data.buckets is \(1, 8\); give padded lengths of at least 2"):
-        SentencePairs(source, TOKENIZER, (1, 8), 64, keep_all=True)
+        SentencePairs(source, TOKENIZER, BucketShapes((1, 8), 64, True))
     with pytest.raises(UserError, match="data.buckets is"):
-        SentencePairs(source, TOKENIZER, (), 64, keep_all=True)
+        SentencePairs(source, TOKENIZER, BucketShapes((), 64, True))
     bare = Tokenizer.train(["abcdefghij"], "char")
     bare.pad_id = bare.eos_id = None
     with pytest.raises(UserError, match="the tokenizer has no pad or eos token, which translation needs; use another"):
-        SentencePairs(source, bare, (8,), 64, keep_all=True)
+        SentencePairs(source, bare, BucketShapes((8,), 64, True))
