@@ -12,10 +12,6 @@ SLOW = {
     "checkpoint/test_storage": r"no_change_to_the_metadata.*\[huffman\]",
     "cli/test_commands": r"compress_fits_budgets|kv_cache_is_an_option",
     "compression/fit/test_budget": r"\[(moe|seq2seq)\]",
-    "inference/engine/test_engine": r"of_generate.*\[(learned|relative|local|int4|fp8)\]|change_nothing\[3\]|many_devices|"
-                             r"warming_up\[mesh\]|guesses_for_itself",
-    "inference/test_translate": r"still_open.*\[int4\]",
-    "launch/test_notebooks": r"it_runs",
     "serving/test_schema": r"whatever_the_schema",
 }
 

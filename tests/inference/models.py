@@ -7,10 +7,12 @@ from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxlm import nn
+from jaxlm.core.tree import Params, flatten, unflatten
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.inference.generation_config import PLAIN, GenerationConfig
 
@@ -34,12 +36,35 @@ def letters() -> Tokenizer:
     return Tokenizer.train([LETTERS], kind="char")
 
 
-def handle(config, *, seed: int = 0, sharpen: float = 1.0, **changes) -> Handle:
+def random_params(config, *, seed: int = 0) -> tuple[nnx.GraphDef, Params]:
+    """A model with random weights of about the scale of ``nn.build``, made by NumPy: nothing is compiled for it."""
+    rng = np.random.default_rng(seed)
+    graphdef, like = nn.abstract(config)
+    table_std = config.width**-0.5 if getattr(config, "embed_scale", False) else 0.02
+
+    def make(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        *_, layer, kind = path.split("/")
+        if kind in ("scale", "bias"):
+            return np.full(shape, kind == "scale", np.float32)
+        std = table_std if kind == "table" else shape[-2] ** -0.5 * (0.5 if layer in ("o", "down") else 1)
+        return rng.normal(scale=std, size=shape).astype(np.float32)
+
+    values = {path: jnp.asarray(make(path, leaf.shape)) for path, leaf in flatten(like).items()}
+    return graphdef, unflatten(like, values)
+
+
+def handle(config, *, seed: int = 1, sharpen: float = 1.0, **changes) -> Handle:
     """An untrained model over ``letters``; weights times ``sharpen``, so that its choices differ by context."""
     tokenizer = letters()
     config = replace(config, vocab_size=tokenizer.vocab_size, **changes)
-    graphdef, params = nn.build(config, jax.random.key(seed))
+    graphdef, params = random_params(config, seed=seed)
     return Handle(config, graphdef, jax.tree.map(lambda x: x * sharpen, params), tokenizer)
+
+
+def with_config(lm: Handle, **changes) -> Handle:
+    """The same program and parameters under another configuration: for what is decided outside the program, such as
+    the end token, and for models that are refused before anything is computed."""
+    return replace(lm, config=replace(lm.config, **changes))
 
 
 NEVER = 999  # as the end token: no model says it
@@ -71,11 +96,11 @@ def _logits(graphdef, params, *arrays):
 
 
 def full_logits(lm: Handle, tokens: list[int], src: list[int] | None = None) -> np.ndarray:
-    """Logits after each of ``tokens`` from one uncached pass: causality hides the padding behind them."""
+    """Logits after each of ``tokens`` from one uncached pass. The padding behind them is hidden from all of them."""
     learned = getattr(lm.config, "positions", "") == "learned"
-    padded = np.zeros((1, min(LENGTH, lm.config.max_positions) if learned else LENGTH), np.int32)
-    padded[0, : len(tokens)] = tokens
-    arrays = (padded,) if src is None else (np.asarray([src], np.int32), padded)
+    length = min(LENGTH, lm.config.max_positions) if learned else LENGTH
+    rows = [tokens] if src is None else [src, tokens]
+    arrays = [np.array([[*row, *[lm.config.pad_id] * (length - len(row))]], np.int32) for row in rows]
     return np.asarray(_logits(lm.graphdef, lm.params, *arrays))[0, : len(tokens)]
 
 

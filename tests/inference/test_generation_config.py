@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 
-import jax
 import pytest
 
 import jaxlm
@@ -13,6 +12,7 @@ from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.hf.directory import read_generation
 from jaxlm.inference.generation_config import PLAIN, GenerationConfig
+from tests.inference.models import random_params
 
 FILE = {
     "bos_token_id": 1, "pad_token_id": 0, "eos_token_id": [2, 7], "do_sample": True, "temperature": 0.6, "top_p": 0.9,
@@ -36,7 +36,7 @@ def test_a_file_is_read_and_written_back(tmp_path):
     generation.check()
     assert generation.notes() == ["chat_format in generation_config.json: unknown settings, without effect"]
     config = nn.DecoderConfig(vocab_size=11, width=8, heads=2, layers=1)
-    lm = jaxlm.LM(config, *nn.build(config, jax.random.key(0)), generation=generation)
+    lm = jaxlm.LM(config, *random_params(config), generation=generation)
     for path in (lm.save(tmp_path / "saved"), lm.export(tmp_path / "exported")):
         again = jaxlm.load(path)
         assert again.generation == generation and again.info["notes"] == generation.notes()

@@ -1,4 +1,4 @@
-"""Every notebook runs from its first cell to its last, and is kept without outputs."""
+"""Every notebook runs from its first cell to its last, and is stored without outputs."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def test_it_is_kept_clean(path):
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -44,7 +45,7 @@ def test_it_runs(path, tmp_path, monkeypatch):
 
 
 def _model(directory: Path) -> Path:
-    """A model with random weights, and a text beside it, in place of what the notebooks fetch."""
+    """A model with random weights, with a text beside it, in place of the ones that the notebooks download."""
     (directory / "text.txt").write_text(TEXT * 200)
     tokenizer = Tokenizer.train([TEXT], vocab_size=300)
     config = nn.DecoderConfig(vocab_size=tokenizer.vocab_size, width=64, heads=2, kv_heads=2, ffn=128, layers=2,

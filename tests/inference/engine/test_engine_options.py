@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 
@@ -16,14 +16,14 @@ from jaxlm.inference.decoding import generate_tokens
 from jaxlm.inference.engine.engine import Engine
 from jaxlm.inference.engine.requests import Constraint, Request
 from tests.inference.engine.serving import serve
-from tests.inference.models import Handle, decoder, full_logits, lstm
+from tests.inference.models import Handle, decoder, full_logits, random_params, with_config
 
 PROMPT, OTHER = (5, 6, 9), (7, 7, 21, 4, 12)
 
 
 @pytest.fixture(scope="module")
 def lm():
-    return decoder(eos_id=2)
+    return with_config(decoder(), eos_id=2)
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +109,14 @@ def test_json_keeps_to_its_schema():
     pytest.importorskip("llguidance")
     bpe = Tokenizer.train(['{"age": 12}'], vocab_size=264)
     config = nn.DecoderConfig(vocab_size=bpe.vocab_size, width=8, heads=2, ffn=8, layers=1)
-    small = Handle(config, *nn.build(config, jax.random.key(0)), bpe)
+    small = Handle(config, *random_params(config), bpe)
     schema = {
         "type": "object", "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["age"],
         "additionalProperties": False,
     }
     options = {"temperature": 1.0, "n": 3, "seed": 1}
     asked = [Request((9,), 30, constraint=Constraint(json=form), **options) for form in (schema, json.dumps(schema))]
-    for answer in answers(Engine(small, slots=3, context=64), *asked):
+    for answer in answers(Engine(small, slots=3, context=64, page_size=4, prefill_chunk=16), *asked):
         assert answer.finish == "stop" and 0 <= json.loads(answer.text)["age"] <= 99
         assert answer.text.startswith('{"age":')
 
@@ -176,9 +176,10 @@ def test_mistakes_are_named_and_nothing_is_queued(engine, options, named):
 
 def test_models_and_options_that_are_of_no_use_are_refused():
     for lm, options, named in (
-        (lstm(), {}, "kind 'lstm'"), (decoder(), {"slots": 0}, "slots"),
+        (replace(decoder(), config=nn.LSTMConfig()), {}, "kind 'lstm'"), (decoder(), {"slots": 0}, "slots"),
+        (decoder(), {"guesses": 2}, "num_draft_tokens"), (decoder(), {"slot": 2}, "slots"),
         (decoder(), {"num_pages": 3, "context": 64}, "3 pages"),
-        (decoder(positions="learned", max_positions=32), {"context": 64}, "give 2 to 32"),
+        (with_config(decoder(), positions="learned", max_positions=32), {"context": 64}, "give 2 to 32"),
     ):
         with pytest.raises(UserError, match=named):
             Engine(lm, **options)

@@ -7,27 +7,26 @@ from collections import Counter
 import jax
 import numpy as np
 import scipy.stats
-from flax import nnx
 
 from jaxlm import nn
 from jaxlm.inference.engine.engine import Engine
 from jaxlm.inference.engine.requests import Request
 from tests.inference.engine.serving import serve
-from tests.inference.models import Handle
+from tests.inference.models import Handle, full_logits, random_params
 
-PROMPT, SAMPLES, KEPT = (3, 1, 4), 3000, 4
+PROMPT, SAMPLES, KEPT = (3, 1, 4), 1000, 4
 
 
 def tiny(seed: int) -> Handle:
     config = nn.DecoderConfig(vocab_size=6, width=8, heads=2, ffn=8, layers=1, eos_id=9)
-    graphdef, params = nn.build(config, jax.random.key(seed))
+    graphdef, params = random_params(config, seed=seed)
     return Handle(config, graphdef, jax.tree.map(lambda x: x * 3, params), None)
 
 
 def joint(lm: Handle) -> dict[tuple[int, int], float]:
     """Of two tokens, the likeliest ``KEPT`` at a time."""
     def after(tokens):
-        logits = np.asarray(nnx.merge(lm.graphdef, lm.params)(np.array([tokens]))[0, -1], np.float64)
+        logits = full_logits(lm, tokens)[-1].astype(np.float64)
         logits[np.argsort(logits)[:-KEPT]] = -np.inf
         return np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
 
