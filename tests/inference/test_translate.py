@@ -43,8 +43,8 @@ def test_batch_mates_and_order_change_nothing():
 
 @pytest.mark.parametrize("kv_cache", ["full", pytest.param("int4", marks=pytest.mark.slow)])
 def test_the_sentences_that_are_still_open_go_on_among_themselves(kv_cache, monkeypatch):
-    """A few are far longer than the others, which end before the loop stops for the first time; some end before it stops
-    again. The reference is a loop that does not stop."""
+    """Most texts end before the loop stops for the first time, and some before it stops again. The reference is a loop
+    that does not stop."""
     lm = seq2seq(eos_id=NEVER, kv_cache=kv_cache, decoder_layers=1)
     limits = [20, 130, 32, 60, 33, 7, 120, 32, 9]
     sources = [[3 + i, 5, 6 + i, 2] for i in range(len(limits))]

@@ -1,12 +1,13 @@
-"""Every method beside its authors' code, on a small Llama trained on books.
+"""Every compression method beside its authors' code, on a small Llama trained on books.
 
     python tests/benchmarks/compression/compression_reference.py [--only GPTQ] [--json FILE]
-    python tests/benchmarks/compression/compression_reference.py --show FILE        # what --json wrote, as the table of README
+    python tests/benchmarks/compression/compression_reference.py --show FILE
 
-Reads JAXLM_SHARED: the model, calibration and evaluation tokens, and reference/compression.json with the authors'
-perplexities and seconds under the same protocol. Prints a row for each of theirs: perplexity of both, how much ours is
-above theirs, and the seconds of both (ours with calibration, compiled before: the second of two runs). Methods of ours
-that have no row there are set beside the authors' GPTQ on the same grid, and left out of the mean.
+JAXLM_SHARED names the directory of the model, of the calibration and evaluation tokens, and of
+reference/compression.json with the perplexities and seconds of the authors' code under the same protocol. Prints a row
+for each reference: both perplexities, how far jaxlm's is above the authors', and the seconds of both (jaxlm's include
+calibration and are those of the second of two runs, so that compilation is left out). Methods without a reference are
+compared with the authors' GPTQ on the same grid, and left out of the mean. ``--show`` prints the table of a JSON file.
 """
 
 from __future__ import annotations

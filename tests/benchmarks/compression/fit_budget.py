@@ -1,11 +1,12 @@
-"""What choosing bits for each kernel gains over the same for all, on a small Llama trained on books.
+"""What a fit of the bits to each kernel gains over the same bits for all kernels, on a small Llama trained on books.
 
     python tests/benchmarks/compression/fit_budget.py [--bits 2.5,3.5] [--json FILE] [--table]
 
-Reads JAXLM_SHARED: the model, calibration and evaluation tokens, of the protocol in reference/README.md. For each
-uniform GPTQ recipe: its bits a weight as stored (float32 scales and zero points included), its perplexity, that of the
-same grids with the clip search and sweeps that fitted kernels get, and that of the model fitted to exactly its bytes.
-Then the fitted models of sizes in between.
+JAXLM_SHARED names the directory of the model and of the calibration and evaluation tokens; reference/README.md there
+describes the protocol. For each uniform GPTQ recipe it prints the bits of a weight as stored (float32 scales and zero
+points included), the perplexity, the perplexity of the same grids with the clip search and the sweeps that fitted
+kernels get, and that of the model that was fitted to exactly as many bytes. Then it prints fitted models of the sizes
+in between.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ def main() -> None:
     for name, (bits, group) in UNIFORM.items():
         if args.only in name:
             size, plain = score(run(parse(name)))
-            step = MixedPrecision(tuple(KernelChoice(kernel, bits, group) for kernel in seen.options), **dataclasses.asdict(SOLVER))
+            choices = tuple(KernelChoice(kernel, bits, group) for kernel in seen.options)
+            step = MixedPrecision(choices, **dataclasses.asdict(SOLVER))
             _, searched = score(run(Recipe((step,))))
             rows.append({"uniform": name, "bits": size, "plain": plain, "searched": searched} | fitted(size))
             show(rows[-1])

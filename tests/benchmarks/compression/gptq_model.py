@@ -1,12 +1,13 @@
 """GPTQ of a whole model by jaxlm and by the authors' PyTorch code, in turn: seconds, peak memory, and perplexity.
 
-    python tests/benchmarks/compression/gptq_model.py --gptq DIR [--rounds 3]    # a checkout of IST-DASLab/gptq; needs transformers
+    python tests/benchmarks/compression/gptq_model.py --gptq DIR [--rounds 3]
 
-int4 in groups of 128, asymmetric, act-order with static groups, 128 windows of 256 tokens. Reads JAXLM_SHARED: the
-model, its calibration and evaluation tokens. Each run is in a process of its own, which loads the model, compresses it
-once to warm up (jaxlm compiles then) and once for the clock. The authors' solver is driven as their llama.py does it:
-layer by layer, a window at a time, inputs gathered by hooks, then outputs anew with the rounded weights. Memory is the
-largest resident set while compressing, less that before it.
+DIR is a checkout of IST-DASLab/gptq; transformers is needed. Both quantize to int4 in groups of 128, asymmetric,
+act-order with static groups, and calibrate with 128 windows of 256 tokens. JAXLM_SHARED names the directory of the
+model and of its calibration and evaluation tokens. Each run is a process of its own, which loads the model, compresses
+it once to warm up (jaxlm compiles then), and once for the measurement. The authors' solver is driven as their llama.py
+does it: layer by layer, one window at a time; hooks gather the inputs of a layer, and its outputs are computed anew
+with the rounded weights. Memory is the largest resident set while compressing, less the resident set before.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ import time
 from pathlib import Path
 
 import numpy as np
-from load_checkpoint import memory
 
 SHARED = Path(os.environ.get("JAXLM_SHARED") or Path(__file__).parents[4] / "shared")
 MODEL, BOOKS = SHARED / "models/books-llama", SHARED / "data/books"
+
+
+def memory(field: str) -> int:
+    """A figure of /proc/self/status for this process, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def ours() -> None:

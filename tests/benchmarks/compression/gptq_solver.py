@@ -1,10 +1,10 @@
-"""Our solver against the authors' PyTorch code on one matrix, in this run, in turn: seconds and what they reach.
+"""The GPTQ and SparseGPT solvers of jaxlm and the authors' PyTorch code on one matrix, in turn: seconds and loss.
 
-    python tests/benchmarks/compression/gptq_solver.py --gptq DIR            # a checkout of IST-DASLab/gptq; needs torch
+    python tests/benchmarks/compression/gptq_solver.py --gptq DIR            # a checkout of IST-DASLab/gptq
     python tests/benchmarks/compression/gptq_solver.py --sparsegpt DIR       # a checkout of IST-DASLab/sparsegpt
 
-GPTQ: int4, groups of 128, asymmetric, act-order with static groups; SparseGPT: half of the weights. The inputs are
-correlated, as those of a layer are. "loss" is ``tr((W - Q) H (W - Q)^T)``, a mean over tokens.
+torch is needed. GPTQ: int4, groups of 128, asymmetric, act-order with static groups; SparseGPT: half of the weights.
+The inputs are correlated, like those of a real layer. "loss" is ``tr((W - Q) H (W - Q)^T)``, the mean over tokens.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Entropy coding: how small against the entropy and zstd, how fast, and what it makes of a bfloat16 checkpoint.
+"""Entropy coding: its size against the entropy and against zstd, its speed, and its effect on a bfloat16 checkpoint.
 
-    python tests/benchmarks/compression/huffman.py                  # $JAXLM_SHARED adds the checkpoint of models/books-llama
+    python tests/benchmarks/compression/huffman.py
 
-Streams are those that compressed models have, a symbol a byte. Rounds alternate between Huffman and zstd -3, and rates
-are megabytes of symbols: the median, in brackets the best; on a busy machine also a second of processor time, which
-is the rate of one core with nothing else to do.
+With JAXLM_SHARED, the checkpoint is models/books-llama. The streams are like those of compressed models, one symbol a
+byte. Rounds alternate between Huffman and zstd -3. Rates are megabytes of symbols a second: the median, and the best in
+brackets; on a busy machine also by processor time, which is the rate of one core with nothing else to do.
 """
 
 from __future__ import annotations

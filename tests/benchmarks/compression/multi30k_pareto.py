@@ -2,10 +2,10 @@
 
     python tests/benchmarks/compression/multi30k_pareto.py RUN --data bitext:test.en.gz,test.de.gz \\
         --calibrate bitext:train.en.gz,train.de.gz --out DIR [--sparse RUN2]
-    python tests/benchmarks/compression/multi30k_pareto.py --show FILE       # multi30k_pareto.json, as the table of README
+    python tests/benchmarks/compression/multi30k_pareto.py --show FILE
 
-RUN is a training by configs/multi30k.py, RUN2 one that went on from there to 80% of zeros (the command is in README).
-Prints a row a recipe, writes DIR/multi30k_pareto.json and its picture.
+RUN is a training run of configs/multi30k.py; RUN2 is one that continued from it and pruned 80% of the weights. Prints a
+row for each recipe, and writes DIR/multi30k_pareto.json and its picture. ``--show`` prints the table of such a file.
 """
 
 from __future__ import annotations
@@ -36,11 +36,16 @@ RECIPES: tuple[Recipe, ...] = (
     Recipe((Gptq(4, 128), Quantize(4, target=TABLE), HalfPrecision()), "huffman", "w4-gptq, table w4, half"),
     Recipe((Gptq(3, 128), Quantize(4, target=TABLE), HalfPrecision()), "huffman", "w3-gptq, table w4, half"),
     Recipe((Gptq(3, 128), Quantize(3, target=TABLE), HalfPrecision()), "huffman", "w3-gptq, table w3, half"),
-    Recipe((SparseGpt(0.5, bits=4), Quantize(4, target=TABLE), HalfPrecision()), "huffman", "sparse50-w4, table w4, half"),
+    Recipe(
+        (SparseGpt(0.5, bits=4), Quantize(4, target=TABLE), HalfPrecision()), "huffman", "sparse50-w4, table w4, half"
+    ),
     Recipe((AutoRound(2, 64), Quantize(4, target=TABLE), HalfPrecision()), "huffman", "w2-autoround, table w4, half"),
 )
 SPARSE: tuple[Recipe, ...] = tuple(
-    Recipe((Gptq(4, 128), Quantize(bits, target=TABLE), HalfPrecision()), "huffman", f"sparse80, w4-gptq, table w{bits}, half")
+    Recipe(
+        (Gptq(4, 128), Quantize(bits, target=TABLE), HalfPrecision()), "huffman",
+        f"sparse80, w4-gptq, table w{bits}, half",
+    )
     for bits in (5, 4)
 )
 

@@ -1,11 +1,10 @@
-"""Products with compressed weights against dense float32 ones through ``ops.dot`` on CPU: the table of
-``jaxlm.compression.platforms``.
+"""Products with compressed weights against dense float32 ones through ``ops.dot`` on a CPU.
 
     taskset -c 0 python tests/benchmarks/inference/cpu_dots.py [--kinds w8a8 w8a16] [--shapes 1024x1024] [--rows 1 128]
 
-Time dense / time compressed, medians of rounds taken in turn, of the seconds of CPU that the process used: on one core
-that is its time without the other processes of the machine. ``stack`` scans layers, ``lone`` multiplies by separate
-matrices; all matrices together are larger than the second-level cache.
+Its output is the table of ``jaxlm.compression.platforms``: time dense / time compressed, medians of rounds taken in
+turn. Time is the processor time of the process; on one core, other processes of the machine do not count. ``stack``
+scans layers, ``lone`` multiplies by separate matrices. All matrices together are larger than the second-level cache.
 """
 
 from __future__ import annotations

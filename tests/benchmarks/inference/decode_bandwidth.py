@@ -1,11 +1,13 @@
-"""One token a sequence through the weights of a 1B model: tokens a second and the share of the memory's bandwidth.
+"""Decoding one token a sequence through the weights of a 1B model: tokens a second, and the share of memory bandwidth.
 
-    python tests/benchmarks/inference/decode_bandwidth.py [--batch 1] [--layers 16] [--width 2048] [--ffn 8192] [--kv 512]
+    python tests/benchmarks/inference/decode_bandwidth.py [--batch 1] [--layers 16] [--width 2048] [--ffn 8192] \\
+        [--kv 512]
 
-The layers' linear maps only, scanned: no attention, no head. bfloat16 against weight-only int8 (a scale an output
-channel) and int4 (groups of 128, zero points), each as XLA runs it and, on a GPU, by ``jaxlm.kernels``. Bandwidth is
-the weights' bytes by the time, and its share is of what a copy on the same device reaches, reads and writes counted.
-Rounds alternate; medians. On a CPU it shows that the script runs (``--layers 2 --width 512 --ffn 1024``), no more.
+It runs only the linear maps of the layers, scanned: no attention and no output head. It compares bfloat16 with
+weight-only int8 (one scale for each output channel) and int4 (groups of 128, zero points), both as XLA runs them and,
+on a GPU, by the project's kernels. Bandwidth is the bytes of the weights divided by the time; its share is relative to
+a copy on the same device, counting reads and writes. Rounds alternate, and medians count. On a CPU it only shows that
+the script runs (``--layers 2 --width 512 --ffn 1024``).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A decoding step with each kind of KV cache against the full one, on this machine, in turn.
+"""A decoding step with each type of key/value cache against the full one, on this machine, in turn.
 
     python tests/benchmarks/inference/decode_cache.py [--slots 1024] [--batch 1] [--preset 124m] [--dtype float32]
 
-The cache is nearly full, so that attention reads all of its slots. Rounds alternate, so that the ratios hold while the
-machine's speed drifts; the median of each counts. ``attention`` is the same without the products with weights: the
-layers' attention over their caches, alone.
+The cache is nearly full, so attention reads all of its slots. Rounds alternate, so that the ratios hold while the
+machine's speed drifts; medians count. ``attention`` is the attention of the layers over their caches alone, without the
+products with weights.
 """
 
 from __future__ import annotations

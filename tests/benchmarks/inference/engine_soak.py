@@ -1,9 +1,9 @@
-"""A thousand requests through an engine that is too small for them: none lost, none mixed up, memory flat.
+"""A thousand requests through an engine that is too small for them: none is lost or mixed up, and memory stays flat.
 
     python tests/benchmarks/inference/engine_soak.py [--requests 1000] [--draft]
 
-They come at random, of many lengths, greedy and sampled, a tenth of them cancelled on the way; pages run out all the
-time. Each is then asked for again, alone, and must say the same.
+The requests come at random times and have many lengths; some are greedy and some sampled, and a tenth is cancelled on
+the way. Pages run out all the time. Afterwards each request is sent again, alone, and must give the same text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxlm.model import LM
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--draft", action="store_true", help="with a draft, which is the model with less of a layer")
+    parser.add_argument("--draft", action="store_true", help="with a draft, whose weights are nearly the model's")
     args = parser.parse_args()
     config = nn.DecoderConfig(vocab_size=64, width=32, heads=4, kv_heads=2, ffn=48, layers=2, eos_id=7)
     graphdef, params = nn.build(config, jax.random.key(0))
@@ -57,12 +57,12 @@ def main() -> None:
     resident, arrays = np.array(memory, float)[len(memory) // 4 :].T  # the first quarter fills things up
     early, late = (np.median(part) for part in np.array_split(resident, 3)[::2])
     print(
-        f"{args.requests} requests, {stats.generated_tokens} tokens in {seconds:.0f} s, stopped {stats.preemptions} "
-        f"times, {stats.cached_tokens} of {stats.cached_tokens + stats.prefill_tokens} tokens of prompts found, "
-        f"{stats.accepted_tokens} of {stats.draft_tokens} guesses kept"
+        f"{args.requests} requests, {stats.generated_tokens} tokens, {seconds:.0f} s, {stats.preemptions} preemptions; "
+        f"{stats.cached_tokens} of {stats.cached_tokens + stats.prefill_tokens} prompt tokens found in the cache, "
+        f"{stats.accepted_tokens} of {stats.draft_tokens} draft tokens accepted"
     )
     print(
-        f"said something else alone: {mixed}; pages in use at the end: {stats.pages_used}; resident {early:.1f} MiB in "
+        f"texts that differ alone: {mixed}; pages in use at the end: {stats.pages_used}; resident {early:.1f} MiB in "
         f"the second quarter, {late:.1f} in the last; arrays on devices {arrays.min():.0f} to {arrays.max():.0f}"
     )
     assert not mixed and not stats.pages_used and late < 1.02 * early and arrays.max() < arrays.min() + 16
@@ -93,7 +93,7 @@ def crowd(engine: Engine, requests: list[Request], cancelled: set[int], rng: np.
             engine.cancel(key)
         for event in engine.step():
             i = number[event.request_id]
-            assert i not in finish, "told of what is finished"
+            assert i not in finish, "an event of a finished request"
             said[i] += event.tokens
             if event.finish_reason:
                 finish[i] = event.finish_reason

@@ -1,15 +1,17 @@
-"""Requests that arrive as they like: throughput and latency of the engine, transformers and llama.cpp, in turn.
+"""Throughput and latency of the engine, transformers and llama.cpp under the same stream of requests, in turn.
 
-    python tests/benchmarks/inference/engine_throughput.py MODEL|124m [--requests 64] [--rate 4] [--rounds 3] [--json FILE]
+    python tests/benchmarks/inference/engine_throughput.py MODEL|124m [--requests 64] [--rate 4] [--rounds 3] \\
+        [--json FILE]
 
 MODEL is a model directory; "124m" is a random Llama of that size. The same requests, greedy and to their full length,
-come by the same Poisson process to each server; ``--rate 0`` is all at once. transformers takes the next batch of what
-has arrived when it is done with the one before (left-padded, to the longest of them). llama.cpp serves the GGUF that
-jaxlm exports (f16), as many sequences at once as the engine has slots, with continuous batching by its low-level API in
-llama_cpp. Each run is in a process of its own and warms up first. Where a package is missing, its rows are.
+arrive by the same Poisson process at each server; with ``--rate 0`` all arrive at once. transformers takes the next
+batch of the requests that have arrived when it has finished the one before (left-padded to the longest). llama.cpp
+serves the GGUF file that jaxlm exports (f16), with as many sequences at once as the engine has slots, and continuous
+batching by the low-level API of llama_cpp. Each run is a process of its own and warms up first. A server whose package
+is missing is left out.
 
-Time to the first token counts from arrival; between tokens is what a reader would see, so a batch that is told when it
-is done has all its time in the first.
+The time to the first token counts from the arrival of a request. The time between tokens is what a reader would see: a
+batch whose texts are all reported when it is finished has all of its time in the first token.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def jobs(args, vocabulary: int) -> list[Job]:
 
 
 class Clock:
-    """Whose tokens came when, from the arrival of the first request on."""
+    """The times at which the tokens of each request came, from the arrival of the first request on."""
 
     def __init__(self, todo: list[Job]):
         self.todo, self.times = todo, [[] for _ in todo]
@@ -59,11 +61,11 @@ class Clock:
     def now(self) -> float:
         return time.perf_counter() - self.begin
 
-    def told(self, i: int, count: int = 1) -> None:
+    def record(self, i: int, count: int = 1) -> None:
         self.times[i] += [self.now()] * count
 
     def arrived(self, seen: int) -> int:
-        """How many requests are there, of which ``seen`` were known; waits for one where nothing else is to do."""
+        """How many requests have arrived; ``seen`` were known."""
         while seen < len(self.todo) and self.todo[seen].arrival <= self.now():
             seen += 1
         return seen
@@ -103,7 +105,7 @@ def run_jaxlm(args, path: Path) -> Callable[[list[Job]], Clock]:
             if not engine.busy:
                 clock.wait(seen)
             for event in engine.step():
-                clock.told(number[event.request_id], len(event.tokens))
+                clock.record(number[event.request_id], len(event.tokens))
         return clock
 
     return serve
@@ -135,7 +137,7 @@ def run_transformers(args, path: Path) -> Callable[[list[Job]], Clock]:
                     pad_token_id=0,
                 )
             for i in batch:
-                clock.told(i, todo[i].count)
+                clock.record(i, todo[i].count)
             done = batch.stop
         return clock
 
@@ -171,7 +173,7 @@ def run_llama_cpp(args, path: Path) -> Callable[[list[Job]], Clock]:
 
     def serve(todo: list[Job]) -> Clock:
         clock, seen, started, free = Clock(todo), 0, 0, list(range(args.slots))
-        running: dict[int, list] = {}  # a slot: request, tokens, how many of them are read
+        running: dict[int, list] = {}  # slot: [request, tokens, number of tokens read]
         while started < len(todo) or running:
             seen = clock.arrived(seen)
             while free and started < seen:
@@ -195,7 +197,7 @@ def run_llama_cpp(args, path: Path) -> Callable[[list[Job]], Clock]:
                 i, tokens, _ = running[slot]
                 logits = np.ctypeslib.as_array(c.llama_get_logits_ith(context_, place), (vocabulary,))
                 tokens.append(int(logits.argmax()))
-                clock.told(i)
+                clock.record(i)
                 if len(clock.times[i]) == todo[i].count:
                     del running[slot]
                     c.llama_memory_seq_rm(memory, slot, -1, -1)
@@ -236,7 +238,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=448)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--kv-cache")
-    parser.add_argument("--draft", help="a recipe: jaxlm's model compressed by it guesses ahead")
+    parser.add_argument("--draft", help="a recipe: jaxlm's model, compressed by it, is the draft")
     parser.add_argument("--threads", type=int, default=2, help="of llama.cpp")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

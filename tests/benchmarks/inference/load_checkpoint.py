@@ -1,12 +1,13 @@
-"""Loading a llama-shaped checkpoint of 2 GB by jaxlm and by transformers, on this machine, in turn.
+"""Loading a Llama checkpoint of 2 GB by jaxlm and by transformers, on this machine, in turn.
 
-    python tests/benchmarks/inference/load_checkpoint.py [--stored bfloat16] [--rounds 5] [--keep DIR]    # needs transformers
+    python tests/benchmarks/inference/load_checkpoint.py [--stored bfloat16] [--rounds 5] [--keep DIR]
 
-Parameters are loaded as float32. Each load is in a process of its own, imports left out, with the file in the page
-cache. Rounds alternate, so that the ratio holds while the machine's speed drifts. "used" is after every parameter was
-summed up once: where the file is float32 too, those of transformers are views of it, and it is read only then. Memory
-is the largest resident set while loading, less that before it, the file's mapped pages included; jaxlm's is also told
-for a load sharded over eight devices that JAX makes up.
+transformers is needed. Parameters are loaded as float32. Each load is a process of its own, without the time of
+imports, with the file in the page cache. Rounds alternate, so that the ratio holds while the machine's speed drifts.
+"used" is the time after every parameter has been summed once: where the file is float32 too, the parameters of
+transformers are views of it, and it is read only then. Memory is the largest resident set while loading, less the
+resident set before; it includes the mapped pages of the file. For jaxlm there is also a load that is sharded over
+eight simulated devices.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Asks a server for four times what it can do; then kills it and starts it again.
+"""Sends a server four times the load that it can serve; then kills it and starts it again.
 
-    python -m tests.benchmarks.inference.serve_load MODEL [--seconds 300] [--slots 4] [--queue 8] [--tokens 192]
+    python tests/benchmarks/inference/serve_load.py MODEL [--seconds 300] [--slots 4] [--queue 8] [--tokens 192]
 
-First its capacity is measured: tokens a second with as many clients as it has places. Then clients begin requests at
-four times that rate, whether others are answered or not (an open loop), each with a prompt of its own. Printed are
-goodput (tokens of whole answers a second, beside the capacity), the share of 429, the times of those that
-were accepted, and the server's memory before and after. No answer may fail otherwise, and the 99th percentile must be
-below twice the time that all places take at capacity. Then the server is killed in the middle of its work and started
-again; it must answer as before.
+First it measures the capacity: tokens a second with as many clients as the server has places. Then clients begin
+requests at four times that rate, whether others are answered or not (an open loop), each with its own prompt. It prints
+goodput (tokens of complete answers a second, beside the capacity), the share of answers with status 429, the times of
+the accepted requests, and the server's memory before and after. No request may fail otherwise, and the 99th percentile
+must be below twice the time that all places take at capacity. Then it kills the server in the middle of its work and
+starts it again; the server must answer as before.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """A translator by jaxlm and by CTranslate2, in turn: sentences and words a second, and BLEU.
 
-    python tests/benchmarks/inference/translate_ctranslate2.py RUN --data bitext:test.en.gz,test.de.gz [--rounds 5] [--json FILE]
+    python tests/benchmarks/inference/translate_ctranslate2.py RUN --data bitext:test.en.gz,test.de.gz \\
+        [--rounds 5] [--json FILE]
 
-RUN is a training by configs/multi30k.py, or any translation model of its kind (pre-norm, sinusoidal positions). Both
-translate all sentences of a file from its tokens on, sorted and batched as each of them does it best, dense and with
-int8 weights and activations, greedily and with a beam of 5. Each row's ratio is the median over rounds of its time over
-CTranslate2's in the same round. Needs ctranslate2.
+ctranslate2 is needed. RUN is a training run of configs/multi30k.py, or any translation model of its kind (pre-norm,
+sinusoidal positions). Both translate the tokens of all sentences of a file, sorted and batched as suits each best;
+dense and with int8 weights and activations; greedily and with a beam of 5. The ratio of a row is the median over
+rounds of jaxlm's time divided by CTranslate2's in the same round.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What ``jaxlm plan`` forecasts for eight CPU devices, against the memory that a step of that training really takes.
+"""The memory that ``jaxlm plan`` forecasts for eight CPU devices, against the memory that the training step takes.
 
     python tests/benchmarks/planning/plan_memory.py [--layers 4 --width 512 --remat full ...]
 
-The forecast is of all eight devices. Taken is the largest resident set while three steps run, less what was resident
-when the state had not been made yet. Arrays are mapped one by one (MALLOC_MMAP_THRESHOLD_), so that what the compiler
-left behind is not used again for them. Linux only.
+The forecast is for all eight devices together. The measured value is the largest resident set while three steps run,
+less the resident set before the state was made. Arrays are mapped one by one (MALLOC_MMAP_THRESHOLD_), so that they do
+not reuse memory that the compiler has freed. It runs on Linux only.
 """
 
 from __future__ import annotations

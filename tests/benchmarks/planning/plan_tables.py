@@ -1,10 +1,10 @@
-"""The tables of forecasts in README: runs ``jaxlm plan`` for every row that OUT does not hold yet, and prints them.
+"""The tables of forecasts: runs ``jaxlm plan`` for every row that OUT does not hold yet, and prints the tables.
 
     python tests/benchmarks/planning/plan_tables.py OUT [--only ROW ...]
-    python tests/benchmarks/planning/plan_tables.py OUT --show       # nothing is run
+    python tests/benchmarks/planning/plan_tables.py OUT --show       # runs nothing
 
-Each row is a file ``OUT/ROW.json`` of ``jaxlm plan --json``. Needs libtpu (``pip install jaxlm[plan]``); a row takes a
-compilation, half a minute to some minutes of one core.
+Each row is a file ``OUT/ROW.json`` of ``jaxlm plan --json``. libtpu is needed (``pip install jaxlm[plan]``). A row
+takes one compilation: half a minute to some minutes of one core.
 """
 
 from __future__ import annotations

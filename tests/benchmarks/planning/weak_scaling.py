@@ -1,12 +1,13 @@
 """Weak scaling on paper: what ``jaxlm plan`` counts in the compiled step, against the closed-form minimum.
 
     python tests/benchmarks/planning/weak_scaling.py [--chips 8 32 256] [--only fsdp tensor] [--json FILE]
-    python tests/benchmarks/planning/weak_scaling.py --show FILE       # what --json wrote, as the table of README
+    python tests/benchmarks/planning/weak_scaling.py --show FILE
 
-Fully sharded data parallelism ("fsdp") has two rows a chip; tensor parallelism ("tensor") has eight rows in all. State
-is parameters and optimizer, of which the minimum is 12 bytes a parameter over all chips. Messages are those along the
-axis, their minimum that of ``min_fsdp_bytes`` and ``min_tensor_bytes`` in ``planning.analytic``. A mesh takes a
-compilation for TPU v5e, half a minute to some minutes of one core. Needs libtpu.
+Fully sharded data parallelism ("fsdp") has two rows for each chip; tensor parallelism ("tensor") has eight rows in
+all. State is parameters and optimizer state; its minimum is 12 bytes a parameter over all chips. Messages are those
+along the axis; their minimum is ``min_fsdp_bytes`` or ``min_tensor_bytes`` of ``planning.analytic``. Each mesh takes a
+compilation for TPU v5e: half a minute to some minutes of one core. libtpu is needed. ``--show`` prints the table of a
+JSON file.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""How fast batches are made, beside how fast training takes them; and how much of packed rows is padding.
+"""The speed at which batches are made, beside the speed at which training takes them; and the padding in packed rows.
 
-    python tests/benchmarks/training/input_pipeline.py --text books.txt.xz --bitext train.en.gz,train.de.gz [--seconds 3]
+    python tests/benchmarks/training/input_pipeline.py --text books.txt.xz --bitext train.en.gz,train.de.gz \\
+        [--seconds 3]
 
-The text is read as one stream, as a document a paragraph, and as conversations of two paragraphs; each is tokenized,
-kept in a cache and read from there, and batched by one thread. Training is the step of a small model ("nano", and for
-sentence pairs "tiny"), on batches that are there already. Batches and steps take turns, so that the ratio holds while
-the machine's speed drifts.
+The text is read as one stream, with each paragraph as a document, and as conversations of two paragraphs; each is
+tokenized, stored in a cache and read from it, and batched by one thread. Training is the step of a small model ("nano",
+and "tiny" for sentence pairs) on batches that are in memory already. Batches and steps take turns, so that the ratio
+holds while the machine's speed drifts.
 """
 
 from __future__ import annotations

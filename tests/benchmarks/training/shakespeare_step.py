@@ -1,9 +1,10 @@
 """A training step of configs/shakespeare.py against nanoGPT's, on this machine, in turn.
 
-    python tests/benchmarks/training/shakespeare_step.py --nanogpt DIR      # a checkout of nanoGPT; needs torch
+    python tests/benchmarks/training/shakespeare_step.py --nanogpt DIR
 
-Both train 4 layers of width 128 on 12 windows of 64 characters with AdamW and clipping, data left out. Rounds
-alternate, so that the ratio holds while the machine's speed drifts. Both have the allocator as ``jaxlm.train`` sets it.
+DIR is a checkout of nanoGPT; torch is needed. Both train 4 layers of width 128 on 12 windows of 64 characters with
+AdamW and gradient clipping, without the time to make batches. Rounds alternate, so that the ratio holds while the
+machine's speed drifts. Both use the memory allocator as ``jaxlm.train`` sets it.
 """
 
 from __future__ import annotations
