@@ -18,12 +18,19 @@ if TYPE_CHECKING:
     from jaxlm.inference.logits_processors import LogitsProcessors
     from jaxlm.inference.protocol import InferenceModel
     from jaxlm.inference.sampling import Sampling
-    from jaxlm.inference.translation import search_translations, translate, translate_tokens
+    from jaxlm.inference.translation import (
+        decoder_start_token,
+        generation_for_language,
+        search_translations,
+        translate,
+        translate_tokens,
+    )
 else:
     __getattr__, __dir__, __all__ = lazy(
         __name__, beam="Hypothesis", decoding="beam_tokens generate_tokens", detokenizer="Detokenizer",
         engine__engine="Engine", engine__options="EngineOptions",
         engine__requests="Constraint Event Request Stats TokenLogprob", generation="generate",
         generation_config="GenerationConfig", logits_processors="LogitsProcessors", protocol="InferenceModel",
-        sampling="Sampling", translation="search_translations translate translate_tokens",
+        sampling="Sampling",
+        translation="decoder_start_token generation_for_language search_translations translate translate_tokens",
     )

@@ -180,7 +180,7 @@ class GenerationConfig:
         return self
 
     def to_json(self, config: ModelConfig) -> dict[str, Any]:
-        """The fields to write for a model: its special tokens, settings that differ from the defaults, and ``others``."""
+        """The fields to write for a model: special tokens, settings that differ from the defaults, and ``others``."""
         ids: dict[str, Any] = {f"{role}_token_id": getattr(config, f"{role}_id") for role in ("bos", "eos", "pad")}
         if config.kind == "seq2seq":
             ids["decoder_start_token_id"] = config.bos_id
