@@ -14,8 +14,9 @@ from flax import nnx
 from jax import Array
 
 from jaxlm.core.tree import Params, Transform, flatten, unflatten
+from jaxlm.data.batches.batch import Batch
 from jaxlm.training.multihost.reduce import Bits, all_reduce_compressed, per_replica
-from jaxlm.training.objectives.loss import Batch, Loss, LossSums
+from jaxlm.training.objectives.loss import Loss, LossSums
 from jaxlm.training.partition import Partition
 from jaxlm.training.state import TrainState, gradient_shardings
 

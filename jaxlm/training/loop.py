@@ -12,11 +12,11 @@ import jax
 from jaxlm.core.host_memory import keep_freed_memory
 from jaxlm.core.sharding import on_device
 from jaxlm.core.tree import flatten
+from jaxlm.data.batches.batch import Batch
 from jaxlm.training.config import Experiment
 from jaxlm.training.flops import peak_flops
 from jaxlm.training.metrics import Throughput
 from jaxlm.training.multihost.preflight import preflight
-from jaxlm.training.objectives.loss import Batch
 from jaxlm.training.optimizers.privacy import make_accountant
 from jaxlm.training.partition import Partition
 from jaxlm.training.program import make_program

@@ -53,7 +53,8 @@ def freeze_base(base: str, params: Params, platform: str) -> Params:
     leaves = flatten(params)
     for path, leaf in leaves.items():
         if path in chosen:
-            leaves[path] = _compressed(recipe, path, leaf, platform)
+            steps = tuple(step for step in recipe.steps if re.fullmatch(step.target, path))
+            leaves[path] = _compressed(steps, -1 if path.endswith("/table") else -2, leaf, platform)
     return unflatten(params, leaves)
 
 
@@ -74,10 +75,9 @@ def _chosen(recipe: Recipe, params: Params) -> set[str]:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
-def _compressed(recipe: Recipe, path: str, leaf: jax.Array, platform: str) -> Leaf:
-    for step in recipe.steps:
-        if re.fullmatch(step.target, path):
-            leaf = step.weight(leaf, -1 if path.endswith("/table") else -2)
+def _compressed(steps: tuple[WeightStep, ...], axis: int, leaf: jax.Array, platform: str) -> Leaf:
+    for step in steps:
+        leaf = step.weight(leaf, axis)
     return leaf if platform == "cpu" else to_native_4bit(leaf)
 
 

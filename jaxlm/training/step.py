@@ -14,6 +14,7 @@ from jax import Array
 
 from jaxlm.core.sharding import on_device
 from jaxlm.core.tree import Params, Transform, unflatten
+from jaxlm.data.batches.batch import Batch
 from jaxlm.training.config import PrivacyConfig
 from jaxlm.training.gradients import (
     Constants,
@@ -24,7 +25,7 @@ from jaxlm.training.gradients import (
     loss_gradient,
     sharded_like_moments,
 )
-from jaxlm.training.objectives.loss import Batch, Loss, LossSums
+from jaxlm.training.objectives.loss import Loss, LossSums
 from jaxlm.training.optimizers.privacy import add_noise, clip_rows
 from jaxlm.training.state import KEY_IMPL, TrainState
 

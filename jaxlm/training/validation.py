@@ -13,11 +13,11 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.host_memory import on_host
 from jaxlm.core.sharding import make_mesh
 from jaxlm.core.tree import unflatten
+from jaxlm.data.batches.batch import Batch
 from jaxlm.data.sources.types import Bitext
 from jaxlm.inference.translation import translate
 from jaxlm.model import LM
 from jaxlm.training.multihost.distributed import all_gather_object
-from jaxlm.training.objectives.loss import Batch
 from jaxlm.training.objectives.objective import make_validation_loss
 from jaxlm.training.setup import Setup
 from jaxlm.training.step import make_eval

@@ -10,8 +10,9 @@ import numpy as np
 from jax import Array
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.batches.batch import Batch
 from jaxlm.training.config import DistillConfig
-from jaxlm.training.objectives.loss import Batch, LossSums, cross_entropy
+from jaxlm.training.objectives.loss import LossSums, cross_entropy
 
 __all__ = ["PROJECTION", "Teacher", "distill_loss", "divergence", "teacher_layers"]
 

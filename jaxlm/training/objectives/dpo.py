@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jaxlm.data.batches.batch import Batch
 from jaxlm.training.config import DpoConfig
-from jaxlm.training.objectives.loss import Batch, LossSums, cross_entropy
+from jaxlm.training.objectives.loss import LossSums, cross_entropy
 
 __all__ = ["dpo_loss"]
 

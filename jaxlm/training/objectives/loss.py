@@ -17,13 +17,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlm.core.sharding import num_shards
+from jaxlm.data.batches.batch import Batch
 from jaxlm.nn.config import ModelConfig
 from jaxlm.nn.moe.routing import Routing
 
-__all__ = ["Batch", "Loss", "LossSums", "RouterWeights", "cross_entropy", "lm_loss", "make_loss", "router_loss",
-           "seq2seq_loss"]
+__all__ = ["Loss", "LossSums", "RouterWeights", "cross_entropy", "lm_loss", "make_loss", "router_loss", "seq2seq_loss"]
 
-Batch = dict[str, Array]
 LossSums = dict[str, Array]
 Loss = Callable[[Any, Batch, Array | None], tuple[Array, LossSums]]
 RouterWeights = tuple[float, float]  # the weights of the two terms of ``router_loss``

@@ -9,9 +9,9 @@ import jax
 
 from jaxlm.core.sharding import batch_sharding
 from jaxlm.core.tree import flatten
+from jaxlm.data.batches.batch import Batch
 from jaxlm.training.flops import step_flops
 from jaxlm.training.metrics import Throughput
-from jaxlm.training.objectives.loss import Batch
 from jaxlm.training.setup import Setup
 from jaxlm.training.state import TrainState
 from jaxlm.training.step import Step
