@@ -19,11 +19,11 @@ class OptimConfig:
     """The optimizer and its learning rate schedule."""
 
     name: Literal["adamw", "adamw8bit", "adafactor", "lion", "muon"] = "adamw"  # see ``training.optimizers.optimizer``
-    lr: float = 1e-3  # the peak
+    lr: float = 1e-3  # peak learning rate
     schedule: Literal["cosine", "inverse_sqrt", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
     decay_fraction: float = 0.2  # wsd: the last share of the steps, in which it decays
-    min_lr_ratio: float = 0.0  # final over peak (cosine, linear, wsd)
+    min_lr_ratio: float = 0.0  # final learning rate / peak (cosine, linear, wsd)
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -37,7 +37,7 @@ class TrainConfig:
     """The steps of a training, and what happens between them."""
 
     steps: int = 1000
-    accumulate: int = 1  # micro-batches a step
+    accumulate: int = 1  # micro-batches per step
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of log(Z)^2 (arXiv:2204.02311, section 5)
     router_balance: float = 0.01  # weight of the loss that balances the load of experts (arXiv:2101.03961, equation 4)
@@ -86,7 +86,7 @@ class PruneConfig:
     end: int = 0  # the last update after which the set of zeros changes; 0: three quarters of train.steps
     every: int = 100  # updates between changes
     drop: float = 0.3  # rigl: the share of weights exchanged at the first change; falls to 0 along a cosine
-    distribution: Literal["uniform", "erdos_renyi"] = "uniform"  # over the matrices
+    distribution: Literal["uniform", "erdos_renyi"] = "uniform"  # of the zeros over the matrices
     target: str = LAYER_KERNELS  # regular expression of the paths that are pruned
 
 
