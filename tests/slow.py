@@ -10,9 +10,7 @@ import re
 
 SLOW = {
     "checkpoint/test_storage": r"no_change_to_the_metadata.*\[huffman\]",
-    "cli/test_commands": r"compress_fits_budgets|kv_cache_is_an_option",
     "compression/fit/test_budget": r"\[(moe|seq2seq)\]",
-    "serving/test_schema": r"whatever_the_schema",
 }
 
 

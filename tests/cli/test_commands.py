@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
-from jaxlm import nn
 from jaxlm.cli import presets
 from jaxlm.core import sharding
-from jaxlm.core.tree import map_params
-from jaxlm.data.tokenizers.tokenizer import Tokenizer
-from jaxlm.hf.directory import write_model
 from jaxlm.nn.config import PRESETS, DecoderConfig, Seq2SeqConfig
+from tests.cli.commands import save_model
 
 EXPERIMENT = """
 from jaxlm.training.config import *
@@ -35,25 +32,25 @@ config = Experiment(
 """
 
 
-def save(path, config, tokenizer):
-    rng = np.random.default_rng(0)
-    like = nn.abstract(config)[1]
-    params = map_params(lambda _, leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), like)
-    return write_model(path, config, params, tokenizer)
-
-
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    tokenizer = Tokenizer.train(["abcdefgh "], "char")
-    config = DecoderConfig(vocab_size=tokenizer.vocab_size, width=16, heads=2, layers=2)
-    return save(tmp_path_factory.mktemp("decoder") / "model", config, tokenizer)
+    return save_model(tmp_path_factory.mktemp("decoder") / "model", DecoderConfig, layers=2)
 
 
 @pytest.fixture(scope="module")
 def translator(tmp_path_factory):
-    tokenizer = Tokenizer.train(["abcdefgh "], "char")
-    config = Seq2SeqConfig(vocab_size=tokenizer.vocab_size, width=16, heads=2, encoder_layers=1, decoder_layers=1)
-    return save(tmp_path_factory.mktemp("seq2seq") / "model", config, tokenizer)
+    path = tmp_path_factory.mktemp("seq2seq") / "model"
+    return save_model(path, Seq2SeqConfig, encoder_layers=1, decoder_layers=1)
+
+
+@pytest.fixture(scope="module")
+def small(jaxlm_command, decoder, tmp_path_factory):
+    """The decoder in int4, entropy-coded."""
+    path = tmp_path_factory.mktemp("small") / "small"
+    status, out, err = jaxlm_command("compress", decoder, "--recipe", "w4a16-rtn-g8+huffman", "--out", path)
+    assert status == 0, err
+    assert "decoder/layers/0/attn/q/kernel" in out and "int4 g8" in out
+    return path
 
 
 @pytest.fixture
@@ -64,22 +61,34 @@ def experiment(tmp_path):
     return path
 
 
-def start(*words: object, cache: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
-    command = [sys.executable, "-m", "jaxlm", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+@contextlib.contextmanager
+def compilation_cache_at(path):
+    """This process as one that has just started, with its compiled programs in another directory."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.clear_caches()
+    try:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        yield
+    finally:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_second_start_compiles_nothing_and_a_run_can_be_evaluated(jaxlm_command, experiment, tmp_path):
     cache = tmp_path / "cache"
-    for run in ("a", "b"):
-        done = start("train", experiment, "--out", tmp_path / run, "--train.eval_every", "2", cache=cache)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        if run == "a":
-            compiled = {path.name for path in cache.iterdir() if path.name.endswith("-cache")}
-            assert compiled
-    assert {path.name for path in cache.iterdir() if path.name.endswith("-cache")} == compiled
+    words = ["train", experiment, "--train.eval_every", "2", "--out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxlm", *map(str, words), tmp_path / "a"], capture_output=True, text=True,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    compiled = {path.name for path in cache.glob("*-cache")}
+    assert compiled
+    with compilation_cache_at(cache):
+        status, _, err = jaxlm_command(*words, tmp_path / "b")
+    assert status == 0, err
+    assert {path.name for path in cache.glob("*-cache")} == compiled
     assert json.loads((tmp_path / "a" / "experiment.json").read_text())["train"]["eval_every"] == 2
     status, out, err = jaxlm_command("evaluate", tmp_path / "a", "--json", tmp_path / "scores.json")
     assert status == 0, err
@@ -95,10 +104,9 @@ def test_presets_tells_all_of_them(jaxlm_command):
     assert "124m" in out and "85.1 M" in out and "stage 4" in out
 
 
-def test_a_page_of_a_model_beside_its_dense_one(jaxlm_command, decoder, tmp_path):
-    small, file = tmp_path / "small", tmp_path / "page.html"
-    assert jaxlm_command("compress", decoder, "--recipe", "w4a16-rtn-g8", "--out", small)[0] == 0
-    (tmp_path / "some.txt").write_text("abcdef abc fed " * 40)
+def test_a_page_of_a_model_beside_its_dense_one(jaxlm_command, decoder, small, tmp_path):
+    file = tmp_path / "page.html"
+    (tmp_path / "some.txt").write_text("abcdef abc fed " * 4)
     data = ("--data", f"text:{tmp_path / 'some.txt'}")
     status, out, err = jaxlm_command("inspect", small, "--html", file, "--beside", decoder, *data, "--text", "abc")
     assert status == 0 and str(file) in out, err
@@ -112,11 +120,7 @@ def test_a_page_of_a_model_beside_its_dense_one(jaxlm_command, decoder, tmp_path
         assert status == 2 and err.count("\n") == 1, err
 
 
-def test_compress_inspect_generate(jaxlm_command, decoder, tmp_path):
-    small = tmp_path / "small"
-    status, out, err = jaxlm_command("compress", decoder, "--recipe", "w4a16-rtn-g8+huffman", "--out", small)
-    assert status == 0, err
-    assert "decoder/layers/0/attn/q/kernel" in out and "int4 g8" in out
+def test_compress_inspect_generate(jaxlm_command, small, tmp_path):
     assert json.loads((small / "compression.json").read_text())["recipe"]["name"] == "w4a16-rtn-g8+huffman"
     status, out, _ = jaxlm_command("inspect", small, "--json", tmp_path / "facts.json")
     facts = json.loads((tmp_path / "facts.json").read_text())
@@ -136,10 +140,11 @@ def test_compress_inspect_generate(jaxlm_command, decoder, tmp_path):
     first, second = out.removesuffix("\n").split("\n\n")
     assert (status, first[:3], second[:1]) == (0, "abc", "d")
     status, _, err = jaxlm_command("compress", small, "--recipe", "w8a8-dynamic", "--out", tmp_path / "smaller")
-    assert (status, err) == (2, "jaxlm: this model is quantized already; compress the dense one\n")
+    assert status == 2 and err.count("\n") == 1 and "quantized" in err
     assert not (tmp_path / "smaller").exists()
 
 
+@pytest.mark.slow
 def test_compress_fits_budgets(jaxlm_command, decoder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abc def abc had a bad cab fed abc " * 20)
@@ -164,17 +169,18 @@ def test_compress_fits_budgets(jaxlm_command, decoder, tmp_path):
     assert status == 0, err
     assert (small / "model.safetensors").stat().st_size < (decoder / "model.safetensors").stat().st_size / 2
     for words, says in (
-        (["--fit", "1000B"], "nothing fits into 1,000 bytes; the least possible is "),
-        (["--fit", "3parsecs"], "cannot fit to '3parsecs'"),
-        (["--fit", "4bits", "--recipe", "w4a16-rtn"], "not allowed with"),
-        (["--recipe", "w4a16-rtn", "--storage", "huffman"], "add +huffman to its name"),
+        (["--fit", "1000B"], "1,000 bytes"),
+        (["--fit", "3parsecs"], "'3parsecs'"),
+        (["--fit", "4bits", "--recipe", "w4a16-rtn"], "--fit"),
+        (["--recipe", "w4a16-rtn", "--storage", "huffman"], "+huffman"),
     ):
         status, _, err = jaxlm_command("compress", decoder, *words, *data, "--out", tmp_path / "none")
         assert status == 2 and says in err and err.count("\n") == 1
     status, _, err = jaxlm_command("compress", decoder, "--fit", "4bits", "--out", tmp_path / "none")
-    assert status == 2 and "give some (--calibrate SPEC)" in err
+    assert status == 2 and "--calibrate SPEC" in err
 
 
+@pytest.mark.slow
 def test_the_kv_cache_is_an_option(jaxlm_command, decoder, translator, tmp_path):
     text = tmp_path / "x.txt"
     text.write_text("abcd efgh " * 4)
@@ -192,12 +198,11 @@ def test_the_kv_cache_is_an_option(jaxlm_command, decoder, translator, tmp_path)
     options = ["--input", text, "--max-length", 4, "--beam", 2, "--kv-cache"]
     assert jaxlm_command("translate", translator, *options, "int8")[::2] == (0, "")
     status, _, err = jaxlm_command("translate", translator, *options, "int7")
-    assert status == 2 and "--kv-cache: invalid choice: 'int7'" in err
+    assert status == 2 and "--kv-cache" in err and "'int7'" in err
 
 
-def test_export_and_inspect_what_is_foreign(jaxlm_command, decoder, tmp_path):
-    small, out_dir = tmp_path / "small", tmp_path / "ct"
-    assert jaxlm_command("compress", decoder, "--recipe", "w4a16-rtn-g8", "--out", small)[0] == 0
+def test_export_and_inspect_what_is_foreign(jaxlm_command, small, tmp_path):
+    out_dir = tmp_path / "ct"
     status, out, err = jaxlm_command("export", small, "--format", "compressed-tensors", "--out", out_dir)
     assert (status, err) == (0, "") and out.startswith(f"{out_dir}: llama, ") and out.endswith("pack-quantized\n")
     status, out, err = jaxlm_command("inspect", out_dir, "--json", tmp_path / "facts.json")
@@ -208,7 +213,7 @@ def test_export_and_inspect_what_is_foreign(jaxlm_command, decoder, tmp_path):
     total = sum(row["bytes"] for row in rows.values())
     assert total == json.loads((tmp_path / "facts.json").read_text())["bytes_on_disk"] - _header(out_dir)
     status, _, err = jaxlm_command("export", small, "--format", "gguf-q4_0", "--out", tmp_path / "m.gguf")
-    assert status == 2 and "llama.cpp has no tokenizer of the kind WordLevel" in err
+    assert status == 2 and "WordLevel" in err
 
 
 def _header(directory):
@@ -229,10 +234,6 @@ def test_translate_files_and_pipes(jaxlm_command, translator, tmp_path, monkeypa
     assert target.read_text() == out
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(source.read_bytes())))
     assert jaxlm_command("translate", translator, *options) == (0, out, "")
-
-
-def test_translate_names_a_line_that_is_not_utf8(jaxlm_command, translator, tmp_path):
-    source = tmp_path / "source.txt"
     source.write_bytes(b"abc\nab\xff\n")
     status, _, err = jaxlm_command("translate", translator, "--input", source)
     assert status == 2 and f"{source} line 2" in err and err.count("\n") == 1
@@ -241,8 +242,8 @@ def test_translate_names_a_line_that_is_not_utf8(jaxlm_command, translator, tmp_
 def test_each_kind_of_model_has_its_verb(jaxlm_command, decoder, translator, tmp_path):
     (tmp_path / "x.txt").write_text("abc\n")
     status, _, err = jaxlm_command("translate", decoder, "--input", tmp_path / "x.txt")
-    assert status == 2 and "use generate instead of translate" in err
+    assert status == 2 and "generate" in err
     status, _, err = jaxlm_command("generate", translator, "--prompt", "a")
-    assert status == 2 and "use translate instead of generate" in err
+    assert status == 2 and "translate" in err
     status, _, err = jaxlm_command("evaluate", translator, "--data", f"text:{tmp_path / 'x.txt'}")
-    assert status == 2 and "does not fit a seq2seq model" in err
+    assert status == 2 and "seq2seq" in err

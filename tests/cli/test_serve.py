@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -14,24 +13,22 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 httpx = pytest.importorskip("httpx")
 
-from tests.cli.test_commands import save  # noqa: E402
+from jaxlm.nn.config import DecoderConfig  # noqa: E402
+from tests.cli.commands import child_environment, save_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    from jaxlm.data.tokenizers.tokenizer import Tokenizer
-    from jaxlm.nn.config import DecoderConfig
-
-    tokenizer = Tokenizer.train(["abcdefgh "], "char")
-    config = DecoderConfig(vocab_size=tokenizer.vocab_size, width=16, heads=2, layers=1, max_positions=512)
-    return save(tmp_path_factory.mktemp("served") / "model", config, tokenizer)
+    return save_model(tmp_path_factory.mktemp("served") / "model", DecoderConfig, layers=1, max_positions=512)
 
 
 def test_a_server_runs_until_it_is_told_to_end_and_then_ends_what_runs(model, tmp_path):
-    environment = os.environ | {"JAXLM_API_KEYS": "a-secret-key", "XLA_FLAGS": ""}
     command = [sys.executable, "-m", "jaxlm", "serve", f"small={model}", "--port", "0", "--slots", "1"]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True,
+            env=child_environment(JAXLM_API_KEYS="a-secret-key"),
+        )
         try:
             url = process.stdout.readline().strip()
             body = {"model": "small", "prompt": "abc", "max_tokens": 500, "ignore_eos": True, "stream": True}

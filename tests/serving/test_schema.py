@@ -30,6 +30,7 @@ def test_the_document_is_that_of_the_server(server):
     assert openapi_document(api_keys=True)["components"]["securitySchemes"]
 
 
+@pytest.mark.slow
 @schema.parametrize()
 @settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 def test_whatever_the_schema_allows_is_answered_as_it_says(case, server):

@@ -12,8 +12,9 @@ import pytest
 from jaxlm.core.errors import UserError
 from jaxlm.serving.access import ApiKeys, host_name, is_loopback
 from jaxlm.serving.app import RequestLimits, make_app
-from jaxlm.serving.models import ModelSource, serve_model
+from jaxlm.serving.models import ModelSource, ServedModel
 from jaxlm.serving.protocol.parsing import json_depth
+from jaxlm.serving.worker import EngineWorker
 from tests.serving.servers import running
 
 BODY = {"model": "tiny", "prompt": "the cat", "max_tokens": 4, "temperature": 0}
@@ -24,15 +25,21 @@ def post(server, body, path="/v1/completions", **options):
     return httpx.post(f"{server.url}{path}", json=body, timeout=120, **options)
 
 
-def other(lms, app_options=None, **options):
-    """Another server, of one model."""
-    settings = {"slots": 1, "queue": 1, "warm_up": False} | options
-    return running(make_app([serve_model("tiny", lms["tiny"], **settings)], **app_options or {}))
+@pytest.fixture(scope="module")
+def engine(lms):
+    """An engine with one slot; a server at a time has it."""
+    return lms["tiny"].engine(slots=1, context=96)
 
 
-def slow_down(worker, seconds):
-    step = worker.engine.step
-    worker.engine.step = lambda: time.sleep(seconds) or step()
+def other(lms, *engines, queue=1, **options):
+    """Another server, of one model; when an engine fails, the next one takes its place."""
+    worker = EngineWorker("tiny", iter(engines).__next__, capacity=1 + queue)
+    return running(make_app([ServedModel("tiny", lms["tiny"], worker, 96)], **options))
+
+
+def slow_down(monkeypatch, engine, seconds):
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: time.sleep(seconds) or step())
 
 
 def wait_for(condition):
@@ -89,7 +96,7 @@ def test_metrics_count(server):
     assert 'jaxlm_engine_tokens_written_total{model="tiny"}' in lines
 
 
-def test_keys_are_asked_for(lms, tmp_path, monkeypatch):
+def test_keys_are_asked_for(lms, engine, tmp_path, monkeypatch):
     (tmp_path / "keys").write_text("# ours\nfirst-key\n")
     monkeypatch.setenv("JAXLM_API_KEYS", "second-key,third-key")
     keys = ApiKeys.load(tmp_path / "keys")
@@ -97,21 +104,21 @@ def test_keys_are_asked_for(lms, tmp_path, monkeypatch):
         True, True, True, False, False
     ]
     assert not keys.accept("Basic first-key")
-    with other(lms, {"keys": keys}) as server:
+    with other(lms, engine, keys=keys) as server:
         assert post(server, BODY).json()["error"]["code"] == "invalid_api_key"
         assert post(server, BODY, headers={"Authorization": "Bearer wrong-key"}).status_code == 401
         assert post(server, BODY, headers={"Authorization": "Bearer first-key"}).status_code == 200
         assert httpx.get(f"{server.url}/metrics").status_code == 401
         assert httpx.get(f"{server.url}/health").status_code == 200
     (tmp_path / "none").write_text("# nothing\n")
-    with pytest.raises(UserError, match="no API keys"):
+    with pytest.raises(UserError, match="none"):
         ApiKeys.load(tmp_path / "none")
-    with pytest.raises(UserError, match="at least 8"):
+    with pytest.raises(UserError, match="5 characters.*8"):
         ApiKeys(["short"])
 
 
-def test_origins_that_are_allowed_may_ask_and_names_that_are_not_ours_may_not(lms):
-    with other(lms, {"origins": ["https://example.org"], "loopback_only": True}) as server:
+def test_origins_that_are_allowed_may_ask_and_names_that_are_not_ours_may_not(lms, engine):
+    with other(lms, engine, origins=["https://example.org"], loopback_only=True) as server:
         asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
         for origin, allowed in (("https://example.org", "https://example.org"), ("https://evil.example", None)):
             answer = httpx.options(f"{server.url}/v1/completions", headers={"Origin": origin} | asked)
@@ -124,10 +131,10 @@ def test_origins_that_are_allowed_may_ask_and_names_that_are_not_ours_may_not(lm
     assert [host_name(header) for header in ("a:80", "[::1]:80", "a", "[", "")] == ["a", "::1", "a", "", ""]
 
 
-def test_a_full_queue_says_when_to_come_again_and_who_leaves_makes_room(lms):
-    with other(lms) as server:
+def test_a_full_queue_says_when_to_come_again_and_who_leaves_makes_room(lms, engine, monkeypatch):
+    with other(lms, engine) as server:
         worker = server.app.models[0].worker
-        slow_down(worker, 0.1)
+        slow_down(monkeypatch, engine, 0.1)
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=120) as first:
             lines = first.iter_lines()
             next(lines)
@@ -142,19 +149,19 @@ def test_a_full_queue_says_when_to_come_again_and_who_leaves_makes_room(lms):
         assert post(server, BODY | {"n": 3}).status_code == 400
 
 
-def test_a_client_that_leaves_before_its_answer_is_forgotten(lms):
-    with other(lms) as server:
+def test_a_client_that_leaves_before_its_answer_is_forgotten(lms, engine, monkeypatch):
+    with other(lms, engine) as server:
         worker = server.app.models[0].worker
-        slow_down(worker, 0.1)
+        slow_down(monkeypatch, engine, 0.1)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": False}, timeout=1.0)
         wait_for(lambda: worker.in_use == 0 and not worker.engine.busy)
 
 
-def test_what_takes_too_long_is_given_up(lms):
-    with other(lms, {"limits": RequestLimits(timeout=0.5)}) as server:
+def test_what_takes_too_long_is_given_up(lms, engine, monkeypatch):
+    with other(lms, engine, limits=RequestLimits(timeout=0.5)) as server:
         worker = server.app.models[0].worker
-        slow_down(worker, 0.2)
+        slow_down(monkeypatch, engine, 0.2)
         assert post(server, LONG | {"stream": False}).status_code == 504
         lines = post(server, LONG).text.split("\n\n")
         assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "timeout"
@@ -162,24 +169,33 @@ def test_what_takes_too_long_is_given_up(lms):
         wait_for(lambda: worker.in_use == 0)
 
 
-def test_an_engine_that_fails_is_made_anew(lms):
-    with other(lms) as server:
-        worker = server.app.models[0].worker
-        broken = worker.engine
+class FailingEngine:
+    """Fails at its first step."""
 
-        def fail():
-            raise RuntimeError("out of memory")
+    busy = False
 
-        broken.step = fail
+    def submit(self, request):
+        self.busy = True
+        return 0
+
+    def step(self):
+        raise RuntimeError("out of memory")
+
+    def cancel(self, request_id):
+        """Nothing is left to cancel."""
+
+
+def test_an_engine_that_fails_is_made_anew(lms, engine):
+    with other(lms, FailingEngine(), engine) as server:
         answer = post(server, BODY)
         assert answer.status_code == 500 and "out of memory" not in answer.text
-        assert worker.engine is not broken
+        assert server.app.models[0].worker.engine is engine
         assert post(server, BODY).status_code == 200
 
 
-def test_a_server_that_drains_ends_what_runs_and_refuses_the_rest(lms):
-    with other(lms, queue=4) as server:
-        slow_down(server.app.models[0].worker, 0.02)
+def test_a_server_that_drains_ends_what_runs_and_refuses_the_rest(lms, engine, monkeypatch):
+    with other(lms, engine, queue=4) as server:
+        slow_down(monkeypatch, engine, 0.02)
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=120) as answer:
             lines = answer.iter_lines()
             next(lines)
