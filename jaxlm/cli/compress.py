@@ -13,9 +13,14 @@ they are.
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli.arguments import add_model
 from jaxlm.cli.output import ProgressBar, format_bytes, format_shape, print_table
+
+if TYPE_CHECKING:
+    from jaxlm.compression.fit.budget import FittedKernel
+    from jaxlm.compression.report import TensorReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,17 +57,17 @@ def run(args: argparse.Namespace) -> None:
     out = small.save(args.out)
     if small.fitted_kernels:
         measure = "bytes" if any(row.choice and row.choice.bits for row in small.fitted_kernels) else "nonzero"
-        print_table([_chosen(row, measure) for row in small.fitted_kernels])
+        print_table([_kernel_row(row, measure) for row in small.fitted_kernels])
         predicted, final = (sum(getattr(row, name) for row in small.fitted_kernels) for name in ("predicted", "final"))
         print(f"loss added, in nats a token: {predicted:.4f} predicted, {final:.4f} with the final kernels")
-    print_table([_shown(row) for row in (*small.report, summary(small.report))])
+    print_table([_tensor_row(row) for row in (*small.report, summary(small.report))])
     for note in small.info["notes"]:
         print(f"note: {note}")
     before = f"{format_bytes(lm.info['bytes_on_disk'])} to " if "bytes_on_disk" in lm.info else ""
     print(f"{out}: {before}{format_bytes(weight_bytes(out))} of weights")
 
 
-def _shown(row) -> dict:
+def _tensor_row(row: TensorReport) -> dict[str, Any]:
     error = "" if row.relative_error is None else f"{row.relative_error:.4f}"
     return {
         "tensor": row.path, "shape": format_shape(row.shape), "representation": row.representation,
@@ -70,7 +75,8 @@ def _shown(row) -> dict:
     }
 
 
-def _chosen(row, measure: str) -> dict:
+def _kernel_row(row: FittedKernel, measure: str) -> dict[str, Any]:
+    """What a fit chose for a kernel; ``measure`` names its size: "bytes" or "nonzero"."""
     choice, bits, group, sparsity = row.choice, "dense", "", ""
     if choice is not None:
         sparsity = f"{choice.n}:{choice.m}" if choice.m else f"{choice.sparsity:.0%}"

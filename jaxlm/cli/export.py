@@ -10,9 +10,13 @@ compressed, for transformers and vLLM. --format gguf-f16, gguf-q8_0, gguf-q4_0 o
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from jaxlm.cli.arguments import add_model
 from jaxlm.cli.output import format_bytes
+
+if TYPE_CHECKING:
+    from jaxlm.model import LM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
         _directory(args, lm)
 
 
-def _gguf(args, lm) -> None:
+def _gguf(args: argparse.Namespace, lm: LM) -> None:
     from jaxlm.hf.gguf.export import GGUF_PREFIX, export_gguf
 
     file, types = export_gguf(args.out, lm.config, lm.params, lm.tokenizer, args.format.removeprefix(GGUF_PREFIX))
@@ -43,7 +47,7 @@ def _gguf(args, lm) -> None:
     print(f"{file}: {format_bytes(file.stat().st_size)}; matrices: {found}")
 
 
-def _directory(args, lm) -> None:
+def _directory(args: argparse.Namespace, lm: LM) -> None:
     from jaxlm.hf.directory import read_json, weight_bytes
 
     out = lm.export(args.out, format=args.format, dtype=args.dtype)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.cli.arguments import add_model
 from jaxlm.cli.output import (
@@ -26,6 +27,10 @@ from jaxlm.cli.output import (
     write_text,
 )
 from jaxlm.core.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxlm.core.tree import Leaf
+    from jaxlm.model import LM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,26 +70,26 @@ def run(args: argparse.Namespace) -> None:
         "notes": [*lm.info["notes"], *notes],
     }
     config = to_dict(lm.config)
-    sizes = lm.info.get("tensor_bytes", {})  # a checkpoint in training has none
+    sizes = lm.info.get("tensor_bytes", {})  # a training checkpoint has no sizes of tensors
     tensors = [_row(path, leaf, sizes.get(path)) for path, leaf in flatten(lm.params).items()]
     shown = {
         name: format_bytes(value) if name.startswith("bytes") and value else value for name, value in summary.items()
     }
     print_fields({name: value for name, value in shown.items() if value})
     print()
-    usual = to_dict(type(lm.config)())
-    print_fields({name: _differences(value, usual[name]) for name, value in config.items()})
+    default = to_dict(type(lm.config)())
+    settings = {name: _differences(value, default[name]) for name, value in config.items()}
+    print_fields(settings)
     print()
-    print_table([_shown(row) for row in tensors])
+    print_table([_formatted(row) for row in tensors])
     write_json(args.json, {**summary, "config": config, "tensors": tensors})
     if args.html:
-        _write_page(args, lm, {name: value for name, value in shown.items() if value},
-                    {name: _differences(value, usual[name]) for name, value in config.items()},
-                    [_shown(row) | {"bytes": row["bytes"]} for row in tensors])
+        _write_page(args, lm, {name: value for name, value in shown.items() if value}, settings,
+                    [_formatted(row) | {"bytes": row["bytes"]} for row in tensors])
         print(f"\npage: {args.html}")
 
 
-def _check_page(args) -> None:
+def _check_page(args: argparse.Namespace) -> None:
     """Checks the options of the page before the work.
 
     Raises:
@@ -103,7 +108,10 @@ def _check_page(args) -> None:
         raise UserError(f"--devices {args.devices}: give a positive number")
 
 
-def _write_page(args, lm, summary, config, tensors) -> None:
+def _write_page(
+    args: argparse.Namespace, lm: LM, summary: dict[str, Any], settings: dict[str, Any], tensors: list[dict[str, Any]]
+) -> None:
+    """Draws the figures and writes the page."""
     import jaxlm
     from jaxlm.evaluation.compare import compare
     from jaxlm.pictures.album import album
@@ -117,12 +125,12 @@ def _write_page(args, lm, summary, config, tensors) -> None:
                            progress=ProgressBar())
     pictures = album(lm, Path(args.model), dense=dense, compared=compared, preset=args.preset, devices=args.devices,
                      text=args.text)
-    write_text(args.html, page(name, summary, pictures, config, tensors))
+    write_text(args.html, page(name, summary, pictures, settings, tensors))
 
 
-def _row(path, leaf, size) -> dict:
-    """A tensor. ``bytes`` are those of the file, or of memory where the file does not tell; ``bits`` a weight count all
-    of them, scales and zeros too."""
+def _row(path: str, leaf: Leaf, size: int | None) -> dict[str, Any]:
+    """The facts of a tensor. ``size`` is its bytes in the file; if None, those in memory count. ``bits`` per weight
+    include scales and zero points."""
     import jax
     import numpy as np
 
@@ -132,19 +140,20 @@ def _row(path, leaf, size) -> dict:
     size = sum(array.nbytes for array in jax.tree.leaves(leaf)) if size is None else size
     count = int(np.prod(leaf.shape))
     return {
-        "tensor": path, "shape": list(leaf.shape), "representation": describe_leaf(leaf), "bits": 8 * size / max(count, 1),
+        "tensor": path, "shape": list(leaf.shape), "representation": describe_leaf(leaf),
+        "bits": 8 * size / max(count, 1),
         "sparsity": float(np.mean(np.asarray(dequantize(leaf)) == 0)) if count else 0.0, "bytes": size,
     }
 
 
-def _shown(row) -> dict:
+def _formatted(row: dict[str, Any]) -> dict[str, Any]:
     return row | {
         "shape": format_shape(row["shape"]), "bits": f"{row['bits']:.2f}", "sparsity": f"{row['sparsity']:.0%}"
     }
 
 
-def _differences(value, usual):
-    """Of a group of settings, those that are not as usual; anything else as it is."""
+def _differences(value: Any, default: Any) -> Any:
+    """For a group of settings, those that differ from the default; any other value unchanged."""
     if not isinstance(value, dict):
         return value
-    return {name: each for name, each in value.items() if each != usual[name]}
+    return {name: each for name, each in value.items() if each != default[name]}

@@ -9,9 +9,15 @@ program, so the scores show that everything works and say nothing about real tex
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxlm.cli.output import ProgressBar, format_bytes, print_table, write_json
+
+if TYPE_CHECKING:
+    from jaxlm.evaluation.compare import Comparison
+    from jaxlm.training.config import Experiment
 
 RECIPES = ("w8a8-dynamic", "w4a16-rtn-g64", "sparse50-magnitude+w4a16-rtn-g64+huffman")
 TRAIN, VALID, TEST = (f"builtin:phrasebook:{part}" for part in ("train", "valid", "test"))
@@ -43,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     translations = {name: lm.translate(sources) for name, lm in lms.items()}
 
     print(f"\n{test.synthetic}\n")
-    print_table([_shown(row, rows[0]) for row in rows])
+    print_table([_table_row(row, rows[0]) for row in rows])
     for name, note in _notes(rows):
         print(f"{name}: {note}")
     for i, (source, reference) in enumerate(zip(sources, references, strict=True)):
@@ -54,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nreport: {out / 'report.md'}; models: {', '.join(str(path) for path in models.values())}")
 
 
-def _experiment(steps: int):
+def _experiment(steps: int) -> Experiment:
     from jaxlm import nn
     from jaxlm.training.config import DataConfig, Experiment, OptimConfig, TrainConfig
 
@@ -68,8 +74,8 @@ def _experiment(steps: int):
     )
 
 
-def _shown(row, dense) -> dict[str, object]:
-    """A row of the table, with each figure beside the dense model's."""
+def _table_row(row: Comparison, dense: Comparison) -> dict[str, object]:
+    """A row of the table, with every figure relative to the dense model."""
     return {
         "model": row.name,
         "on disk": f"{format_bytes(row.bytes_on_disk)} ({row.bytes_on_disk / dense.bytes_on_disk:.2f}x)",
@@ -81,17 +87,22 @@ def _shown(row, dense) -> dict[str, object]:
     }
 
 
-def _notes(rows) -> list[tuple[str, str]]:
+def _notes(rows: Sequence[Comparison]) -> list[tuple[str, str]]:
+    """(name of the model, note) pairs."""
     return [(row.name, note) for row in rows for note in row.notes]
 
 
-def _write_report(out: Path, rows, synthetic: str, sources, references, translations) -> None:
+def _write_report(
+    out: Path, rows: Sequence[Comparison], synthetic: str, sources: Sequence[str], references: Sequence[str],
+    translations: dict[str, list[str]],
+) -> None:
+    """Writes report.md with its figures, and report.json."""
     from jaxlm.pictures.curves import size_quality, training_curves
     from jaxlm.training.metrics import read_metrics
 
     training_curves(read_metrics(out / "run" / "metrics.jsonl")).savefig(out / "loss.png")
     size_quality(rows).savefig(out / "size.png")
-    table = [_shown(row, rows[0]) for row in rows]
+    table = [_table_row(row, rows[0]) for row in rows]
     lines = ["# Quickstart", "", synthetic, "", f"BLEU: `{rows[0].signature}`", "", _markdown(table), ""]
     lines += [f"- {name}: {note}" for name, note in _notes(rows)]
     lines += ["", "![Loss over training](loss.png)", "", "![BLEU against bytes on disk](size.png)"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxlm.planning.analytic import Estimate, estimate
     from jaxlm.planning.forecasting import Forecast, Memory, forecast
     from jaxlm.planning.hlo_costs import Collective, HloCosts
-    from jaxlm.planning.mesh_search import Candidate, search
+    from jaxlm.planning.mesh_search import MeshCandidate, search
     from jaxlm.planning.programs import ForecastProgram, ServingShape, forecast_programs
     from jaxlm.planning.roofline import Roofline
     from jaxlm.planning.subprocess_runner import run_forecast
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__, __all__ = lazy(
         __name__, analytic="Estimate estimate", forecasting="Forecast Memory forecast", hlo_costs="Collective HloCosts",
-        programs="ForecastProgram ServingShape forecast_programs", roofline="Roofline", mesh_search="Candidate search",
-        subprocess_runner="run_forecast", suggestions="suggest_changes", topology="Topology parse_topology",
+        mesh_search="MeshCandidate search", programs="ForecastProgram ServingShape forecast_programs",
+        roofline="Roofline", subprocess_runner="run_forecast", suggestions="suggest_changes",
+        topology="Topology parse_topology",
     )

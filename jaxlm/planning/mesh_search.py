@@ -19,13 +19,13 @@ from jaxlm.planning.programs import forecast_programs
 from jaxlm.planning.topology import Topology
 from jaxlm.training.config import Experiment
 
-__all__ = ["Candidate", "search"]
+__all__ = ["MeshCandidate", "search"]
 
 _SHOWN = 10  # candidates that are returned
 
 
 @dataclass(frozen=True)
-class Candidate:
+class MeshCandidate:
     """An experiment with another mesh and remat policy. ``forecast`` is None if it was not compiled."""
 
     config: Experiment
@@ -57,7 +57,7 @@ class Candidate:
 
 def search(
     config: Experiment, topology: Topology, compiled: int, progress: Callable[[str, int, int], None]
-) -> list[Candidate]:
+) -> list[MeshCandidate]:
     """The best ten candidates, best first: those that fit before those that do not, then by speed.
 
     Args:
@@ -77,7 +77,7 @@ def search(
     found = []
     for each in _variants(config, topology):
         try:
-            found.append(Candidate(each, estimate(each, topology)))
+            found.append(MeshCandidate(each, estimate(each, topology)))
         except UserError:  # this mesh cannot share the batch
             continue
     if not found:
@@ -85,7 +85,7 @@ def search(
             f"no mesh of {topology.size} devices can share the batch; make data.batch_size a multiple of their number"
         )
 
-    def order(candidate: Candidate) -> tuple:
+    def order(candidate: MeshCandidate) -> tuple:
         return not candidate.fits(topology), candidate.seconds, candidate.peak
 
     found.sort(key=order)

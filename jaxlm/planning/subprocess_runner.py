@@ -37,7 +37,7 @@ def run_forecast(
 
     Returns:
         ``{"forecasts": [...], "search": [...]}``: lists of ``Forecast.to_json``, each with suggestions under
-        ``advice``, and of ``Candidate.to_json``.
+        ``advice``, and of ``MeshCandidate.to_json``.
 
     Raises:
         UserError: as the functions that make the forecast raise it.

@@ -125,7 +125,7 @@ class TranslationList(BaseModel):
     usage: Usage
 
 
-class Candidate(BaseModel):
+class TokenCandidate(BaseModel):
     id: int
     text: str
     probability: float
@@ -142,7 +142,7 @@ class AttentionMap(BaseModel):
 
 class Attribution(BaseModel):
     method: Literal["integrated_gradients", "gradient_x_input"]
-    token: Candidate = Field(description="the next token that is explained")
+    token: TokenCandidate = Field(description="the next token that is explained")
     tokens: list[str] = Field(description="the tokens of the text; for a translation model, source then target")
     scores: list[float] = Field(description="what each token adds to the log-probability of the explained token")
     total: float = Field(description="the log-probability of the explained token minus that at the baseline, which is "
@@ -152,7 +152,7 @@ class Attribution(BaseModel):
 class Inspection(BaseModel):
     object: Literal["inspection"] = "inspection"
     model: str
-    next: list[Candidate]
+    next: list[TokenCandidate]
     attribution: Attribution
     attention: list[AttentionMap]
 

@@ -12,7 +12,7 @@ from jaxlm.inference.translation import decoder_start_token, generation_for_lang
 from jaxlm.serving.models import ServedModel
 from jaxlm.serving.protocol.errors import invalid_field
 from jaxlm.serving.protocol.requests import MAX_INSPECTED_TOKENS, InspectionRequest
-from jaxlm.serving.protocol.responses import AttentionMap, Attribution, Candidate, Inspection
+from jaxlm.serving.protocol.responses import AttentionMap, Attribution, Inspection, TokenCandidate
 from jaxlm.serving.routes.generation import prompt_tokens, token_text
 from jaxlm.serving.routes.translation import source_tokens
 
@@ -73,8 +73,8 @@ def _inputs(served: ServedModel, body: InspectionRequest) -> list[list[int]]:
     return rows
 
 
-def _candidate(served: ServedModel, token: int, probability: float) -> Candidate:
-    return Candidate(id=token, text=token_text(served, token), probability=probability)
+def _candidate(served: ServedModel, token: int, probability: float) -> TokenCandidate:
+    return TokenCandidate(id=token, text=token_text(served, token), probability=probability)
 
 
 def _attention_map(kind: str, weights: np.ndarray, texts: list[list[str]], layer: int | None) -> AttentionMap:
