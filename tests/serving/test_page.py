@@ -89,8 +89,8 @@ def test_a_conversation_is_written_and_stopped_and_begun_again(page, lms):
     page.find("#say").send_keys("the cat", Keys.ENTER)
     page.until("document.querySelectorAll('#chat .acts').length === 1")
     wanted = lms["tiny"].generate([{"role": "user", "content": "the cat"}], max_new_tokens=6)[0]
-    assert page.js("return document.querySelector('#chat .theirs .said').textContent") == wanted.lstrip()
-    assert not page.find("#chat .theirs").get_attribute("aria-busy")
+    assert page.js("return document.querySelector('#chat .assistant .said').textContent") == wanted.lstrip()
+    assert not page.find("#chat .assistant").get_attribute("aria-busy")
     page.find("#chat [data-clear]").click()
     assert page.js("return document.querySelectorAll('#chat .said').length") == 0
 
@@ -159,7 +159,7 @@ def test_a_look_inside_shows_candidates_attributions_and_attention(page):
     assert page.js(count.format("[data-next] button")) == 10
     assert page.js(count.format("[data-scores] span")) == 7
     assert page.js(count.format(".heads button")) == 4
-    assert "head 1: 7 tokens look at 7" in page.find("#inside [data-map]").get_attribute("aria-label")
+    assert "head 1: 7 tokens attend to 7" in page.find("#inside [data-map]").get_attribute("aria-label")
     second = page.find("#inside [data-next] li:nth-child(2) .text").text
     page.find("#inside [data-next] li:nth-child(2) button").click()
     page.until(f"document.querySelector('#inside [data-token]').textContent === '{second}'")

@@ -1,4 +1,4 @@
-// Asks the server: JSON in one piece or in events, with the key where one is asked for.
+// Requests to the server: JSON responses or event streams, with the API key if the server requires one.
 
 const KEY = "jaxlm-key";
 
@@ -32,7 +32,7 @@ async function ask(path, body, signal) {
     if (answer.ok) return answer;
     if (answer.status === 401 && await askForKey()) continue;
     const told = await answer.json().catch(() => null);
-    throw new Failure(told?.error?.message ?? `The server says ${answer.status}.`);
+    throw new Failure(told?.error?.message ?? `The server responded with status ${answer.status}.`);
   }
 }
 
@@ -40,14 +40,14 @@ export async function json(path, body, signal) {
   return (await ask(path, body, signal)).json();
 }
 
-// The events of an answer that comes in parts.
+// The events of a streamed response.
 export async function* events(path, body, signal) {
   const answer = await ask(path, { ...body, stream: true, stream_options: { include_usage: true } }, signal);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) throw new Failure("The server ended in the middle of an answer.");
+    if (done) throw new Failure("The server ended in the middle of a response.");
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
     for (const part of parts) {
@@ -60,7 +60,7 @@ export async function* events(path, body, signal) {
   }
 }
 
-// Text as it is written, from a model with or without a chat template; returns the usage.
+// Streams text from a model with or without a chat template; returns the usage.
 export async function write({ model, messages, prompt, signal, ...options }, tell) {
   const path = messages ? "/v1/chat/completions" : "/v1/completions";
   const body = messages ? { model, messages, ...options } : { model, prompt, ...options };

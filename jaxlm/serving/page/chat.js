@@ -1,4 +1,4 @@
-// A conversation. Without a chat template the model goes on with it as plain text.
+// A conversation. A model without a chat template continues it as plain text.
 
 import { write } from "./api.js";
 import { Turn, copy, make } from "./dom.js";
@@ -16,11 +16,11 @@ export function chat(models) {
     turn.stop();
     messages = [];
     const said = model()?.chat
-      ? "Ask something. The answer appears as it is written."
-      : "Begin a text. The model goes on with it.";
+      ? "Ask something. The answer appears while it is generated."
+      : "Begin a text. The model continues it.";
     list.replaceChildren(make("li", { className: "begin" }, make("p", {}, said)));
     hint.textContent = model()?.chat === false
-      ? `${select.value} has no chat template: it was not taught to answer, and continues the text instead.` : "";
+      ? `${select.value} has no chat template: it was not trained to answer, and continues the text instead.` : "";
     hint.hidden = !hint.textContent;
     field.placeholder = model()?.chat ? "Write a message" : "Write the beginning of a text";
     label();
@@ -33,7 +33,7 @@ export function chat(models) {
   function add(role, content) {
     const who = role === "user" ? "You" : select.value;
     const said = make("div", { className: "said" }, content);
-    const item = make("li", { className: role === "user" ? "mine" : "theirs" }, make("span", { className: "who" }, who), said);
+    const item = make("li", { className: role === "user" ? "user" : "assistant" }, make("span", { className: "who" }, who), said);
     list.querySelector(".begin")?.remove();
     list.append(item);
     item.scrollIntoView({ block: "end" });

@@ -1,4 +1,4 @@
-// Two models and one prompt, one after the other so that neither takes the other's time.
+// One prompt for two models, which run one after the other so that neither slows the other down.
 
 import { write } from "./api.js";
 import { Turn, bytes, make } from "./dom.js";
@@ -11,7 +11,7 @@ export function compare(models) {
 
   const model = (side) => models.get(side.select.value);
 
-  // The second is a smaller copy of the first, where there is one.
+  // By default the second model is a smaller copy of the first, if there is one.
   function choose() {
     const all = [...models.values()].filter((each) => each.kind === "decoder").sort((a, b) => b.bytes_in_memory - a.bytes_in_memory);
     if (!all.length) return;
@@ -41,11 +41,11 @@ export function compare(models) {
       row("Bytes in memory", (side) => model(side).bytes_in_memory, bytes, true),
       row("Tokens a second", (side) => side.speed, (x) => x.toLocaleString(undefined, { maximumFractionDigits: 1 }), false),
       row("Time to the first token", (side) => side.first, (x) => `${x.toFixed(2)} s`, true),
-      row("Tokens written", (side) => side.tokens, (x) => x.toLocaleString()),
+      row("Tokens generated", (side) => side.tokens, (x) => x.toLocaleString()),
     );
   }
 
-  // Underlines what the second says otherwise than the first.
+  // Underlines where the second text differs from the first.
   function mark() {
     const [a, b] = sides.map((side) => side.text);
     let at = 0;
@@ -53,7 +53,7 @@ export function compare(models) {
     if (at < Math.max(a.length, b.length)) {
       for (const side of sides) side.sheet.replaceChildren(side.text.slice(0, at), make("mark", {}, side.text.slice(at)));
     }
-    const shared = at === Math.max(a.length, b.length) ? "Both say the same." : `The first ${at.toLocaleString()} characters are the same; what differs is underlined.`;
+    const shared = at === Math.max(a.length, b.length) ? "Both texts are the same." : `The first ${at.toLocaleString()} characters are the same; what differs is underlined.`;
     status.textContent = shared;
   }
 

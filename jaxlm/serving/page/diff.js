@@ -1,4 +1,4 @@
-// What differs between two texts, word by word: the longest common subsequence (Wagner and Fischer 1974).
+// The difference of two texts, word by word, by the longest common subsequence (Wagner and Fischer 1974).
 
 const MOST = 4e6; // cells of the table
 
@@ -6,7 +6,7 @@ function words(text) {
   return text.match(/\s+|[\p{L}\p{N}_]+|[^\s\p{L}\p{N}_]/gu) ?? [];
 }
 
-// Parts in order: {text} where both agree, {cut, add} where they do not.
+// The parts in order: {text} where the texts agree, {cut, add} where they differ.
 export function diff(before, after) {
   const a = words(before);
   const b = words(after);
@@ -40,7 +40,7 @@ export function diff(before, after) {
   return joined(parts);
 }
 
-// Changes with nothing but a space between them are one: people read phrases.
+// Changes with only a space between them are merged: people read phrases.
 function joined(parts) {
   const out = [];
   for (const part of parts) {

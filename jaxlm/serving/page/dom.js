@@ -1,4 +1,4 @@
-// Small things that every tab needs.
+// Helpers that every tab uses.
 
 export function make(tag, properties = {}, ...children) {
   const { dataset, aria, ...others } = properties;
@@ -21,7 +21,7 @@ export function clearNotice() {
   notice.hidden = true;
 }
 
-// Runs one thing at a time: a new one, or `stop`, ends the one before.
+// Runs one task at a time: a new task, or `stop`, cancels the previous one.
 export class Turn {
   #controller = null;
 
@@ -37,13 +37,13 @@ export class Turn {
   async run(work) {
     this.stop();
     clearNotice();
-    const mine = this.#controller = new AbortController();
+    const controller = this.#controller = new AbortController();
     try {
-      await work(mine.signal);
+      await work(controller.signal);
     } catch (error) {
-      if (!mine.signal.aborted) complain(error);
+      if (!controller.signal.aborted) complain(error);
     } finally {
-      if (this.#controller === mine) this.#controller = null;
+      if (this.#controller === controller) this.#controller = null;
     }
   }
 }
@@ -74,7 +74,7 @@ export async function copy(text, button) {
   setTimeout(() => { button.textContent = said; }, 1500);
 }
 
-// A token as people can see it: spaces and ends of lines are marked.
+// A token in visible form: spaces and newlines are marked.
 export function visible(token) {
   return token.replaceAll(" ", "·").replaceAll("\n", "↵") || "∅";
 }

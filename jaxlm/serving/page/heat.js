@@ -1,8 +1,8 @@
-// Numbers as shades, on elements and on canvases.
+// Numbers as colours, on elements and on canvases.
 
 const LABELS = 40; // tokens that have room for their names
 
-// A background by a number from -1 (against) to 1 (for).
+// A background colour for a number from -1 to 1.
 export function shade(element, value) {
   const color = value < 0 ? "var(--against)" : "var(--accent)";
   element.style.backgroundColor = `color-mix(in srgb, ${color} ${Math.round(55 * Math.min(1, Math.abs(value)))}%, transparent)`;
@@ -20,7 +20,7 @@ function colors() {
   return found;
 }
 
-// Weights [row][column] as a map; with names beside it where there are some. `chosen` is a row to frame.
+// Draws weights [row][column] as a map, with names beside it if given. The row `chosen` gets a frame.
 export function heat(canvas, weights, scale, rows, columns, chosen) {
   const [height, width] = [weights.length, weights[0].length];
   const context = canvas.getContext("2d");

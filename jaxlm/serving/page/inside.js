@@ -1,4 +1,4 @@
-// Why a model said so: what else might have come, which tokens speak for it, and where attention goes.
+// Inspection: the most likely next tokens, the tokens that make one likely, and attention.
 
 import { json } from "./api.js";
 import { Turn, make, percent, signed, visible } from "./dom.js";
@@ -75,8 +75,8 @@ export function inside(models) {
     const source = state.answer.attention.find((each) => each.kind === "encoder")?.rows.length;
     find("[data-token]").textContent = visible(token.text);
     const sum = scores.reduce((a, b) => a + b, 0);
-    find("[data-total]").textContent = `In nats of its log-probability, against a text of average tokens (${signed(total)} in all`
-      + (method === "integrated_gradients" ? `; the tokens make up ${signed(sum)}).` : ").");
+    find("[data-total]").textContent = `In nats of its log-probability, relative to a text of average tokens (${signed(total)} in total`
+      + (method === "integrated_gradients" ? `; the tokens add up to ${signed(sum)}).` : ").");
     const parts = tokens.map((text, i) => {
       const part = make("span", { title: signed(scores[i], 3) }, visible(text));
       shade(part, scores[i] / largest);
@@ -114,7 +114,7 @@ export function inside(models) {
     const { weights, rows, columns, kind, layer: at } = attention();
     const head = weights[state.head];
     heat(map, head, 2, rows.map(visible), columns.map(visible), state.from);
-    map.setAttribute("aria-label", `Attention ${NAMES[kind]}, layer ${at + 1}, head ${state.head + 1}: ${rows.length} tokens look at ${columns.length}`);
+    map.setAttribute("aria-label", `Attention ${NAMES[kind]}, layer ${at + 1}, head ${state.head + 1}: ${rows.length} tokens attend to ${columns.length}`);
     find("[data-from]").replaceChildren(...rows.map((text, i) => {
       const button = make("button", { type: "button", aria: { pressed: i === state.from } }, visible(text));
       button.addEventListener("click", () => {
@@ -126,7 +126,7 @@ export function inside(models) {
     }));
     const row = head[state.from];
     const best = row.map((weight, i) => [weight, i]).filter(([weight]) => weight > SHOWN).sort((a, b) => b[0] - a[0]).slice(0, 3);
-    find("[data-looks]").textContent = `${visible(rows[state.from])} looks at ${best.map(([weight, i]) => `${visible(columns[i])} (${percent(weight)})`).join(", ")}.`;
+    find("[data-looks]").textContent = `${visible(rows[state.from])} attends to ${best.map(([weight, i]) => `${visible(columns[i])} (${percent(weight)})`).join(", ")}.`;
     const largest = Math.max(...row);
     find("[data-to]").replaceChildren(...columns.map((text, i) => {
       const part = make("span", { title: percent(row[i]) }, visible(text));

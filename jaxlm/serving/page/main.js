@@ -1,4 +1,4 @@
-// Tabs, and the models that each of them can choose from.
+// The tabs, and the models that each tab can choose from.
 
 import { json } from "./api.js";
 import { complain } from "./dom.js";

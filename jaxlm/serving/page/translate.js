@@ -1,4 +1,4 @@
-// Two sides: sentences are translated as they are written, and each has the alternatives that the beam found.
+// A source and its translation: sentences are translated while they are written, each with alternatives from the beam.
 
 import { json } from "./api.js";
 import { Turn, copy, make, plural, signed } from "./dom.js";
@@ -7,7 +7,7 @@ const PAUSE = 500; // milliseconds without a key before translating
 const MOST = 64; // sentences of a request
 const BEAM = 5;
 
-// Sentences, and what stands between them.
+// Sentences, and the separators between them.
 export function sentences(text) {
   const out = [];
   for (const line of text.split(/(\n)/)) {
@@ -38,7 +38,7 @@ export function translate(models) {
     panel.querySelector(".bar").hidden = !model;
     const codes = model?.languages ?? [];
     for (const each of panel.querySelectorAll("[data-languages]")) each.hidden = !codes.length;
-    for (const each of languages) each.replaceChildren(new Option("as the model says", ""), ...codes.map((code) => new Option(code)));
+    for (const each of languages) each.replaceChildren(new Option("the model's default", ""), ...codes.map((code) => new Option(code)));
     if (model?.target_language) languages[1].value = model.target_language;
     run();
   }
@@ -66,7 +66,7 @@ export function translate(models) {
       });
       return make("li", {}, button);
     }));
-    if (!found.length) others.querySelector("ul").replaceChildren(make("li", { className: "muted" }, "The beam found no other."));
+    if (!found.length) others.querySelector("ul").replaceChildren(make("li", { className: "muted" }, "The beam found no other translation."));
     others.hidden = false;
   }
 
@@ -102,7 +102,7 @@ export function translate(models) {
         return line;
       });
       draw();
-      status.textContent = `${plural(parts.length, "sentence")} in ${((performance.now() - started) / 1000).toFixed(1)} s; choose one for others`;
+      status.textContent = `${plural(parts.length, "sentence")} in ${((performance.now() - started) / 1000).toFixed(1)} s; choose one to see alternatives`;
     });
   }
 

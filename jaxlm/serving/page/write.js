@@ -1,4 +1,4 @@
-// A text and its editor: what the model proposes is shown as changes, and each is accepted or rejected.
+// An editor: the proposals of the model are shown as changes, each of which is accepted or rejected.
 
 import { write as ask } from "./api.js";
 import { diff } from "./diff.js";
@@ -18,7 +18,7 @@ export function write(models) {
   const turn = new Turn();
   let parts = [];
 
-  // Models without a chat template are asked by a text whose continuation is the answer.
+  // A model without a chat template gets a text whose continuation is the answer.
   function request(what, text) {
     const { order, label } = ORDERS[what];
     if (models.get(select.value).chat) return { messages: [{ role: "user", content: `${order}\n\n${text}` }] };
@@ -52,7 +52,7 @@ export function write(models) {
     stop.hidden = true;
     status.textContent = "";
     if (!found.trim()) {
-      if (document.getElementById("notice").hidden) status.textContent = "The model proposes nothing.";
+      if (document.getElementById("notice").hidden) status.textContent = "The model proposes no change.";
       return;
     }
     const change = what === "continue" ? [{ text: chosen }, { cut: "", add: found }] : diff(chosen, found.trim());
