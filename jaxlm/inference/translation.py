@@ -54,7 +54,8 @@ def search_translations(
 ) -> list[list[Hypothesis]]:
     """The translations that a beam search finds of each source, best first, without the end token.
 
-    There are at most as many as the beam is wide. Options that are given replace what ``generation`` says.
+    A source has no more translations than the search has beams. Options that are given replace what ``generation``
+    says.
 
     Args:
         lm: a translation model; its tokenizer and its own generation settings are not used.

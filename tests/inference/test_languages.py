@@ -87,7 +87,7 @@ def test_the_language_is_the_first_token_or_the_start(model):
     assert lm.translate(ENGLISH, target_language=target) == lm.translate(
         ENGLISH, source_language=source, target_language=target
     ), "the source too"
-    with pytest.raises(UserError, match="has no language 'klingon'; did you mean"):
+    with pytest.raises(UserError, match="'klingon'"):
         lm.translate("a", target_language="klingon")
     scores = lm.evaluate(_bitext(directory), target_language=target)
     assert scores["tokens"] == sum(map(len, lm.tokenizer.encode_target(GERMAN, target))) and scores["beam"] == 2
@@ -104,5 +104,5 @@ def test_a_model_without_languages_takes_none(model):
     lm = jaxlm.load(model[0])
     assert lm.evaluate(_bitext(model[0]), translations=False)["tokens"] > 0, "its tokenizer has no begin token"
     for side in ("source_language", "target_language"):
-        with pytest.raises(UserError, match="has no languages, so 'de' cannot be chosen"):
+        with pytest.raises(UserError, match="'de'"):
             lm.translate("a", **{side: "de"})

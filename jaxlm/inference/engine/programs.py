@@ -1,6 +1,6 @@
 """The compiled programs of an engine: prefill of prompts, and decoding of one more token for every slot.
 
-The rows of a batch are the slots of the engine, always as many; what they hold is data. So each of these functions
+The rows of a batch are the slots of the engine. Their number is fixed, and what they hold is data. So each function
 compiles once (``prefill`` once for each size of its chunk), whatever requests come.
 """
 

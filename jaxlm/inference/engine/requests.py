@@ -13,7 +13,7 @@ from jaxlm.inference.generation_config import GenerationConfig
 
 __all__ = ["Constraint", "Event", "FinishReason", "Request", "Stats", "TokenLogprob"]
 
-MAX_LOGPROBS = 20  # alternatives of a token; as many are computed if any request asks for some
+MAX_LOGPROBS = 20  # alternatives of a token at most; all of them are computed if any request asks for some
 MAX_LOGIT_BIASES = 300  # entries of ``logit_bias``
 _NEW_TOKENS = 64  # the limit where neither the request nor the model gives one
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -24,7 +24,7 @@ class Constraint:
     """A form that the text must have. Exactly one of the three fields is set.
 
     ``json`` is a JSON schema (``{"type": "object"}`` allows any object), ``regex`` a regular expression that the whole
-    text matches, ``choice`` a list of texts of which it is one.
+    text matches, ``choice`` the texts to choose from.
     """
 
     json: Mapping[str, Any] | str | None = None
@@ -46,11 +46,11 @@ class Request:
     An option that is None has the value of the model's generation_config.json; where that says nothing, the text is
     greedy and has 64 tokens.
 
-    ``n`` continuations are generated, each with its own random key. With ``best_of``, as many are generated, and the
+    ``n`` continuations are generated, each with its own random key. With ``best_of``, that number is generated, and the
     ``n`` with the highest mean log-probability of a token are returned once all are finished. A text ends before the
     first of the ``stop`` strings, at an end token of the model (unless ``ignore_eos``), or at one of ``stop_tokens``.
-    ``logprobs`` asks for the log-probability of each token and of so many of the likeliest alternatives, by the model
-    itself: before all options.
+    ``logprobs=k`` asks for the log-probabilities of each token and of the k likeliest alternatives, by the model
+    itself: before temperature, penalties and all other options.
     """
 
     prompt: tuple[int, ...]

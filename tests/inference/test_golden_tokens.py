@@ -11,7 +11,7 @@ import jaxlm
 from jaxlm.inference.decoding import beam_tokens, generate_tokens
 from jaxlm.inference.translation import translate_tokens
 from tests.hf.families import families
-from tests.inference.generations import CASES, GOLDEN, PROMPT, SEARCHES, by_transformers, settings
+from tests.inference.golden_tokens import CASES, GOLDEN, PROMPT, SEARCHES, by_transformers, settings
 
 # The others have every setting but decoder_start_token_id, with a beam and without, in both kinds of models.
 SLOW = [

@@ -1,6 +1,6 @@
 """Settings of generation_config.json on small random models, and the tokens that transformers generates with them.
 
-    python -m tests.inference.generations [NAME ...]     (with torch and transformers) writes golden/generations.json
+    python -m tests.inference.golden_tokens [NAME ...]     (with torch and transformers) writes golden/tokens.json
 
 The models are those of ``tests.hf.families.families``.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.hf.families.families import inputs, transformers_model
 
-GOLDEN = Path(__file__).parent / "golden" / "generations.json"
+GOLDEN = Path(__file__).parent / "golden" / "tokens.json"
 PROMPT = 8  # tokens that a decoder continues
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
