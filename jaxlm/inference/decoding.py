@@ -178,7 +178,7 @@ class _Generation:
         self._lm, self._prompts, self._generation, self._finished = lm, prompts, generation, finished
         self._seed, self._row_ids = np.uint32(seed % 2**32), _row_ids(prompts)
         self._limits = generation.limits([len(prompt) for prompt in prompts], _NEW_TOKENS)
-        self._context = config.max_positions if _learns_positions(config) else None
+        self._context = config.position_limit
         self._eos = set(generation.eos_token_id or (config.eos_id,))
         self._sampling = Sampling.for_batch(
             1, temperature=generation.temperature if generation.do_sample else 0.0, top_k=generation.top_k,
@@ -274,9 +274,9 @@ def beam_tokens(
     generation.check()
     limits = generation.limits([len(prompt) for prompt in prompts], _NEW_TOKENS)
     longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
-    if _learns_positions(config) and longest > config.max_positions:
+    if config.position_limit is not None and longest > config.position_limit:
         raise UserError(
-            f"a prompt and its continuation have {longest} tokens, and the model reads {config.max_positions}: lower "
+            f"a prompt and its continuation have {longest} tokens, and the model reads {config.position_limit}: lower "
             "max_new_tokens, or do not use a beam"
         )
     scorer = BeamScorer.of(generation)
@@ -295,8 +295,3 @@ def beam_tokens(
         for i, tokens in zip(rows, found.best(processors), strict=False):
             out[i] = tokens
     return out
-
-
-def _learns_positions(config: ModelConfig) -> bool:
-    """Whether the model cannot read more than ``config.max_positions`` tokens; an LSTM has no positions."""
-    return config.position_limit is not None

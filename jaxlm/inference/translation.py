@@ -89,8 +89,8 @@ def _length_limit(
 ) -> Callable[[int], int]:
     """A function from the length of a source to the most tokens that its translation may have."""
     allowed = max_length or min(generation.limits([1], _MAX_LENGTH))
-    if config.positions == "learned":
-        allowed = min(allowed, config.max_positions)
+    if config.position_limit is not None:
+        allowed = min(allowed, config.position_limit)
     least = max(generation.min_new_tokens, generation.min_length)
     return lambda length: allowed if max_length else min(allowed, max(2 * length + 10, least))
 
@@ -158,12 +158,10 @@ def encode_sources(lm: InferenceModel, sentences: Sequence[str], language: str |
         UserError: when a sentence does not fit a model with learned positions, or the model lacks the language.
     """
     rows = lm.tokenizer.encode_source(sentences, language)
-    if lm.config.positions == "learned":
+    if (limit := lm.config.position_limit) is not None:
         for number, row in enumerate(rows, 1):
-            if len(row) > lm.config.max_positions:
-                raise UserError(
-                    f"sentence {number} has {len(row)} tokens, and the model reads {lm.config.max_positions}: split it"
-                )
+            if len(row) > limit:
+                raise UserError(f"sentence {number} has {len(row)} tokens, and the model reads {limit}: split it")
     return rows
 
 

@@ -97,8 +97,7 @@ def _logits(graphdef, params, *arrays):
 
 def full_logits(lm: Handle, tokens: list[int], src: list[int] | None = None) -> np.ndarray:
     """Logits after each of ``tokens`` from one uncached pass. The padding behind them is hidden from all of them."""
-    learned = getattr(lm.config, "positions", "") == "learned"
-    length = min(LENGTH, lm.config.max_positions) if learned else LENGTH
+    length = min(LENGTH, lm.config.position_limit or LENGTH)
     rows = [tokens] if src is None else [src, tokens]
     arrays = [np.array([[*row, *[lm.config.pad_id] * (length - len(row))]], np.int32) for row in rows]
     return np.asarray(_logits(lm.graphdef, lm.params, *arrays))[0, : len(tokens)]
