@@ -91,6 +91,7 @@ def _text(spec: str, path: str, slicer: Slicer) -> Documents:
 
 
 def text_row(row: Mapping[str, Any]) -> str:
+    """A row of ``jsonl:``. Raises RowError when it has no text."""
     if not isinstance(row.get("text"), str):
         raise RowError('no string under "text"', 'write {"text": "..."} on each line')
     return row["text"]
@@ -135,10 +136,10 @@ def _builtin(spec: str, body: str, split: Split, slicer: Slicer) -> Bitext:
     name, _, named = body.partition(":")
     split = named or split
     if name != "phrasebook":
-        raise UserError(f"no builtin data {name!r}; there is builtin:phrasebook")
+        raise UserError(f"no builtin data {name!r}; the only one is builtin:phrasebook")
     if split not in SPLITS:
         raise UserError(f"builtin:phrasebook has no split {split!r}; choose from {', '.join(SPLITS)}")
-    from jaxlm.data.phrasebook import generate  # slow to import
+    from jaxlm.data.phrasebook import generate  # not imported unless it is used
 
     pairs = generate()[split]
     src, tgt = zip(*pairs[slicer(len(pairs))], strict=True)
@@ -171,19 +172,21 @@ def _mixture(spec: str, rest: str, split: Split, bad_rows: BadRows) -> Mixture |
     parts = [re.fullmatch(r"\s*(\d+(?:\.\d+)?)(x|%)\s+(\S.*?)\s*", part) for part in rest.split(" + ")]
     units = {part[2] for part in parts if part}
     if not all(parts) or len(units) > 1:
-        raise UserError(f"{spec!r} is no mixture; write mix:70% SPEC + 30% SPEC, or mix:2x SPEC + 1x SPEC")
+        raise UserError(f"{spec!r} is not a mixture; write mix:70% SPEC + 30% SPEC, or mix:2x SPEC + 1x SPEC")
     weights, shares = [float(part[1]) for part in parts], units == {"%"}
     if not all(weights):
-        raise UserError(f"{spec!r} gives a source no weight; leave it out")
+        raise UserError(f"{spec!r} gives a source the weight 0; leave it out")
     sources = [open_source(part[3], split, bad_rows) for part in parts]
     if all(isinstance(source, Bitext) for source in sources):
         if shares or not all(weight.is_integer() for weight in weights):
-            raise UserError(f"{spec!r} mixes sentence pairs, which come in whole epochs; write 2x SPEC + 1x SPEC")
+            raise UserError(f"{spec!r} mixes sentence pairs, whose weights are whole epochs; write 2x SPEC + 1x SPEC")
         repeated = [source for source, times in zip(sources, weights, strict=True) for _ in range(int(times))]
         src, tgt = ([text for source in repeated for text in getattr(source, side)] for side in ("src", "tgt"))
         return Bitext(spec, src, tgt, "; ".join({source.synthetic for source in sources} - {""}))
     if not all(isinstance(source, Documents | Dialogues | Tokens) for source in sources):
-        raise UserError(f"{spec!r} mixes what no model reads together; mix text with dialogues, or pairs with pairs")
+        raise UserError(
+            f"{spec!r} mixes sources that no model reads together; mix text with dialogues, or pairs with pairs"
+        )
     if shares and abs(sum(weights) - 100) > 0.01:
         raise UserError(f"the shares in {spec!r} add up to {sum(weights):g}%; make that 100%")
     total = sum(weights) if shares else 1

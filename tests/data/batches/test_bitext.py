@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.core.errors import UserError
@@ -41,6 +41,7 @@ def pairs_in(batch: dict[str, np.ndarray]) -> list[tuple[str, str]]:
 LENGTHS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=60)
 
 
+@settings(max_examples=50)
 @given(LENGTHS, st.one_of(st.none(), st.integers(0, 5)), st.sampled_from([1, 2, 3]))
 def test_an_epoch_holds_every_pair_exactly_once(lengths, seed, multiple):
     source = corpus(lengths)

@@ -54,7 +54,7 @@ def ids(prompt: str, reply: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def gradient():
-    config = nn.DecoderConfig(vocab_size=TOKENIZER.vocab_size, width=16, layers=2, heads=2, ffn=32)
+    config = nn.DecoderConfig(vocab_size=TOKENIZER.vocab_size, width=16, layers=1, heads=2, ffn=32)
     graphdef, params = nn.build(config, jax.random.key(0))
 
     @jax.jit

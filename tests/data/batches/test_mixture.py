@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxlm.core.errors import UserError
@@ -20,6 +20,7 @@ from jaxlm.data.tokenizers.from_config import tokenizer_from_config
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 
+@settings(max_examples=50)
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 9), st.integers(0, 3))
 def test_orders_are_permutations_in_pieces_or_whole(count, block, group, epoch):
     order = ShuffledOrder(count, 5, block, group)
@@ -118,12 +119,12 @@ def test_what_mixtures_are_written_like(tmp_path, monkeypatch):
     pairs = open_source("mix:2x bitext:a,a + 1x bitext:b,b")
     assert isinstance(pairs, Bitext) and pairs.src == ["abc abc abc"] * 2 + open("b").read().splitlines()
     for spec, message in {
-        "mix:text:a": "is no mixture; write mix:70% SPEC + 30% SPEC, or mix:2x SPEC + 1x SPEC",
-        "mix:2x text:a + 30% jsonl:b": "is no mixture",
+        "mix:text:a": "write mix:70% SPEC + 30% SPEC, or mix:2x SPEC + 1x SPEC",
+        "mix:2x text:a + 30% jsonl:b": "30% jsonl:b' is not a mixture",
         "mix:50% text:a + 30% jsonl:b": "add up to 80%; make that 100%",
-        "mix:0x text:a + 1x jsonl:b": "gives a source no weight; leave it out",
-        "mix:50% bitext:a,a + 50% bitext:b,b": "mixes sentence pairs, which come in whole epochs",
-        "mix:1x bitext:a,a + 1x text:a": "mixes what no model reads together",
+        "mix:0x text:a + 1x jsonl:b": "mix:0x text:a.*leave it out",
+        "mix:50% bitext:a,a + 50% bitext:b,b": "mix:50% bitext:a,a.*sentence pairs",
+        "mix:1x bitext:a,a + 1x text:a": "mix:1x bitext:a,a.*mix text with dialogues",
         "mix:1x text:a + 1x jsonl:no": "no does not exist; check the path",
     }.items():
         with pytest.raises(UserError, match=message.replace("+", r"\+")):

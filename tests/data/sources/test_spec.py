@@ -245,6 +245,6 @@ def test_tokens_must_be_a_row_of_integers():
 
 
 def test_builtin_names(phrasebook):
-    assert bad("builtin:novel") == "no builtin data 'novel'; there is builtin:phrasebook"
+    assert "'novel'" in bad("builtin:novel") and "builtin:phrasebook" in bad("builtin:novel")
     message = bad("builtin:phrasebook:dev")
     assert "'dev'" in message and "train, valid, test" in message
