@@ -12,6 +12,7 @@ import optax
 import pytest
 
 import jaxlm
+from jaxlm.core.config import from_dict
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LoRA
 from jaxlm.core.sharding import batch_sharding, make_mesh
@@ -21,7 +22,7 @@ from jaxlm.training.config import DataConfig, Experiment, LoraConfig, OptimConfi
 from jaxlm.training.loop import train
 from jaxlm.training.metrics import read_metrics
 from jaxlm.training.objectives.loss import lm_loss
-from jaxlm.training.program import make_program
+from jaxlm.training.partition import Partition
 from jaxlm.training.run.checkpoints import Store, fresh_state
 from jaxlm.training.run.export import Exporter
 from jaxlm.training.run.signals import StopSignal
@@ -30,6 +31,8 @@ from jaxlm.training.state import abstract_state, init_state
 from jaxlm.training.step import StepOptions, make_step
 from tests.training.llamas import batch, tiny_llama
 from tests.training.test_lora import adapted
+
+DECAY = 0.8  # of the moving average
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,8 @@ def experiment(base, tmp_path_factory):
                       batch_size=8)
     return Experiment(
         data=data, optim=OptimConfig(lr=0.02, warmup_steps=2, weight_decay=0.0), init_from=str(base),
-        train=TrainConfig(steps=8, log_every=1, eval_every=4, checkpoint_every=2, keep_latest=1, keep_best=1),
+        train=TrainConfig(
+            steps=8, log_every=1, eval_every=4, checkpoint_every=1, keep_latest=8, keep_best=1, ema=DECAY),
         lora=LoraConfig(rank=2, alpha=4.0, dropout=0.1, base="nf4-g16"),
     )
 
@@ -71,6 +75,13 @@ def test_a_run_of_adapters(experiment, finished, base):
     trained = sum(leaf.nbytes for leaf in jax.tree.leaves(flatten(lm.params)))
     assert json.loads((run / "experiment.json").read_text())["model"]["width"] == 16
     assert not list((run / "checkpoints").rglob("*frozen*")) and stored > 0 and trained > 0
+
+
+def adapters_at_the_start(run):
+    """The trained arrays of a run at step 0, by path."""
+    config = from_dict(Experiment, json.loads((run / "experiment.json").read_text()), stored=True)
+    params = flatten(prepare(config, run).initial)
+    return Partition(params).split(params)[0]
 
 
 def test_resumed_is_uninterrupted(experiment, finished, tmp_path, monkeypatch):
@@ -136,27 +147,28 @@ def test_sharded_is_unsharded(base, options):
     assert codes.addressable_shards[0].data.size * 4 == codes.size
 
 
-def test_the_average_is_validated_and_exported(experiment, tmp_path):
-    """The average of all weights equals a loop of the formula; checkpoints hold it, and the run is loaded with it."""
-    decay = 0.8
-    plain = dataclasses.replace(
-        experiment, lora=LoraConfig(), data=dataclasses.replace(experiment.data, valid=""),
-        train=TrainConfig(steps=4, log_every=1, eval_every=0, checkpoint_every=1, keep_latest=4, ema=decay),
-    )
-    train(plain, tmp_path)
-    setup = prepare(plain, tmp_path)
-    like = make_program(setup.config, setup.graphdef, setup.like, setup.mesh).state.params
-    store = Store(tmp_path / "checkpoints", keep_latest=4)
-    mean = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(setup.initial).items()}
-    for step in range(1, 5):
+def test_the_average_is_validated_and_exported(finished):
+    """The average equals a loop of the formula; checkpoints hold it, and the run is loaded with that of the best."""
+    run, path = finished
+    trained = {name: leaf for name, leaf in flatten(jaxlm.load(path, merge=False).params).items()
+               if isinstance(leaf, LoRA)}
+    like = {f"{name}/{part}": getattr(leaf, part) for name, leaf in trained.items() for part in ("a", "b")}
+    store = Store(run / "checkpoints", keep_latest=8, read_only=True)
+    valid = {row["step"]: row["valid_loss"] for row in read_metrics(run / "metrics.jsonl") if "valid_loss" in row}
+    best = min(valid, key=valid.get)
+    assert sorted(valid) == [4, 8]
+    initial = adapters_at_the_start(run)
+    mean = {name: np.asarray(initial[name], np.float64) for name in like}
+    for step in range(1, best + 1):
         params = store.restore_part(step, "params", like)
-        rate = min(decay, step / (step + 9))
-        mean = {path: rate * leaf + (1 - rate) * np.asarray(params[path]) for path, leaf in mean.items()}
+        rate = min(DECAY, step / (step + 9))
+        mean = {name: rate * leaf + (1 - rate) * np.asarray(params[name]) for name, leaf in mean.items()}
+    average = store.restore_part(best, "average", like)
     store.close()
-    exported = flatten(jaxlm.load(tmp_path).params)
-    for path, leaf in mean.items():
-        np.testing.assert_allclose(exported[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
-        assert "norm" in path or np.abs(exported[path] - np.asarray(params[path])).max() > 1e-4
+    for name, leaf in mean.items():
+        np.testing.assert_allclose(average[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(like[name], average[name], err_msg=name)
+        assert np.abs(like[name] - np.asarray(params[name])).max() > 1e-4
 
 
 def test_mistakes(experiment, tmp_path):

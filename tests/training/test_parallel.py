@@ -30,7 +30,7 @@ CHECKED = [
     ("decoder", "data2-fsdp2-tensor2-accumulate2-rematfull-offload_optimizerTrue"),
     pytest.param("decoder", "fsdp2-sequence2-tensor2-ring_min_keys1-accumulate2", marks=pytest.mark.slow),
     pytest.param("seq2seq", "fsdp4-tensor2", marks=pytest.mark.slow),
-    ("moe", "data2-fsdp2-tensor2"),
+    pytest.param("moe", "data2-fsdp2-tensor2", marks=pytest.mark.slow),
 ]
 
 
