@@ -1,7 +1,7 @@
-"""Configuration: frozen dataclasses built in a Python file, changed by dotted paths, kept as JSON.
+"""Configuration: frozen dataclasses, built in a Python file, changed by dotted paths and stored as JSON.
 
-The annotations of the dataclasses are the only schema. Understood are int, float, bool, str, ``Literal``,
-``tuple[T, ...]``, ``T | None``, dataclasses, and unions of dataclasses told apart by a ``kind: Literal["..."]`` field.
+The annotations of the dataclasses are the only schema. They may be int, float, bool, str, ``Literal``,
+``tuple[T, ...]``, ``T | None``, dataclasses, and unions of dataclasses with a field ``kind: Literal["..."]``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 
 def load_config(path: str | Path, name: str = "config") -> Any:
-    """The value that a Python file gives to ``name``. UserError if the file is missing, fails, or has no such name."""
+    """The value of ``name`` after running a Python file.
+
+    Raises:
+        UserError: when the file is missing, fails (with the line), or does not define the name.
+    """
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a Python file that says {name} = ...")
@@ -59,14 +63,14 @@ def load_config(path: str | Path, name: str = "config") -> Any:
 
 
 def _line_of(error: Exception, path: Path) -> str:
-    """Where in the file it went wrong: " line 3"."""
+    """The line of the file that raised the error, as " line 3"."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     lines += [error.lineno] if isinstance(error, SyntaxError) else []
     return f" line {lines[-1]}" if lines else ""
 
 
 def _renamed(error: Exception) -> str:
-    """What follows a TypeError about a keyword that was the name of a field once."""
+    """What to add to a TypeError about a keyword argument that is the old name of a field."""
     found = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
     return f"; {found[1]!r} is called {RENAMED[found[1]]!r} now" if found and found[1] in RENAMED else ""
 
@@ -74,8 +78,10 @@ def _renamed(error: Exception) -> str:
 def override(config: T, changes: Mapping[str, Any]) -> T:
     """``config`` with fields replaced: ``override(config, {"optim.lr": "3e-4", "train.steps": 500})``.
 
-    Strings are read as the field's annotation says; other values must already have its type.
-    UserError on an unknown key (the nearest is named) and on a value of the wrong type.
+    Strings are parsed as the annotation of the field says; other values must have its type.
+
+    Raises:
+        UserError: when a key is unknown (it names the nearest), or a value has the wrong type.
     """
     for key, value in changes.items():
         config = replace_path(config, key, value)
@@ -107,7 +113,7 @@ def _replace(node: Any, names: list[str], value: Any, path: str, root: Any) -> A
 
 
 def paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every field that can be overridden, as (dotted path, current value)."""
+    """Every field that ``override`` can set, as (dotted path, current value)."""
     for name in _hints(type(config)):
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
@@ -117,7 +123,7 @@ def paths(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _nearest(key: str, root: Any) -> str:
-    """The known path most like ``key``; a lone field name counts as much as a whole path."""
+    """The known path that is most similar to ``key``, as a whole or by the name of its field."""
 
     def likeness(path: str) -> float:
         ratio = difflib.SequenceMatcher(None, key, path).ratio()
@@ -138,7 +144,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: Any, data: Mapping[str, Any], *, stored: bool = False) -> Any:
-    """The inverse of ``to_dict``. ``cls`` is a dataclass, or a union of them told apart by ``kind``.
+    """The inverse of ``to_dict``. ``cls`` is a dataclass, or a union of dataclasses with different ``kind``.
 
     Absent fields keep their defaults. ``stored`` says that the data comes from a file, which may have been written when
     fields had other names (``RENAMED``).
@@ -181,7 +187,7 @@ def _build(cls: Any, data: Any, path: str, *, stored: bool = False) -> Any:
 
 
 def _member(cls: Any, data: Mapping[str, Any], where: str) -> type:
-    """The dataclass of a union whose ``kind`` the data names."""
+    """The dataclass of a union whose ``kind`` is in the data."""
     members = {typing.get_args(_hints(each)["kind"])[0]: each for each in _options(cls) if "kind" in _hints(each)}
     if dataclasses.is_dataclass(cls):
         return cls
@@ -197,12 +203,12 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The members of a union; a plain type alone."""
+    """The members of a union; another type alone."""
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def _convert(value: Any, hint: Any, path: str, *, parse: bool = True, stored: bool = False) -> Any:
-    """``value`` as the annotation wants it; ``parse`` says whether a string may stand for something else."""
+    """``value`` as a value of the annotation; ``parse`` says whether strings are parsed."""
     options = _options(hint)
     if types.NoneType in options:
         if value is None or (parse and isinstance(value, str) and value.lower() == "none"):
@@ -225,7 +231,7 @@ def _convert(value: Any, hint: Any, path: str, *, parse: bool = True, stored: bo
 
 
 def _read(text: str, hint: Any, path: str) -> Any:
-    """A value from its written form. KeyError or ValueError if it is none."""
+    """A value from its text. Raises KeyError or ValueError if the text is none."""
     if typing.get_origin(hint) is Literal:
         return {str(choice): choice for choice in typing.get_args(hint)}[text]
     if typing.get_origin(hint) is tuple:
@@ -235,7 +241,7 @@ def _read(text: str, hint: Any, path: str) -> Any:
 
 
 def _check(value: Any, hint: Any, path: str) -> Any:
-    """A value that has its type already; whole numbers pass for floats, lists for tuples. ValueError if it is wrong."""
+    """A value of the right type; whole numbers count as floats, lists as tuples. Raises ValueError otherwise."""
     if typing.get_origin(hint) is Literal:
         wrong = value not in typing.get_args(hint)
     elif typing.get_origin(hint) is tuple:
@@ -253,5 +259,5 @@ def _wanted(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, typing.get_args(hint)))}"
     if typing.get_origin(hint) is tuple:
-        return f"a list such as 1,2,3 of which each is {_wanted(typing.get_args(hint)[0])}"
+        return f"a list such as 1,2,3, each {_wanted(typing.get_args(hint)[0])}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]

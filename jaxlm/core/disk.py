@@ -1,4 +1,4 @@
-"""What a full disk looks like, and replacing a directory in one step."""
+"""Full disks as errors that the user can fix, and replacing a directory in one step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ _WORDS = ("no space left", "disk quota exceeded", "file too large")
 
 @contextmanager
 def room_for(what: str) -> Iterator[None]:
-    """Turns a full disk inside the block, whichever library met it, into a UserError."""
+    """A block in which a full disk, whichever library meets it, is a UserError; ``what`` is being written.
+
+    Raises:
+        UserError: when the disk is full.
+    """
     try:
         yield
     except Exception as error:
@@ -31,9 +35,12 @@ def room_for(what: str) -> Iterator[None]:
 
 @contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """A new empty directory to fill, which becomes ``target`` when the block ends well and vanishes when it does not.
+    """A new empty directory to fill. It becomes ``target`` when the block ends; after an exception it is removed.
 
-    What ``target`` held before is there until then.
+    Until then ``target`` keeps its previous content.
+
+    Raises:
+        UserError: when the disk is full.
     """
     target = target.absolute()
     with room_for(str(target)):
@@ -42,7 +49,7 @@ def replaced_directory(target: Path) -> Iterator[Path]:
         old = new.with_name(new.name + ".old")
         try:
             yield new
-            _open_up(new)
+            _usual_permissions(new)
             if target.exists():
                 target.rename(old)
             new.rename(target)
@@ -55,8 +62,8 @@ def replaced_directory(target: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _open_up(directory: Path) -> None:
-    """The permissions that new files usually get: those of temporary ones are the owner's alone."""
+def _usual_permissions(directory: Path) -> None:
+    """Gives files the permissions of ordinary new files; temporary ones can be read only by their owner."""
     umask = os.umask(0)
     os.umask(umask)
     directory.chmod(0o777 & ~umask)

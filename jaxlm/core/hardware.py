@@ -1,7 +1,7 @@
-"""What accelerators can do, in one table with its sources.
+"""Peak figures of accelerators, in one table with its sources.
 
-Figures are of one device as JAX counts them. Where a chip of two cores is two devices (TPU v2 and v3, and v4 as the
-compiler ahead of time sees it) they are halves of the chip's.
+Figures are for one device as JAX counts devices. Where a chip of two cores is two devices (TPU v2 and v3, and v4 for
+the ahead-of-time compiler) they are half of the figures of the chip.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ class Chip:
     """One kind of device.
 
     Attributes:
-        name: as in a topology, ``v5e:16x16``; "" for what no topology can name.
-        kind: what occurs in JAX's ``device_kind``.
+        name: as in a topology, ``v5e:16x16``; "" if no topology names it.
+        kind: a part of JAX's ``device_kind``.
         flops: dense bfloat16 FLOP/s (float16 on V100 and T4).
-        source: of the figures.
+        source: where the figures are from.
         int8: dense int8 operations a second; 0: as ``flops``.
         memory: bytes; 0: not needed here.
-        bandwidth: of the memory, bytes a second.
-        link: interconnect to one neighbour in one direction, bytes a second.
-        dimensions: of the torus that the links make.
-        wraps: the extent from which, and in multiples of which, a dimension closes to a ring.
-        dcn: data centre network, bytes a second in one direction.
+        bandwidth: bytes a second from and to memory.
+        link: bytes a second to one neighbour, in one direction.
+        dimensions: the dimensions of the torus of links.
+        wraps: a dimension whose extent is a multiple of this closes to a ring.
+        dcn: bytes a second of the data centre network, in one direction.
     """
 
     name: str
@@ -46,9 +46,9 @@ _GIB = 2**30
 _CLOUD = "cloud.google.com/tpu/docs"
 _SHEET = "the vendor's data sheet"
 
-# The first whose ``kind`` occurs in a device's counts. A link's rate is what a chip has for both directions, divided by
-# twice its ports; dimensions close where the documentation of the generation says so (v5e, v6e: 16; v4, v5p: cubes of
-# 4 x 4 x 4). DCN: the pages' figures of a pod, or of a host, a chip.
+# The first chip whose ``kind`` is a part of the device's kind counts. The rate of a link is the chip's total for both
+# directions, divided by twice its ports. Dimensions close where the documentation of the generation says so (v5e, v6e:
+# 16; v4, v5p: cubes of 4 x 4 x 4). ``dcn`` is the documented figure of a pod, or of a host, divided by its chips.
 CHIPS = (
     Chip("v5e", "TPU v5 lite", 197e12, f"{_CLOUD}/v5e", 393e12, 16 * _GIB, 819e9, 50e9, 2, 16, 3.125e9),
     Chip("v5p", "TPU v5", 459e12, f"{_CLOUD}/v5p", 918e12, 95 * _GIB, 2765e9, 100e9, 3, 4, 6.25e9),
@@ -72,5 +72,5 @@ CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a device; None on a CPU or an unknown one."""
+    """The chip with this ``device_kind``; None for a CPU or an unknown chip."""
     return next((chip for chip in CHIPS if chip.kind in device_kind), None)

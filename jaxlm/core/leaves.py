@@ -1,4 +1,7 @@
-"""Leaves that carry their own representation, opened only by ``core.ops``: coded weights, factors and adapters."""
+"""Representations of a weight other than an array: quantized codes, low-rank factors, adapters.
+
+Models hold them in place of arrays; only ``core.ops`` looks inside to multiply with them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def _static(default: Any = dataclasses.MISSING) -> Any:
 
 
 class _Coded:
-    """What leaves of codes ``[..., out, in]`` have in common: the shape of the dense array that they stand for."""
+    """What leaves with codes ``[..., out, in]`` have in common."""
 
     codes: jax.Array
     axis: int
@@ -38,22 +41,23 @@ class _Coded:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QArray(_Coded):
-    """A weight ``(codes - zero) * scale``, its contraction axis last, where integer dots are fast.
+    """A quantized weight ``(codes - zero) * scale``. Its contraction axis is last, where integer products are fast.
 
-    Invariants, which every function that makes one keeps:
+    Every function that makes one keeps these invariants:
 
     - ``codes`` is an integer array ``[..., out, in]`` in ``[-2**(bits-1), 2**(bits-1))``; leading dimensions are
       stacked layers. Its dtype is int8, or int4 where ``compression.platforms`` narrowed it for an accelerator; or it
       is float8_e4m3fn, with ``bits`` 8 and no zero.
     - ``scale`` is float32 ``[..., out, groups]``, positive; columns ``[g * group, (g + 1) * group)`` share entry g.
-      The last group may be shorter; ``group == 0`` is one group, that is, one scale an output channel.
+      The last group may be shorter; ``group == 0`` is one group, that is, one scale for each output channel.
     - ``zero`` is None (a symmetric grid) or int8 like ``scale``, in the range of the codes. It is an integer, so a
       zero weight is exactly representable: pruned weights survive quantization.
-    - ``act_bits`` is 0 (weights are dequantized to the activations' dtype) or 8: activations are rounded to the type of
-      the codes, int8 or float8, and the dot accumulates in int32 or float32, which takes ``group == 0``. They are
-      rounded a token, by its own largest magnitude; or, where ``act_scale`` is there, float32 ``[..., 1, 1]``, by that.
-    - ``axis`` is where the dense array has its contraction: -2 for a kernel ``[in, out]``, -1 for an embedding table
-      ``[rows, width]``, which the tied head multiplies from the width side.
+    - ``act_bits`` is 0 (weights are dequantized to the dtype of the activations) or 8. With 8, activations are
+      quantized to the type of the codes, int8 or float8, and products accumulate in int32 or float32; this needs
+      ``group == 0``. The scale of a token is its largest magnitude; or, if given, ``act_scale``, float32
+      ``[..., 1, 1]``.
+    - ``axis`` is the contraction axis of the dense array: -2 for a kernel ``[in, out]``, -1 for an embedding table
+      ``[rows, width]``, which a tied head multiplies along its width.
     """
 
     codes: jax.Array
@@ -67,20 +71,20 @@ class QArray(_Coded):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the leaf dequantizes to by default."""
+        """The dtype to which the leaf dequantizes by default."""
         return self.scale.dtype
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Codebook(_Coded):
-    """A weight ``table[codes] * scale``: values shared through a table, its contraction axis last.
+    """A weight ``table[codes] * scale``, whose values come from a table. Its contraction axis is last.
 
     - ``codes`` is uint8 ``[..., out, in]``, below ``2**bits``; uint4 where ``compression.platforms`` narrowed it.
-    - ``table`` is float32 ``[..., 2**bits]``, one a matrix.
-    - ``scale`` is float32 ``[..., out, groups]`` as in ``QArray``, or None: 1.
-    - ``kind`` says where the table is from: "nf4" (QLoRA, arXiv:2305.14314), "mxfp4" (OCP Microscaling Formats v1.0:
-      scales are powers of two) or "shared" (values found in the weights, Deep Compression, arXiv:1510.00149).
+    - ``table`` is float32 ``[..., 2**bits]``, one for each matrix.
+    - ``scale`` is float32 ``[..., out, groups]`` as in ``QArray``, or None for 1.
+    - ``kind`` names the source of the table: "nf4" (QLoRA, arXiv:2305.14314), "mxfp4" (OCP Microscaling Formats v1.0:
+      scales are powers of two) or "shared" (values fitted to the weights, Deep Compression, arXiv:1510.00149).
     """
 
     codes: jax.Array
@@ -93,7 +97,7 @@ class Codebook(_Coded):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the leaf dequantizes to by default."""
+        """The dtype to which the leaf dequantizes by default."""
         return self.table.dtype
 
 
@@ -123,24 +127,24 @@ class LowRank(_Product):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the leaf dequantizes to by default."""
+        """The dtype to which the leaf dequantizes by default."""
         return self.a.dtype
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LoRA(_Product):
-    """A weight ``base + scale * a @ b``, a low-rank adapter kept apart from what it adapts (arXiv:2106.09685).
+    """A weight ``base + scale * a @ b``: a weight and a low-rank adapter beside it (arXiv:2106.09685).
 
     - ``base`` is an array or another leaf of dense shape ``[..., in, out]``; an embedding table is ``[rows, width]``.
       It is frozen: no gradient reaches it.
     - ``a`` is ``[..., in, r]`` and ``b`` is ``[..., r, out]``; leading dimensions are stacked layers (and experts).
-      Layers of lower rank are filled up with zeros; a layer without an adapter is zeros only.
-    - ``scale`` is float32 ``[..., 1, 1]``, so that all parts have the rank of the dense array.
-    - ``magnitude`` is float32 ``[..., 1, out]``, to which the norms of the columns of that sum are brought (DoRA,
-      arXiv:2402.09353); None leaves them.
-    - ``key`` is uint32 ``[..., 2]``: with it, what the adapter reads is dropped out at the rate ``dropout``. Training
-      puts it there for one step; None is no dropout.
+      Layers of lower rank are padded with zeros; a layer without an adapter has only zeros.
+    - ``scale`` is float32 ``[..., 1, 1]``, so that all parts have as many dimensions as the dense array.
+    - ``magnitude`` is float32 ``[..., 1, out]``: the norms to which the columns of the sum are scaled (DoRA,
+      arXiv:2402.09353). None leaves them.
+    - ``key`` is uint32 ``[..., 2]``, for dropout of the adapter's input at the rate ``dropout``. Training sets it for
+      one step; None is no dropout.
     """
 
     base: jax.Array | QArray | Codebook | LowRank | LoRA
@@ -158,23 +162,23 @@ class LoRA(_Product):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the leaf dequantizes to by default."""
+        """The dtype to which the leaf dequantizes by default."""
         return self.base.dtype
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Observer:
-    """A weight that tells what it is multiplied with: the gradient of any sum over ``ops.dot(x, tap)`` with respect to
-    ``reading`` is ``measure(x, weight, sizes)``, whatever the gradient of the product is.
+    """A weight that measures the rows it is multiplied with.
 
-    So a model is calibrated without touching its layers: ``jax.grad`` of it with respect to the readings, zeros before,
-    and XLA drops all that the readings do not need. With ``gradient`` it is ``measure(g, weight, sizes)`` of the
-    gradients ``g``, ``[M, out]``, of what is differentiated with respect to the product's rows.
+    The gradient of any sum over ``ops.dot(x, observer)`` with respect to ``reading`` is ``measure(x, weight, sizes)``,
+    whatever the gradient of the product is. So a model is calibrated without a change to its layers: ``jax.grad`` with
+    respect to readings of zeros, and XLA drops the computations that the readings do not need. With ``gradient`` the
+    gradient is ``measure(g, weight, sizes)``, where ``g``, ``[M, out]``, is that of the product's rows.
 
-    - ``measure`` takes rows ``[M, in]``, their weights ``[M]`` or None, and, where the rows are sorted by expert, the
-      experts' numbers of rows ``[E]`` or None; it returns a tree of float32 arrays like ``reading``.
-    - ``weight`` is how much each row counts: 0 for padding. ``[M]``, or None where all rows count.
+    - ``measure`` takes rows ``[M, in]``; their weights ``[M]`` or None; and the number of rows of each expert ``[E]``
+      if rows are sorted by expert, else None. It returns a tree of float32 arrays like ``reading``.
+    - ``weight`` says how much each row counts, 0 for padding: ``[M]``; None if all rows count.
     """
 
     base: jax.Array | QArray | Codebook | LowRank
@@ -200,12 +204,12 @@ class Observer:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FakeQuant:
-    """A weight that a training uses in its compressed form; made inside a step, never stored (arXiv:1712.05877, 3).
+    """A weight that training uses in its quantized form (arXiv:1712.05877, section 3). Steps make it; no file has it.
 
-    - ``dense`` holds the values of the compressed weight as floats, with straight-through gradients.
-    - ``coded`` is the compressed weight itself where it rounds activations too: they are rounded in the same way, with
-      straight-through gradients. None where it does not.
-    - ``active`` is bool ``[..., 1, 1]``, whether activations are rounded in this step; None without ``coded``.
+    - ``dense`` holds the values of the quantized weight as floats, with straight-through gradients.
+    - ``coded`` is the quantized weight itself if it quantizes activations too: they are rounded in the same way, with
+      straight-through gradients. Else None.
+    - ``active`` is bool ``[..., 1, 1]``: whether activations are rounded in this step; None without ``coded``.
     """
 
     dense: jax.Array
@@ -228,7 +232,7 @@ class FakeQuant:
 
 @jax.custom_jvp
 def straight_through(x: jax.Array, rounded: jax.Array, inside: jax.Array | bool = True) -> jax.Array:
-    """``rounded``, bit by bit, with the gradient of ``x`` where ``inside`` and 0 elsewhere (arXiv:1308.3432)."""
+    """``rounded``, with the gradient of ``x`` where ``inside`` is true and 0 elsewhere (arXiv:1308.3432)."""
     return rounded
 
 
@@ -242,7 +246,7 @@ _KINDS = (QArray, Codebook, LowRank, LoRA, Observer, FakeQuant)
 
 
 def is_leaf(x: Any) -> bool:
-    """Whether ``x`` is a leaf of several arrays: what ``jax.tree.map(..., is_leaf=is_leaf)`` must not open."""
+    """Whether ``x`` is one of these representations, and not an array; for ``jax.tree.map(..., is_leaf=is_leaf)``."""
     return isinstance(x, _KINDS)
 
 
@@ -265,8 +269,10 @@ def centred_codes(leaf: QArray, dtype: jnp.dtype) -> jax.Array:
 
 
 def codebook_values(leaf: Codebook) -> jax.Array:
-    """``table[codes]``, float32 ``[..., out, in]``; by choices, bit by bit, from a short table, for TPUs gather single
-    numbers."""
+    """``table[codes]``, float32 ``[..., out, in]``.
+
+    Values of a short table are selected bit by bit, because TPUs gather numbers one at a time.
+    """
     if leaf.bits <= 4:
         values = [leaf.table[..., i, None, None] for i in range(2**leaf.bits)]
         for bit in range(leaf.bits):
@@ -287,7 +293,7 @@ def coded_values(leaf: QArray | Codebook) -> jax.Array:
 
 
 def dequantize(leaf: Any, dtype: jnp.dtype | None = None) -> jax.Array:
-    """The dense array that a leaf stands for; an array is only cast. ``dtype`` defaults to the leaf's own."""
+    """The dense array that a leaf represents; an array is only cast. ``dtype`` defaults to that of the leaf."""
     dtype = leaf.dtype if dtype is None else dtype
     if not is_leaf(leaf):
         return leaf.astype(dtype)
@@ -305,13 +311,13 @@ def dequantize(leaf: Any, dtype: jnp.dtype | None = None) -> jax.Array:
 
 
 def column_norms(dense: jax.Array) -> jax.Array:
-    """Of a matrix ``[..., in, out]``: ``[..., 1, out]``, never 0."""
+    """The norms of the columns of matrices ``[..., in, out]``: ``[..., 1, out]``; 1 in place of 0."""
     square = jnp.sum(jnp.square(dense), -2, keepdims=True)
     return jnp.sqrt(jnp.where(square > 0, square, 1))
 
 
 def dora_gain(leaf: LoRA) -> jax.Array:
-    """What DoRA multiplies each column with, ``[..., 1, out]``. Norms count as constants (arXiv:2402.09353, 4.3)."""
+    """By what DoRA multiplies each column, ``[..., 1, out]``. Norms are constants (arXiv:2402.09353, section 4.3)."""
     parts = jax.tree.map(jax.lax.stop_gradient, dataclasses.replace(leaf, magnitude=None, key=None))
     return leaf.magnitude / column_norms(dequantize(parts, jnp.float32))
 
@@ -322,7 +328,7 @@ def _product(leaf: _Product) -> jax.Array:
 
 
 def dequantize_tree(params: Params) -> Params:
-    """The plain tree: every compressed or adapted leaf as the array it stands for."""
+    """The tree with every leaf as a dense array."""
     return map_params(lambda _, leaf: dequantize(leaf) if is_leaf(leaf) else leaf, params)
 
 
@@ -330,5 +336,5 @@ _merge = jax.jit(dequantize)
 
 
 def merge_adapters(params: Params) -> Params:
-    """The tree without adapters: every adapted weight as one dense array, over a quantized base too."""
+    """The tree without adapters: every adapted weight, also one on a quantized base, as one dense array."""
     return map_params(lambda _, leaf: _merge(leaf) if isinstance(leaf, LoRA) else leaf, params)

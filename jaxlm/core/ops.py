@@ -1,4 +1,4 @@
-"""Products with parameters: the only place that opens a leaf and picks how it is multiplied."""
+"""Products with parameters. Only this module looks inside a leaf, and it chooses how to multiply with it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Weight = jax.Array | QArray | Codebook | LowRank | LoRA | Observer | FakeQuant
 def dot(x: jax.Array, w: Weight) -> jax.Array:
     """``x_..xI @ w_IxO``, in the dtype of ``x``.
 
-    Leading dimensions of ``x`` are flattened first: XLA on CPU is slow at the weight gradient of a product that
-    contracts two dimensions (measured: 158 against 74 ms for the gradient of a 4-layer model). Not where two of them
-    are split over devices: no layout of the flat dimension is that, and GSPMD would gather ``x``.
+    Leading dimensions of ``x`` are flattened first, because XLA on CPU is slow at the weight gradient of a product that
+    contracts two dimensions (measured: 158 against 74 ms for the gradient of a 4-layer model). They are not flattened
+    where two of them are split over devices: no sharding of the flat dimension matches, and GSPMD would gather ``x``.
     """
     if num_shards("length") > 1 and not isinstance(w, Observer):
         return _dot(x, w)
@@ -44,12 +44,12 @@ def dot(x: jax.Array, w: Weight) -> jax.Array:
 
 def _dot(x_MxI: jax.Array, w: Weight) -> jax.Array:
     if isinstance(w, LoRA):  # narrow products: the adapter never becomes a matrix of the base's size
-        x_MxR = (_dropped(x_MxI, w) @ w.a.astype(x_MxI.dtype)) * w.scale[0, 0].astype(x_MxI.dtype)
+        x_MxR = (_adapter_input(x_MxI, w) @ w.a.astype(x_MxI.dtype)) * w.scale[0, 0].astype(x_MxI.dtype)
         return _scaled(_frozen(_dot, x_MxI, w.base, ()) + x_MxR @ w.b.astype(x_MxI.dtype), w)
     if isinstance(w, LowRank):
         return _dot(_dot(x_MxI, w.a), w.b)
     if isinstance(w, Observer):
-        return _tapped(_dot, x_MxI, w)
+        return _observed(_dot, x_MxI, w)
     if isinstance(w, FakeQuant):
         return _dot(_fake_round(x_MxI, w), w.dense)
     if not is_leaf(w):
@@ -60,21 +60,21 @@ def _dot(x_MxI: jax.Array, w: Weight) -> jax.Array:
 
 
 def _scaled(y: jax.Array, w: LoRA) -> jax.Array:
-    """A product with ``base + scale * a @ b``, its columns brought to their magnitudes where the adapter has any."""
+    """A product with ``base + scale * a @ b``, with its columns scaled to the magnitudes of DoRA, if there are any."""
     return y if w.magnitude is None else (y * dora_gain(w)[0]).astype(y.dtype)
 
 
-def _dropped(x_MxI: jax.Array, w: LoRA) -> jax.Array:
-    """What the adapter reads."""
+def _adapter_input(x_MxI: jax.Array, w: LoRA) -> jax.Array:
+    """The input of an adapter, with dropout while it trains."""
     if w.key is None:
         return x_MxI
     return dropout(x_MxI, w.dropout, jax.random.wrap_key_data(w.key.reshape(-1, 2)[0], impl="threefry2x32"))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes elements with probability ``rate`` and scales up the rest; the identity without a key.
+    """Sets elements to 0 with probability ``rate`` and scales up the others; without a key returns ``x``.
 
-    Draws 16 bits an element, so the rate is met to 1 / 65536: half the random bits of a float draw.
+    It draws 16 random bits for each element, half of those of a float, so the rate is exact to 1 / 65536.
     """
     if key is None or rate == 0.0:
         return x
@@ -85,8 +85,10 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _frozen(product, x_MxI: jax.Array, w: Weight, rest: tuple) -> jax.Array:
-    """``product(x, w, *rest)`` without a gradient for ``w``. It is opened again for the gradient of ``x``: to keep the
-    dense matrix of a compressed one until then would undo what compressing it saves (QLoRA, arXiv:2305.14314)."""
+    """``product(x, w, *rest)`` without a gradient for ``w`` (QLoRA, arXiv:2305.14314).
+
+    The backward pass dequantizes ``w`` again: keeping the dense matrix until then would undo the savings.
+    """
     return product(x_MxI, w, *rest)
 
 
@@ -106,8 +108,8 @@ def _frozen_backward(product, kept, gradient_MxO):
 _frozen.defvjp(_frozen_forward, _frozen_backward)
 
 
-def _tapped(product, x_MxI: jax.Array, w: Observer, sizes_E: jax.Array | None = None) -> jax.Array:
-    """A product, of which a tap measures one side; see ``core.leaves.Observer``."""
+def _observed(product, x_MxI: jax.Array, w: Observer, sizes_E: jax.Array | None = None) -> jax.Array:
+    """A product whose input, or the gradient of whose output, is measured; see ``core.leaves.Observer``."""
     sizes = () if sizes_E is None else (sizes_E,)
     if w.gradient:
         return _measured(w.measure, True, product(x_MxI, w.base, *sizes), w.reading, w.weight, sizes_E)
@@ -116,7 +118,7 @@ def _tapped(product, x_MxI: jax.Array, w: Observer, sizes_E: jax.Array | None = 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _measured(measure, gradient: bool, x_MxI: jax.Array, reading, weight_M, sizes_E) -> jax.Array:
-    """``x``, and what is measured of it, or of its gradient, is the gradient of ``reading``."""
+    """``x``. The gradient of ``reading`` is the measurement of ``x``, or of the gradient of ``x``."""
     return x_MxI
 
 
@@ -133,7 +135,7 @@ _measured.defvjp(_measured_forward, _measured_backward)
 
 
 def dot_t(x: jax.Array, table: Weight) -> jax.Array:
-    """``x_..xD @ table_VxD.T``, in the dtype of ``x``: the head of a model with tied embeddings."""
+    """``x_..xD @ table_VxD.T`` in the dtype of ``x``: the output head of a model with tied embeddings."""
     if isinstance(table, LoRA):
         x = _scaled(x, table)
         x_xR = dot_t(x, table.b) * table.scale[0, 0].astype(x.dtype)
@@ -141,12 +143,12 @@ def dot_t(x: jax.Array, table: Weight) -> jax.Array:
     if isinstance(table, LowRank):
         return dot_t(dot_t(x, table.b), table.a)
     if isinstance(table, Observer):
-        y_MxV = _tapped(dot_t, x.reshape(-1, x.shape[-1]), table)
+        y_MxV = _observed(dot_t, x.reshape(-1, x.shape[-1]), table)
         return y_MxV.reshape(*x.shape[:-1], y_MxV.shape[-1])
     if isinstance(table, FakeQuant):
         return dot_t(_fake_round(x, table), table.dense)
     if is_leaf(table):
-        return dot(x, table)  # its codes have the contraction axis last, as those of a kernel
+        return dot(x, table)  # codes have their contraction axis last, also those of a table
     if num_shards("length") > 1:
         return _contract_last(x, table.astype(x.dtype))
     y_MxV = _contract_last(x.reshape(-1, x.shape[-1]), table.astype(x.dtype))
@@ -154,7 +156,7 @@ def dot_t(x: jax.Array, table: Weight) -> jax.Array:
 
 
 def take(table: Weight, ids: jax.Array) -> jax.Array:
-    """Rows of ``table_VxD``: ``[..., D]``, in the dtype of the table."""
+    """The rows of ``table_VxD`` with these ids, ``[..., D]``, in the dtype of the table."""
     if isinstance(table, LoRA):
         rows = take(jax.tree.map(jax.lax.stop_gradient, table.base), ids)
         return _scaled(rows + (table.scale[0, 0] * jnp.take(table.a, ids, axis=0) @ table.b).astype(rows.dtype), table)
@@ -164,7 +166,7 @@ def take(table: Weight, ids: jax.Array) -> jax.Array:
         return take(table.dense, ids)
     if isinstance(table, LowRank):
         return dequantize(table)[ids]
-    if isinstance(table, Codebook):  # its table of values is not one of rows
+    if isinstance(table, Codebook):  # its ``table`` is of values, and has no rows to take
         codes, scale = (None if part is None else jnp.take(part, ids, axis=0) for part in (table.codes, table.scale))
         rows = dataclasses.replace(table, codes=codes.reshape(-1, codes.shape[-1]), scale=scale)
         return coded_values(rows).reshape(codes.shape)
@@ -173,13 +175,12 @@ def take(table: Weight, ids: jax.Array) -> jax.Array:
 
 
 def ragged_dot(x_MxI: jax.Array, w_ExIxO: Weight, sizes_E: jax.Array) -> jax.Array:
-    """Rows ``sizes_E[0]`` by the first matrix, the next ``sizes_E[1]`` by the second, ...: ``[M, O]``.
+    """The first ``sizes_E[0]`` rows times the first matrix, the next ``sizes_E[1]`` times the second, ...: ``[M, O]``.
 
-    Compressed matrices are opened whole, and where activations are to be int8 the rows are rounded as if they were: XLA
-    has no ragged integer product.
+    XLA has no ragged integer product: compressed matrices are dequantized whole, and int8 activations are only rounded.
     """
     if isinstance(w_ExIxO, LoRA):
-        x_MxR = ragged_dot(_dropped(x_MxI, w_ExIxO), w_ExIxO.a, sizes_E)
+        x_MxR = ragged_dot(_adapter_input(x_MxI, w_ExIxO), w_ExIxO.a, sizes_E)
         y_MxO = _frozen(ragged_dot, x_MxI, w_ExIxO.base, (sizes_E,))
         y_MxO += ragged_dot(x_MxR, w_ExIxO.scale * w_ExIxO.b, sizes_E)
         if w_ExIxO.magnitude is None:
@@ -189,7 +190,7 @@ def ragged_dot(x_MxI: jax.Array, w_ExIxO: Weight, sizes_E: jax.Array) -> jax.Arr
     if isinstance(w_ExIxO, LowRank):
         return ragged_dot(ragged_dot(x_MxI, w_ExIxO.a, sizes_E), w_ExIxO.b, sizes_E)
     if isinstance(w_ExIxO, Observer):
-        return _tapped(ragged_dot, x_MxI, w_ExIxO, sizes_E)
+        return _observed(ragged_dot, x_MxI, w_ExIxO, sizes_E)
     if isinstance(w_ExIxO, FakeQuant):
         return ragged_dot(_fake_round(x_MxI, w_ExIxO, sizes_E), w_ExIxO.dense, sizes_E)
     if is_leaf(w_ExIxO):
@@ -218,7 +219,7 @@ def _weight_only_dot(x_MxI: jax.Array, w: QArray | Codebook) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _by_platform(faster: tuple, x_MxI: jax.Array, w: QArray) -> jax.Array:
-    """``_converted_dot`` by what is faster on some platforms; the gradients are its own."""
+    """``_converted_dot`` by another product that is faster on some platforms; its gradients are those of the former."""
     return jax.lax.platform_dependent(x_MxI, w, default=_converted_dot, **dict(faster))
 
 
@@ -228,7 +229,8 @@ def _by_platform_jvp(faster, primals, tangents):
 
 
 def _converted_dot(x_MxI: jax.Array, w: QArray | Codebook) -> jax.Array:
-    """One scale an output channel is applied to the product: less work, and the integers are exact in any float."""
+    """A product with the codes as floats. One scale for each output channel is applied to the result, which is less
+    work, and integers are exact in any float type."""
     if w.scale is None:
         return _contract_last(x_MxI, codebook_values(w).astype(x_MxI.dtype))
     if w.scale.shape[-1] > 1:
@@ -241,19 +243,20 @@ _FEW_ROWS = 1024
 
 
 def _takes_groups(x_MxI: jax.Array, w: QArray | Codebook) -> bool:
-    """Whether this is for ``_grouped_dot``: weights in whole groups, and so few rows that reading them matters."""
+    """Whether ``_grouped_dot`` takes this product: weights in whole groups, and so few rows that the time goes to
+    reading the weights."""
     groups = 1 if w.scale is None else w.scale.shape[-1]
     few = x_MxI.ndim == 2 and x_MxI.shape[0] <= _FEW_ROWS
     return few and groups > 1 and groups * w.group == x_MxI.shape[1] and (isinstance(w, QArray) or w.bits <= 4)
 
 
 def _grouped_dot(x_MxI: jax.Array, w: QArray | Codebook) -> jax.Array:
-    """``_converted_dot`` with a product for each group, to which its scale is applied: nothing but the codes is as
-    large as the weight.
+    """``_converted_dot`` as a product for each group, to which its scale is applied: only the codes are as large as the
+    weight.
 
-    XLA on TPU writes scales that are repeated along a row to memory before it multiplies with them: 16 rows by int4
-    weights of 8192 x 3584 take 463 MiB of traffic so, 15.5 by groups, and 56 in bfloat16 (compiled for v5e). One row
-    alone would be no matrix product.
+    XLA on TPU writes scales that are repeated along a row to memory before it multiplies with them. That makes 463 MiB
+    of memory traffic for 16 rows by int4 weights of 8192 x 3584; products by groups make 15.5, and bfloat16 weights 56
+    (compiled for v5e). A single row is doubled, because it would not be a matrix product.
     """
     rows, groups = x_MxI.shape[0], w.scale.shape[-1]
     x_MxGxK = (jnp.concatenate([x_MxI, x_MxI]) if rows == 1 else x_MxI).reshape(-1, groups, w.group)
@@ -268,11 +271,12 @@ def _grouped_dot(x_MxI: jax.Array, w: QArray | Codebook) -> jax.Array:
 
 
 def _planes_dot(x_MxI: jax.Array, w: QArray) -> jax.Array:
-    """``_converted_dot`` without converting a weight: ``x`` is a sum of int8 rows, and the products are exact in int32.
+    """``_converted_dot`` without converting the weight: ``x`` becomes a sum of int8 planes, whose products are exact in
+    int32.
 
-    XLA on CPU takes several times as long to convert a weight as to multiply with it. Each plane holds what the ones
-    before it left over, 254 times as large: two are exact to 2**-16 of a row's largest magnitude, three to 2**-24.
-    Rows go in parts of 256, whose sums stay in cache (1024 x 4096, M = 512: 1.7 times as fast).
+    XLA on CPU takes several times as long to convert a weight as to multiply with it. Each plane holds the remainder of
+    the planes before it, times 254: two planes are exact to 2**-16 of a row's largest magnitude, three to 2**-24. Rows
+    are multiplied 256 at a time, whose sums stay in the processor's cache (1024 x 4096, M = 512: 1.7 times as fast).
     """
     whole = x_MxI.shape[0] // 256 * 256
     if x_MxI.shape[0] > 256:
@@ -299,9 +303,9 @@ def _integer_dot(codes_MxI: jax.Array, w: QArray) -> jax.Array:
 
 
 def _rounded_dot(x_MxI: jax.Array, w: QArray) -> jax.Array:
-    """int8 x int8 accumulated in int32, or float8 x float8 in float32.
+    """A product with quantized activations: int8 by int8 accumulated in int32, or float8 by float8 in float32.
 
-    A single row of integers is doubled: at M = 1 XLA on CPU leaves the fast path (27 against 0.9 ms, 2048 x 2048).
+    A single row of integers is doubled, because XLA on CPU is slow at M = 1 (27 against 0.9 ms, 2048 x 2048).
     """
     rows, integer = x_MxI.shape[0], jnp.issubdtype(w.codes.dtype, jnp.integer)
     x_MxI = jnp.concatenate([x_MxI, x_MxI]) if rows == 1 and integer else x_MxI
@@ -312,7 +316,7 @@ def _rounded_dot(x_MxI: jax.Array, w: QArray) -> jax.Array:
 
 
 def _round_rows(x_MxI: jax.Array, w: QArray, sizes_E: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Codes of the rows in the type of the weight's, and their scales ``[M, 1]``; see ``core.leaves.QArray``."""
+    """Codes of the rows, in the type of the weight's codes, and their scales ``[M, 1]``; see ``core.leaves.QArray``."""
     scale = w.act_scale
     if scale is not None:
         scale = scale.reshape(-1, 1)  # one a matrix
@@ -321,7 +325,7 @@ def _round_rows(x_MxI: jax.Array, w: QArray, sizes_E: jax.Array | None = None) -
 
 
 def _fake_round(x_MxI: jax.Array, w: FakeQuant, sizes_E: jax.Array | None = None) -> jax.Array:
-    """The rows as ``_rounded_dot`` sees them, as floats; no gradient passes where one is clipped."""
+    """The rows as ``_rounded_dot`` rounds them, as floats; no gradient passes where a value is clipped."""
     if w.coded is None:
         return x_MxI
     codes_MxI, scale_Mx1 = _round_rows(jax.lax.stop_gradient(x_MxI), w.coded, sizes_E)
@@ -336,8 +340,8 @@ def quantize_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """Codes of every row, int8 in [-127, 127] or float8, and their float32 scales ``[M, 1]`` (or ``[1, 1]``).
 
-    Without a scale each row gets its own, by which its largest magnitude is the largest code; a row of zeros has
-    scale 0. With one, values beyond the largest code are clipped to it.
+    By default each row gets a scale that makes its largest magnitude the largest code; a row of zeros has scale 0. With
+    a given scale, values beyond the largest code are clipped to it.
     """
     x_MxI = x_MxI.astype(jnp.float32)
     integer, limit = jnp.issubdtype(dtype, jnp.integer), _largest_code(dtype)

@@ -1,8 +1,8 @@
-"""Parameters as a tree: paths, maps, rules and their composition.
+"""Parameters as a tree: paths, maps, and transforms of the tree.
 
-``Params`` is an ``nnx.State`` whose leaves are ``nnx.Param`` variables; a variable holds an array or a compressed
-leaf (``jaxlm.core.leaves``) and, as metadata, the logical ``axes`` it was created with. A ``Transform`` is any
-function from Params to Params; every compression and every training-time trick is one.
+``Params`` is an ``nnx.State`` whose leaves are ``nnx.Param`` variables. A variable holds an array or another
+representation of it (``jaxlm.core.leaves``) and, as metadata, the logical ``axes`` with which it was created. A
+``Transform`` is any function from Params to Params: a compression, or what training does to weights in a step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxlm.core.errors import UserError
 
 Params = nnx.State
 Transform = Callable[[Params], Params]
-Leaf = Any  # an array, its abstract shape, or a compressed leaf
+Leaf = Any  # an array, its abstract shape, or one of ``jaxlm.core.leaves``
 
 
 def path_str(path: tuple) -> str:
@@ -28,12 +28,16 @@ def path_str(path: tuple) -> str:
 
 
 def flatten(params: Params) -> dict[str, Leaf]:
-    """Path -> leaf, in the tree's order; compressed leaves are kept whole."""
+    """Path -> leaf, in the order of the tree."""
     return {path_str(path): variable.get_value() for path, variable in nnx.to_flat_state(params)}
 
 
 def unflatten(like: Params, leaves: dict[str, Leaf]) -> Params:
-    """``like`` with its leaves replaced by ``leaves``, which must name every path of it and no other."""
+    """``like`` with other leaves.
+
+    Raises:
+        ValueError: when the paths of ``leaves`` are not those of ``like``.
+    """
     flat = nnx.to_flat_state(like)
     paths = [path_str(path) for path, _ in flat]
     if differing := set(paths).symmetric_difference(leaves):
@@ -44,7 +48,7 @@ def unflatten(like: Params, leaves: dict[str, Leaf]) -> Params:
 
 
 def map_params(fn: Callable[[str, Leaf], Leaf], params: Params) -> Params:
-    """``fn(path, leaf)`` over every leaf; compressed leaves are given whole."""
+    """``fn(path, leaf)`` in place of every leaf."""
     return nnx.from_flat_state(
         (path, variable.replace(fn(path_str(path), variable.get_value())))
         for path, variable in nnx.to_flat_state(params)
@@ -54,7 +58,8 @@ def map_params(fn: Callable[[str, Leaf], Leaf], params: Params) -> Params:
 def rule(pattern: str, fn: Callable[[Leaf], Leaf]) -> Transform:
     """A Transform that applies ``fn`` to the leaves whose whole path matches the regular expression.
 
-    Raises UserError when a tree has no such leaf: a rule that silently does nothing is a mistake.
+    Raises:
+        UserError: by the Transform, when no path matches.
     """
     matches = re.compile(pattern).fullmatch
 
@@ -80,17 +85,17 @@ def compose(*transforms: Transform) -> Transform:
 
 
 def count_params(params: Params) -> int:
-    """Weights of the dense model: a compressed leaf counts as what it stands for."""
+    """The number of weights of the dense model."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values())
 
 
 def count_bytes(params: Params) -> int:
-    """Bytes that the arrays of the tree hold, with sub-byte types (int4) counted by their bits."""
+    """Bytes of the arrays of the tree; types of less than a byte (int4) count by their bits."""
     return sum(dtype_bits(array.dtype) * int(np.prod(array.shape)) // 8 for array in jax.tree.leaves(params))
 
 
 def dtype_bits(dtype) -> int:
-    """Of one number; ``dtype.itemsize`` says one byte for int4; ``finfo``/``iinfo`` know better."""
+    """The bits of one number. (``dtype.itemsize`` of int4 is one byte.)"""
     dtype = jax.numpy.dtype(dtype)
     if jax.numpy.issubdtype(dtype, jax.numpy.integer):
         return jax.numpy.iinfo(dtype).bits

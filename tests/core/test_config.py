@@ -83,7 +83,7 @@ def test_lists_of_numbers():
     ("name", 3, "name: 3 is not text"),
     ("part.ratio", "nan", "part.ratio: 'nan' is not a number"),
     ("part.choice", "b", "part.choice: 'b' is not one of a, 2"),
-    ("part.names", 3, "part.names: 3 is not a list such as 1,2,3 of which each is text"),
+    ("part.names", 3, "part.names: 3 is not a list such as 1,2,3, each text"),
     ("part", "leaf", "part is a group of settings; set one of them (part.kind, part.ratio, part.limit, ...)"),
     ("part.ration", "1", "unknown configuration key 'part.ration'; the nearest is 'part.ratio'"),
     ("ratio", "1", "unknown configuration key 'ratio'; the nearest is 'part.ratio'"),

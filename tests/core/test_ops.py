@@ -4,9 +4,13 @@ import numpy as np
 import pytest
 
 from jaxlm.compression.quantize.codebook import nf4, nf4_table
-from jaxlm.compression.quantize.rtn import quantize
+from jaxlm.compression.quantize import rtn
 from jaxlm.core import ops
 from jaxlm.core.leaves import Codebook, LoRA, Observer, dequantize
+
+# Compiled whole: op by op, each of their steps would be a program of its own.
+quantize = jax.jit(rtn.quantize, static_argnames=("bits", "group", "symmetric", "act_bits"))
+dot, dequantized = jax.jit(ops.dot), jax.jit(dequantize)
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -31,8 +35,8 @@ def integer_reference(x, leaf):
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
 def test_dense_dot_and_its_gradients(shape):
     x, w = normal(*shape), normal(7, 5, seed=1)
-    np.testing.assert_allclose(ops.dot(x, w), np.einsum("...i,io->...o", x, w), rtol=1e-5, atol=1e-6)
-    grads = jax.grad(lambda x, w: jnp.sum(jnp.sin(ops.dot(x, w))), (0, 1))(x, w)
+    np.testing.assert_allclose(dot(x, w), np.einsum("...i,io->...o", x, w), rtol=1e-5, atol=1e-6)
+    grads = jax.grad(lambda x, w: jnp.sum(jnp.sin(dot(x, w))), (0, 1))(x, w)
     plain = jax.grad(lambda x, w: jnp.sum(jnp.sin(jnp.einsum("...i,io->...o", x, w))), (0, 1))(x, w)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, plain)
 
@@ -42,7 +46,7 @@ def test_dot_keeps_the_dtype_of_its_input():
     leaves = [w, quantize(w, bits=4, group=16), quantize(w, bits=8), quantize(w, bits=8, act_bits=8)]
     for dtype in (jnp.float32, jnp.bfloat16):
         for leaf in leaves:
-            assert ops.dot(normal(2, 40, dtype=dtype), leaf).dtype == dtype
+            assert dot(normal(2, 40, dtype=dtype), leaf).dtype == dtype
 
 
 @pytest.mark.parametrize("bits", [3, 8])
@@ -50,9 +54,9 @@ def test_dot_keeps_the_dtype_of_its_input():
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_weight_only_dot_is_the_dot_with_the_dequantized_weight(bits, group, symmetric):
     x, leaf = normal(3, 5, 40), quantize(normal(40, 6, seed=1), bits=bits, group=group, symmetric=symmetric)
-    exact = np.asarray(x, np.float64) @ np.asarray(dequantize(leaf), np.float64)
-    np.testing.assert_allclose(ops.dot(x, leaf), exact, atol=1e-5 * np.abs(exact).max())
-    half = ops.dot(x.astype(jnp.bfloat16), leaf).astype(jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(dequantized(leaf), np.float64)
+    np.testing.assert_allclose(dot(x, leaf), exact, atol=1e-5 * np.abs(exact).max())
+    half = dot(x.astype(jnp.bfloat16), leaf).astype(jnp.float32)
     np.testing.assert_allclose(half, exact, atol=2e-2 * np.abs(exact).max())
 
 
@@ -63,7 +67,7 @@ def test_weight_only_dot_is_the_dot_with_the_dequantized_weight(bits, group, sym
 ], ids=["int4", "int8 with zeros", "nf4"])
 def test_dots_by_groups_are_those_with_the_dequantized_weight(rows, leaf_of):
     x, leaf = normal(rows, 40), leaf_of(normal(40, 6, seed=1))
-    exact = np.asarray(x, np.float64) @ np.asarray(dequantize(leaf), np.float64)
+    exact = np.asarray(x, np.float64) @ np.asarray(dequantized(leaf), np.float64)
     assert ops._takes_groups(x, leaf)
     np.testing.assert_allclose(jax.jit(ops._grouped_dot)(x, leaf), exact, atol=1e-6 * np.abs(exact).max())
     half = jax.jit(ops._grouped_dot)(x.astype(jnp.bfloat16), leaf)
@@ -86,14 +90,14 @@ def test_weight_only_dots_by_planes_are_as_exact_as_their_activations(rows, dtyp
     x = (normal(rows, 40) * 10.0 ** jnp.arange(-4, 4).repeat(5)).at[0].set(0).astype(dtype)
     x = x.at[-1, 0].set(3e4)
     leaf = quantize(normal(40, 6, seed=1), bits=8, symmetric=False)
-    weights = np.asarray(dequantize(leaf), np.float64)
+    weights = np.asarray(dequantized(leaf), np.float64)
     exact = np.asarray(x, np.float64) @ weights
     y = jax.jit(ops._planes_dot)(x, leaf)
     assert y.dtype == dtype
     most = np.abs(np.asarray(x, np.float64)).max(1, keepdims=True) * np.abs(weights).sum(0)
     rounding = np.abs(exact) * float(jnp.finfo(dtype).eps)
     assert (np.abs(np.asarray(y, np.float64) - exact) <= error * most + rounding).all()
-    assert not np.isfinite(ops.dot(x.at[-1, 3].set(jnp.nan), leaf)[-1]).any()
+    assert not np.isfinite(dot(x.at[-1, 3].set(jnp.nan), leaf)[-1]).any()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9])
@@ -107,16 +111,16 @@ def test_integer_dot_is_exact(rows, symmetric):
 def test_integer_dot_of_each_row_is_its_own():
     leaf = quantize(normal(64, 8, seed=1), bits=8, act_bits=8)
     x = normal(4, 64) * jnp.array([[1.0], [1e-6], [0.0], [1e6]])
-    together = ops.dot(x, leaf)
+    together = dot(x, leaf)
     for row in range(4):
-        np.testing.assert_allclose(ops.dot(x[row], leaf), together[row], rtol=1e-6)
+        np.testing.assert_allclose(dot(x[row], leaf), together[row], rtol=1e-6)
     assert not together[2].any()
-    np.testing.assert_allclose(together, x @ dequantize(leaf), atol=np.asarray(jnp.abs(x).max(-1)).max() * 0.3)
+    np.testing.assert_allclose(together, x @ dequantized(leaf), atol=np.asarray(jnp.abs(x).max(-1)).max() * 0.3)
 
 
 def test_integer_dot_passes_nan_on():
     leaf = quantize(normal(64, 8, seed=1), bits=8, act_bits=8)
-    y = ops.dot(normal(3, 64).at[1, 5].set(jnp.nan), leaf)
+    y = dot(normal(3, 64).at[1, 5].set(jnp.nan), leaf)
     assert jnp.isnan(y[1]).all() and jnp.isfinite(y[jnp.array([0, 2])]).all()
 
 
@@ -124,8 +128,8 @@ def test_integer_dot_passes_nan_on():
 def test_stacked_leaves_are_scanned_and_mapped(act_bits):
     x, leaf = normal(5, 24), quantize(normal(3, 24, 8, seed=1), bits=8, act_bits=act_bits)
     layers = [jax.tree.map(lambda part, i=i: part[i], leaf) for i in range(3)]
-    each = jnp.stack([ops.dot(x, layer) for layer in layers])
-    _, scanned = jax.jit(lambda x, leaf: jax.lax.scan(lambda _, layer: (None, ops.dot(x, layer)), None, leaf))(x, leaf)
+    each = jnp.stack([dot(x, layer) for layer in layers])
+    _, scanned = jax.jit(lambda x, leaf: jax.lax.scan(lambda _, layer: (None, dot(x, layer)), None, leaf))(x, leaf)
     np.testing.assert_allclose(scanned, each, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(jax.vmap(ops.dot, (None, 0))(x, leaf), each, rtol=1e-6, atol=1e-6)
 
@@ -134,7 +138,7 @@ def test_stacked_leaves_are_scanned_and_mapped(act_bits):
 def test_tables_give_rows_and_logits(leaf_of):
     table = leaf_of(normal(11, 20))
     ids, x = jnp.array([[3, 0], [10, 3]]), normal(2, 5, 20, seed=2)
-    dense = np.asarray(dequantize(table))
+    dense = np.asarray(dequantized(table))
     assert table.shape == (11, 20)
     np.testing.assert_array_equal(ops.take(table, ids), dense[np.asarray(ids)])
     np.testing.assert_allclose(ops.dot_t(x, table), np.asarray(x) @ dense.T, rtol=1e-5, atol=1e-5)
@@ -159,11 +163,11 @@ BASES = [lambda w: w, lambda w: quantize(w, bits=4, group=8), lambda w: quantize
 def test_an_adapted_dot_is_the_dot_with_the_sum(base_of):
     leaf, x = adapted(base_of(normal(24, 6))), normal(2, 5, 24, seed=2)
     a, b = np.asarray(leaf.a, np.float64), np.asarray(leaf.b, np.float64)
-    dense = np.asarray(dequantize(leaf.base), np.float64) + 0.7 * a @ b
+    dense = np.asarray(dequantized(leaf.base), np.float64) + 0.7 * a @ b
     assert leaf.shape == (24, 6) and leaf.ndim == 2 and leaf.dtype == jnp.float32
-    np.testing.assert_allclose(dequantize(leaf), dense, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dequantized(leaf), dense, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(jax.jit(ops.dot)(x, leaf), np.asarray(x, np.float64) @ dense, rtol=1e-4, atol=1e-4)
-    half = ops.dot(x.astype(jnp.bfloat16), leaf)
+    half = dot(x.astype(jnp.bfloat16), leaf)
     assert half.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64) @ dense
     np.testing.assert_allclose(half.astype(jnp.float32), exact, atol=3e-2 * np.abs(exact).max())
@@ -172,7 +176,7 @@ def test_an_adapted_dot_is_the_dot_with_the_sum(base_of):
 def test_an_adapter_over_int8_activations_leaves_them_to_the_base():
     leaf, x = adapted(quantize(normal(64, 8, seed=1), bits=8, act_bits=8)), normal(3, 64)
     delta = 0.7 * np.asarray(x) @ np.asarray(leaf.a) @ np.asarray(leaf.b)
-    np.testing.assert_allclose(ops.dot(x, leaf) - ops.dot(x, leaf.base), delta, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dot(x, leaf) - dot(x, leaf.base), delta, rtol=1e-4, atol=1e-4)
 
 
 def test_no_product_of_an_adapter_is_as_large_as_its_base():
@@ -185,13 +189,13 @@ def test_gradients_reach_an_adapter_and_not_a_frozen_base():
     x, base = normal(4, 24), quantize(normal(24, 6), bits=4, group=8)
 
     def loss(parts, base):
-        return jnp.sum(jnp.sin(ops.dot(x, LoRA(base, **parts, scale=jnp.full((1, 1), 0.7)))))
+        return jnp.sum(jnp.sin(dot(x, LoRA(base, **parts, scale=jnp.full((1, 1), 0.7)))))
 
     def plain(parts, base):
-        return jnp.sum(jnp.sin(x @ (dequantize(base) + 0.7 * parts["a"] @ parts["b"])))
+        return jnp.sum(jnp.sin(x @ (dequantized(base) + 0.7 * parts["a"] @ parts["b"])))
 
     parts = {"a": normal(24, 3, seed=5), "b": normal(3, 6, seed=6)}
-    for frozen in (base, dequantize(base)):
+    for frozen in (base, dequantized(base)):
         grads, expected = jax.grad(loss)(parts, frozen), jax.grad(plain)(parts, base if frozen is base else frozen)
         assert all(jnp.abs(each).max() > 0.1 for each in grads.values())
         jax.tree.map(lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-3, atol=1e-4), grads, expected)
@@ -199,10 +203,10 @@ def test_gradients_reach_an_adapter_and_not_a_frozen_base():
 
 def test_stacked_adapters_are_scanned_and_mapped():
     x, leaf = normal(5, 24), adapted(normal(3, 24, 8, seed=1))
-    dense = dequantize(leaf)
+    dense = dequantized(leaf)
     assert dense.shape == (3, 24, 8)
     each = jnp.stack([x @ dense[i] for i in range(3)])
-    _, scanned = jax.jit(lambda x, leaf: jax.lax.scan(lambda _, layer: (None, ops.dot(x, layer)), None, leaf))(x, leaf)
+    _, scanned = jax.jit(lambda x, leaf: jax.lax.scan(lambda _, layer: (None, dot(x, layer)), None, leaf))(x, leaf)
     np.testing.assert_allclose(scanned, each, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(jax.vmap(ops.dot, (None, 0))(x, leaf), each, rtol=1e-4, atol=1e-4)
     sizes, rows = jnp.array([2, 0, 3]), [0, 0, 2, 2, 2]
@@ -213,7 +217,7 @@ def test_stacked_adapters_are_scanned_and_mapped():
 @pytest.mark.parametrize("base_of", [lambda t: t, lambda t: quantize(t, bits=4, group=8, axis=-1)])
 def test_adapted_tables_give_rows_and_logits(base_of):
     table, ids, x = adapted(base_of(normal(11, 20))), jnp.array([[3, 0], [10, 3]]), normal(2, 5, 20, seed=2)
-    dense = np.asarray(dequantize(table))
+    dense = np.asarray(dequantized(table))
     np.testing.assert_allclose(ops.take(table, ids), dense[np.asarray(ids)], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ops.take(table, jnp.int32(3)), dense[3], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(ops.dot_t(x, table), np.asarray(x) @ dense.T, rtol=1e-4, atol=1e-4)

@@ -18,7 +18,9 @@ from jaxlm.training.setup import _check_unchanged
 
 OLD = {new: old for old, new in RENAMED.items()}
 DECODER = DecoderConfig(vocab_size=24, width=8, heads=2, layers=3, layer_groups=(2, 1), ring_min_keys=64)
-SEQ2SEQ = Seq2SeqConfig(vocab_size=24, width=8, heads=2, encoder_layers=2, decoder_layers=2, decoder_layer_groups=(1, 1))
+SEQ2SEQ = Seq2SeqConfig(
+    vocab_size=24, width=8, heads=2, encoder_layers=2, decoder_layers=2, decoder_layer_groups=(1, 1)
+)
 
 
 def as_then(data):

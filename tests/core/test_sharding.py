@@ -96,7 +96,8 @@ def test_the_presets_are_those_of_the_configuration():
 
 def test_parameters_go_where_their_path_says():
     like, mesh = nn.abstract(CONFIG)[1], make_mesh(data=1, fsdp=2, tensor=4)
-    moved = override_sharding((".*/mlp/.*/kernel=- tensor fsdp", "decoder/layers/0/mlp/down/kernel = - - fsdp+tensor"))(like)
+    overrides = ".*/mlp/.*/kernel=- tensor fsdp", "decoder/layers/0/mlp/down/kernel = - - fsdp+tensor"
+    moved = override_sharding(overrides)(like)
     before, after = (flatten(shardings(tree, mesh)) for tree in (like, moved))
     layer = "decoder/layers/0/mlp/"
     assert after[layer + "up/kernel"].spec == P(None, "tensor", "fsdp") != before[layer + "up/kernel"].spec
