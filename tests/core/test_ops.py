@@ -3,13 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.compression.quantize.codebook import nf4, nf4_table
 from jaxlm.compression.quantize import rtn
+from jaxlm.compression.quantize.codebook import nf4, nf4_table
 from jaxlm.core import ops
 from jaxlm.core.leaves import Codebook, LoRA, Observer, dequantize
 
 # Compiled whole: op by op, each of their steps would be a program of its own.
-quantize = jax.jit(rtn.quantize, static_argnames=("bits", "group", "symmetric", "act_bits"))
+quantize = jax.jit(rtn.quantize, static_argnames=("bits", "group", "symmetric", "act_bits", "axis"))
 dot, dequantized = jax.jit(ops.dot), jax.jit(dequantize)
 
 
