@@ -92,7 +92,7 @@ def random_model(shared, name, directory, **sizes):
     return directory
 
 
-@pytest.mark.parametrize("name", ["llama2", "deepseek"])
+@pytest.mark.parametrize("name", ["llama2", pytest.param("deepseek", marks=pytest.mark.slow)])
 def test_language_models_with_real_tokenizers(jaxlm_command, shared, tmp_path, text, name):
     model = random_model(shared, name, tmp_path / "model")
     out = run(jaxlm_command, "generate", model, "--prompt", "Zwölf Boxkämpfer", "--max-new-tokens", 3)
