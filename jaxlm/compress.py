@@ -12,7 +12,8 @@ import numpy as np
 from jaxlm import nn
 from jaxlm.checkpoint.storage import PackedWeights, leaf_bytes
 from jaxlm.compression.calibration import Calibration
-from jaxlm.compression.fit.budget import Budget, Fit, Fitted, LossTarget
+from jaxlm.compression.fit.budget import Budget, LossTarget
+from jaxlm.compression.fit.search import BudgetSearch, FittedModel
 from jaxlm.compression.fit.sensitivity import CANDIDATES, SPARSITY_CANDIDATES, measure_sensitivity
 from jaxlm.compression.names import load_recipe
 from jaxlm.compression.recipe import Recipe
@@ -79,12 +80,12 @@ def compress(
         raise UserError("this model is quantized already; compress the dense one")
     calibration = _calibration(lm, calibrate, samples, context, seed, progress) if calibrate else None
     if recipe is None:
-        fitted = _fit(lm, target, f"fit-{fit or max_perplexity}", storage, calibration, progress)
-        recipe, done, fitted_kernels = fitted.recipe, fitted.model, fitted.rows
+        fitted = _fit(lm, target, f"fit-{fit or max_perplexity}", storage, calibration)
+        recipe, done, packed, fitted_kernels = fitted.recipe, fitted.model, fitted.packed, fitted.kernels
     else:
         done, fitted_kernels = recipe.run(lm.config, lm.params, calibration), ()
+        packed = PackedWeights(done.params, recipe.storage)
     alike = not any(getattr(step, "folds_scales", False) for step in recipe.steps)
-    packed = PackedWeights(done.params, recipe.storage)
     rows = make_report(lm.params if alike else None, done.params, packed.sizes)
     return lm.replace(
         config=done.config, graphdef=nn.initializer(done.config)[0], params=done.params, packed=packed, recipe=recipe,
@@ -94,50 +95,45 @@ def compress(
 
 
 def _fit(
-    lm: LM, target: Budget | LossTarget, name: str, storage: str, calibration: Calibration | None, progress
-) -> Fitted:
+    lm: LM, target: Budget | LossTarget, name: str, storage: str, calibration: Calibration | None
+) -> FittedModel:
     Recipe((), storage)  # raises where there is no such storage
     if calibration is None:
-        raise UserError("what to give up is chosen with data; give some (--calibrate SPEC)")
-    held = ()
+        raise UserError("a budget is fitted to with data; give some (--calibrate SPEC)")
+    held_out = ()
     if isinstance(target, LossTarget):
-        kept, held = hold_out(calibration.batches)
+        kept, held_out = hold_out(calibration.batches)
         calibration = dataclasses.replace(calibration, batches=kept)
     zeros = isinstance(target, Budget) and bool(target.zeros)
     size = _nonzero if zeros else partial(leaf_bytes, storage=storage)
-    calibrating = dataclasses.replace(calibration, task="trying each kernel")
     candidates = SPARSITY_CANDIDATES if zeros else CANDIDATES
-    seen = measure_sensitivity(lm.config, lm.params, calibrating, size, candidates=candidates)
-    best = Fit(lm.config, lm.params, calibration, seen, size, storage, name)
+    measuring = dataclasses.replace(calibration, task="trying each kernel")
+    sensitivity = measure_sensitivity(lm.config, lm.params, measuring, size, candidates=candidates)
+    search = BudgetSearch(lm.config, lm.params, calibration, sensitivity, size, storage, name)
+    if isinstance(target, LossTarget):
+        return search.within_loss(target, partial(_loss, lm, held_out))
     if zeros:
-        return best.within(target, lambda config, params: sum(map(_nonzero, _kernels(params).values())))
-    if isinstance(target, Budget):
-        return best.within(target, partial(_kernel_bytes if target.bits else _file_bytes, storage))
-    return best.within_loss(target, partial(_loss, lm, held))
+        return search.within(target, _kernel_nonzero)
+    return search.within(target, _kernel_bytes if target.bits else model_bytes)
 
 
-def _kernel_bytes(storage: str, config: ModelConfig, params: Params) -> int:
-    """What the kernels of the blocks take in a file."""
-    return sum(leaf_bytes(leaf, storage) for leaf in _kernels(params).values())
-
-
-def _kernels(params: Params) -> dict[str, Leaf]:
-    """The kernels of the blocks that are compressed."""
+def _kernel_nonzero(config: ModelConfig, params: Params, packed: PackedWeights) -> int:
+    """The number of weights of the kernels of the blocks that are not zero."""
     flat = flatten(params)
-    return {path: flat[path] for path in matching(LAYER_KERNELS, params)}
+    return sum(_nonzero(flat[path]) for path in matching(LAYER_KERNELS, params))
+
+
+def _kernel_bytes(config: ModelConfig, params: Params, packed: PackedWeights) -> int:
+    """What the kernels of the blocks take in a file."""
+    return sum(packed.stored(path).nbytes for path in matching(LAYER_KERNELS, params))
 
 
 def _nonzero(leaf: Leaf) -> int:
     return int(jnp.count_nonzero(dequantize(leaf)))
 
 
-def _file_bytes(storage: str, config: ModelConfig, params: Params) -> int:
-    """What all weights take on disk."""
-    return model_bytes(config, params, PackedWeights(params, storage))
-
-
 def _loss(lm: LM, batches: Sequence[tuple[np.ndarray, ...]], params: Params) -> float:
-    """Nats a token of batches of calibration data, with other parameters."""
+    """The loss on batches of calibration data with other parameters, in nats a token."""
     from jaxlm.evaluation.perplexity import row_nll
 
     nll, count = 0.0, 0

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxlm import nn
 from jaxlm.checkpoint.storage import PackedWeights
-from jaxlm.compression.fit.budget import FittedKernel
+from jaxlm.compression.fit.search import FittedKernel
 from jaxlm.compression.platforms import lower_for_platform
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.report import TensorReport

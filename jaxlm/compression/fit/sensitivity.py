@@ -1,6 +1,7 @@
-"""What every kernel of a model costs in every way to do it: its size, and how much the loss is to rise.
+"""The sensitivity of the loss to each kernel: what every candidate for it takes in size, and adds to the loss.
 
-Each is solved for with the inputs it has in the dense model; ``sensitivity`` tells what its errors cost.
+Each candidate is solved for with the inputs that the kernel has in the dense model; ``fisher`` tells what its errors
+cost.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 import jax
 
-from jaxlm.compression.calibration import CalibratedLayer, Calibration, LayerParams, solve_layers
-from jaxlm.compression.fit.fisher import loss_increase, output_fisher
-from jaxlm.compression.fit.mixed_precision import KernelChoice, MixedPrecision, Solver, kernel_name
-from jaxlm.compression.input_statistics import observe_inputs, second_moment
+from jaxlm.compression.calibration import CalibratedLayer, Calibration, LayerParams, layer_params, solve_layers
+from jaxlm.compression.fit.fisher import LayerStatistics, layer_statistics, loss_increase
+from jaxlm.compression.fit.kernel_solver import KernelChoice, Solver
+from jaxlm.compression.fit.mixed_precision import MixedPrecision, kernel_name
+from jaxlm.compression.input_statistics import group_by_input, observe_inputs, second_moment
 from jaxlm.compression.observers import gram
 from jaxlm.compression.steps import targets
 from jaxlm.core.leaves import dequantize
@@ -23,8 +25,8 @@ from jaxlm.core.tree import Leaf, Params
 
 __all__ = ["CANDIDATES", "SPARSITY_CANDIDATES", "Candidate", "Sensitivity", "measure_sensitivity"]
 
-# What is tried of each kernel; groups as wide as it is are the same as group 0. Smaller groups never pay, as scales are
-# stored in 32 bits; 2:4 takes the bytes of half the weights chosen freely, and loses more.
+# What is tried for each kernel. A group as wide as the kernel is the same as group 0. Smaller groups never pay, as
+# scales are stored in 32 bits; 2:4 takes the bytes of half the weights chosen freely, and loses more.
 CANDIDATES: tuple[dict[str, Any], ...] = (
     *({"bits": bits, "group": group} for bits in (2, 3, 4) for group in (64, 128, 0)),
     *({"bits": bits, "group": group} for bits in (5, 6, 8) for group in (128, 0)),
@@ -38,7 +40,12 @@ SOLVER = Solver()
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to do a kernel: ``choice`` None leaves it dense. ``loss`` is what it is to cost, in nats a token."""
+    """One way to treat a kernel; the choice None leaves it dense.
+
+    Attributes:
+        size: as the budget counts it.
+        loss: what it is to add to the loss, in nats a token.
+    """
 
     choice: KernelChoice | None
     size: int
@@ -47,11 +54,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """All candidates to do each kernel by name, how many weights they have, and how the loss minds errors of theirs."""
+    """What the candidates for each kernel cost.
 
-    options: dict[str, tuple[Candidate, ...]]
+    Attributes:
+        candidates: for each kernel by name.
+        weights: the number of each kernel's weights.
+        fisher: the Fisher information of each kernel's outputs (``fisher.LayerStatistics``).
+        solver: what solved for the candidates.
+    """
+
+    candidates: dict[str, tuple[Candidate, ...]]
     weights: dict[str, int]
-    sensitivity: dict[str, jax.Array]
+    fisher: dict[str, jax.Array]
     solver: Solver
 
 
@@ -63,34 +77,67 @@ def measure_sensitivity(
     solver: Solver = SOLVER,
     candidates: Sequence[Mapping[str, Any]] = CANDIDATES,
 ) -> Sensitivity:
-    """Tries the ``candidates``, fields of a ``KernelChoice``, on each kernel of the blocks; ``size`` is what the budget counts of a
-    leaf, such as its bytes when stored."""
+    """Tries candidates on each kernel of the blocks.
+
+    Args:
+        config, params, calibration: the dense model, and data.
+        size: of a leaf as the budget counts it, such as its bytes when stored.
+        candidates: fields of a ``KernelChoice``.
+    """
     chosen = set(targets(MixedPrecision(()), params))
-    minds = iter(output_fisher(config, params, calibration, chosen.__contains__))
-    options: dict[str, tuple[Candidate, ...]] = {}
-    weights: dict[str, int] = {}
-    sensitivity: dict[str, jax.Array] = {}
+    found = Sensitivity({}, {}, {}, solver)
+    statistics = layer_statistics(config, params, calibration, chosen.__contains__)
+    waiting = iter([each for each in statistics if each.fisher])
 
-    def look(block: CalibratedLayer) -> LayerParams:
-        readings, mind = observe_inputs(block, gram), next(minds)
-        for name in block.targets:
-            kernel, called = block.params[name], kernel_name(block.model, block.position, name)
-            h = second_moment(block, name, readings[name], "looked at")
-            found = [Candidate(None, size(kernel), 0.0)]
-            zeros = bool((kernel == 0).any())
-            for each in _choices(called, kernel.shape[-2], candidates):
-                if each.sparse and zeros:
-                    continue
-                leaf, _ = solver(kernel, h, each)
-                loss = float(loss_increase(dequantize(leaf) - kernel, h, mind[name]))
-                found.append(Candidate(each, size(leaf), loss))
-            options[called], weights[called], sensitivity[called] = tuple(found), kernel.size, mind[name]
-        return block.params
+    def examine(layer: CalibratedLayer) -> LayerParams:
+        _examine(layer, next(waiting), candidates, size, found)
+        return layer.params
 
-    solve_layers(config, params, calibration, look, chosen.__contains__, [])
-    return Sensitivity(options, weights, sensitivity, solver)
+    if any(each.inputs is None for each in statistics):
+        solve_layers(config, params, calibration, examine, chosen.__contains__, [])
+        return found
+    model = calibration.layerwise(config)
+    positions = list(model.layer_positions())
+    for done, position in enumerate(positions, 1):
+        each = layer_params(params, position)
+        names = tuple(name for name in each if position.prefix + name in chosen)
+        if names:
+            examine(CalibratedLayer(model, params, position, each, names, (), ()))
+        if calibration.progress is not None:
+            calibration.progress(calibration.task, done, len(positions))
+    return found
 
 
-def _choices(kernel: str, n_in: int, candidates: Sequence[Mapping[str, Any]]) -> list[KernelChoice]:
-    every = (KernelChoice(kernel, **each) for each in candidates)
-    return list(dict.fromkeys(dataclasses.replace(each, group=0) if each.group >= n_in else each for each in every))
+def _examine(
+    layer: CalibratedLayer, statistics: LayerStatistics, candidates: Sequence[Mapping[str, Any]],
+    size: Callable[[Leaf], int], found: Sensitivity,
+) -> None:
+    """Tries the candidates for the kernels of one layer, and adds what they cost to ``found``."""
+    inputs = observe_inputs(layer, gram) if statistics.inputs is None else statistics.inputs
+    of_layer = {}
+    for names in group_by_input(layer.targets):
+        kernels = {name: layer.params[name] for name in names}
+        h_IxI = second_moment(layer, names[0], inputs[names[0]], "measured")
+        choices = {
+            name: _choices(kernel_name(layer.model, layer.position, name), kernel, candidates)
+            for name, kernel in kernels.items()
+        }
+        solved = found.solver(kernels, h_IxI, choices)
+        for name, kernel in kernels.items():
+            of_layer[name] = [Candidate(None, size(kernel), 0.0)]
+            for choice, (leaf, _) in zip(choices[name], solved[name], strict=True):
+                loss = loss_increase(dequantize(leaf) - kernel, h_IxI, statistics.fisher[name])
+                of_layer[name].append(Candidate(choice, size(leaf), float(loss)))
+    for name in layer.targets:
+        kernel = kernel_name(layer.model, layer.position, name)
+        found.candidates[kernel] = tuple(of_layer[name])
+        found.weights[kernel] = layer.params[name].size
+        found.fisher[kernel] = statistics.fisher[name]
+
+
+def _choices(name: str, kernel_IxO: jax.Array, candidates: Sequence[Mapping[str, Any]]) -> list[KernelChoice]:
+    """The candidates that differ for a kernel. One that has zeros already is not pruned."""
+    n_in, zeros = kernel_IxO.shape[-2], bool((kernel_IxO == 0).any())
+    every = (KernelChoice(name, **each) for each in candidates)
+    every = (dataclasses.replace(each, group=0) if each.group >= n_in else each for each in every)
+    return [each for each in dict.fromkeys(every) if not (zeros and each.sparse)]

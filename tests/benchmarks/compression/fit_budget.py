@@ -21,10 +21,12 @@ from pathlib import Path
 
 import jaxlm
 from jaxlm import nn
-from jaxlm.checkpoint.storage import leaf_bytes, pack_params, stored
+from jaxlm.checkpoint.storage import PackedWeights, leaf_bytes
 from jaxlm.compression.calibration import Calibration
-from jaxlm.compression.fit.budget import Budget, Fit
-from jaxlm.compression.fit.mixed_precision import KernelChoice, MixedPrecision
+from jaxlm.compression.fit.budget import Budget
+from jaxlm.compression.fit.kernel_solver import KernelChoice
+from jaxlm.compression.fit.mixed_precision import MixedPrecision
+from jaxlm.compression.fit.search import BudgetSearch
 from jaxlm.compression.fit.sensitivity import SOLVER, measure_sensitivity
 from jaxlm.compression.names import parse
 from jaxlm.compression.recipe import Recipe
@@ -38,9 +40,8 @@ UNIFORM = {
 }  # fmt: skip
 
 
-def kernel_bytes(config, params) -> int:
-    sizes = stored(*pack_params(params))
-    return sum(size for path, (size, _) in sizes.items() if re.fullmatch(LAYER_KERNELS, path))
+def kernel_bytes(config, params, packed: PackedWeights) -> int:
+    return sum(size.nbytes for path, size in packed.sizes.items() if re.fullmatch(LAYER_KERNELS, path))
 
 
 def main() -> None:
@@ -57,23 +58,23 @@ def main() -> None:
         f"tokens:{tokens / 'calibration_tokens.npy'}", lm.tokenizer, pairs=False, samples=128, context=256, seed=0
     )
     calibration = Calibration(batches, lambda config: LayerwiseModel(config, nn.initializer(config)[0]))
-    seen = measure_sensitivity(lm.config, lm.params, calibration, leaf_bytes)
-    fit = Fit(lm.config, lm.params, calibration, seen, leaf_bytes)
-    weights = sum(seen.weights.values())
+    sensitivity = measure_sensitivity(lm.config, lm.params, calibration, leaf_bytes)
+    search = BudgetSearch(lm.config, lm.params, calibration, sensitivity, leaf_bytes)
+    weights = sum(sensitivity.weights.values())
 
     def score(model) -> tuple[float, float]:
         """Bits a weight and perplexity."""
-        bits = 8 * kernel_bytes(model.config, model.params) / weights
-        small = lm.replace(config=lm.config, params=fit.expand(model))
+        bits = 8 * kernel_bytes(model.config, model.params, PackedWeights(model.params)) / weights
+        small = lm.replace(config=lm.config, params=search.expand(model))
         return bits, small.evaluate(f"tokens:{tokens / 'valid_tokens.npy'}", context=256)["perplexity"]
 
     def fitted(bits: float) -> dict:
-        done = fit.within(Budget(bits=bits), kernel_bytes)
+        done = search.within(Budget(bits=bits), kernel_bytes)
         stored_bits, ours = score(done.model)
         if args.table:
-            for row in done.rows:
+            for row in done.kernels:
                 print(f"    {row.kernel:<22}{row.choice}  predicted {row.predicted:.2e} final {row.final:.2e}")
-        predicted, final = (sum(getattr(row, name) for row in done.rows) for name in ("predicted", "final"))
+        predicted, final = (sum(getattr(row, name) for row in done.kernels) for name in ("predicted", "final"))
         return {"fit_bits": stored_bits, "fit": ours, "predicted": predicted, "final": final}
 
     rows = []
@@ -82,7 +83,7 @@ def main() -> None:
     for name, (bits, group) in UNIFORM.items():
         if args.only in name:
             size, plain = score(run(parse(name)))
-            choices = tuple(KernelChoice(kernel, bits, group) for kernel in seen.options)
+            choices = tuple(KernelChoice(kernel, bits, group) for kernel in sensitivity.candidates)
             step = MixedPrecision(choices, **dataclasses.asdict(SOLVER))
             _, searched = score(run(Recipe((step,))))
             rows.append({"uniform": name, "bits": size, "plain": plain, "searched": searched} | fitted(size))

@@ -16,11 +16,14 @@ import pytest
 from flax import nnx
 
 from jaxlm import nn
-from jaxlm.checkpoint.storage import leaf_bytes, pack_params, stored
+from jaxlm.checkpoint.storage import leaf_bytes
 from jaxlm.compression.calibration import Calibration
-from jaxlm.compression.fit.budget import Budget, Fit, LossTarget, pareto_frontier
-from jaxlm.compression.fit.fisher import loss_increase, output_fisher
-from jaxlm.compression.fit.mixed_precision import KernelChoice, MixedPrecision, Solver
+from jaxlm.compression.fit.budget import Budget, LossTarget
+from jaxlm.compression.fit.fisher import layer_statistics, loss_increase
+from jaxlm.compression.fit.frontier import pareto_frontier
+from jaxlm.compression.fit.kernel_solver import KernelChoice, Solver
+from jaxlm.compression.fit.mixed_precision import MixedPrecision
+from jaxlm.compression.fit.search import BudgetSearch
 from jaxlm.compression.fit.sensitivity import measure_sensitivity
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.steps import LAYER_KERNELS
@@ -36,7 +39,7 @@ CONFIGS = {
     "seq2seq": nn.preset("tiny", vocab_size=13, width=16, heads=2, ffn=24, encoder_layers=1, decoder_layers=1),
 }
 SOLVER = Solver(clip=1.0, sweeps=0, search=2)
-WAYS = tuple({"bits": bits, "group": group} for bits, group in ((2, 0), (3, 0), (3, 8), (5, 8), (8, 0)))
+CANDIDATES = tuple({"bits": bits, "group": group} for bits, group in ((2, 0), (3, 0), (3, 8), (5, 8), (8, 0)))
 
 
 @functools.cache
@@ -53,16 +56,16 @@ def make(name):
 @functools.cache
 def fitting(name):
     _, params, calibration = make(name)
-    seen = measure_sensitivity(CONFIGS[name], params, calibration, leaf_bytes, SOLVER, WAYS)
-    return Fit(CONFIGS[name], params, calibration, seen, leaf_bytes)
+    sensitivity = measure_sensitivity(CONFIGS[name], params, calibration, leaf_bytes, SOLVER, CANDIDATES)
+    return BudgetSearch(CONFIGS[name], params, calibration, sensitivity, leaf_bytes)
 
 
 def is_kernel(path):
     return re.fullmatch(LAYER_KERNELS, path) and "router" not in path
 
 
-def kernel_bytes(config, params):
-    return sum(size for path, (size, _) in stored(*pack_params(params)).items() if is_kernel(path))
+def kernel_bytes(config, params, packed):
+    return sum(size.nbytes for path, size in packed.sizes.items() if is_kernel(path))
 
 
 def table(rng, things=4, options=4):
@@ -132,7 +135,8 @@ def test_perplexities_in_words():
 def test_sensitivity_is_the_squared_gradient_of_each_output(name):
     """That there is one for every kernel; and of the last one, which the final norm alone follows, its expectation."""
     config, (_, params, calibration) = CONFIGS[name], make(name)
-    found = output_fisher(config, params, calibration, is_kernel)
+    statistics = layer_statistics(config, params, calibration, is_kernel)
+    found = [each.fisher for each in statistics]
     places = list(calibration.layerwise(config).layer_positions())
     tokens = sum(batch[-1].size for batch in calibration.batches)
     assert len(found) == len(places)
@@ -172,22 +176,22 @@ def test_the_loss_of_an_error():
 def test_a_model_fits_and_its_recipe_makes_it_again(name):
     config, (_, params, calibration) = CONFIGS[name], make(name)
     best = fitting(name)
-    weights = sum(best.seen.weights.values())
+    weights = sum(best.sensitivity.weights.values())
     assert weights == sum(leaf.size for path, leaf in flatten(params).items() if is_kernel(path))
     least = int(best.frontier.size[0])
     limit = int(1.35 * least)
     done = best.within(Budget(bits=8 * limit / weights), kernel_bytes)
-    size = kernel_bytes(done.model.config, done.model.params)
+    size = kernel_bytes(done.model.config, done.model.params, done.packed)
     assert 0.97 * limit < size <= limit
-    assert {row.kernel for row in done.rows} == set(best.seen.options)
-    assert len({row.choice.bits for row in done.rows}) > 1 and all(row.final >= 0 for row in done.rows)
+    assert {row.kernel for row in done.kernels} == set(best.sensitivity.candidates)
+    assert len({row.choice.bits for row in done.kernels}) > 1 and all(row.final >= 0 for row in done.kernels)
     recipe = Recipe.from_json(json.loads(json.dumps(done.recipe.to_json())))
     assert recipe == done.recipe
     again = recipe.run(config, params, calibration)
     assert again.config == done.model.config
     jax.tree.map(np.testing.assert_array_equal, again.params, done.model.params)
     if name == "decoder":  # mixed in one model: as chosen, and it runs
-        for row in done.rows:
+        for row in done.kernels:
             number, kernel = row.kernel.removeprefix("decoder/").split("/", 1)
             layer_groups = done.model.config.layer_groups or (2,)
             starts = np.cumsum([0, *layer_groups])
@@ -204,30 +208,30 @@ def test_zeros_go_where_they_cost_least(name):
     config, (_, params, calibration) = CONFIGS[name], make(name)
     nonzero = lambda leaf: int(jnp.count_nonzero(leaf))  # noqa: E731
     candidates = [{"sparsity": share} for share in (0.25, 0.5, 0.75)]
-    seen = measure_sensitivity(config, params, calibration, nonzero, SOLVER, candidates)
-    best = Fit(config, params, calibration, seen, nonzero)
+    sensitivity = measure_sensitivity(config, params, calibration, nonzero, SOLVER, candidates)
+    best = BudgetSearch(config, params, calibration, sensitivity, nonzero)
     done = best.within(
         Budget(zeros=0.5),
-        lambda config, params: sum(nonzero(leaf) for path, leaf in flatten(params).items() if is_kernel(path)),
+        lambda config, params, _: sum(nonzero(leaf) for path, leaf in flatten(params).items() if is_kernel(path)),
     )
     kernels = {path: leaf for path, leaf in flatten(done.model.params).items() if is_kernel(path)}
     zeros = sum(int((leaf == 0).sum()) for leaf in kernels.values()) / sum(leaf.size for leaf in kernels.values())
     assert 0.5 <= zeros < 0.56
-    assert len({row.choice and row.choice.sparsity for row in done.rows}) > 1
+    assert len({row.choice and row.choice.sparsity for row in done.kernels}) > 1
     alike = sum(next(each.loss for each in options if each.choice and each.choice.sparsity == 0.5)
-                for options in seen.options.values())  # fmt: skip
-    assert sum(row.predicted for row in done.rows) < alike
+                for options in best.sensitivity.candidates.values())  # fmt: skip
+    assert sum(row.predicted for row in done.kernels) < alike
     assert Recipe.from_json(json.loads(json.dumps(done.recipe.to_json()))) == done.recipe
 
 
 def test_impossible_budgets_say_what_is_possible():
     best = fitting("decoder")
-    weights = sum(best.seen.weights.values())
+    weights = sum(best.sensitivity.weights.values())
     with pytest.raises(UserError) as error:
         best.within(Budget(bits=1), kernel_bytes)
     least = float(re.search(r"the least possible is (\S+) bits a weight", str(error.value))[1])
     done = best.within(Budget(bits=least * 1.001), kernel_bytes)
-    assert 8 * kernel_bytes(done.model.config, done.model.params) / weights <= least * 1.001
+    assert 8 * kernel_bytes(done.model.config, done.model.params, done.packed) / weights <= least * 1.001
 
 
 def test_the_smallest_model_that_keeps_a_loss():
@@ -253,7 +257,8 @@ def test_the_smallest_model_that_keeps_a_loss():
 
 def test_what_a_mixed_step_leaves_alone_and_what_it_refuses():
     _, params, calibration = make("decoder")
-    step = MixedPrecision((KernelChoice("decoder/0/mlp/up", 3), KernelChoice("decoder/1/mlp/up", 4, 8, sparsity=0.5)), 1.0, 0, 2)
+    choices = KernelChoice("decoder/0/mlp/up", 3), KernelChoice("decoder/1/mlp/up", 4, 8, sparsity=0.5)
+    step = MixedPrecision(choices, 1.0, 0, 2)
     config, after = step(DECODER, params, calibration, [])
     flat = flatten(after)
     assert config.layer_groups == (1, 1)
