@@ -66,7 +66,7 @@ class KernelChoice:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _FittedGrid:
-    """A ``column_solver.Grid`` that is fitted already: the ``bits`` of each row, ``[..., out, 1]``, and the scale and the
+    """A ``column_solver.Grid`` that is fitted already: ``bits`` of each row, ``[..., out, 1]``, and the scale and the
     zero of each weight, ``[..., out, in]``, so that every column is a group."""
 
     bits: jax.Array
