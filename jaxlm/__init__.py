@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxlm.compress import compress
     from jaxlm.core.errors import UserError
-    from jaxlm.evaluation.evaluate import evaluate
+    from jaxlm.evaluation.scoring import evaluate
     from jaxlm.inference.generation import generate
     from jaxlm.inference.generation_config import GenerationConfig
     from jaxlm.inference.translation import translate
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxlm.training.loop import train
 else:  # at first use, so that the command line answers before JAX is there
     __getattr__, __dir__, __all__ = lazy(
-        __name__, compress="compress", core__errors="UserError", evaluation__evaluate="evaluate",
+        __name__, compress="compress", core__errors="UserError", evaluation__scoring="evaluate",
         inference__generation="generate", inference__generation_config="GenerationConfig",
         inference__translation="translate", model="LM load", serving__server="serve", training__loop="train",
     )

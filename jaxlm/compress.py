@@ -134,7 +134,7 @@ def _nonzero(leaf: Leaf) -> int:
 
 def _loss(lm: LM, batches: Sequence[tuple[np.ndarray, ...]], params: Params) -> float:
     """The loss on batches of calibration data with other parameters, in nats a token."""
-    from jaxlm.evaluation.perplexity import row_nll
+    from jaxlm.evaluation.likelihood import row_nll
 
     nll, count = 0.0, 0
     for *source, tokens_BxT in batches:

@@ -145,8 +145,8 @@ class LM:
         return translate(self, sentences, **options)
 
     def evaluate(self, spec: str, **options: Any) -> dict[str, Any]:
-        """Measures perplexity, and BLEU and chrF of a translation model; see ``jaxlm.evaluation.evaluate.evaluate``."""
-        from jaxlm.evaluation.evaluate import evaluate
+        """Measures perplexity, and BLEU and chrF of a translation model; see ``jaxlm.evaluation.scoring.evaluate``."""
+        from jaxlm.evaluation.scoring import evaluate
 
         return evaluate(self, spec, **options)
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import re
 
-SLOW = {
-    "checkpoint/test_storage": r"no_change_to_the_metadata.*\[huffman\]",
-    "compression/fit/test_budget": r"\[(moe|seq2seq)\]",
-}
+SLOW: dict[str, str] = {}
 
 
 def is_slow(nodeid: str) -> bool:

@@ -1,4 +1,4 @@
-"""Checksums of arrays where they are: computed on their devices, the same however they are sharded."""
+"""Checksums of arrays, computed on the devices that hold them; the sharding does not change them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 
 from jaxlm.core.sharding import on_device
 
-__all__ = ["checksums", "first_mismatch"]
+__all__ = ["array_checksums", "first_mismatch"]
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
-def checksums(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """For each path the type of its array, which counts too, and a sum that any flipped bit changes. JSON-safe.
+def array_checksums(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """For each path the type of its array and a sum that any flipped bit changes. JSON-safe.
 
-    On several processes all must call, with the same arrays.
+    All processes must call this with the same arrays.
     """
     # Fetched one at a time: many programs with collectives in flight at once can lock up XLA on CPU.
     return {
@@ -28,15 +28,16 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def first_mismatch(arrays: Mapping[str, jax.Array], expected: Mapping[str, list[Any]]) -> str | None:
-    """The path of an array whose sum is not the expected one, among those that have one and kept their type."""
+    """The path of an array whose checksum is not the expected one; None if there is none. Arrays of another type than
+    when the checksum was taken, or without one, are not compared."""
     known = {path: array for path, array in arrays.items() if expected.get(path, [None])[0] == str(array.dtype)}
-    return next((path for path, found in checksums(known).items() if found != expected[path]), None)
+    return next((path for path, found in array_checksums(known).items() if found != expected[path]), None)
 
 
 @jax.jit
 def _sum(array: jax.Array) -> jax.Array:
-    """Sum of (2 i + 1) w_i modulo 2**32 over the words w_i of the array. The factors are odd, so that no bit is lost,
-    and tell places apart; addition does not ask for an order."""
+    """The sum of (2 i + 1) w_i modulo 2**32 over the words w_i of the array. The factors are odd, so no bit is lost,
+    and differ from word to word; the order of the additions does not matter."""
     words = array.astype(jnp.int8) if array.dtype.name in ("bool", "int4", "uint4") else array
     if not jnp.issubdtype(words.dtype, jnp.unsignedinteger):
         words = jax.lax.bitcast_convert_type(words, _WORDS[words.dtype.itemsize])

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from jaxlm.checkpoint.checksums import checksums, first_mismatch
+from jaxlm.checkpoint.checksums import array_checksums, first_mismatch
 from jaxlm.core.disk import room_for
 from jaxlm.core.errors import UserError
 
@@ -65,7 +65,7 @@ class Store:
         if score is not None:
             self._scores[step] = float(score)
         arrays = _stored(state)
-        data = {"data_state": data_state, "score": self._scores.get(step), "checksums": checksums(arrays)}
+        data = {"data_state": data_state, "score": self._scores.get(step), "checksums": array_checksums(arrays)}
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), data=ocp.args.JsonSave(data))
         with self._writing():
             self._manager.save(step, args=args, force=True)

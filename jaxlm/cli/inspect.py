@@ -113,9 +113,9 @@ def _write_page(
 ) -> None:
     """Draws the figures and writes the page."""
     import jaxlm
-    from jaxlm.evaluation.compare import compare
-    from jaxlm.pictures.album import album
-    from jaxlm.pictures.page import page
+    from jaxlm.evaluation.comparison import compare
+    from jaxlm.pictures.html_page import page
+    from jaxlm.pictures.model_pictures import album
 
     name = Path(args.model).resolve().name if not args.model.startswith("hf://") else args.model
     dense = jaxlm.load(args.beside[0], expand=False) if args.beside else None

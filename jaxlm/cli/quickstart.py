@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import jaxlm
     from jaxlm.data.sources.spec import open_source
-    from jaxlm.evaluation.compare import compare
+    from jaxlm.evaluation.comparison import compare
     from jaxlm.training.loop import train
 
     out = args.out

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlm.data.batches.encoding import encode_documents
 from jaxlm.data.sources.types import Bitext, Dialogues, Source
-from jaxlm.evaluation.perplexity import pair_batches, row_nll, stream, window_batches
+from jaxlm.evaluation.likelihood import pair_batches, row_nll, stream, window_batches
 
 Name = TypeVar("Name", bound=Hashable)
 

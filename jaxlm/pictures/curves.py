@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.ticker import LogLocator
 
-from jaxlm.evaluation.compare import Comparison
+from jaxlm.evaluation.comparison import Comparison
 from jaxlm.pictures.style import Figure, new
 
 

@@ -69,7 +69,7 @@ class Validator:
 
     def _bleu(self, params: dict[str, Any]) -> float:
         """Each process translates its share of the sentences, on one of its own devices."""
-        from jaxlm.evaluation.bleu import bleu  # sacrebleu, only where it is needed
+        from jaxlm.evaluation.translation_quality import bleu  # sacrebleu, only where it is needed
 
         setup, options = self._setup, self._setup.config.eval
         part, parts = jax.process_index(), jax.process_count()

@@ -183,7 +183,7 @@ def _scalars(node, at=()):
             yield from _scalars(child, (*at, key))
 
 
-@pytest.mark.parametrize("storage", ["plain", "huffman"])
+@pytest.mark.parametrize("storage", ["plain", pytest.param("huffman", marks=pytest.mark.slow)])
 def test_no_change_to_the_metadata_gives_other_weights(storage):
     leaves = every_representation()
     names = ("pruned", "pruned-w4", "w8a8", "static-float8", "mxfp4", "coded-low-rank")

@@ -17,14 +17,14 @@ from jaxlm.compression.names import parse
 from jaxlm.core.leaves import dequantize
 from jaxlm.core.sharding import abstract_mesh, make_mesh, shardings
 from jaxlm.core.tree import flatten
-from jaxlm.evaluation.compare import Comparison
+from jaxlm.evaluation.comparison import Comparison
 from jaxlm.model import LM
 from jaxlm.pictures import layers
-from jaxlm.pictures.album import album
 from jaxlm.pictures.attention import attention_maps
 from jaxlm.pictures.curves import size_quality, training_curves
+from jaxlm.pictures.html_page import page
 from jaxlm.pictures.mesh import _holders, _ranges, sharded
-from jaxlm.pictures.page import page
+from jaxlm.pictures.model_pictures import album
 from jaxlm.pictures.style import svg
 
 CONFIG = nn.DecoderConfig(vocab_size=32, width=16, heads=2, kv_heads=1, ffn=48, layers=3)

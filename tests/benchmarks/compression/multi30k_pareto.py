@@ -23,7 +23,7 @@ from jaxlm.compression.quantize.gptq import Gptq
 from jaxlm.compression.quantize.half_precision import HalfPrecision
 from jaxlm.compression.quantize.rtn import Quantize
 from jaxlm.compression.recipe import Recipe
-from jaxlm.evaluation.compare import Comparison
+from jaxlm.evaluation.comparison import Comparison
 from jaxlm.hf.directory import weight_bytes
 from jaxlm.pictures.curves import size_quality
 

@@ -28,7 +28,7 @@ from ctranslate2.specs.common_spec import Activation
 import jaxlm
 from jaxlm.core.tree import flatten
 from jaxlm.data.sources.spec import open_source
-from jaxlm.evaluation.bleu import bleu
+from jaxlm.evaluation.translation_quality import bleu
 from jaxlm.inference.translation import encode_sources, translate_tokens
 from jaxlm.nn.positions import sinusoids
 

@@ -38,6 +38,7 @@ CONFIGS = {
     "moe": dataclasses.replace(DECODER, experts=2, layers=1),
     "seq2seq": nn.preset("tiny", vocab_size=13, width=16, heads=2, ffn=24, encoder_layers=1, decoder_layers=1),
 }
+KINDS = ["decoder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("moe", "seq2seq"))]
 SOLVER = Solver(clip=1.0, sweeps=0, search=2)
 CANDIDATES = tuple({"bits": bits, "group": group} for bits, group in ((2, 0), (3, 0), (3, 8), (5, 8), (8, 0)))
 
@@ -131,7 +132,7 @@ def test_perplexities_in_words():
             LossTarget.parse(text)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_sensitivity_is_the_squared_gradient_of_each_output(name):
     """That there is one for every kernel; and of the last one, which the final norm alone follows, its expectation."""
     config, (_, params, calibration) = CONFIGS[name], make(name)
@@ -172,7 +173,7 @@ def test_the_loss_of_an_error():
     assert float(loss_increase(*map(jnp.float32, (error, gram, g)))) == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_model_fits_and_its_recipe_makes_it_again(name):
     config, (_, params, calibration) = CONFIGS[name], make(name)
     best = fitting(name)
@@ -202,7 +203,7 @@ def test_a_model_fits_and_its_recipe_makes_it_again(name):
         assert jnp.isfinite(nnx.merge(graphdef, done.model.params)(calibration.batches[0][0])).all()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", KINDS)
 def test_zeros_go_where_they_cost_least(name):
     """And predict less loss than as many of them in every kernel alike."""
     config, (_, params, calibration) = CONFIGS[name], make(name)

@@ -9,7 +9,7 @@ from typing import Any
 from jaxlm.core.progress import Progress
 from jaxlm.core.tree import count_bytes, count_params
 from jaxlm.data.sources.spec import open_source
-from jaxlm.evaluation.evaluate import evaluate
+from jaxlm.evaluation.scoring import evaluate
 from jaxlm.evaluation.speed import tokens_per_second
 
 

@@ -13,7 +13,7 @@ import jaxlm
 from jaxlm.core.errors import UserError
 from jaxlm.data.sources.spec import open_source
 from jaxlm.data.sources.types import Bitext, Documents, Tokens
-from jaxlm.evaluation.perplexity import bitext_perplexity, dialogue_perplexity, perplexity, windows
+from jaxlm.evaluation.likelihood import bitext_perplexity, dialogue_perplexity, perplexity, windows
 from tests.inference.models import decoder, full_logits, lstm, seq2seq
 
 TEXT = "the cat sat on the mat. it was a fat cat and that was that. a dog came by and the cat left the mat at once."

@@ -8,7 +8,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.progress import Progress
 from jaxlm.data.sources.spec import open_source
 from jaxlm.data.sources.types import Bitext, Dialogues
-from jaxlm.evaluation.perplexity import bitext_perplexity, dialogue_perplexity, perplexity
+from jaxlm.evaluation.likelihood import bitext_perplexity, dialogue_perplexity, perplexity
 from jaxlm.evaluation.speed import tokens_per_second
 from jaxlm.inference.translation import beam_settings
 
@@ -65,7 +65,7 @@ def evaluate(
     else:
         out |= perplexity(lm, source, context=context, stride=stride, batch_size=batch_size, progress=progress)
     if pairs and translations:
-        from jaxlm.evaluation.bleu import bleu, translate_corpus  # sacrebleu, only where it is needed
+        from jaxlm.evaluation.translation_quality import bleu, translate_corpus  # sacrebleu, only where it is needed
 
         count = min(sentences, len(source.src)) or len(source.src)
         found = translate_corpus(

@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.sources import spec as sources
-from jaxlm.evaluation.evaluate import evaluate
+from jaxlm.evaluation.scoring import evaluate
 from tests.inference.models import decoder, seq2seq
 
 
@@ -52,7 +52,7 @@ def test_pairs_for_a_translation_model(bitext):
 def test_invented_text_is_said_to_be_invented(bitext, monkeypatch):
     real = sources.open_source(bitext)
     made_up = sources.Bitext("builtin:phrasebook", real.src, real.tgt, synthetic="made up")
-    monkeypatch.setattr("jaxlm.evaluation.evaluate.open_source", lambda spec, split: made_up)
+    monkeypatch.setattr("jaxlm.evaluation.scoring.open_source", lambda spec, split: made_up)
     found = evaluate(seq2seq(), "builtin:phrasebook", translations=False)
     assert found["synthetic"] is True and found["note"] == "made up"
 

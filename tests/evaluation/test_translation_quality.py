@@ -6,7 +6,7 @@ import pytest
 import sacrebleu
 
 from jaxlm.data.sources.types import Bitext
-from jaxlm.evaluation.bleu import bleu, translate_corpus
+from jaxlm.evaluation.translation_quality import bleu, translate_corpus
 from jaxlm.inference.translation import translate
 from tests.inference.models import seq2seq
 

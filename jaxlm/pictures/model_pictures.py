@@ -14,13 +14,13 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import is_leaf
 from jaxlm.core.sharding import abstract_mesh, describe_mesh, shardings
 from jaxlm.core.tree import Params, flatten
-from jaxlm.evaluation.compare import Comparison
+from jaxlm.evaluation.comparison import Comparison
 from jaxlm.evaluation.insight import inspect_tokens
 from jaxlm.inference.translation import decoder_start_token, encode_sources, translate_tokens
 from jaxlm.pictures import layers, mesh
 from jaxlm.pictures.attention import attention_maps, attributions
 from jaxlm.pictures.curves import size_quality, training_curves
-from jaxlm.pictures.page import Picture
+from jaxlm.pictures.html_page import Picture
 from jaxlm.training.metrics import read_metrics
 
 __all__ = ["album"]
@@ -38,7 +38,7 @@ def album(
         lm: the model (``jaxlm.load(..., expand=False)``).
         source: its directory, for the course of its training and what compression chose.
         dense: the model it was compressed from, if it is at hand.
-        compared: it and others, measured (``evaluation.compare``).
+        compared: it and others, measured (``evaluation.comparison``).
         preset, devices: of the mesh for which the sharding is drawn.
         text: to look into the model with; one to translate, where it does.
     """
