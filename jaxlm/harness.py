@@ -1,11 +1,12 @@
-"""The model ``jaxlm`` of EleutherAI's lm-evaluation-harness, which imports this module; nothing here does.
+"""The model ``jaxlm`` for EleutherAI's lm-evaluation-harness.
 
-    python -m jaxlm.harness --model jaxlm --model_args path=DIR --tasks NAME,... [whatever lm_eval takes]
+    python -m jaxlm.harness --model jaxlm --model_args path=DIR --tasks NAME,... [options of lm_eval]
 
-is ``lm_eval`` with this model registered. lm_eval itself knows the models of its own table only and looks for no
-plugins; all it imports for others, before it makes the model, is what a task's YAML file names with ``!function``.
+runs ``lm_eval`` with this model registered. ``lm_eval`` by itself knows only the models in its own table and looks for no
+plugins; the only other code that it imports before it makes the model is what a task's YAML file names with
+``!function``. No other module of jaxlm imports this one.
 
-Tokens, prefixes, truncation and windows are those of the harness's own model of transformers, so figures compare.
+Tokens, prefixes, truncation and windows are those of the harness's own model for transformers, so figures compare.
 """
 
 from __future__ import annotations
@@ -41,27 +42,28 @@ _LOGITS = 1 << 26  # of one batch, 256 MiB
 _LONGEST_CONTEXT = 2048  # of models without a context of their own
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
-LogLikelihood = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding would say the same
+LogLikelihood = tuple[float, bool]  # in nats, and whether greedy decoding gives the same tokens
 
 
 class JaxLM(TemplateLM):
     """A language model for the harness.
 
     Args:
-        path: what ``jaxlm.load`` takes.
+        path: the model, as ``jaxlm.load`` takes it.
         adapter: a LoRA adapter of PEFT, merged into the weights.
-        max_length: tokens that the model reads at most; by default its own context.
-        max_gen_toks: tokens to generate where a task does not say.
-        add_bos_token: whether prompts begin with what the tokenizer frames them with; by default as it does.
-        prefix_token_id: what a text without context comes after; by default the begin token, else the end token.
+        max_length: the number of tokens that the model reads at most; by default its own context.
+        max_gen_toks: the number of tokens to generate where a task does not say.
+        add_bos_token: whether prompts get the special tokens that the tokenizer adds; by default as the tokenizer does.
+        prefix_token_id: the token before a text without context; by default the begin token, else the end token.
         batch_size: rows at a time; "auto" fits the vocabulary.
-        max_batch_size: of "auto".
+        max_batch_size: the limit of "auto".
         seed: of sampling.
         dtype: of the weights.
-        kv_cache: how decoding keeps keys and values, and scoring rounds them alike; by default as the model was saved.
-        device: is what the harness would tell torch, and always passes; JAX has its own (JAX_PLATFORMS).
+        kv_cache: how decoding stores keys and values, and scoring rounds them; by default as the model was saved.
+        device: not used. The harness always passes what torch would need; JAX reads JAX_PLATFORMS.
 
-    UserError where the model cannot be read, or translates.
+    Raises:
+        UserError: the model cannot be read, has no tokenizer, or is a translation model.
     """
 
     def __init__(
@@ -110,8 +112,8 @@ class JaxLM(TemplateLM):
         return self._path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Special tokens that the text spells are recognised. What frames a prompt is added unless asked not to, or the
-        text spells its beginning."""
+        """The tokens of a text. Special tokens that the text spells are recognised. Those that the tokenizer adds to a
+        prompt are added unless the caller asks not to, or the text spells the first of them."""
         tokenizer = self.lm.tokenizer
         ids = tokenizer.encode_prompt(string, parse_special=True)
         framed = self._add_bos is not False if add_special_tokens is None else add_special_tokens
@@ -125,7 +127,7 @@ class JaxLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[LogLikelihood]:
-        """Scores continuations of contexts, (key, context, continuation) each, truncated from the left.
+        """Scores continuations of contexts; a request is (key, context, continuation). Contexts are cut from the left.
 
         Requests that differ in their last token only, as one-letter answers do, are read once.
         """
@@ -222,8 +224,8 @@ class JaxLM(TemplateLM):
     # Chat
 
     def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation as a prompt; without ``add_generation_prompt`` it ends within its last message, which the
-        model goes on with. Where the template has no place for a system message it is left out."""
+        """The conversation as a prompt. Without ``add_generation_prompt`` it ends within its last message, which the
+        model continues. A system message is left out where the template cannot take one."""
         try:
             text = self.lm.tokenizer.chat_template.render(chat_history, add_generation_prompt=add_generation_prompt)
         except UserError:
@@ -238,14 +240,18 @@ class JaxLM(TemplateLM):
         return text[: begin + len(last if text.startswith(last, begin) else last.rstrip())]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template's text, which the harness keeps with the results. It cannot be chosen by name."""
+        """The text of the template, which the harness stores with the results.
+
+        Raises:
+            UserError: a template is asked for by name.
+        """
         if isinstance(chat_template, str):
             raise UserError(f"the chat template {chat_template!r} cannot be chosen; the tokenizer's default is used")
         return self.lm.tokenizer.chat_template.source if chat_template else None
 
 
 def _frame(tokenizer) -> tuple[list[int], list[int]]:
-    """What a prompt is put between."""
+    """The tokens that the tokenizer adds before and after a prompt."""
     if not tokenizer.encode_prompt(""):
         return [], []
     bare, framed = tokenizer.encode("a"), tokenizer.encode_prompt("a")

@@ -1,4 +1,4 @@
-"""How well a model predicts text: loss a token, perplexity a token, a word and a byte.
+"""How well a model predicts text: the loss of a token, and the perplexity of a token, a word and a byte.
 
 Words are runs of non-white-space and bytes are UTF-8, both of the raw text, so that figures over them compare across
 tokenizers; figures over tokens do not.
