@@ -2,8 +2,8 @@
 
     python -m jaxlm.harness --model jaxlm --model_args path=DIR --tasks NAME,... [options of lm_eval]
 
-runs ``lm_eval`` with this model registered. ``lm_eval`` by itself knows only the models in its own table and looks for no
-plugins; the only other code that it imports before it makes the model is what a task's YAML file names with
+runs ``lm_eval`` with this model registered. ``lm_eval`` by itself knows only the models in its own table and looks for
+no plugins; the only other code that it imports before it makes the model is what a task's YAML file names with
 ``!function``. No other module of jaxlm imports this one.
 
 Tokens, prefixes, truncation and windows are those of the harness's own model for transformers, so figures compare.

@@ -37,8 +37,8 @@ _LONGEST_CONTEXT = 2048  # unless the caller asks for more
 def row_nll(graphdef, params, batch: Batch) -> Array:
     """Summed negative log-likelihood of each row's weighted targets, ``[B]`` float32 in nats.
 
-    ``batch`` holds ``inputs``, ``targets`` and ``weights`` ``[B, T]``, ``segment_ids`` and ``positions`` where documents
-    are packed, and for a translation model ``src`` ``[B, S]``.
+    ``batch`` holds ``inputs``, ``targets`` and ``weights`` ``[B, T]``; where documents are packed also ``segment_ids``
+    and ``positions``, and for a translation model ``src`` ``[B, S]``.
     """
     model = nnx.merge(graphdef, params)
     arguments = (batch["src"], batch["inputs"]) if "src" in batch else (batch["inputs"],)
@@ -50,7 +50,11 @@ def row_nll(graphdef, params, batch: Batch) -> Array:
 
 
 def stream(lm, source: Documents | Tokens) -> np.ndarray:
-    """A source as the model's token ids ``[N]``; UserError where they are not the model's."""
+    """A source as the model's token ids ``[N]``.
+
+    Raises:
+        UserError: the model has no tokenizer for the text, or the source has ids that the model does not know.
+    """
     if lm.tokenizer is not None:
         ids_N = token_stream(source, lm.tokenizer)
     elif isinstance(source, Tokens):
@@ -101,7 +105,12 @@ def window_batches(ids_N: np.ndarray, context: int, stride: int, rows: int) -> I
 def pair_batches(
     lm, source: Bitext, rows: int = 0, *, source_language: str | None = None, target_language: str | None = None
 ) -> Iterator[Batch]:
-    """Every pair of a bitext, bucketed by length; about ``rows`` rows of the middling length (0: by vocabulary)."""
+    """Every pair of a bitext in batches of similar lengths, with about ``rows`` rows of 64 tokens (0: fits the
+    vocabulary).
+
+    Raises:
+        UserError: the model has no tokenizer, or a sentence is longer than it reads.
+    """
     if lm.tokenizer is None:
         raise UserError("the model has no tokenizer: put a tokenizer.json beside its config.json")
     tokens = (rows or _rows(lm, 64)) * 64
