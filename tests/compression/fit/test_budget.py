@@ -25,6 +25,9 @@ from jaxlm.compression.fit.kernel_solver import KernelChoice, Solver
 from jaxlm.compression.fit.mixed_precision import MixedPrecision
 from jaxlm.compression.fit.search import BudgetSearch
 from jaxlm.compression.fit.sensitivity import measure_sensitivity
+from jaxlm.compression.prune.sparsegpt import sparsegpt
+from jaxlm.compression.quantize.gptq import gptq
+from jaxlm.compression.quantize.rtn import IntegerGrid
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.steps import LAYER_KERNELS
 from jaxlm.core.errors import UserError
@@ -281,3 +284,38 @@ def test_zeros_of_a_sparse_model_stay():
     _, after = MixedPrecision(tuple(KernelChoice(name, 4) for name in names), 1.0, 1)(DECODER, sparse, calibration, [])
     zero = flatten(sparse)[path] == 0
     assert 0.3 < zero.mean() < 1 and not dequantize(flatten(after)[path])[zero].any()
+
+
+def test_kernels_that_are_solved_for_together_are_those_solved_for_alone():
+    rng = np.random.default_rng(0)
+    kernels = {name: jnp.asarray(rng.normal(size=(16, width)), jnp.float32) for name, width in (("q", 12), ("k", 8))}
+    kernels["k"] = jnp.where(jnp.abs(kernels["k"]) < 0.3, 0, kernels["k"])
+    x_MxI = rng.normal(size=(64, 16)) @ rng.normal(size=(16, 16))
+    h_IxI = jnp.asarray(x_MxI.T @ x_MxI / 64, jnp.float32)
+    choices = {
+        "q": [KernelChoice("q", 3), KernelChoice("q", 4, 8, sparsity=0.5)], "k": [KernelChoice("k", 2, 8)], "v": [],
+    }
+    solver = Solver(clip=0.8, sweeps=1, search=3)
+    found = solver(kernels, h_IxI, choices)
+    assert {name: len(some) for name, some in found.items()} == {"q": 2, "k": 1, "v": 0}
+    for name, each in (("q", choices["q"][0]), ("q", choices["q"][1]), ("k", choices["k"][0])):
+        w_OxI = kernels[name].T
+        options = {"grid": IntegerGrid(each.bits, min_clip=0.8), "group": each.group, "sweeps": 1}
+        if each.sparse:
+            alone = sparsegpt(w_OxI, h_IxI, sparsity=0.5, search=3, act_order=True, **options)
+        else:
+            alone = gptq(w_OxI, h_IxI, w_OxI != 0, **options)
+        leaf = found[name][choices[name].index(each)][0]
+        np.testing.assert_array_equal(leaf.codes, alone.codes_OxI)
+        np.testing.assert_allclose(leaf.scale, alone.params[0], rtol=1e-6)
+        assert (leaf.bits, leaf.group) == (each.bits, each.group)
+
+
+def test_no_kernel_is_solved_for_twice(monkeypatch):
+    best, calls = fitting("decoder"), []
+    first = best.run(len(best.frontier.size) // 2)
+    solve = Solver.__call__
+    monkeypatch.setattr(Solver, "__call__", lambda self, *args: calls.append(args) or solve(self, *args))
+    again = best.run(len(best.frontier.size) // 2)
+    assert not calls and again.kernels == first.kernels
+    jax.tree.map(np.testing.assert_array_equal, again.model.params, first.model.params)
