@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from jaxlm.cli.output import ProgressBar, format_bytes, print_table, write_json
 
 if TYPE_CHECKING:
-    from jaxlm.evaluation.compare import Comparison
+    from jaxlm.evaluation.comparison import Comparison
     from jaxlm.training.config import Experiment
 
 RECIPES = ("w8a8-dynamic", "w4a16-rtn-g64", "sparse50-magnitude+w4a16-rtn-g64+huffman")
