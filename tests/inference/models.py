@@ -32,7 +32,7 @@ class Handle:
 
 @cache
 def letters() -> Tokenizer:
-    """Ids 0 to 2 are <pad>, <s>, </s>; then one a character."""
+    """Ids 0 to 2 are <pad>, <s>, </s>; then there is one for each character."""
     return Tokenizer.train([LETTERS], kind="char")
 
 

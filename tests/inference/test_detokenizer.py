@@ -1,4 +1,4 @@
-"""Texts that come in pieces: together the whole text, each piece final, nothing from a stop string on."""
+"""Pieces of text are final, make up the whole text together, and end before a stop string."""
 
 from __future__ import annotations
 

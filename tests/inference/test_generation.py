@@ -1,4 +1,4 @@
-"""Cached generation against full forward passes; rows against themselves alone; stops, seeds, contexts, mistakes."""
+"""Cached generation against full forward passes and against each row alone; stop strings, seeds, contexts, errors."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def test_shapes_are_few_and_rows_keep_their_place():
 
 
 def test_transformers_continues_alike(tmp_path):
-    """Greedy and beam, ragged prompts, against a random Llama that makes up its mind."""
+    """Greedy and beam, ragged prompts, against a random Llama with large weights."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

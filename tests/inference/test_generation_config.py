@@ -1,4 +1,4 @@
-"""generation_config.json: what is read, what a caller changes, what is refused, what is written back."""
+"""generation_config.json: reading, options of a caller, unsupported settings, writing."""
 
 from __future__ import annotations
 

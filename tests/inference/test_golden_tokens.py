@@ -1,4 +1,4 @@
-"""Settings of generation_config.json do what they do in transformers, greedily and with a beam: the same tokens."""
+"""With settings of generation_config.json, greedy and beam search give the tokens that transformers gives."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLOW = [
 
 
 def tokens(directory) -> list[list[int]]:
-    """What the model in the directory generates of its own accord."""
+    """The tokens that the model in the directory generates with its own settings."""
     lm = jaxlm.load(directory)
     source = families.inputs(json.loads((directory / "config.json").read_text()))[0]
     if lm.config.kind == "seq2seq":

@@ -1,4 +1,4 @@
-"""Filters against NumPy in float64, draws against the distribution they claim, rows against their neighbours."""
+"""Filters against NumPy in float64, samples against their distribution, and rows against the same rows alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_greedy_takes_the_first_of_equals():
 
 
 def kept_by_numpy(logits, temperature, k, p, min_p):
-    """The tokens that survive, one row, in float64 with sorting."""
+    """The tokens of one row that the filters keep, by sorting in float64."""
     scaled = logits.astype(np.float64) / temperature
     probability = np.exp(scaled - scaled.max())
     probability /= probability.sum()

@@ -98,7 +98,7 @@ _BLOCK = {
 
 
 def marian(seed: int):
-    """A random Marian of transformers, made opinionated, and the same model here."""
+    """A random Marian of transformers with large weights, and the same model here."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(seed)

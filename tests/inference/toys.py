@@ -1,4 +1,4 @@
-"""A model small enough to know everything about, and beam search written out with lists."""
+"""A model that is a table of logits, and a reference beam search over it with Python lists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def successor(state, token):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class History:
-    """The cache: a digest of all tokens so far, and which sentence the row belongs to."""
+    """The cache: a digest of all tokens so far, and the sentence of each row."""
 
     state: jax.Array  # [R]
     sentence: jax.Array  # [R]
@@ -36,7 +36,7 @@ class History:
 
 
 def decode(table_BxSxV, tokens_RxT, cache: History):
-    """The decoding protocol over a table of logits by sentence and digest."""
+    """The decoding protocol of ``jaxlm.nn``; the table holds the logits of each sentence and digest."""
     state = cache.state
     for t in range(tokens_RxT.shape[1]):
         state = successor(state, tokens_RxT[:, t])
@@ -74,7 +74,7 @@ def all_hypotheses(vocab: int, limit: int, eos: int):
 
 
 def beam_search_by_hand(table_SxV: np.ndarray, first: int, *, beams, limit, eos, alpha, exact):
-    """The words of ``jaxlm.inference.beam`` with Python lists and float64: [(score, tokens)], best first."""
+    """The rules of ``jaxlm.inference.beam`` with Python lists and float64: [(score, tokens)], best first."""
     live: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     done: list[tuple[float, tuple[int, ...]]] = []
     for length in range(1, limit + 1):

@@ -1,4 +1,4 @@
-"""Requests through an engine, and what came of them."""
+"""Runs requests through an engine and collects their events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxlm.inference.engine.requests import Request
 
 @dataclass
 class Answer:
-    """All that was told of one continuation."""
+    """The events of one continuation, put together."""
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -35,7 +35,7 @@ def serve(
             return answers
         for event in engine.step():
             answer = answers.setdefault((event.request_id, event.index), Answer())
-            assert answer.finish is None, "nothing is told of what is finished"
+            assert answer.finish is None, "an event of a finished continuation"
             answer.tokens += event.tokens
             answer.text += event.text
             answer.logprobs += event.logprobs

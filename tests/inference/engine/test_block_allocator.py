@@ -1,4 +1,4 @@
-"""Pages under random use: none with two owners, none lost, and what is found is what was looked for."""
+"""Pages under random use: no page has two owners, none is lost, and a page that is found holds the right tokens."""
 
 from __future__ import annotations
 

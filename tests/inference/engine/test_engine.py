@@ -1,4 +1,4 @@
-"""The engine against ``generate``, whatever comes in between; one program for all; nothing lost."""
+"""The engine gives the tokens of ``generate``, whatever else it serves, loses nothing, and compiles nothing late."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPE = {"slots": 3, "context": 64, "page_size": 4, "prefill_chunk": 16, "num_pa
 
 
 def prompts(count: int, seed: int = 0, most: int = 40) -> list[tuple[int, ...]]:
-    """Of many lengths; a third of them begin alike."""
+    """Prompts of many lengths; a third of them begin alike."""
     rng = np.random.default_rng(seed)
     shared = rng.integers(3, 31, 21).tolist()
     heads = [shared[: rng.integers(4, 21)] if rng.random() < 0.34 else [] for _ in range(count)]
@@ -87,7 +87,7 @@ def compilations():
 
 
 def warm(*models, **options) -> Engine:
-    """An engine that has compiled everything: here, for no other module has an engine of this shape."""
+    """An engine that has compiled all its programs. They are new: no other module has an engine of these sizes."""
     engine = Engine(*models, **SHAPE, **options)
     with compilations() as seen:
         engine.warm_up()

@@ -1,4 +1,4 @@
-"""What requests may ask for, against ``generate``, NumPy and the library of constraints; and mistakes."""
+"""Options of requests against ``generate``, NumPy and llguidance; and the errors of wrong options."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_best_of_several_are_told_best_first(engine):
 
 
 def test_json_keeps_to_its_schema():
-    """Over tokens of bytes, which can spell it."""
+    """The tokens of this model are bytes, so that they can spell JSON."""
     pytest.importorskip("llguidance")
     bpe = Tokenizer.train(['{"age": 12}'], vocab_size=264)
     config = nn.DecoderConfig(vocab_size=bpe.vocab_size, width=8, heads=2, ffn=8, layers=1)

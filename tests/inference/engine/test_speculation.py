@@ -1,4 +1,4 @@
-"""The distribution of what is drawn with a draft is that of the model."""
+"""With a draft, the distribution of the text is the model's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tiny(seed: int) -> Handle:
 
 
 def joint(lm: Handle) -> dict[tuple[int, int], float]:
-    """Of two tokens, the likeliest ``KEPT`` at a time."""
+    """The probabilities of the first two tokens under top-k sampling with k = ``KEPT``."""
     def after(tokens):
         logits = full_logits(lm, tokens)[-1].astype(np.float64)
         logits[np.argsort(logits)[:-KEPT]] = -np.inf
@@ -35,7 +35,7 @@ def joint(lm: Handle) -> dict[tuple[int, int], float]:
 
 
 def surprise(counts: Counter, expected: dict[tuple[int, int], float]) -> float:
-    """The probability that counts of such a distribution are further from it."""
+    """The p-value of a chi-square test: the probability that counts of this distribution are further from it."""
     pairs = [(counts[pair], SAMPLES * p) for pair, p in expected.items() if SAMPLES * p >= 5]
     pairs.append((SAMPLES - sum(n for n, _ in pairs), SAMPLES - sum(n for _, n in pairs)))
     seen, wanted = np.array([pair for pair in pairs if pair[1] > 1]).T
