@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jaxlm import nn
 from jaxlm.checkpoint.storage import PackedWeights, tensor_bytes, unpack_params
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.disk import replaced_directory
@@ -32,7 +33,6 @@ from jaxlm.hf.config import RUNTIME_FIELDS, jaxlm_section, read_config
 from jaxlm.hf.quantized.compressed_tensors_export import to_compressed_tensors
 from jaxlm.hf.reader import read_hf_model
 from jaxlm.hf.tensor_files import LazyTensor, TensorFiles, write_tensors, written_bytes
-from jaxlm.hf.tensor_map import abstract_params
 from jaxlm.hf.validate import validate_sizes
 from jaxlm.hf.writer import plan_export, simplest_hf_config, to_hf_config, to_hf_tensors
 from jaxlm.inference.generation_config import FILE as GENERATION_FILE
@@ -217,7 +217,7 @@ def read_model(
     files = TensorFiles(path)
     weights = _weights_metadata(files, path)
     try:
-        params = unpack_params(abstract_params(config), files, weights)
+        params = unpack_params(nn.abstract(config)[1], files, weights)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     return config, params, tokenizer, info | {
@@ -313,7 +313,7 @@ def _read_run(
         steps = store.best_steps(1) or store.steps()[-1:]
         if not steps:
             raise UserError(f"{run} holds no checkpoint yet; let it train until it has one")
-        like = abstract_params(config)
+        like = nn.abstract(config)[1]
         which = "average" if experiment.get("train", {}).get("ema") else "params"
         params = unflatten(like, store.restore_part(steps[0], which, flatten(like)))
     finally:

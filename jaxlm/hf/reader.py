@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import is_leaf
 from jaxlm.core.sharding import shardings
@@ -26,7 +27,7 @@ from jaxlm.hf.families.fields import Family, TensorSpec
 from jaxlm.hf.quantized.layouts import open_weights
 from jaxlm.hf.quantized.matrix import QuantizedMatrix, QuantizedTensorFiles
 from jaxlm.hf.quantized.qarrays import dense_slice, outputs_first, split_layer_groups, stack_matrices
-from jaxlm.hf.tensor_map import HfTensor, abstract_params, split_layer_path, tensors_of_param
+from jaxlm.hf.tensor_map import HfTensor, split_layer_path, tensors_of_param
 from jaxlm.hf.validate import layer_count_fields
 from jaxlm.nn.config import ModelConfig
 
@@ -134,7 +135,7 @@ def _find_sources(
     Raises:
         UserError: a tensor is missing or of another shape, or the files have one that the model does not need.
     """
-    like = abstract_params(config)
+    like = nn.abstract(config)[1]
     sources: dict[str, list[HfTensor]] = {}
     needed = set()
     for path, leaf in flatten(like).items():

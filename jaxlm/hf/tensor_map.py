@@ -1,19 +1,16 @@
-"""The parameters of a configuration, and which tensors of a Hugging Face weights file make up each of them."""
+"""Which tensors of a Hugging Face weights file make up which of our parameters, by the table of the family."""
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from jaxlm import nn
 from jaxlm.core.errors import UserError
-from jaxlm.core.tree import Params
 from jaxlm.hf.families.fields import Family, TensorSpec
 from jaxlm.nn.config import ModelConfig, layer_groups_of
 
-__all__ = ["HfTensor", "abstract_params", "split_layer_path", "tensors_of_param"]
+__all__ = ["HfTensor", "split_layer_path", "tensors_of_param"]
 
 _LAYERS = re.compile(r"(.*?)layers/(\d+)/(.*)")
 
@@ -31,13 +28,6 @@ class HfTensor:
     name: str
     index: tuple[int, ...]
     layer: int | None
-
-
-@functools.lru_cache(maxsize=16)
-def abstract_params(config: ModelConfig) -> Params:
-    """The parameters as shapes and types. They are traced once for a configuration, because tracing takes a tenth of a
-    second or more."""
-    return nn.abstract(config)[1]
 
 
 def tensors_of_param(family: Family, config: ModelConfig, path: str, shape: tuple[int, ...]) -> Iterator[HfTensor]:

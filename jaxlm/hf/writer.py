@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten
@@ -20,7 +21,7 @@ from jaxlm.hf.config import RUNTIME_FIELDS, from_hf_config, with_defaults
 from jaxlm.hf.families.fields import TensorSpec
 from jaxlm.hf.families.registry import FAMILIES
 from jaxlm.hf.tensor_files import LazyTensor
-from jaxlm.hf.tensor_map import abstract_params, split_layer_path, tensors_of_param
+from jaxlm.hf.tensor_map import split_layer_path, tensors_of_param
 from jaxlm.nn.config import (
     DecoderConfig,
     LSTMConfig,
@@ -59,7 +60,7 @@ def _structure(config: ModelConfig) -> jax.tree_util.PyTreeDef:
     """The tree of the parameters, in as few layer groups as possible."""
     names = ("layer_groups", "encoder_layer_groups", "decoder_layer_groups")
     merged = {name: () for name in names if hasattr(config, name)}
-    return jax.tree.structure(abstract_params(dataclasses.replace(config, **merged)))
+    return jax.tree.structure(nn.abstract(dataclasses.replace(config, **merged))[1])
 
 
 def to_hf_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def plan_export(config: ModelConfig, params: Params, fields: Mapping[str, Any]) 
     target = dataclasses.replace(from_hf_config(family, fields), tie_embeddings=config.tie_embeddings)
     leaves = flatten(params)
     slices: dict[str, list[ParamSlice]] = {}
-    for path, like in flatten(abstract_params(target)).items():
+    for path, like in flatten(nn.abstract(target)[1]).items():
         for tensor in tensors_of_param(family, target, path, like.shape):
             source, index = _locate(leaves, config, path, tensor.layer, tensor.index[1:])
             part = ParamSlice(path, tensor.spec, like.shape[len(tensor.index) :], leaves.get(source), index)

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LoRA, QArray, column_norms, dequantize, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten, unflatten
@@ -24,7 +25,7 @@ from jaxlm.hf.config import family_of, with_defaults
 from jaxlm.hf.families.fields import Family, FusedSlice
 from jaxlm.hf.families.registry import FAMILIES
 from jaxlm.hf.peft.adapter_files import ADAPTER_CONFIG, Adapter, LoraDelta, read_adapter, write_adapter
-from jaxlm.hf.tensor_map import HfTensor, abstract_params, tensors_of_param
+from jaxlm.hf.tensor_map import HfTensor, tensors_of_param
 from jaxlm.hf.writer import simplest_hf_config, to_hf_config
 from jaxlm.nn.config import ModelConfig
 
@@ -110,7 +111,7 @@ def _base_model(
 
 def _possible_configs(config: ModelConfig) -> Iterator[Mapping[str, Any]]:
     """The config.json of the model in each family that can hold it without further parameters."""
-    like = abstract_params(config)
+    like = nn.abstract(config)[1]
     for model_type in FAMILIES:
         try:
             fields = to_hf_config(config, model_type)
@@ -145,7 +146,7 @@ def _untied(family: Family, adapter: Adapter, config: ModelConfig, params: Param
     tied = leaves["embed/table"]
     head = dataclasses.replace(tied, axis=-2) if isinstance(tied, QArray) else dequantize(tied).swapaxes(-1, -2)
     config = dataclasses.replace(config, tie_embeddings=False)
-    return config, unflatten(abstract_params(config), leaves | {"head/kernel": head})
+    return config, unflatten(nn.abstract(config)[1], leaves | {"head/kernel": head})
 
 
 def _slice_delta(
