@@ -138,9 +138,10 @@ def test_gradients_in_fewer_bits(bits, shard_optimizer, plain):
 @pytest.mark.parametrize(
     ("recipe", "sizes"),
     [pytest.param("w4a16-rtn-g8", dict(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow),
-     ("w8a8-dynamic", dict(data=1, sequence=4, tensor=2))],
+     pytest.param("w8a8-dynamic", dict(data=1, sequence=4, tensor=2), marks=pytest.mark.slow)],
 )
 def test_training_for_compression(recipe, sizes):
+    """Gradients on a mesh; by default optimizers/test_sparsity has a compression-aware training on a mesh."""
     transform = fake_compress(load_recipe(recipe), 0)
     want, want_metrics, _ = gradient(SMALL, transform=transform)
     got, metrics, _ = gradient(SMALL, make_mesh(**sizes), transform=transform)
