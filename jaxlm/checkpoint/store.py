@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 class Store:
     """The checkpoints of one run.
 
-    Keeps the newest ``keep_latest`` and the ``keep_best`` with the lowest (``metric_mode`` "min") or highest score. All
-    processes of a run make the same calls; who only looks (``read_only``) disturbs nobody who writes.
+    Keeps the newest ``keep_latest`` checkpoints, and the ``keep_best`` with the lowest (``metric_mode`` "min") or highest
+    score. All processes of a run must make the same calls. A ``read_only`` store does not disturb a run that writes.
 
-    Methods raise UserError when the disk is full; what was saved before is then untouched, and the unfinished
-    checkpoint is not there.
+    Raises:
+        UserError: the disk is full. Earlier checkpoints are then untouched, and nothing is left of the unfinished one.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class Store:
         """Begins to write a checkpoint; returns as soon as the arrays are copied to the host.
 
         Args:
-            step: its number, larger than any before.
-            state: any pytree of arrays; typed PRNG keys are welcome.
+            step: the number of the checkpoint, larger than any before.
+            state: any pytree of arrays, typed PRNG keys included.
             data_state: JSON-safe.
-            score: what "best" compares; a checkpoint without one is never among the best.
+            score: what "best" compares; a checkpoint without a score is never among the best.
         """
         self._scores.pop(step, None)
         if score is not None:
@@ -71,29 +71,39 @@ class Store:
             self._manager.save(step, args=args, force=True)
 
     def score(self, step: int, score: float) -> None:
-        """Gives a checkpoint already saved the score that it should have had; lasts as long as this object."""
+        """Gives a saved checkpoint a score, which this object remembers and the files do not."""
         self._scores[step] = float(score)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
         """(state, data_state) of a step, in the structure, types and shardings of ``abstract_state`` (arrays or
-        ``ShapeDtypeStruct``s), whatever mesh it was saved from. UserError if it cannot be read or does not fit."""
+        ``ShapeDtypeStruct``s), whatever mesh it was saved from.
+
+        Raises:
+            UserError: the checkpoint cannot be read or does not fit.
+        """
         try:
             return self._read(step, abstract_state)
         except Exception as error:
             raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {_brief(error)}") from error
 
     def restore_part(self, step: int, name: str, abstract: dict[str, Any]) -> dict[str, Any]:
-        """Only what lies under ``state.NAME``, which was saved as a dict by path. UserError as in ``restore``."""
+        """The part of the state under ``NAME``, which was saved as a dict by path.
+
+        Raises:
+            UserError: the checkpoint cannot be read or does not fit.
+        """
         try:
             return self._arrays(step, {name: abstract}, self._data(step), partial=True)[name]
         except Exception as error:
             raise UserError(f"checkpoint {self.directory / str(step)} cannot be read: {_brief(error)}") from error
 
     def restore_latest(self, abstract_state: Any) -> tuple[Any, dict[str, Any], int] | None:
-        """(state, data_state, step) of the newest checkpoint that can be read; None if there is none at all.
+        """(state, data_state, step) of the newest checkpoint that can be read; None if there is no checkpoint.
 
-        Newer ones that cannot be read are set aside, with a warning in the log. UserError if no checkpoint can be read:
-        then none is touched, for the fault may be that the state has changed.
+        Newer checkpoints that cannot be read are set aside, with a warning in the log.
+
+        Raises:
+            UserError: no checkpoint can be read. None is set aside then, as the reason may be that the state has changed.
         """
         damaged: dict[int, Exception] = {}
         for step in reversed(self.steps()):
@@ -114,20 +124,20 @@ class Store:
         return None
 
     def steps(self) -> list[int]:
-        """The checkpoints there are, oldest first."""
+        """The numbers of all checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
     def best_steps(self, n: int) -> list[int]:
-        """The ``n`` checkpoints with the best scores, best first; fewer if fewer have one."""
+        """The numbers of the ``n`` checkpoints with the best scores, best first; fewer if fewer have a score."""
         return self._best(self.steps())[:n]
 
     def wait(self) -> None:
-        """Until everything is written."""
+        """Waits until everything is written."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
+        """Waits until everything is written, and releases the directory."""
         try:
             self.wait()
         finally:
@@ -135,7 +145,7 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """An error of a save, this one or one in the background, leaves nothing of it behind."""
+        """Removes an unfinished checkpoint where a save fails, this one or one in the background."""
         try:
             with room_for(f"a checkpoint in {self.directory}"):
                 yield

@@ -1,4 +1,4 @@
-"""Models of one family side by side: what each costs and how good it is, beside the first."""
+"""Models of one family side by side: what each costs, and how good it is."""
 
 from __future__ import annotations
 

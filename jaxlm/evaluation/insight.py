@@ -1,4 +1,4 @@
-"""Why a model said so: where its attention goes, which tokens of the text its choice rests on, what else it considered.
+"""Why a model chose a token: where its attention goes, which tokens the choice rests on, and the other candidates.
 
 Attributions are of the log-probability of one next token to the embeddings before it: gradient times input (Shrikumar
 et al., arXiv:1605.01713), or integrated gradients (Sundararajan et al., arXiv:1703.01365), which add up to the change

@@ -32,15 +32,15 @@ def album(
     lm: Any, source: Path, *, dense: Any = None, compared: Sequence[Comparison] = (), preset: str = "fsdp+tp",
     devices: int = 8, text: str = "",
 ) -> list[Picture]:
-    """What there is to see of a model.
+    """All figures that fit a model.
 
     Args:
         lm: the model (``jaxlm.load(..., expand=False)``).
-        source: its directory, for the course of its training and what compression chose.
-        dense: the model it was compressed from, if it is at hand.
-        compared: it and others, measured (``evaluation.comparison``).
-        preset, devices: of the mesh for which the sharding is drawn.
-        text: to look into the model with; one to translate, where it does.
+        source: its directory, with the metrics of its training and what compression chose.
+        dense: the model that it was compressed from, if there is one.
+        compared: figures of this model and others (``evaluation.comparison``).
+        preset, devices: the mesh for which the sharding is drawn.
+        text: a text whose attention and attributions are drawn; a translation model translates it.
     """
     found = []
     rows = read_metrics(source / "metrics.jsonl") if (source / "metrics.jsonl").is_file() else []
