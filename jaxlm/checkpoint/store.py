@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 class Store:
     """The checkpoints of one run.
 
-    Keeps the newest ``keep_latest`` checkpoints, and the ``keep_best`` with the lowest (``metric_mode`` "min") or highest
-    score. All processes of a run must make the same calls. A ``read_only`` store does not disturb a run that writes.
+    Keeps the newest ``keep_latest`` checkpoints, and the ``keep_best`` with the lowest (``metric_mode`` "min") or the
+    highest score. All processes of a run must make the same calls. A ``read_only`` store does not disturb a run that writes.
 
     Raises:
         UserError: the disk is full. Earlier checkpoints are then untouched, and nothing is left of the unfinished one.
@@ -103,7 +103,7 @@ class Store:
         Newer checkpoints that cannot be read are set aside, with a warning in the log.
 
         Raises:
-            UserError: no checkpoint can be read. None is set aside then, as the reason may be that the state has changed.
+            UserError: no checkpoint can be read. None is set aside then: the reason may be that the state has changed.
         """
         damaged: dict[int, Exception] = {}
         for step in reversed(self.steps()):
