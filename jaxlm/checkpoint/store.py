@@ -34,7 +34,8 @@ class Store:
     """The checkpoints of one run.
 
     Keeps the newest ``keep_latest`` checkpoints, and the ``keep_best`` with the lowest (``metric_mode`` "min") or the
-    highest score. All processes of a run must make the same calls. A ``read_only`` store does not disturb a run that writes.
+    highest score. All processes of a run must make the same calls. A ``read_only`` store does not disturb a run that
+    writes.
 
     Raises:
         UserError: the disk is full. Earlier checkpoints are then untouched, and nothing is left of the unfinished one.
