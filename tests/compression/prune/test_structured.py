@@ -289,7 +289,7 @@ def test_pruned_models_are_saved_as_those_of_their_family(tmp_path, name, kind):
     config, params = drop_layers(*prune_ffn(config, params, 0.25), [1])
     if kind == "llama":
         config, params = prune_heads(config, params, 0.5)
-    assert to_hf_config(config, kind) and simplest_hf_config(config, exactly=False)
+    assert to_hf_config(config, kind) and simplest_hf_config(config, exact=False)
     write_model(tmp_path / "model", config, params, None)
     back_config, back, _, _ = read_model(tmp_path / "model")
     assert (back_config.d_ffn, back_config.heads, back_config.d_head) == (config.ffn, config.heads, config.d_head)
