@@ -96,6 +96,11 @@ def serving(out: Path) -> str:
     return markdown("weights | GiB of weights a chip | peak | prefill, ms | a token, ms | tokens/s decoding", rows)
 
 
+def tables(out: Path) -> str:
+    """All tables of what ``out`` holds."""
+    return "\n\n".join(table(out) for table in (training, wmt, serving))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
@@ -111,7 +116,7 @@ def main() -> None:
         words = [sys.executable, "-m", "jaxlm", "plan", str(CONFIGS / config), *options]
         print(f"{row}: jaxlm plan configs/{command}", file=sys.stderr, flush=True)
         subprocess.run([*words, "--json", str(file)], check=True, stdout=sys.stderr)
-    print("\n\n".join(table(args.out) for table in (training, wmt, serving)))
+    print(tables(args.out))
 
 
 if __name__ == "__main__":
