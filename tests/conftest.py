@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.slow import is_slow
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile thousands of small programs and run each once or twice, so the compiler's effort is their time: without
 # optimisation and in one piece they take a sixth of it. The last flag has another name since jax 0.11.
@@ -47,7 +45,7 @@ gc.set_threshold(200_000, 20, 50)  # tracing makes millions of small objects, an
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not os.environ.get("JAXLM_SLOW_TESTS"):
         for item in items:
-            if item.get_closest_marker("slow") or is_slow(item.nodeid):
+            if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="one of many alike: JAXLM_SLOW_TESTS=1 runs them all"))
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 import jaxlm
-from jaxlm import nn
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.directory import write_model
 from jaxlm.inference.decoding import generate_tokens
@@ -26,6 +25,7 @@ pytest.importorskip("lm_eval", reason="lm_eval is not installed: there is nothin
 from lm_eval.api.registry import get_model  # noqa: E402
 
 from jaxlm.harness import JaxLM  # noqa: E402
+from tests.models import build
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TEXT = "the cat sat on the mat and the dog sat by the log while a bird sang to them all, so they say. "
@@ -51,7 +51,7 @@ def model(request, tmp_path_factory):
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size, width=32, heads=4, layers=2, ffn=48, max_positions=40, tie_embeddings=False
     )
-    params = jax.tree.map(lambda x: 2 * x, nn.build(config, jax.random.key(0))[1])
+    params = jax.tree.map(lambda x: 2 * x, build(config)[1])
     path = write_model(tmp_path_factory.mktemp(request.param) / "model", config, params, tokenizer)
     if request.param == "framed":
         spec = json.loads((path / "tokenizer.json").read_text())
@@ -181,7 +181,7 @@ def test_what_cannot_be_is_said(model, ours, tmp_path):
     with pytest.raises(jaxlm.UserError, match="a continuation of .* tokens cannot be scored by a model that reads 40"):
         ours.loglikelihood([request("the", TEXT * 3)], disable_tqdm=True)
     config = Seq2SeqConfig(vocab_size=300, width=16, heads=2, encoder_layers=1, decoder_layers=1)
-    params = nn.build(config, jax.random.key(0))[1]
+    params = build(config)[1]
     path = write_model(tmp_path / "m", config, params, Tokenizer.train([TEXT], "bpe", 300))
     with pytest.raises(jaxlm.UserError, match="is a translation model"):
         JaxLM(str(path))

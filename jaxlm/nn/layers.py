@@ -15,7 +15,8 @@ from jaxlm.core.sharding import constrain, num_shards
 from jaxlm.nn.config import StackConfig
 
 __all__ = [
-    "ACTIVATIONS", "Embedding", "Linear", "Mlp", "Norm", "ParamKeys", "gelu", "softcap", "split_key", "truncated_normal",
+    "ACTIVATIONS", "Embedding", "Linear", "Mlp", "Norm", "ParamKeys", "gelu", "softcap", "split_key",
+    "truncated_normal",
 ]
 
 

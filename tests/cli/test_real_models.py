@@ -7,13 +7,13 @@ import json
 import shutil
 import sys
 
-import jax
 import numpy as np
 import pytest
 
 from jaxlm import nn
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.directory import export_model
+from tests.models import build
 
 TEXT = "It was a dark night. Zwölf Boxkämpfer jagten Eva über den Deich.\n"
 TRAINING = """
@@ -85,7 +85,7 @@ def random_model(shared, name, directory, **sizes):
                            decoder_layers=1, **ids | {"bos_id": tokenizer.pad_id})
     else:
         config = nn.DecoderConfig(vocab_size=tokenizer.vocab_size, width=16, heads=2, ffn=16, layers=1, **ids)
-    export_model(directory, config, nn.build(config, jax.random.key(0))[1], None)
+    export_model(directory, config, build(config)[1], None)
     tokenizer_files(shared, name, directory)
     if name == "t5":
         (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')

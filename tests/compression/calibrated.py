@@ -16,6 +16,7 @@ from jaxlm.compression.names import parse
 from jaxlm.core.leaves import dequantize_tree
 from jaxlm.core.tree import flatten
 from jaxlm.nn.layerwise import LayerwiseModel
+from tests.models import build
 
 DECODER = nn.DecoderConfig(vocab_size=31, width=32, heads=4, kv_heads=2, ffn=40, layers=2)
 CONFIGS = {
@@ -35,7 +36,7 @@ def layerwise(config):
 @functools.cache
 def make(name, tokens=64):
     config = CONFIGS[name]
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = build(config)
     rng = np.random.default_rng(1)
     # Few directions of the width are in use: what solvers with data can make use of.
     table = flatten(params)["embed/table"]

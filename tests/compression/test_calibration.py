@@ -18,6 +18,7 @@ from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core.leaves import QArray, dequantize
 from jaxlm.core.tree import flatten
 from jaxlm.nn.layerwise import LayerwiseModel
+from tests.models import build
 
 DECODER = nn.DecoderConfig(vocab_size=31, width=16, heads=4, kv_heads=2, ffn=24, layers=3)
 CONFIGS = {
@@ -40,7 +41,7 @@ def make(name):
         source = np.array([[5, 6, 7, 2, 0], [8, 9, 2, 0, 0]])
         batches = [(source, tokens) for (tokens,) in batches]
         batches[0][1][1, 4:] = 0
-    return config, nn.build(config, jax.random.key(0))[1], Calibration(batches, walk_of)
+    return config, build(config)[1], Calibration(batches, walk_of)
 
 
 def first_block(name, targets):

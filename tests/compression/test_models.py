@@ -20,6 +20,7 @@ from jaxlm.core.leaves import dequantize_tree, is_leaf
 from jaxlm.core.tree import flatten
 from jaxlm.hf.directory import weight_bytes
 from jaxlm.model import LM, load
+from tests import models
 
 DECODER = nn.DecoderConfig(vocab_size=50, width=128, heads=4, kv_heads=2, ffn=160, layers=3, layer_groups=(2, 1))
 CONFIGS = {
@@ -34,7 +35,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 50, (2, 9)))
 
 @functools.cache
 def build(name):
-    return nn.build(CONFIGS[name], jax.random.key(0))
+    return models.build(CONFIGS[name])
 
 
 @functools.partial(jax.jit, static_argnums=0)

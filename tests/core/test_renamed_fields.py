@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import jax
 import pytest
 
 import jaxlm
@@ -15,6 +14,7 @@ from jaxlm.hf.directory import read_model, read_model_config, write_model
 from jaxlm.nn.config import DecoderConfig, ModelConfig, Seq2SeqConfig
 from jaxlm.training.config import Experiment
 from jaxlm.training.setup import _check_unchanged
+from tests.models import build
 
 OLD = {new: old for old, new in RENAMED.items()}
 DECODER = DecoderConfig(vocab_size=24, width=8, heads=2, layers=3, layer_groups=(2, 1), ring_min_keys=64)
@@ -32,7 +32,7 @@ def as_then(data):
 
 @pytest.mark.parametrize("config", [DECODER, SEQ2SEQ], ids=["a Llama", "ours"])
 def test_model_directories_written_then_load(tmp_path, config):
-    params = nn.build(config, jax.random.key(0))[1]
+    params = build(config)[1]
     path = write_model(tmp_path / "model", config, params, None) / "config.json"
     path.write_text(json.dumps(as_then(json.loads(path.read_text()))))
     assert "segments" in path.read_text()

@@ -12,13 +12,14 @@ from jaxlm import nn
 from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import compose, count_bytes, count_params, flatten, map_params, rule, unflatten
+from tests.models import build
 
 CONFIG = nn.DecoderConfig(vocab_size=11, width=8, heads=2, ffn=16, layers=2)
 
 
 @pytest.fixture(scope="module")
 def params():
-    return nn.build(CONFIG, jax.random.key(0))[1]
+    return build(CONFIG)[1]
 
 
 def test_unflatten_undoes_flatten(params):

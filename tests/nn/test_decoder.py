@@ -14,6 +14,7 @@ from flax import nnx
 from jaxlm import nn
 from jaxlm.core.tree import flatten, map_params
 from jaxlm.nn.decoder import embed
+from tests.models import build
 from tests.nn.reference import decoder_logits
 
 SMALL = nn.DecoderConfig(vocab_size=23, width=16, heads=4, kv_heads=2, ffn=24, layers=3, max_positions=32)
@@ -261,7 +262,7 @@ def test_beams_remember_the_past_they_were_given(name, kv_cache):
 def test_initial_loss_is_that_of_a_uniform_guess():
     for name in ("nano", "124m"):
         config = nn.preset(name, vocab_size=97, width=48, heads=3, layers=4)
-        graphdef, params = nn.build(config, jax.random.key(0))
+        graphdef, params = build(config)
         batch = jnp.asarray(np.random.default_rng(0).integers(0, 97, (4, 32)))
         log_p = jax.nn.log_softmax(forward(graphdef, params, batch))
         assert abs(-jnp.mean(log_p) - np.log(97)) < 0.1

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxlm import nn
 from jaxlm.compression.calibration import layer_params
 from jaxlm.nn.layerwise import LayerwiseModel
+from tests.models import build
 
 DECODER = nn.DecoderConfig(vocab_size=31, width=16, heads=4, kv_heads=2, ffn=24, layers=3)
 SEQ2SEQ = nn.preset("tiny", vocab_size=31, width=16, heads=4, ffn=24, encoder_layers=2, decoder_layers=3)
@@ -32,7 +33,7 @@ TARGET = jnp.asarray(np.random.default_rng(0).integers(3, 31, (2, 6))).at[1, 4:]
 @functools.cache
 def make(name):
     config = CONFIGS[name]
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = build(config)
     return LayerwiseModel(config, graphdef), params
 
 

@@ -23,6 +23,7 @@ from jaxlm.training.objectives.loss import make_loss
 from jaxlm.training.setup import prepare
 from jaxlm.training.state import abstract_state, init_state
 from jaxlm.training.step import Step, make_step
+from tests.models import build
 from tests.training.test_step import DECODER, SEQ2SEQ, VOCABULARY, assert_same, batches
 
 ONCE = dataclasses.replace(DECODER, layers=4, microbatches=4, windows=(3, 0), positions="relative")
@@ -103,7 +104,7 @@ def test_a_schedule_takes_every_microbatch_through_every_layer(stages, microbatc
 
 @functools.cache
 def built(config):
-    return nn.build(config, jax.random.key(0))
+    return build(config)
 
 
 def outputs(config, stages, rows=8, key=None):

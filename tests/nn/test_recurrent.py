@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxlm import nn
 from jaxlm.core.tree import flatten
+from tests.models import build
 
 
 def sigmoid(x):
@@ -36,7 +37,7 @@ def reference(config, weights, tokens):
 @pytest.mark.parametrize("changes", [{}, {"hidden": 20}, {"tie_embeddings": False, "hidden": 20}])
 def test_matches_the_float64_reference_and_decodes_alike(changes):
     config = nn.LSTMConfig(vocab_size=17, width=12, layers=2, **changes)
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = build(config)
     model = nnx.merge(graphdef, params)
     batch = jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 9)))
     full = jax.jit(lambda params: nnx.merge(graphdef, params)(batch))(params)

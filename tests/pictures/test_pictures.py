@@ -6,7 +6,6 @@ import json
 import re
 from html.parser import HTMLParser
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from jaxlm.pictures.html_page import page
 from jaxlm.pictures.mesh import _holders, _ranges, sharded
 from jaxlm.pictures.model_pictures import album
 from jaxlm.pictures.style import svg
+from tests.models import build
 
 CONFIG = nn.DecoderConfig(vocab_size=32, width=16, heads=2, kv_heads=1, ffn=48, layers=3)
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -33,7 +33,7 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 @pytest.fixture(scope="module")
 def dense() -> LM:
-    graphdef, params = nn.build(CONFIG, jax.random.key(0))
+    graphdef, params = build(CONFIG)
     return LM(CONFIG, graphdef, params)
 
 

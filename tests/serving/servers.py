@@ -21,6 +21,7 @@ from jaxlm.serving.app import make_app
 from jaxlm.serving.middleware import ServerMiddleware
 from jaxlm.serving.models import serve_model
 from tests.inference.models import decoder, seq2seq
+from tests.models import build
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}. {% endfor %}"
 
@@ -32,7 +33,7 @@ def chatty() -> LM:
     config = nn.DecoderConfig(
         vocab_size=tokenizer.vocab_size, width=32, heads=4, kv_heads=2, ffn=48, layers=2, max_positions=96
     )
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = build(config)
     return LM(config, graphdef, jax.tree.map(lambda x: 3 * x, params), tokenizer)
 
 

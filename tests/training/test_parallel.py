@@ -23,6 +23,7 @@ from jaxlm.core.tree import flatten, map_params
 from jaxlm.training.objectives.loss import make_loss
 from jaxlm.training.state import abstract_state, init_state
 from jaxlm.training.step import Step, StepOptions, make_step
+from tests.models import build
 from tests.training.hlo import collectives
 from tests.training.mixes import MIXES, differences, name
 
@@ -157,7 +158,7 @@ def test_training_for_compression(recipe, sizes):
      ("w8a8-dynamic under lora", dict(data=1, sequence=2, fsdp=2, tensor=2))],
 )
 def test_compressed_leaves_are_split_like_dense_ones(kind, sizes):
-    graphdef, params = nn.build(SMALL, jax.random.key(0))
+    graphdef, params = build(SMALL)
     params = load_recipe(kind.split()[0]).apply(params)
     if "lora" in kind:
         def adapt(path, leaf):

@@ -34,6 +34,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, dequantize
 from jaxlm.core.tree import flatten, unflatten
 from jaxlm.nn.layerwise import LayerwiseModel
+from tests.models import build
 
 DECODER = nn.DecoderConfig(vocab_size=13, width=16, heads=2, kv_heads=1, ffn=24, layers=2)
 CONFIGS = {
@@ -49,7 +50,7 @@ CANDIDATES = tuple({"bits": bits, "group": group} for bits, group in ((2, 0), (3
 @functools.cache
 def make(name):
     config = CONFIGS[name]
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = build(config)
     rng = np.random.default_rng(1)
     batches = [(rng.integers(3, 13, (4, 8)),) for _ in range(2)]
     if config.kind == "seq2seq":

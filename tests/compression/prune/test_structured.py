@@ -16,6 +16,7 @@ from jaxlm.core.tree import flatten, map_params
 from jaxlm.hf.directory import read_model, write_model
 from jaxlm.hf.writer import simplest_hf_config, to_hf_config
 from tests.compression.models import assert_whole, logits, make, some
+from tests.models import build
 
 
 def zeroed(params, pattern_axis_units):
@@ -278,7 +279,7 @@ def test_what_cannot_be_is_refused():
             call()
     config = nn.LSTMConfig(vocab_size=20, width=16)
     with pytest.raises(UserError, match="recurrent"):
-        prune_ffn(config, nn.build(config, jax.random.key(0))[1], 0.5)
+        prune_ffn(config, build(config)[1], 0.5)
 
 
 @pytest.mark.parametrize("name,kind", [

@@ -15,6 +15,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, map_params
 from jaxlm.nn.positions import sinusoids
 from tests.compression.models import assert_whole, logits, make, some
+from tests.models import build
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 12, 20, 24, 28, 36, 44, 64, 96, 256, 704, 768])
@@ -77,7 +78,7 @@ def test_what_else_cannot_be_rotated_is_refused():
         rotate(config, parse("w8a8-dynamic").apply(params), jax.random.key(0))
     config = nn.LSTMConfig(vocab_size=20, width=16)
     with pytest.raises(UserError, match="recurrent"):
-        rotate(config, nn.build(config, jax.random.key(0))[1], jax.random.key(0))
+        rotate(config, build(config)[1], jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", some("gpt2", slow="llama"))

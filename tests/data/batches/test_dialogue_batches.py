@@ -21,6 +21,7 @@ from jaxlm.data.sources.spec import open_source
 from jaxlm.data.sources.types import Bitext
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.training.objectives.loss import lm_loss
+from tests.models import build
 
 TOKENIZER = Tokenizer.train(["abcdefghij <>/s"], "char")
 
@@ -55,7 +56,7 @@ def ids(prompt: str, reply: str) -> list[int]:
 @pytest.fixture(scope="module")
 def gradient():
     config = nn.DecoderConfig(vocab_size=TOKENIZER.vocab_size, width=16, layers=1, heads=2, ffn=32)
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = build(config)
 
     @jax.jit
     def of(batch):

@@ -14,6 +14,7 @@ from jaxlm.nn.attention import flash
 from jaxlm.nn.attention import layer as attention
 from jaxlm.nn.attention.quantized_kv import quantize_kv
 from jaxlm.training.objectives.loss import make_loss
+from tests.models import build
 
 B, H, G, K = 2, 4, 2, 8
 
@@ -95,7 +96,7 @@ def test_a_rounded_cache_is_read_by_blocks(monkeypatch, kind):
 ], ids=lambda config: config.kind)
 def test_training_on_a_mesh_goes_by_blocks(monkeypatch, config):
     """Loss and gradients of long packed rows, of one device's plain attention and of eight devices' blocks."""
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = build(config)
     random, (rows, length) = np.random.default_rng(0), (8, 288)
     batch = {name: jnp.asarray(random.integers(3, 32, (rows, length)), jnp.int32) for name in ("inputs", "targets")}
     batch["weights"] = jnp.ones((rows, length))

@@ -19,6 +19,7 @@ from jaxlm.core.tree import flatten
 from jaxlm.nn.attention.kv_cache import cache_bytes_per_token
 from jaxlm.nn.attention.layer import attend
 from jaxlm.nn.attention.quantized_kv import QuantizedKV, dequantize_kv, fake_quantize_kv, quantize_kv
+from tests.models import build
 
 ROUNDED = ("int8", "int4", "fp8")
 CONFIG = nn.DecoderConfig(vocab_size=23, width=16, heads=4, kv_heads=2, ffn=24, layers=3, max_positions=32)
@@ -116,7 +117,7 @@ def test_a_model_trains_with_the_cache_it_will_have(remat):
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 23, (4, 9)))
 
     def loss_and_gradient(kind):
-        graphdef, params = nn.build(dataclasses.replace(CONFIG, kv_cache=kind, remat=remat), jax.random.key(0))
+        graphdef, params = build(dataclasses.replace(CONFIG, kv_cache=kind, remat=remat))
 
         def loss(params):
             log_p = jax.nn.log_softmax(nnx.merge(graphdef, params)(tokens[:, :-1]))
@@ -136,7 +137,7 @@ def test_a_model_trains_with_the_cache_it_will_have(remat):
 def test_bytes_a_token_are_those_of_the_cache(kind, size):
     """Of 8 numbers a head."""
     config = dataclasses.replace(CONFIG, head_dim=8, kv_cache=kind, layer_groups=(1, 2))
-    model = nnx.merge(*nn.build(config, jax.random.key(0)))
+    model = nnx.merge(*build(config))
 
     def cached(slots):
         cache = model.init_cache(1, slots)
@@ -164,7 +165,7 @@ def test_decoding_writes_in_place(kind):
 @pytest.mark.parametrize("kind", ["int8", "int4", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_scales_are_spread_over_devices_like_their_codes(kind):
     config = dataclasses.replace(CONFIG, kv_cache=kind)
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = build(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 23, (4, 6)))
 
     @jax.jit

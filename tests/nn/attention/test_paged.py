@@ -14,6 +14,7 @@ from jaxlm import nn
 from jaxlm.nn.attention.layer import attend
 from jaxlm.nn.attention.masks import MaskSpec, causal_mask, window_mask
 from jaxlm.nn.attention.paged import LayerPages, PagedCache, _attend_rows
+from tests import models
 
 MODELS = {
     "local": {"windows": (4, 0), "rope_local_theta": 300.0, "attention_softcap": 4.0},
@@ -24,7 +25,7 @@ MODELS = {
 
 def build(**changes):
     options = {"vocab_size": 23, "width": 32, "heads": 4, "kv_heads": 2, "ffn": 24, "layers": 3} | changes
-    graphdef, params = nn.build(nn.DecoderConfig(**options), jax.random.key(0))
+    graphdef, params = models.build(nn.DecoderConfig(**options))
     return graphdef, jax.tree.map(lambda x: x * 3, params)
 
 

@@ -18,6 +18,7 @@ from jaxlm.nn.attention.layer import attend
 from jaxlm.nn.attention.masks import MaskSpec
 from jaxlm.nn.attention.ring import ring_attend, uses_ring
 from jaxlm.training.objectives.loss import make_loss
+from tests.models import build
 
 B, T, S, H, G, K = 2, 16, 24, 4, 2, 8
 DECODER = nn.DecoderConfig(
@@ -97,7 +98,7 @@ def loss_of(config):
 
 @functools.cache
 def on_one_device(config):
-    params = nn.build(config, jax.random.key(0))[1]
+    params = build(config)[1]
     return jax.jit(jax.value_and_grad(loss_of(config)))(params, batch_of(config))
 
 
@@ -108,7 +109,7 @@ def on_one_device(config):
 def test_models_on_split_sequences(config, ring_min_keys):
     """Packed documents, windows, rotary and relative positions, padding, cross-attention: gradients of one device. In
     the compiled program of a ring nothing is gathered that has all keys of a layer."""
-    params, batch = nn.build(config, jax.random.key(0))[1], batch_of(config)
+    params, batch = build(config)[1], batch_of(config)
     want = on_one_device(config)
     ringed = dataclasses.replace(config, ring_min_keys=ring_min_keys)
     with jax.set_mesh(make_mesh(data=2, sequence=4)):

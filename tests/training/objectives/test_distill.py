@@ -21,6 +21,7 @@ from jaxlm.training.objectives.objective import make_objective
 from jaxlm.training.objectives.reference_model import make_reference_model
 from jaxlm.training.state import abstract_state, init_state
 from jaxlm.training.step import make_step
+from tests.models import build
 from tests.training.llamas import CONFIG, batch, tiny_llama
 
 SEQ2SEQ = nn.preset("tiny", vocab_size=32, width=16, heads=2, ffn=32, encoder_layers=1, decoder_layers=2, dropout=0.0)
@@ -47,7 +48,7 @@ def test_layers_are_spread_evenly():
 def test_the_parts_of_the_loss(config):
     """The cross-entropy, the divergence and the difference of states, each by itself and all together; the states are
     those that the next layer is given."""
-    (graphdef, ours), (_, theirs) = (nn.build(config, jax.random.key(seed)) for seed in (0, 1))
+    (graphdef, ours), (_, theirs) = (build(config, seed) for seed in (0, 1))
     data = batch() | ({"src": batch(seed=3)["inputs"]} if config.kind == "seq2seq" else {})
     inputs = (data["src"], data["inputs"]) if "src" in data else (data["inputs"],)
 
@@ -101,7 +102,7 @@ def test_a_narrower_student_learns_a_projection(tmp_path):
     """The projection is trained with the model, but is not part of it."""
     home = tiny_llama(tmp_path / "teacher")
     config = dataclasses.replace(CONFIG, width=8)
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = build(config)
     experiment = Experiment(model=config, distill=DistillConfig(str(home), 0.5, hidden=1.0))
     reference = make_reference_model(experiment, graphdef, params, params)
     assert reference.extra[PROJECTION].shape == (8, 16)

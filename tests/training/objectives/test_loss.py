@@ -10,6 +10,7 @@ from flax import nnx
 
 from jaxlm import nn
 from jaxlm.training.objectives.loss import cross_entropy, lm_loss, make_loss, seq2seq_loss
+from tests.models import build
 
 B, T, V = 3, 5, 11
 
@@ -105,7 +106,7 @@ def test_weight_zero_removes_a_token():
 def test_packed_documents_reach_the_model():
     """Two documents in one row give the loss of the two alone."""
     config = nn.preset("nano", vocab_size=V, width=16, heads=2, layers=1)
-    graphdef, params = nn.build(config, jax.random.key(0))
+    graphdef, params = build(config)
     random = np.random.default_rng(0)
     a, b = (random.integers(0, V, (2, n)).astype(np.int32) for n in (3, 4))
 
