@@ -74,5 +74,5 @@ def test_paths_and_modules_that_pages_name_exist():
     named = r"(?<![\w/.])((?:jaxlm|tests|launch|configs|findings)/[\w/.-]+\.(?:py|sh|md|sbatch|yaml|ipynb))"
     for page in PAGES:
         for path in re.findall(named, page.read_text()):
-            if path != "findings/NAME.sh":
+            if not Path(path).name.startswith("NAME."):  # it stands for any name
                 assert (ROOT / path).exists(), f"{page} names {path}"
