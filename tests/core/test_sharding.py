@@ -34,10 +34,14 @@ from jaxlm.core.sharding import (
 )
 from jaxlm.core.tree import flatten
 from jaxlm.training.config import MeshConfig
+from tests.models import build
 
 CONFIG = nn.DecoderConfig(vocab_size=16, width=16, heads=4, kv_heads=2, ffn=32, layers=3)
-MESHES = [dict(data=8), dict(data=1, fsdp=8), dict(data=1, tensor=8), dict(data=2, fsdp=2, tensor=2),
-          dict(data=1, sequence=2, expert=2, tensor=2)]
+MESHES = [
+    dict(data=2, fsdp=2, tensor=2), dict(data=1, sequence=2, expert=2, tensor=2),
+    *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in (
+        dict(data=8), dict(data=1, fsdp=8), dict(data=1, tensor=8))),
+]
 
 
 def test_one_size_may_be_what_is_left():
@@ -103,8 +107,8 @@ def test_parameters_go_where_their_path_says():
     assert after[layer + "up/kernel"].spec == P(None, "tensor", "fsdp") != before[layer + "up/kernel"].spec
     assert after[layer + "down/kernel"].spec == P(None, None, ("fsdp", "tensor"))
     assert after["embed/table"] == before["embed/table"]
-    coded = load_recipe("w4a16-rtn-channel").apply(override_sharding((layer + "up/kernel=- tensor fsdp",))(nn.build(
-        CONFIG, jax.random.key(0))[1]))
+    coded = load_recipe("w4a16-rtn-channel").apply(
+        override_sharding((layer + "up/kernel=- tensor fsdp",))(build(CONFIG)[1]))
     assert flatten(shardings(coded, mesh))[layer + "up/kernel"].codes.spec == P(None, "fsdp", "tensor")  # [L, out, in]
 
 
@@ -167,30 +171,37 @@ def test_every_axis_of_every_model_has_a_rule():
     assert used <= set(RULES)
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-def test_sharded_logits_and_gradients_equal_those_of_one_device(sizes):
-    graphdef, params = nn.build(CONFIG, jax.random.key(0))
+@pytest.fixture(scope="module")
+def one_device():
+    """A loss and its gradient as a compiled function, what they are of, and what they are on one device."""
+    graphdef, params = build(CONFIG)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 16, (8, 6)))
 
     def loss(params, tokens):
         return jnp.mean(jnp.square(nnx.merge(graphdef, params)(tokens)))
 
-    want, want_gradient = jax.jit(jax.value_and_grad(loss))(params, tokens)
+    function = jax.jit(jax.value_and_grad(loss))
+    return function, params, tokens, function(params, tokens)
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_sharded_logits_and_gradients_equal_those_of_one_device(sizes, one_device):
+    function, params, tokens, (want, want_gradient) = one_device
     mesh = make_mesh(**sizes)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings(params, mesh))
-        got, gradient = jax.jit(jax.value_and_grad(loss))(placed, jax.device_put(tokens, batch_sharding(mesh)))
+        got, gradient = function(placed, jax.device_put(tokens, batch_sharding(mesh)))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for path, leaf in flatten(want_gradient).items():
         np.testing.assert_allclose(flatten(gradient)[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
 def test_moments_and_codes_lie_like_their_parameter():
-    params = nn.build(CONFIG, jax.random.key(0))[1]
+    params = build(CONFIG)[1]
     mesh = make_mesh(data=1, fsdp=2, tensor=4)
     path = "decoder/layers/0/mlp/up/kernel"
     assert flatten(shardings(params, mesh))[path].spec == P(None, "fsdp", "tensor")
-    moments = shardings(optax.adam(1e-3).init(params), mesh)[0]
+    moments = shardings(jax.eval_shape(optax.adam(1e-3).init, params), mesh)[0]
     assert flatten(moments.mu)[path].spec == P(None, "fsdp", "tensor")
     assert moments.count == NamedSharding(mesh, P())
 

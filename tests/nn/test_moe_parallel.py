@@ -86,8 +86,12 @@ def test_router_losses():
 
 @pytest.mark.parametrize(
     ("config", "sizes"),
-    [(CONFIG, dict(data=1, expert=4)), (CONFIG, dict(data=2, expert=2, tensor=2)), (CONFIG, dict(data=1, fsdp=2)),
-     (CAPACITY, dict(data=1, fsdp=2, expert=2)), (CAPACITY, dict(data=1, expert=2, sequence=2))],
+    [
+        (CONFIG, dict(data=1, expert=4)), (CAPACITY, dict(data=1, fsdp=2, expert=2)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [
+            (CONFIG, dict(data=2, expert=2, tensor=2)), (CONFIG, dict(data=1, fsdp=2)),
+            (CAPACITY, dict(data=1, expert=2, sequence=2))]),
+    ],
     ids=lambda value: getattr(value, "expert_routing", None) or "-".join(value),
 )
 def test_experts_on_several_devices_equal_one(config, sizes):

@@ -51,12 +51,17 @@ def packed(config, count):
     return data
 
 
+@functools.cache
+def built(config):
+    return build(config)
+
+
 def train(config, mesh=None):
     """State and metrics after two steps, and the program of one."""
     graphdef, like = nn.abstract(config)
-    init, tx = nn.initializer(config)[1], optax.sgd(0.3)  # Adam would blow up the rounding of gradients near zero
+    tx = optax.sgd(0.3)  # Adam would blow up the rounding of gradients near zero
     layout = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh))
-    state = init_state(lambda: init(jax.random.key(0)), tx, 0, layout)
+    state = init_state(built(config)[1], tx, 0, layout)
     step, history = make_step(graphdef, like, make_loss(config, router=(0.1, 0.1)), tx, layout=layout), []
     data = packed(config, 2)
     data = data if mesh is None else jax.device_put(data, batch_sharding(mesh))
@@ -100,11 +105,6 @@ def test_a_schedule_takes_every_microbatch_through_every_layer(stages, microbatc
     last = max(map(max, ticks.values()))
     assert schedule.ticks == last + 1
     assert schedule.bubble == pytest.approx(1 - microbatches * repeats / (last + 1))
-
-
-@functools.cache
-def built(config):
-    return build(config)
 
 
 def outputs(config, stages, rows=8, key=None):

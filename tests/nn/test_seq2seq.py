@@ -46,8 +46,7 @@ def ids(batch, length, seed=0):
 
 
 @pytest.mark.parametrize("name", [
-    "pre-norm", "learned",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("post-norm", "relative", "rotary", "unequal")),
+    name if name == "pre-norm" else pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS
 ])
 def test_padding_and_batch_mates_change_nothing(name):
     model = make(**VARIANTS[name])
@@ -62,9 +61,9 @@ def test_padding_and_batch_mates_change_nothing(name):
 
 
 @pytest.mark.parametrize("name, kv_cache", [
-    *((name, "full") for name in VARIANTS),
-    *(pytest.param(*each, marks=pytest.mark.slow)
-      for each in [("rotary", "int8"), ("relative", "int4"), ("post-norm", "fp8")]),
+    *((name, "full") for name in ("pre-norm", "relative", "rotary", "unequal")),
+    *(pytest.param(*each, marks=pytest.mark.slow) for each in [
+        ("post-norm", "full"), ("learned", "full"), ("rotary", "int8"), ("relative", "int4"), ("post-norm", "fp8")]),
 ])
 def test_cached_decoding_equals_the_full_forward(name, kv_cache):
     model = make(**VARIANTS[name], kv_cache=kv_cache)

@@ -21,9 +21,11 @@ from flax import nnx
 
 from jaxlm import nn
 from jaxlm.core.sharding import batch_sharding, make_mesh
+from jaxlm.core.tree import map_params
 from jaxlm.training.objectives.loss import make_loss
 from jaxlm.training.state import abstract_state, init_state
 from jaxlm.training.step import StepOptions, make_step
+from tests.models import build
 
 ROWS, LENGTH, VOCABULARY, STEPS = 16, 16, 64, 20
 SIZES = dict(vocab_size=VOCABULARY, width=16, heads=8, kv_heads=8, ffn=32)
@@ -94,6 +96,10 @@ def batches(model: str) -> list[dict[str, np.ndarray]]:
     return found
 
 
+def initial(config):
+    return map_params(lambda path, leaf: leaf * (12.5 if path.endswith("table") else 1), build(config)[1])
+
+
 def train(model: str, mix: dict | None = None, steps: int = STEPS):
     """Losses of every step, gradients of the first, the state at the end, and the mesh (None: one device).
 
@@ -111,10 +117,9 @@ def train(model: str, mix: dict | None = None, steps: int = STEPS):
     if mesh is not None:
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh, **mix))
     step = make_step(graphdef, like, make_loss(config), tx, options=StepOptions(accumulate), layout=layout)
-    init = nn.initializer(config)[1]
     losses = []
     with jax.set_mesh(mesh or make_mesh(devices=jax.devices()[:1])):
-        state = init_state(lambda: init(jax.random.key(0)), tx, 0, layout)
+        state = init_state(initial(config), tx, 0, layout)
         for batch in batches(model)[:steps]:
             if mesh is not None:
                 batch = {key: jax.device_put(x, batch_sharding(mesh, x.shape[1])) for key, x in batch.items()}

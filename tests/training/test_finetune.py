@@ -30,6 +30,7 @@ from jaxlm.training.setup import prepare
 from jaxlm.training.state import abstract_state, init_state
 from jaxlm.training.step import StepOptions, make_step
 from tests.training.llamas import batch, tiny_llama
+from tests.training.programs import shared_programs  # noqa: F401 - a fixture
 from tests.training.test_lora import adapted
 
 DECAY = 0.8  # of the moving average
@@ -55,7 +56,7 @@ def experiment(base, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(experiment, tmp_path_factory):
+def finished(experiment, tmp_path_factory, shared_programs):  # noqa: F811
     run = tmp_path_factory.mktemp("run")
     return run, train(experiment, run)
 

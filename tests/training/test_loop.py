@@ -31,6 +31,7 @@ from jaxlm.training.run.checkpoints import Store
 from jaxlm.training.run.steps import StepQueue
 from jaxlm.training.setup import prepare
 from jaxlm.training.state import init_state
+from tests.training.programs import shared_programs  # noqa: F401 - a fixture
 
 MODEL = nn.DecoderConfig(width=16, heads=2, layers=1, dropout=0.1)
 TIMINGS = ("step_ms", "tokens_per_second", "mfu", "peak_memory_bytes")
@@ -57,7 +58,7 @@ def rows(run: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, shared_programs):  # noqa: F811
     """Where the data is."""
     return tmp_path_factory.mktemp("training")
 
@@ -179,7 +180,7 @@ def test_the_best_may_have_been_saved_in_the_middle_of_its_validation(folder, in
 
 def test_in_a_thread_rows_hold_the_mean_since_the_last_row(folder, finished, tmp_path):
     """Signals cannot be handled outside the main thread; everything else works there."""
-    thread = threading.Thread(target=train, args=(experiment(folder, log_every=10), tmp_path))
+    thread = threading.Thread(target=train, args=(experiment(folder, log_every=10, eval_every=0, checkpoint_every=0), tmp_path))
     thread.start()
     thread.join()
     assert (tmp_path / "model").exists()

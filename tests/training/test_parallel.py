@@ -104,9 +104,8 @@ def gradient(config, mesh=None, transform=None, **options):
         layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh, **places))
         batch = jax.device_put(batch, batch_sharding(mesh))
     step = make_step(graphdef, like, make_loss(config), tx, transform, layout=layout, **options)
-    init = nn.initializer(config)[1]
     with jax.set_mesh(mesh or make_mesh(devices=jax.devices()[:1])):
-        state = init_state(lambda: init(jax.random.key(0)), tx, 0, layout)
+        state = init_state(build(config)[1], tx, 0, layout)
         program = step.lower(state, batch).compile()
         state, metrics = Step(program)(state, batch)
     return jax.device_get(optax.tree.get(state.opt_state, "trace")), metrics, collectives(program.as_text())

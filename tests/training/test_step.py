@@ -20,6 +20,7 @@ from jaxlm.training.objectives.loss import lm_loss, make_loss
 from jaxlm.training.optimizers.optimizer import make_optimizer
 from jaxlm.training.state import abstract_state, init_state
 from jaxlm.training.step import StepOptions, make_eval, make_step
+from tests.models import build
 
 ROWS, LENGTH, VOCABULARY = 16, 6, 32
 # The gradient of a key's bias is zero but for rounding; with AdamW's usual eps its sign alone would move the bias.
@@ -42,12 +43,11 @@ def batches(config, count, seed=0):
 def run(config, data, mesh=None, **options):
     """Final state and the metrics of every step."""
     graphdef, like = nn.abstract(config)
-    init = nn.initializer(config)[1]
     tx = make_optimizer(OPTIM, 20)
     layout = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh))
     loss = make_loss(config, label_smoothing=0.1, z_loss=1e-3)
     step = make_step(graphdef, like, loss, tx, layout=layout, **options)
-    state = init_state(lambda: init(jax.random.key(0)), tx, 0, layout)
+    state = init_state(build(config)[1], tx, 0, layout)
     history = []
     for batch in data:
         if mesh is not None:

@@ -29,7 +29,8 @@ def build(**changes):
     return graphdef, jax.tree.map(lambda x: x * 3, params)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name == "relative" else name for name in MODELS])
 def test_rows_that_grow_apart_see_what_a_full_pass_sees(name):
     graphdef, params = build(**MODELS[name])
     rng = np.random.default_rng(0)
@@ -59,8 +60,8 @@ def test_rows_that_grow_apart_see_what_a_full_pass_sees(name):
         done += np.array(counts, np.int32)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("queries", [1, 6])
+@pytest.mark.parametrize(("queries", "window"), [
+    (1, 5), (6, None), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(1, None), (6, 5)])])
 def test_rows_together_and_rows_in_turn_are_one(queries, window):
     """What accelerators do is what CPUs do, and plain attention."""
     rng = np.random.default_rng(0)
@@ -82,7 +83,7 @@ def test_rows_together_and_rows_in_turn_are_one(queries, window):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["full", "int8"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "int8"])
 def test_a_step_writes_in_place(kind):
     """It needs room for the page it looks at, and not for the pool, nor for the pages of its rows."""
     graphdef, _ = nn.abstract(nn.DecoderConfig(

@@ -41,7 +41,8 @@ def close(left, right, tolerance=1e-5):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(jnp.max(jnp.abs(b))))
 
 
-@pytest.mark.parametrize("kind", ["all", "causal", "packed", "everything"])
+@pytest.mark.parametrize("kind", [
+    "all", "everything", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("causal", "packed"))])
 def test_a_ring_is_attention(kind):
     random, q, k, v, bias = arrays()
     slots = jnp.arange(T)[None], jnp.arange(S)[None]

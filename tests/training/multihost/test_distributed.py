@@ -110,12 +110,12 @@ def test_a_rendezvous_ends_when_all_are_there():
 
 
 def test_a_rendezvous_names_who_is_missing():
-    said = called(4, (2, 0), timeout=1.5)
+    said = called(4, (2, 0), timeout=0.7)
     assert said[0] == said[2] and "host1 (process 1), host3 (process 3)" in said[0]
 
 
 def test_without_process_0_a_rendezvous_says_so():
-    assert "process 0 did not answer at 127.0.0.1" in called(2, (1,), timeout=1)[1]
+    assert "process 0 did not answer at 127.0.0.1" in called(2, (1,), timeout=0.4)[1]
 
 
 def mesh_of(processes: np.ndarray, **sizes: int):

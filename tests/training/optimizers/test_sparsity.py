@@ -35,6 +35,8 @@ from jaxlm.training.setup import prepare
 from jaxlm.training.state import abstract_state, init_state
 from jaxlm.training.step import make_step
 from jaxlm.training.validation import Validator
+from tests.models import build
+from tests.training.programs import shared_programs  # noqa: F401 - a fixture
 
 KERNEL, TABLE = "decoder/layers/0/mlp/up/kernel", "embed/table"
 OPTIM = OptimConfig(lr=0.05, warmup_steps=0, schedule="constant")
@@ -148,8 +150,7 @@ def run(mesh=None):
     tx = with_sparsity(make_optimizer(dataclasses.replace(OPTIM, lr=1e-3), 20), prune, 8)
     layout = None if mesh is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(like, tx, mesh))
     step = make_step(graphdef, like, make_loss(MODEL), tx, fake_compress(parse("w4a8-dynamic"), begin=2), layout=layout)
-    init = nn.initializer(MODEL)[1]
-    state, losses, random = init_state(lambda: init(jax.random.key(0)), tx, 0, layout), [], np.random.default_rng(0)
+    state, losses, random = init_state(build(MODEL)[1], tx, 0, layout), [], np.random.default_rng(0)
     for _ in range(4):
         batch = {name: random.integers(3, 32, (16, 6)).astype(np.int32) for name in ("inputs", "targets")}
         batch["weights"] = np.ones((16, 6), np.float32)
@@ -198,7 +199,7 @@ BOTH = dict(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, shared_programs):  # noqa: F811
     folder = tmp_path_factory.mktemp("compressing")
     train(experiment(folder, **BOTH), folder / "run")
     return folder
