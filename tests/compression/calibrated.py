@@ -18,13 +18,14 @@ from jaxlm.core.tree import flatten
 from jaxlm.nn.layerwise import LayerwiseModel
 from tests.models import build
 
-DECODER = nn.DecoderConfig(vocab_size=31, width=32, heads=4, kv_heads=2, ffn=40, layers=2)
+# Few shapes of kernels, 32 x 32 and 32 x 16: each step compiles what it does anew for each.
+DECODER = nn.DecoderConfig(vocab_size=31, width=32, heads=4, kv_heads=2, ffn=32, layers=2)
 CONFIGS = {
     "decoder": DECODER,
     "moe": dataclasses.replace(DECODER, experts=4),
     "relu": dataclasses.replace(DECODER, activation="relu", norm="layernorm", mlp_bias=True, qkv_bias=True),
     "seq2seq": nn.preset(
-        "tiny", max_positions=32, vocab_size=31, width=32, heads=4, ffn=40, encoder_layers=1, decoder_layers=2
+        "tiny", max_positions=32, vocab_size=31, width=32, heads=4, ffn=32, encoder_layers=1, decoder_layers=2
     ),
 }
 
@@ -38,9 +39,9 @@ def make(name, tokens=64):
     config = CONFIGS[name]
     graphdef, params = build(config)
     rng = np.random.default_rng(1)
-    # Few directions of the width are in use: what solvers with data can make use of.
+    # Few directions of the width are in use, and channels are of unequal size: what steps with data can make use of.
     table = flatten(params)["embed/table"]
-    basis = jnp.asarray(rng.normal(size=(6, 32)), jnp.float32)
+    basis = jnp.asarray(rng.normal(size=(6, 32)) * np.exp(rng.normal(size=32)), jnp.float32)
     params["embed"]["table"].set_value(jnp.asarray(rng.normal(size=(31, 6)), jnp.float32) @ basis + 0.1 * table)
     batches = [(rng.integers(3, 31, (4, tokens // 4)),) for _ in range(2)]
     if config.kind == "seq2seq":

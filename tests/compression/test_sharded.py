@@ -13,7 +13,7 @@ from jaxlm.core.tree import flatten
 from tests.compression.calibrated import logits, make, run
 
 
-@pytest.mark.parametrize("recipe", ["w4a16-gptq-g16", pytest.param("sparse50-sparsegpt", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["w3a16-gptq-g16", pytest.param("sparse50-sparsegpt", marks=pytest.mark.slow)])
 def test_solvers_on_a_mesh(recipe):
     config, graphdef, params, calibration = make("decoder")
     mesh = make_mesh(data=2, fsdp=2, tensor=2)

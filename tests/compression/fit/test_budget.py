@@ -36,15 +36,15 @@ from jaxlm.core.tree import flatten, unflatten
 from jaxlm.nn.layerwise import LayerwiseModel
 from tests.models import build
 
-DECODER = nn.DecoderConfig(vocab_size=13, width=16, heads=2, kv_heads=1, ffn=24, layers=2)
+DECODER = nn.DecoderConfig(vocab_size=13, width=16, heads=2, kv_heads=1, ffn=16, layers=2)
 CONFIGS = {
     "decoder": DECODER,
     "moe": dataclasses.replace(DECODER, experts=2, layers=1),
-    "seq2seq": nn.preset("tiny", vocab_size=13, width=16, heads=2, ffn=24, encoder_layers=1, decoder_layers=1),
+    "seq2seq": nn.preset("tiny", vocab_size=13, width=16, heads=2, ffn=16, encoder_layers=1, decoder_layers=1),
 }
 KINDS = ["decoder", *(pytest.param(name, marks=pytest.mark.slow) for name in ("moe", "seq2seq"))]
 SOLVER = Solver(clip=1.0, sweeps=0, search=2)
-CANDIDATES = tuple({"bits": bits, "group": group} for bits, group in ((2, 0), (3, 0), (3, 8), (5, 8), (8, 0)))
+CANDIDATES = tuple({"bits": bits, "group": group} for bits, group in ((2, 8), (3, 8), (5, 8), (8, 0)))
 
 
 @functools.cache
@@ -212,7 +212,7 @@ def test_zeros_go_where_they_cost_least(name):
     """And predict less loss than as many of them in every kernel alike."""
     config, (_, params, calibration) = CONFIGS[name], make(name)
     nonzero = lambda leaf: int(jnp.count_nonzero(leaf))  # noqa: E731
-    candidates = [{"sparsity": share} for share in (0.25, 0.5, 0.75)]
+    candidates = [{"sparsity": share} for share in (0.5, 0.75)]
     sensitivity = measure_sensitivity(config, params, calibration, nonzero, SOLVER, candidates)
     best = BudgetSearch(config, params, calibration, sensitivity, nonzero)
     done = best.within(

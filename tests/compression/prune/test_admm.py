@@ -40,8 +40,8 @@ def test_it_is_near_the_best_of_all_masks(sparsity):
 @pytest.mark.parametrize(
     "sparsity,grid",
     [
-        (0.8, None),
         ((2, 4), IntegerGrid(4)),
+        pytest.param(0.8, None, marks=pytest.mark.slow),
         pytest.param(0.8, IntegerGrid(4), marks=pytest.mark.slow),
         pytest.param((2, 4), None, marks=pytest.mark.slow),
     ],

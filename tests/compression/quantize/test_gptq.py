@@ -205,7 +205,9 @@ def test_mistakes(solve, options, says):
         solve(np.ones((4, 16), np.float32), np.eye(16, dtype=np.float32), **options)
 
 
-@pytest.mark.parametrize("options", [{"act_order": True}, {"act_order": False, "static_groups": False}])
+@pytest.mark.parametrize(
+    "options", [{"act_order": True}, pytest.param({"act_order": False, "static_groups": False}, marks=SLOW)]
+)
 def test_sweeps_end_where_no_code_can_be_better(options):
     w, h = naive.problem(12, 40)
     kept = np.random.default_rng(1).random(w.shape) < 0.7

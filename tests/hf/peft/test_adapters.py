@@ -140,7 +140,7 @@ def test_each_layer_gets_its_own_rank_and_scale(tmp_path, base_model):
 
 @pytest.mark.parametrize("name, module, n_in, n_out, transposed", [
     ("gpt2", "transformer.h.{}.attn.c_attn", 32, 96, False),
-    ("gpt2-by-layer", "transformer.h.{}.attn.c_attn", 32, 96, False),
+    pytest.param("gpt2-by-layer", "transformer.h.{}.attn.c_attn", 32, 96, False, marks=pytest.mark.slow),
     ("phi3", "model.layers.{}.mlp.gate_up_proj", 32, 96, True),
     ("gpt_neox", "gpt_neox.layers.{}.attention.query_key_value", 32, 96, True),
 ])
@@ -224,7 +224,7 @@ def test_tied_embeddings_are_untied_where_one_of_them_is_adapted(tmp_path, base_
         assert_close(logits(with_adapter(base, again)), logits(apart))
 
 
-@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w4a16-rtn-g8"])
+@pytest.mark.parametrize("recipe", [pytest.param("w8a8-dynamic", marks=pytest.mark.slow), "w4a16-rtn-g8"])
 def test_a_quantized_base_keeps_its_codes(tmp_path, base_model, recipe):
     base = base_model("llama")
     module = "model.layers.1.self_attn.v_proj"
