@@ -35,12 +35,6 @@ def run_command(*words: object) -> tuple[int, str, str]:
     return caught.value.code, out.getvalue(), err.getvalue()
 
 
-def child_environment(**changes: str) -> dict[str, str]:
-    """The environment of a child process with a single device."""
-    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
-    return os.environ | {"XLA_FLAGS": flags} | changes
-
-
 def save_model(path: Path, make: type, **options: object) -> Path:
     """An untrained model in a directory, with a tokenizer of the characters "abcdefgh "."""
     tokenizer = Tokenizer.train(["abcdefgh "], "char")

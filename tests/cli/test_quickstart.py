@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 
 import jaxlm
 from jaxlm.cli import quickstart
 from jaxlm.cli.quickstart import RECIPES
+from jaxlm.compression.names import parse
 from jaxlm.data import phrasebook
 
 
 def test_leaves_models_a_table_and_a_report(jaxlm_command, tmp_path, monkeypatch):
-    monkeypatch.setattr(phrasebook, "generate", functools.cache(phrasebook.generate))
-    monkeypatch.setattr(quickstart, "RECIPES", (RECIPES[0], RECIPES[-1]))  # the last one has the other's int4 in it
-    monkeypatch.setattr(quickstart, "SHOWN", 1)
+    dice = phrasebook.Dice(0)
+    pairs = list(dict.fromkeys(pattern.draw(dice) for pattern in phrasebook.PATTERNS for _ in range(4)))
+    book = {"train": pairs[4:], "valid": pairs[:2], "test": pairs[2:4]}
+    monkeypatch.setattr(phrasebook, "generate", lambda: book)
+    assert all(parse(recipe).name == recipe for recipe in RECIPES)
+    monkeypatch.setattr(quickstart, "RECIPES", RECIPES[-1:])  # each model compiles its own programs
+    monkeypatch.setattr(quickstart, "SHOWN", 2)  # all of the test set: one shape
     for part in ("TRAIN", "VALID", "TEST"):
         monkeypatch.setattr(quickstart, part, f"builtin:phrasebook:{part.lower()}[:{24 if part == 'TRAIN' else 2}]")
     full = quickstart._experiment
@@ -47,4 +51,5 @@ def test_leaves_models_a_table_and_a_report(jaxlm_command, tmp_path, monkeypatch
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     for name in names:
         assert name in text and name in stdout
-    assert len(jaxlm.load(out / RECIPES[0]).translate(["Good morning."])) == 1
+    again = jaxlm.load(out / RECIPES[-1]).translate([english for english, _ in book["test"]])
+    assert len(again) == 2 and all(each in text for each in again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import shutil
@@ -21,9 +22,9 @@ from jaxlm.training.config import *
 
 config = Experiment(
     model=DecoderConfig(width=16, heads=2, layers=1),
-    data=DataConfig(train="text:{text}", valid="text:{text}", tokenizer="{tokenizer}", seq_len=8, batch_size=8),
-    optim=OptimConfig(warmup_steps=1),
-    train=TrainConfig(steps=2, log_every=1, eval_every=2),
+    data=DataConfig(train="text:{text}", tokenizer="{tokenizer}", seq_len=8, batch_size=8),
+    optim=OptimConfig(warmup_steps=0),
+    train=TrainConfig(steps=1, log_every=1),
 )
 """
 
@@ -52,11 +53,11 @@ def test_books_llama(jaxlm_command, shared, tmp_path, text):
     assert " 5,475,584\n" in run(jaxlm_command, "inspect", model)
     run(jaxlm_command, "compress", model, "--recipe", "w8a16-rtn", "--out", tmp_path / "small")
     run(jaxlm_command, "export", tmp_path / "small", "--out", tmp_path / "dense")
-    tokens = np.load(shared / "data" / "books" / "valid_tokens.npy")[: 4 * 256]
+    tokens = np.load(shared / "data" / "books" / "valid_tokens.npy")[: 4 * 64]
     np.save(tmp_path / "valid.npy", tokens)
     losses = []
     for path in (model, tmp_path / "small", tmp_path / "dense"):
-        run(jaxlm_command, "evaluate", path, "--data", f"tokens:{tmp_path / 'valid.npy'}", "--context", 256, "--json",
+        run(jaxlm_command, "evaluate", path, "--data", f"tokens:{tmp_path / 'valid.npy'}", "--context", 64, "--json",
             tmp_path / "scores.json")
         losses.append(json.loads((tmp_path / "scores.json").read_text())["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=0.01) and losses[1] == pytest.approx(losses[2], abs=1e-4)
@@ -74,10 +75,21 @@ def tokenizer_files(shared, name, directory):
     shutil.copy(source / theirs, directory / ours)
 
 
-def random_model(shared, name, directory, **sizes):
+@pytest.fixture(scope="module")
+def real(shared, tmp_path_factory):
+    """``real(name) -> (directory, tokenizer)``, which takes most of a second."""
+
+    @functools.cache
+    def load(name):
+        directory = tmp_path_factory.mktemp(name)
+        tokenizer_files(shared, name, directory)
+        return directory, Tokenizer.load(directory)
+
+    return load
+
+
+def random_model(shared, name, directory, tokenizer):
     """An untrained model in the directory, with the tokenizer's own files."""
-    tokenizer_files(shared, name, directory.with_name("tokenizer"))
-    tokenizer = Tokenizer.load(directory.with_name("tokenizer"))
     ids = {f"{role}_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "bos", "eos")}
     ids = {role: index for role, index in ids.items() if index is not None}
     if name == "t5":
@@ -93,34 +105,31 @@ def random_model(shared, name, directory, **sizes):
 
 
 @pytest.mark.parametrize("name", ["llama2", pytest.param("deepseek", marks=pytest.mark.slow)])
-def test_language_models_with_real_tokenizers(jaxlm_command, shared, tmp_path, text, name):
-    model = random_model(shared, name, tmp_path / "model")
+def test_language_models_with_real_tokenizers(jaxlm_command, shared, real, tmp_path, text, name):
+    tokenizer = real(name)[1]
+    model = random_model(shared, name, tmp_path / "model", tokenizer)
     out = run(jaxlm_command, "generate", model, "--prompt", "Zwölf Boxkämpfer", "--max-new-tokens", 3)
     assert out.startswith("Zwölf Boxkämpfer")
     scores = tmp_path / "scores.json"
     run(jaxlm_command, "evaluate", model, "--data", f"text:{text}", "--context", 32, "--json", scores)
     assert json.loads(scores.read_text())["bytes"] == text.stat().st_size
     run(jaxlm_command, "compress", model, "--recipe", "w8a16-rtn-g8", "--out", tmp_path / "small")
-    ids = Tokenizer.load(model).encode(TEXT)
-    assert Tokenizer.load(tmp_path / "small").encode(TEXT) == ids
     run(jaxlm_command, "export", tmp_path / "small", "--out", tmp_path / "dense")
     assert "vocabulary" in run(jaxlm_command, "inspect", tmp_path / "dense")
-    assert Tokenizer.load(tmp_path / "dense").encode(TEXT) == ids
+    assert Tokenizer.load(tmp_path / "dense").encode(TEXT) == tokenizer.encode(TEXT)  # through the small one
 
 
 @pytest.mark.parametrize("name", ["llama2", pytest.param("deepseek", marks=pytest.mark.slow)])
-def test_a_run_keeps_a_real_tokenizer(jaxlm_command, shared, tmp_path, text, name):
-    model = tmp_path / "tokenizer"
-    tokenizer_files(shared, name, model)
-    ids = Tokenizer.load(model).encode(TEXT)
+def test_a_run_keeps_a_real_tokenizer(jaxlm_command, real, tmp_path, text, name):
+    directory, tokenizer = real(name)
     experiment = tmp_path / "experiment.py"
-    experiment.write_text(TRAINING.format(text=text, tokenizer=model))
+    experiment.write_text(TRAINING.format(text=text, tokenizer=directory))
     run(jaxlm_command, "train", experiment, "--out", tmp_path / "run")
-    assert Tokenizer.load(tmp_path / "run").encode(TEXT) == ids
+    assert Tokenizer.load(tmp_path / "run").encode(TEXT) == tokenizer.encode(TEXT)
 
 
-def test_a_translation_model_with_a_real_tokenizer(jaxlm_command, shared, tmp_path, text, monkeypatch):
-    model = random_model(shared, "t5", tmp_path / "model")
+def test_a_translation_model_with_a_real_tokenizer(jaxlm_command, shared, real, tmp_path, monkeypatch):
+    model = random_model(shared, "t5", tmp_path / "model", real("t5")[1])
     monkeypatch.setattr(sys, "stdin", None)
     options = ["--beam", 2, "--max-length", 4, "--generation.no_repeat_ngram_size", 2]
     short = tmp_path / "short.txt"

@@ -1,11 +1,13 @@
-"""``jaxlm serve`` as a process: keys from its environment, the end by SIGTERM, and what users get wrong."""
+"""``jaxlm serve``: keys from its environment, the end by SIGTERM, and what users get wrong."""
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
-import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -14,7 +16,7 @@ pytest.importorskip("prometheus_client")
 httpx = pytest.importorskip("httpx")
 
 from jaxlm.nn.config import DecoderConfig  # noqa: E402
-from tests.cli.commands import child_environment, save_model  # noqa: E402
+from tests.cli.commands import save_model  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -22,29 +24,40 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("served") / "model", DecoderConfig, layers=1, max_positions=512)
 
 
-def test_a_server_runs_until_it_is_told_to_end_and_then_ends_what_runs(model, tmp_path):
-    command = [sys.executable, "-m", "jaxlm", "serve", f"small={model}", "--port", "0", "--slots", "1"]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True,
-            env=child_environment(JAXLM_API_KEYS="a-secret-key"),
-        )
+def test_a_server_runs_until_it_is_told_to_end_and_then_ends_what_runs(jaxlm_command, model, monkeypatch):
+    monkeypatch.setenv("JAXLM_API_KEYS", "a-secret-key")
+    body = {"model": "small", "prompt": "abc", "max_tokens": 500, "ignore_eos": True, "stream": True}
+
+    def ask():
+        """Of the command's own standard output, where the address is; then the signal, while the answer is written."""
+        end = time.monotonic() + 60
+        while not (url := getattr(sys.stdout, "getvalue", str)().strip()):
+            assert time.monotonic() < end
+            time.sleep(0.02)
         try:
-            url = process.stdout.readline().strip()
-            body = {"model": "small", "prompt": "abc", "max_tokens": 500, "ignore_eos": True, "stream": True}
-            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 401
+            refused = httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code
             headers = {"Authorization": "Bearer a-secret-key"}
             with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
                 lines = answer.iter_lines()
                 next(lines)
-                process.send_signal(signal.SIGTERM)
-                rest = list(lines)
-            assert rest[-2] == "data: [DONE]" and '"finish_reason":"length"' in rest[-4]
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
-    assert "a-secret-key" not in (tmp_path / "log").read_text()
-    assert "SIGTERM" in (tmp_path / "log").read_text()
+                os.kill(os.getpid(), signal.SIGTERM)
+                return refused, list(lines)
+        except BaseException:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise
+
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the command has left the signal to others"))
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask)
+            status, out, err = jaxlm_command("serve", f"small={model}", "--port", "0", "--slots", "1")
+            refused, rest = asked.result()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert refused == 401
+    assert rest[-2] == "data: [DONE]" and '"finish_reason":"length"' in rest[-4]
+    assert status == 0, err
+    assert "a-secret-key" not in out + err and "SIGTERM" in err
 
 
 def test_mistakes_are_one_line(jaxlm_command, model, tmp_path):

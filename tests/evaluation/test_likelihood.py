@@ -139,10 +139,12 @@ def test_other_mistakes_are_named():
         perplexity(lm, Tokens("tokens:x", np.array([3])))
 
 
-def test_a_real_model_has_its_known_perplexity(shared):
-    """Of transformers in float64 on the first 40 windows of its protocol (44.7065 on all 400)."""
+@pytest.mark.parametrize("count, wanted", [(8, 45.48386), pytest.param(40, 45.2592, marks=pytest.mark.slow)])
+def test_a_real_model_has_its_known_perplexity(shared, count, wanted):
+    """Of transformers in float64 on the first 40 windows of its protocol (44.7065 on all 400); of the first 8 it is
+    what was found here when the 40 agreed."""
     lm = jaxlm.load(shared / "models/books-llama")
-    source = open_source(f"tokens:{shared / 'data/books/valid_tokens.npy'}[:10240]")
+    source = open_source(f"tokens:{shared / 'data/books/valid_tokens.npy'}[:{256 * count}]")
     found = perplexity(lm, source, context=256)
-    assert found["tokens"] == 40 * 255
-    assert found["perplexity"] == pytest.approx(45.2592, abs=1e-3)
+    assert found["tokens"] == count * 255
+    assert found["perplexity"] == pytest.approx(wanted, abs=1e-3)

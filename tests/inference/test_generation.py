@@ -27,7 +27,7 @@ MODELS = {
     "sinusoidal": lambda: decoder(positions="sinusoidal", norm="layernorm"),
     "lstm": lstm,
 }
-MORE_MODELS = ["relative", "window", "sinusoidal"]  # tests/nn shows that each of them decodes as it reads at once
+MORE_MODELS = ["learned", "relative", "window", "sinusoidal"]  # tests/nn shows that each decodes as it reads
 
 
 def ids(lm, prompts=PROMPTS):
@@ -35,7 +35,7 @@ def ids(lm, prompts=PROMPTS):
 
 
 @pytest.mark.parametrize(
-    "name", ["rotary", "learned", "lstm", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_MODELS)]
+    "name", ["rotary", "lstm", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_MODELS)]
 )
 def test_a_ragged_batch_continues_each_prompt_as_the_full_forward_pass_does(name):
     lm = MODELS[name]()
@@ -100,7 +100,7 @@ def test_learned_positions_go_on_from_the_last_half_of_the_context():
         assert tokens == wanted
 
 
-@pytest.mark.parametrize("make", [decoder, lstm])
+@pytest.mark.parametrize("make", [decoder, pytest.param(lstm, marks=pytest.mark.slow)])
 def test_one_beam_is_greedy_and_more_beams_do_not_score_less(make):
     lm = make()
     greedy = generate_tokens(lm, ids(lm), max_new_tokens=20)

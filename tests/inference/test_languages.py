@@ -84,6 +84,13 @@ def test_the_language_is_the_first_token_or_the_start(model):
         assert [row[0] for row in rows] == [code] * len(ENGLISH)
     default = lm.tokenizer.languages.default_target
     assert generation_for_language(lm) == generation_for_language(lm, default), "tokenizer_config.json says it"
+
+
+@pytest.mark.parametrize("model", ["NllbTokenizer", pytest.param("MBartTokenizer", marks=pytest.mark.slow)],
+                         indirect=True)
+def test_translations_and_scores_are_of_the_language(model):
+    directory, name = model
+    lm, (_, source, target) = jaxlm.load(directory), MODELS[name]
     assert lm.translate(ENGLISH, target_language=target) == lm.translate(
         ENGLISH, source_language=source, target_language=target
     ), "the source too"

@@ -251,5 +251,11 @@ def test_frozen_weights_count_as_they_are_held(trained):
                 if leaf.dtype == jax.numpy.int8 and leaf.ndim == 3 and leaf.shape[-1] > 8)
     assert kernels <= codes <= 1.1 * kernels
     assert 8 * held["frozen"] < 4 * count_params(nn.abstract(MODEL)[1])
+
+
+@pytest.mark.slow
+def test_programs_with_frozen_weights_are_forecast_as_others():
+    config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=4, base="w4a16-rtn-g32"), mesh=MeshConfig(1, 4, 2))
+    (program,) = forecast_programs(config, CPU)
     result = forecast(program, config, CPU)
     assert result.memory.peak > bytes_per_device(program.arguments) and result.memory.over == 0

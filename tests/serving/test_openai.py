@@ -132,11 +132,11 @@ def test_stops_penalties_and_biases_have_their_effect(client, lms):
     assert stopped.choices[0].finish_reason == "stop"
     token = lms["tiny"].tokenizer.encode("q")[0]
     biased = client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={str(token): 100}
+        model="tiny", prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={str(token): 5}
     )
     assert biased.choices[0].text == "qqqq"
     moved = client.completions.create(
-        model="tiny", prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={str(token): 100}, presence_penalty=2,
+        model="tiny", prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={str(token): 5}, presence_penalty=2,
         frequency_penalty=2, extra_body={"repetition_penalty": 100.0},
     )
     assert moved.choices[0].text != "qqqq"

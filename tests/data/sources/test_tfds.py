@@ -76,18 +76,17 @@ def test_text_and_features_by_name():
     assert list(open_source("tfds:tiny_texts:train[1:3]").texts) == list(source.texts)[1:3]
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("tfds:no_such_set", "tensorflow-datasets has no 'no_such_set': Dataset no_such_set not found."),
-    ("tfds:tiny_pairs:dev", "tiny_pairs has no split 'dev'; choose from train, validation"),
-    ("tfds:tiny_pairs:train:fr-de", "tiny_pairs has no direction 'fr-de'; choose two of de, en, such as de-en"),
-    ("tfds:tiny_titles:train", "tiny_titles has not one text; name a feature after its split: a, b"),
-    ("tfds:tiny_texts:train:body", "tiny_texts has no text 'body'; name a feature after its split: text, title"),
-    ("tfds:tiny_labels:train", "tiny_labels has no text; choose another data set"),
+@pytest.mark.parametrize("spec, named", [
+    ("tfds:no_such_set", "'no_such_set'.*Dataset no_such_set not found"),
+    ("tfds:tiny_pairs:dev", "tiny_pairs .*'dev'.* train, validation$"),
+    ("tfds:tiny_pairs:train:fr-de", "tiny_pairs .*'fr-de'.* de, en, .*de-en$"),
+    ("tfds:tiny_titles:train", "tiny_titles .* a, b$"),
+    ("tfds:tiny_texts:train:body", "tiny_texts .*'body'.* text, title$"),
+    ("tfds:tiny_labels:train", "tiny_labels .*no text"),
 ])
-def test_mistakes(spec, message):
-    with pytest.raises(UserError) as caught:
+def test_mistakes(spec, named):
+    with pytest.raises(UserError, match=named):
         open_source(spec)
-    assert str(caught.value) == message
 
 
 def test_records_are_counted(prepared):

@@ -14,7 +14,7 @@ from jaxlm.inference.engine.requests import Request
 from tests.inference.engine.serving import serve
 from tests.inference.models import Handle, full_logits, random_params
 
-PROMPT, SAMPLES, KEPT = (3, 1, 4), 1000, 4
+PROMPT, SAMPLES, KEPT = (3, 1, 4), 500, 4
 
 
 def tiny(seed: int) -> Handle:
