@@ -180,7 +180,8 @@ def test_the_best_may_have_been_saved_in_the_middle_of_its_validation(folder, in
 
 def test_in_a_thread_rows_hold_the_mean_since_the_last_row(folder, finished, tmp_path):
     """Signals cannot be handled outside the main thread; everything else works there."""
-    thread = threading.Thread(target=train, args=(experiment(folder, log_every=10, eval_every=0, checkpoint_every=0), tmp_path))
+    config = experiment(folder, log_every=10, eval_every=0, checkpoint_every=0)
+    thread = threading.Thread(target=train, args=(config, tmp_path))
     thread.start()
     thread.join()
     assert (tmp_path / "model").exists()

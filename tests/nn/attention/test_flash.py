@@ -39,7 +39,8 @@ def close(left, right, tolerance=2e-5):
 @pytest.mark.parametrize(("kind", "T", "S"), [
     ("keys", 600, 130), ("causal", 384, 384), ("everything", 300, 300), ("nothing", 384, 256),
     *(pytest.param(*each, marks=pytest.mark.slow) for each in [
-        ("all", 256, 384), ("all", 150, 600), ("causal", 300, 300), ("everything", 384, 384), ("everything", 230, 290)]),
+        ("all", 256, 384), ("all", 150, 600), ("causal", 300, 300), ("everything", 384, 384),
+        ("everything", 230, 290)]),
 ])
 def test_blocks_are_attention(monkeypatch, kind, T, S):
     """Also lengths that are no whole blocks, a mask of keys only, and queries that may look at nothing."""
