@@ -9,6 +9,7 @@ import pytest
 
 from jaxlm.cli import COMMANDS
 from jaxlm.compression.names import parse
+from jaxlm.hf.families.registry import FAMILIES
 from tests.benchmarks import tables
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +39,12 @@ def test_every_command_and_package_is_told():
     for name in COMMANDS:
         assert f"jaxlm {name}" in README, name
     for folder in sorted((ROOT / "jaxlm").iterdir()):
-        if folder.is_dir() and folder.name != "__pycache__":
+        if (folder / "__init__.py").is_file():
             assert f"(jaxlm/{folder.name})" in README or f"(jaxlm/{folder.name}/README.md)" in README, folder
+
+
+def test_every_family_is_counted():
+    assert f"[{len(FAMILIES)} families]" in README
 
 
 def test_readme_fits_a_screen_and_a_half_and_its_recipes_exist():

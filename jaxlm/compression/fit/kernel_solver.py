@@ -25,7 +25,7 @@ from jaxlm.core.tree import Leaf
 
 __all__ = ["KernelChoice", "Solver"]
 
-_CANDIDATES = 3  # of each kernel that are rows of one matrix
+_CANDIDATES = 8  # of each kernel that are rows of one matrix
 _MOST_WEIGHTS = 1 << 27  # in such a matrix, unless one candidate alone has more
 
 

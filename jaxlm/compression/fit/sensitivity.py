@@ -20,7 +20,7 @@ from jaxlm.compression.fit.mixed_precision import MixedPrecision, kernel_name
 from jaxlm.compression.input_statistics import group_by_input, observe_inputs, second_moment
 from jaxlm.compression.observers import gram
 from jaxlm.compression.steps import targets
-from jaxlm.core.leaves import dequantize
+from jaxlm.core.leaves import QArray, dequantize
 from jaxlm.core.tree import Leaf, Params
 
 __all__ = ["CANDIDATES", "SPARSITY_CANDIDATES", "Candidate", "Sensitivity", "measure_sensitivity"]
@@ -124,15 +124,28 @@ def _examine(
         }
         solved = found.solver(kernels, h_IxI, choices)
         for name, kernel in kernels.items():
-            of_layer[name] = [Candidate(None, size(kernel), 0.0)]
-            for choice, (leaf, _) in zip(choices[name], solved[name], strict=True):
-                loss = loss_increase(dequantize(leaf) - kernel, h_IxI, statistics.fisher[name])
-                of_layer[name].append(Candidate(choice, size(leaf), float(loss)))
+            losses = [_added_loss(leaf, kernel, h_IxI, statistics.fisher[name]) for leaf, _ in solved[name]]
+            of_layer[name] = [Candidate(None, size(kernel), 0.0)] + [
+                Candidate(choice, size(leaf), float(loss))
+                for choice, (leaf, _), loss in zip(choices[name], solved[name], losses, strict=True)
+            ]
     for name in layer.targets:
         kernel = kernel_name(layer.model, layer.position, name)
         found.candidates[kernel] = tuple(of_layer[name])
         found.weights[kernel] = layer.params[name].size
         found.fisher[kernel] = statistics.fisher[name]
+
+
+def _added_loss(leaf: Leaf, kernel_IxO: jax.Array, h_IxI: jax.Array, fisher_O: jax.Array) -> jax.Array:
+    """What a compressed kernel adds to the loss, in nats a token."""
+    if isinstance(leaf, QArray):
+        leaf = dataclasses.replace(leaf, bits=8)  # no part of the values: one program serves all numbers of bits
+    return _loss_of(leaf, kernel_IxO, h_IxI, fisher_O)
+
+
+@jax.jit
+def _loss_of(leaf: Leaf, kernel_IxO: jax.Array, h_IxI: jax.Array, fisher_O: jax.Array) -> jax.Array:
+    return loss_increase(dequantize(leaf) - kernel_IxO, h_IxI, fisher_O)
 
 
 def _choices(name: str, kernel_IxO: jax.Array, candidates: Sequence[Mapping[str, Any]]) -> list[KernelChoice]:

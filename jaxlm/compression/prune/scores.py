@@ -67,19 +67,25 @@ def smallest_mask(score: jax.Array, drop: int | jax.Array) -> jax.Array:
     keys = jax.lax.bitcast_convert_type(score, jnp.int32)
     limit = _kth_smallest(keys, drop)
     below, equal = keys < limit, keys == limit
+    wanted = drop - below.sum()
     index = jnp.where(equal, jnp.arange(keys.size, dtype=jnp.int32).reshape(keys.shape), keys.size)
-    last = _kth_smallest(index, drop - below.sum())
+    last = _kth_smallest(index, wanted, searched=equal.sum() > wanted)  # nearly always all of them are wanted
     return (below | (index <= last) & equal) & (drop > 0)
 
 
-def _kth_smallest(keys: jax.Array, k: int | jax.Array) -> jax.Array:
-    """The k-th smallest (from 1) non-negative int32, found bit by bit: 31 counts, in a ninth of the time of a sort."""
+def _kth_smallest(keys: jax.Array, k: int | jax.Array, searched: bool | jax.Array = True) -> jax.Array:
+    """The k-th smallest (from 1) non-negative int32, found bit by bit: 31 counts, in a fraction of the time of a sort.
+    Where it is not ``searched``, some number that none of them exceeds."""
+    exact = jnp.float32 if keys.ndim > 1 and max(keys.shape) <= 2**24 else jnp.int32  # sums of float32 are faster
 
-    def set_bit(i, value):
+    def set_bit(state):
+        i, value = state
         larger = value | (1 << 30 - i)
-        return jnp.where(jnp.sum(keys < larger) < k, larger, value)
+        count = jnp.sum(jnp.where(keys < larger, 1, 0).astype(exact), axis=0).astype(jnp.int32).sum()
+        return i + 1, jnp.where(count < k, larger, value)
 
-    return jax.lax.fori_loop(0, 31, set_bit, jnp.int32(0))
+    start = jnp.where(searched, 0, 31), jnp.where(searched, 0, jnp.iinfo(jnp.int32).max)
+    return jax.lax.while_loop(lambda state: state[0] < 31, set_bit, start)[1]
 
 
 def largest_mask(score: jax.Array, n: int) -> jax.Array:
