@@ -7,19 +7,26 @@ import numpy as np
 import pytest
 
 from jaxlm.compression.names import parse
+from jaxlm.compression.quantize.gptq import Gptq
+from jaxlm.compression.recipe import Recipe
 from jaxlm.core.leaves import QArray
 from jaxlm.core.sharding import make_mesh, shardings
 from jaxlm.core.tree import flatten
 from tests.compression.calibrated import logits, make, run
 
+SOME = r".*/(attn/o|mlp/(gate|up))/kernel"  # read from and write to dimensions that are sharded
 
-@pytest.mark.parametrize("recipe", ["w3a16-gptq-g16", pytest.param("sparse50-sparsegpt", marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize("recipe", [
+    Recipe((Gptq(3, 16, target=SOME),)), pytest.param("sparse50-sparsegpt", marks=pytest.mark.slow)
+], ids=["gptq", "sparsegpt"])
 def test_solvers_on_a_mesh(recipe):
     config, graphdef, params, calibration = make("decoder")
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     want = run("decoder", recipe).params
     with jax.set_mesh(mesh):
-        got = parse(recipe).run(config, jax.device_put(params, shardings(params, mesh)), calibration).params
+        recipe = parse(recipe) if isinstance(recipe, str) else recipe
+        got = recipe.run(config, jax.device_put(params, shardings(params, mesh)), calibration).params
         placed = jax.device_put(got, shardings(got, mesh))
     for path, leaf in flatten(want).items():
         other = flatten(got)[path]

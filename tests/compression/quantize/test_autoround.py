@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -76,11 +77,14 @@ def test_rounding_and_its_gradients_against_numpy(symmetric):
     low, high = group_range(jnp.asarray(w, jnp.float32), group, symmetric)
     kernel = Kernel(jnp.asarray(w, jnp.float32), low, high, jnp.ones(()))
 
-    def value(learned):
-        return jnp.sum(coded_values(step.rounded(kernel, learned)) * c)
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(learned):
+        leaf = step.rounded(kernel, learned)
+        return jnp.sum(coded_values(leaf) * c), leaf
 
-    got = jax.grad(value)(RoundingParams(*[jnp.asarray(x, jnp.float32) for x in (v, below, above)]))
-    leaf = step.rounded(kernel, RoundingParams(*[jnp.asarray(x, jnp.float32) for x in (v, below, above)]))
+    got, leaf = gradient(RoundingParams(*[jnp.asarray(x, jnp.float32) for x in (v, below, above)]))
+    got, leaf = jax.tree.map(np.asarray, (got, leaf))
     least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     for index in np.ndindex(2, 4, 3):
         e, o, g = index
@@ -121,7 +125,7 @@ def test_it_comes_nearer_to_the_best_of_all_roundings_than_to_the_nearest():
     assert best < loss(w, leaf, inputs) < (best + loss(w, nearest, inputs)) / 2
 
 
-@pytest.mark.parametrize("group,symmetric", [(5, False), (5, True), (0, False)])
+@pytest.mark.parametrize("group,symmetric", [(5, False), (5, True), pytest.param(0, False, marks=pytest.mark.slow)])
 def test_leaves_are_as_everywhere_and_a_ragged_group_learns(group, symmetric):
     w, inputs = problem(seed=1)
     leaf = AutoRound(3, group, symmetric, iterations=60, tokens=40).solve(block_of(w, inputs))[NAME]
@@ -137,7 +141,7 @@ def test_leaves_are_as_everywhere_and_a_ragged_group_learns(group, symmetric):
 def test_it_never_ends_worse_than_it_began():
     w, inputs = problem(seed=2)
     nearest = quantize(jnp.asarray(w, jnp.float32), bits=2, symmetric=False)
-    for seed in range(3):  # one iteration goes as far as offsets may: much too far
+    for seed in range(2):  # one iteration goes as far as offsets may: much too far
         leaf = AutoRound(2, 0, iterations=1, tokens=8).solve(block_of(w, inputs, seed=seed))[NAME]
         assert loss(w, leaf, inputs) <= loss(w, nearest, inputs) * (1 + 1e-6)
     exact = dequantize(nearest)  # no error, and so nothing to learn

@@ -32,8 +32,8 @@ SLOW = pytest.mark.slow
         (4, 32, False, True, True, True),  # 72 inputs: the last group is shorter
         (3, 32, True, False, False, False),
         (2, 24, False, False, False, True),
-        (2, 0, False, True, True, False),
         (4, 0, True, False, False, False),
+        pytest.param(2, 0, False, True, True, False, marks=SLOW),
         pytest.param(4, 32, False, True, True, False, marks=SLOW),
         pytest.param(3, 32, True, False, False, True, marks=SLOW),
         pytest.param(2, 24, False, False, False, False, marks=SLOW),
@@ -70,10 +70,10 @@ def test_gptq_against_optimal_brain_surgeon_in_float64(bits, group, symmetric, a
 
 
 def test_it_beats_rounding():
-    w, h = naive.problem(32, 96)
-    scale, zero = fit_grid(jnp.asarray(w), 2, 32, False)
-    rounded = naive.loss(w, dense(round_to_grid(w, scale, zero, 2, 32), scale, zero, 32), h)
-    assert gptq_integers(w, h, bits=2, group=32)[3].loss < 0.7 * rounded
+    w, h = naive.problem(16, 48)
+    scale, zero = fit_grid(jnp.asarray(w), 3, 16, False)
+    rounded = naive.loss(w, dense(round_to_grid(w, scale, zero, 3, 16), scale, zero, 16), h)
+    assert gptq_integers(w, h, bits=3, group=16)[3].loss < 0.7 * rounded
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -136,13 +136,13 @@ def test_a_hopeless_hessian_means_rounding_to_nearest(broken):
 
 
 def test_stacks_are_solved_at_once_each_with_its_own_hessian():
-    problems = [naive.problem(8, 40, seed) for seed in range(3)]
-    problems[1][1][:] = problems[1][1] - 2 * np.eye(40)  # needs more damping than the others
+    problems = [naive.problem(8, 32, seed) for seed in range(3)]
+    problems[1][1][:] = problems[1][1] - 2 * np.eye(32)  # needs more damping than the others
     w, h = (np.stack(x) for x in zip(*problems, strict=True))
-    stacked = gptq_integers(w, h, bits=3, group=16)
+    stacked = gptq_integers(w, h, bits=4, group=16)
     assert stacked[3].retries.shape == (3,) and stacked[3].retries[1] > 0 == stacked[3].retries[0]
     for i in range(3):
-        alone = gptq_integers(w[i], h[i], bits=3, group=16)
+        alone = gptq_integers(w[i], h[i], bits=4, group=16)
         for one, together in zip(jax.tree.leaves(alone), jax.tree.leaves(stacked), strict=True):
             np.testing.assert_allclose(one, together[i], rtol=1e-4)
 

@@ -33,8 +33,8 @@ def test_where_no_construction_is_known_there_are_blocks(n, block):
 
 
 REFUSED = {"post-norm": "post", "olmo2": "output", "gemma3": "sandwich", "seq2seq-unequal": "sandwich"}
-ROTATED = some("gpt2", "qwen3-moe", "seq2seq-pre-norm",
-               slow="untied gemma neox no-bias-norm seq2seq-relative seq2seq-rotary")
+ROTATED = some("qwen3-moe", "seq2seq-pre-norm",
+               slow="gpt2 untied gemma neox no-bias-norm seq2seq-relative seq2seq-rotary")
 
 
 @pytest.mark.parametrize("name", ROTATED)
@@ -106,7 +106,7 @@ def test_outliers_vanish():
     assert not np.allclose(flatten(rotate(config, params, jax.random.key(1))[1])["embed/table"], after)
 
 
-@pytest.mark.parametrize("kind", ["sinusoidal", "sinusoidal_t2t"])
+@pytest.mark.parametrize("kind", ["sinusoidal", pytest.param("sinusoidal_t2t", marks=pytest.mark.slow)])
 def test_learned_positions_are_the_sinusoids(kind):
     config, params = make("gpt2", positions=kind)
     new_config, new = learned_positions(config, params)

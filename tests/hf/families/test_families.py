@@ -61,12 +61,12 @@ def marked(slow):
 
 SLOW = {
     "llama-biased", "llama-dynamic", "llama-yarn", "llama-yarn-mscale", "gpt2-by-layer", "bart-untied", "marian-untied",
+    "m2m_100-untied", "mistral-full", "olmo2-tied",
 }
-# Every way of decoding: caches of each kind of attention, windows, experts, positions, vocabularies, and by the length
-# of the text. The others decode as one of these; that they compute what transformers does is in their logits.
+# Every way of decoding: rotary, learned, relative, sinusoidal positions, windows, experts, two vocabularies, and by the
+# length of the text. The others decode as one of these; that they compute what transformers does is in their logits.
 DECODING = {
-    "llama", "gpt2", "gpt_neox", "gemma2", "gemma3_text-scaled", "phi3-longrope", "qwen3_moe-sparse", "t5",
-    "marian-two-vocabularies", "m2m_100",
+    "llama", "gpt2", "gemma3_text-scaled", "phi3-longrope", "qwen3_moe-sparse", "t5", "marian-two-vocabularies",
 }
 
 
