@@ -47,8 +47,11 @@ def shared_programs():
     def state(setup, program):
         name = _program_of(setup)
         if name not in states:
-            states[name] = jax.tree.map(np.array, fresh_state(setup, program))
-        return jax.device_put(states[name], program.layout)
+            first = fresh_state(setup, program)
+            constants = dict(frozen=first.frozen, reference=first.reference)
+            states[name] = jax.tree.map(np.array, first.saved), constants
+        saved, constants = states[name]
+        return dataclasses.replace(jax.device_put(saved, program.layout.saved), **constants)
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("Trainer", Trainer), ("Validator", Validator), ("make_program", program),
