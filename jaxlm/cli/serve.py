@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_kv_cache(parser)
     parser.add_argument("--draft", metavar="MODEL",
                         help="a smaller model with the same tokenizer, for speculative decoding")
-    parser.add_argument("--api-keys", metavar="FILE", type=Path, help="API keys, one per line; requests to /v1 and /metrics need one")
+    parser.add_argument("--api-keys", metavar="FILE", type=Path,
+                        help="API keys, one per line; requests to /v1 and /metrics need one")
     parser.add_argument("--allow-origin", metavar="URL", action="append", default=[],
                         help="the origin of a web page that may use the server; may be repeated")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS",
