@@ -20,7 +20,8 @@ VARIANTS = {
     "pre-norm": {},
     "post-norm": dict(norm_position="post", embed_norm=True, tie_embeddings=False),
     "relative": dict(positions="relative", norm="rmsnorm", activation="geglu_tanh", kv_heads=2),
-    "rotary": dict(positions="rotary", encoder_layer_groups=(1, 1), decoder_layer_groups=(1, 2), scan_layers=False),
+    "rotary": dict(positions="rotary", encoder_layer_groups=(1, 1), decoder_layers=2, decoder_layer_groups=(1, 1),
+                   scan_layers=False),
     "learned": dict(positions="learned", position_offset=2, max_positions=16),
     "unequal": dict(decoder_heads=2, decoder_ffn=40, src_vocab_size=31, logits_bias=True, norm_position="sandwich"),
 }

@@ -44,7 +44,9 @@ def test_layers_are_spread_evenly():
             teacher_layers(2, 4, chosen)
 
 
-@pytest.mark.parametrize("config", [CONFIG, SEQ2SEQ], ids=lambda config: config.kind)
+@pytest.mark.parametrize(
+    "config", [pytest.param(CONFIG, marks=pytest.mark.slow), SEQ2SEQ], ids=lambda config: config.kind
+)
 def test_the_parts_of_the_loss(config):
     """The cross-entropy, the divergence and the difference of states, each by itself and all together; the states are
     those that the next layer is given."""
