@@ -51,7 +51,7 @@ def model(request, tmp_path_factory):
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size, width=32, heads=4, layers=2, ffn=48, max_positions=40, tie_embeddings=False
     )
-    params = jax.tree.map(lambda x: 2 * x, build(config)[1])
+    params = jax.tree.map(lambda x: jax.numpy.asarray(2 * np.asarray(x)), build(config)[1])
     path = write_model(tmp_path_factory.mktemp(request.param) / "model", config, params, tokenizer)
     if request.param == "framed":
         spec = json.loads((path / "tokenizer.json").read_text())

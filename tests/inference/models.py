@@ -36,8 +36,9 @@ def letters() -> Tokenizer:
     return Tokenizer.train([LETTERS], kind="char")
 
 
-def random_params(config, *, seed: int = 0) -> tuple[nnx.GraphDef, Params]:
-    """A model with random weights of about the scale of ``nn.build``, made by NumPy: nothing is compiled for it."""
+def random_params(config, *, seed: int = 0, sharpen: float = 1.0) -> tuple[nnx.GraphDef, Params]:
+    """A model with random weights of about the scale of ``nn.build`` times ``sharpen``, made by NumPy: nothing is
+    compiled for it."""
     rng = np.random.default_rng(seed)
     graphdef, like = nn.abstract(config)
     table_std = config.width**-0.5 if getattr(config, "embed_scale", False) else 0.02
@@ -49,7 +50,7 @@ def random_params(config, *, seed: int = 0) -> tuple[nnx.GraphDef, Params]:
         std = table_std if kind == "table" else shape[-2] ** -0.5 * (0.5 if layer in ("o", "down") else 1)
         return rng.normal(scale=std, size=shape).astype(np.float32)
 
-    values = {path: jnp.asarray(make(path, leaf.shape)) for path, leaf in flatten(like).items()}
+    values = {path: jnp.asarray(sharpen * make(path, leaf.shape)) for path, leaf in flatten(like).items()}
     return graphdef, unflatten(like, values)
 
 
@@ -57,8 +58,8 @@ def handle(config, *, seed: int = 1, sharpen: float = 1.0, **changes) -> Handle:
     """An untrained model over ``letters``; weights times ``sharpen``, so that its choices differ by context."""
     tokenizer = letters()
     config = replace(config, vocab_size=tokenizer.vocab_size, **changes)
-    graphdef, params = random_params(config, seed=seed)
-    return Handle(config, graphdef, jax.tree.map(lambda x: x * sharpen, params), tokenizer)
+    graphdef, params = random_params(config, seed=seed, sharpen=sharpen)
+    return Handle(config, graphdef, params, tokenizer)
 
 
 def with_config(lm: Handle, **changes) -> Handle:

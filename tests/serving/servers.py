@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import uvicorn
 
@@ -34,7 +36,7 @@ def chatty() -> LM:
         vocab_size=tokenizer.vocab_size, width=32, heads=4, kv_heads=2, ffn=48, layers=2, max_positions=96
     )
     graphdef, params = build(config)
-    return LM(config, graphdef, jax.tree.map(lambda x: 3 * x, params), tokenizer)
+    return LM(config, graphdef, jax.tree.map(lambda x: jnp.asarray(3 * np.asarray(x)), params), tokenizer)
 
 
 def as_lm(handle) -> LM:

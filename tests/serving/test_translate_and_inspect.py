@@ -51,7 +51,7 @@ def test_a_mistake_in_a_translation_is_told(server):
         assert answer.status_code == 400 and said in answer.json()["error"]["message"], answer.text
 
 
-@pytest.mark.parametrize("model", ["tiny", "words"])
+@pytest.mark.parametrize("model", ["words", pytest.param("tiny", marks=pytest.mark.slow)])
 def test_an_inspection_is_that_of_the_library(server, lms, model):
     body = {"model": model, "text": "the cat", "method": "gradient_x_input", "top": 3, "layer": 0}
     inputs = [lms[model].tokenizer.encode("the cat")]

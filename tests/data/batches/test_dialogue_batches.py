@@ -57,7 +57,7 @@ def ids(prompt: str, reply: str) -> list[int]:
 def gradient():
     config = nn.DecoderConfig(vocab_size=TOKENIZER.vocab_size, width=16, layers=1, heads=2, ffn=32)
     graphdef, params = build(config)
-    params = jax.tree.map(lambda x: 3 * np.asarray(x), params)  # so that attention matters
+    params = jax.tree.map(lambda x: jax.numpy.asarray(3 * np.asarray(x)), params)  # so that attention matters
 
     @jax.jit
     def of(batch):

@@ -104,7 +104,8 @@ def engine():
 def drafted():
     """An engine whose draft is nearly the model."""
     lm = decoder()
-    near = jax.tree.map(lambda x: x + 0.004 * np.sin(np.arange(x.size)).reshape(x.shape), lm.params)
+    noise = lambda x: 0.004 * np.sin(np.arange(x.size, dtype=np.float32)).reshape(x.shape)  # noqa: E731
+    near = jax.tree.map(lambda x: jax.device_put(np.asarray(x) + noise(x)), lm.params)
     return warm(lm, draft=replace(lm, params=near), num_draft_tokens=2)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import jax
 import numpy as np
 import scipy.stats
 
@@ -19,8 +18,8 @@ PROMPT, SAMPLES, KEPT = (3, 1, 4), 500, 4
 
 def tiny(seed: int) -> Handle:
     config = nn.DecoderConfig(vocab_size=6, width=8, heads=2, ffn=8, layers=1, eos_id=9)
-    graphdef, params = random_params(config, seed=seed)
-    return Handle(config, graphdef, jax.tree.map(lambda x: x * 3, params), None)
+    graphdef, params = random_params(config, seed=seed, sharpen=3.0)
+    return Handle(config, graphdef, params, None)
 
 
 def joint(lm: Handle) -> dict[tuple[int, int], float]:
