@@ -56,19 +56,14 @@ FOUNDATIONS = {"jax", "flax", "numpy"}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Modules imported anywhere in the file, inside functions too, but for those that only type checkers read."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            for other in node.orelse:
-                yield from imports(other)
-        elif isinstance(node, ast.Import):
+    """Modules imported anywhere in the file: inside functions too, and for type checkers alone."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        else:
-            yield from imports(node)
 
 
 def package_of(path: Path) -> str:

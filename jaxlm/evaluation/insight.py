@@ -24,7 +24,7 @@ from jaxlm.core.tree import Params
 from jaxlm.inference.batching import bucket
 from jaxlm.inference.engine.requests import MAX_LOGPROBS
 from jaxlm.inference.sampling import top_k
-from jaxlm.nn.decoder import embed, head_logits
+from jaxlm.nn.embeddings import embed, head_logits
 from jaxlm.nn.stack import Stack
 
 __all__ = ["Insight", "TokenScores", "attention", "attributions", "inspect_tokens", "next_tokens", "score_tokens"]

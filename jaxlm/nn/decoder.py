@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.core.sharding import constrain
 from jaxlm.nn.attention.kv_cache import Cache
 from jaxlm.nn.attention.paged import PagePool
-from jaxlm.nn.config import DecoderConfig, StackConfig, layer_groups_of
-from jaxlm.nn.layers import Embedding, Linear, ParamKeys, softcap
+from jaxlm.nn.config import DecoderConfig, layer_groups_of
+from jaxlm.nn.embeddings import embed, head_logits, output_head
+from jaxlm.nn.layers import Embedding, ParamKeys
 from jaxlm.nn.moe.routing import Routing
 from jaxlm.nn.stack import C, Stack
 
-if TYPE_CHECKING:
-    from jaxlm.nn.seq2seq import Seq2Seq
-
-__all__ = ["DecoderLM", "embed", "head_logits", "output_head"]
+__all__ = ["DecoderLM"]
 
 
 class DecoderLM(nnx.Module):
@@ -93,24 +87,3 @@ class DecoderLM(nnx.Module):
         """Appends T tokens to every row: their logits ``[B, T, V]``, and the cache with them."""
         x_BxTxD, cache = self.decoder.decode(embed(self.embed, tokens_BxT, self.config), cache)
         return head_logits(self, x_BxTxD), cache
-
-
-def embed(table: Embedding, tokens_BxT: jax.Array, config: StackConfig) -> jax.Array:
-    """The embeddings of tokens ``[B, T, D]``, scaled if the model does so."""
-    x_BxTxD = table(tokens_BxT, jnp.dtype(config.dtype))
-    return x_BxTxD * jnp.asarray(config.width**0.5, x_BxTxD.dtype) if config.embed_scale else x_BxTxD
-
-
-def output_head(config: StackConfig, *, keys: ParamKeys) -> tuple[Linear | None, nnx.Param | None]:
-    """The output head (None if it is the embedding), and the bias of the logits (None without one)."""
-    width, rows, axes = config.width, config.vocab_size, ("embed", "vocab")
-    untied = None if config.tie_embeddings else Linear(width, rows, axes, bias=False, keys=keys)
-    return untied, nnx.Param(jnp.zeros(rows), axes=("vocab",)) if config.logits_bias else None
-
-
-def head_logits(model: DecoderLM | Seq2Seq, x_BxTxD: jax.Array) -> jax.Array:
-    """Logits ``[B, T, V]`` in float32, from the output of the model's decoder."""
-    logits_BxTxV = model.embed.logits(x_BxTxD) if model.head is None else model.head(x_BxTxD)
-    logits_BxTxV = constrain(logits_BxTxV.astype(jnp.float32), ("batch", "length", "vocab"))
-    logits_BxTxV = logits_BxTxV if model.logits_bias is None else logits_BxTxV + model.logits_bias.get_value()
-    return softcap(logits_BxTxV, model.config.logit_softcap)

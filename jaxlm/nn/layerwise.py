@@ -12,7 +12,8 @@ from flax import nnx
 from jaxlm.core.tree import Leaf, Params, unflatten
 from jaxlm.nn.block import LayerContext
 from jaxlm.nn.config import ModelConfig, Side, layer_groups_of
-from jaxlm.nn.decoder import DecoderLM, embed, head_logits
+from jaxlm.nn.decoder import DecoderLM
+from jaxlm.nn.embeddings import embed, head_logits
 from jaxlm.nn.seq2seq import Seq2Seq
 
 __all__ = ["LayerParams", "LayerPosition", "LayerState", "LayerwiseModel", "TokenBatch"]

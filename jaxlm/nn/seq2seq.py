@@ -7,7 +7,7 @@ from flax import nnx
 
 from jaxlm.nn.attention.kv_cache import Cache
 from jaxlm.nn.config import Seq2SeqConfig, layer_groups_of
-from jaxlm.nn.decoder import embed, head_logits, output_head
+from jaxlm.nn.embeddings import embed, head_logits, output_head
 from jaxlm.nn.layers import Embedding, ParamKeys
 from jaxlm.nn.moe.routing import Routing, concat_routings
 from jaxlm.nn.stack import Stack

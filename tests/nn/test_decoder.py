@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxlm import nn
 from jaxlm.core.tree import flatten, map_params
-from jaxlm.nn.decoder import embed
+from jaxlm.nn.embeddings import embed
 from tests.nn.reference import decoder_logits
 
 SMALL = nn.DecoderConfig(vocab_size=23, width=16, heads=4, kv_heads=2, ffn=24, layers=3, max_positions=32)
