@@ -108,7 +108,7 @@ def test_packed_documents_reach_the_model():
     config = nn.preset("nano", vocab_size=V, width=16, heads=2, layers=1)
     graphdef, params = build(config)
     random = np.random.default_rng(0)
-    a, b = (random.integers(0, V, (2, n)).astype(np.int32) for n in (3, 4))
+    a, b = (random.integers(0, V, (2, n)).astype(np.int32) for n in (4, 4))
 
     def batch(inputs_targets, **packing):
         inputs, targets = inputs_targets
@@ -119,6 +119,6 @@ def test_packed_documents_reach_the_model():
     def loss(params, batch):
         return make_loss(config)(nnx.merge(graphdef, params), batch, None)[0]
 
-    packing = dict(segment_ids=[1] * 3 + [2] * 4, positions=[0, 1, 2, 0, 1, 2, 3])
+    packing = dict(segment_ids=[1] * 4 + [2] * 4, positions=[0, 1, 2, 3] * 2)
     together = loss(params, batch(np.concatenate([a, b], 1), **packing))
     np.testing.assert_allclose(together, loss(params, batch(a)) + loss(params, batch(b)), rtol=1e-6)
