@@ -23,14 +23,14 @@ def silence(config, params, channels):
     kept = np.setdiff1d(np.arange(config.width), channels)
 
     def of(path, leaf):
-        kind = role(path)
+        kind, out = role(path), np.array(leaf)
         if kind in ("table", "writer"):
-            leaf = leaf.at[..., channels].set(0)
+            out[..., channels] = 0
             if config.norm == "layernorm":
-                leaf = leaf.at[..., kept].add(-leaf[..., kept].mean(-1, keepdims=True))
+                out[..., kept] -= out[..., kept].mean(-1, keepdims=True)
         if kind == "norm" and path.endswith("/bias"):
-            leaf = leaf.at[..., channels].set(0)
-        return leaf
+            out[..., channels] = 0
+        return jnp.asarray(out)
 
     return map_params(of, params)
 
