@@ -59,7 +59,7 @@ def norm(x, scale, bias=None, eps=1e-5):
     return y if bias is None else y + bias
 
 
-@pytest.mark.parametrize("name", ["decoder", "seq2seq"])
+@pytest.mark.parametrize("name", [pytest.param("decoder", marks=pytest.mark.slow), "seq2seq"])
 def test_readings_are_those_of_the_inputs(name):
     """The input of ``attn/q`` in the first layer is the normalised embedding, padding left out."""
     block = first_block(name, lambda path: path.endswith("attn/q/kernel"))[0]
@@ -116,7 +116,7 @@ def test_a_layer_is_given_what_the_solved_ones_before_it_give():
     assert [place.row for place, _ in layers] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", ["decoder", "seq2seq"])
+@pytest.mark.parametrize("name", ["decoder", pytest.param("seq2seq", marks=pytest.mark.slow)])
 def test_originals_are_what_the_layers_gave_before(name):
     config, params, calibration = make(name)
 

@@ -86,7 +86,9 @@ def test_an_integer_model_decodes_as_it_reads():
         np.testing.assert_allclose(step[:, 0], whole[:, t], atol=2e-2 * float(jnp.abs(whole).max()))
 
 
-@pytest.mark.parametrize("name", ["decoder", pytest.param("seq2seq", marks=pytest.mark.slow), "lstm"])
+@pytest.mark.parametrize("name", [
+    pytest.param("decoder", marks=pytest.mark.slow), pytest.param("seq2seq", marks=pytest.mark.slow), "lstm",
+])
 def test_half_takes_half_the_bytes_and_hardly_changes_anything(name):
     graphdef, params = build(name)
     exact = parse("w4a16-rtn-g48").apply(params)

@@ -104,7 +104,7 @@ def test_e2m1_rounds_halfway_to_even_and_saturates():
     assert int(codes[-1]) == 0  # never minus zero
 
 
-@pytest.mark.parametrize("n_in", [64, 70, 20])
+@pytest.mark.parametrize("n_in", [pytest.param(64, marks=pytest.mark.slow), 70, 20])
 def test_block_formats_against_float64(n_in):
     w = np.random.default_rng(0).normal(size=(2, 5, n_in)).astype(np.float32)
     w[0, 0] = 0
