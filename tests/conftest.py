@@ -39,7 +39,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 _MOST_MAPPINGS = 45_000  # of the 65,530 that Linux allows a process
 _MOST_RESIDENT = 3 * 2**30  # bytes of one worker
-gc.set_threshold(200_000, 20, 50)  # tracing makes millions of small objects, and few of them are garbage
+gc.disable()  # tracing makes millions of small objects, and few are garbage: free_programs collects when memory grows
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
