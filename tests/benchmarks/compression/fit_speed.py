@@ -1,6 +1,6 @@
 """How fast two builds of jaxlm fit a model to a budget, run in turn, and whether they choose the same.
 
-    python tests/benchmarks/compression/fit_speed.py --other /work/base/.venv/bin/python [--rounds 3] [--samples 128]
+    python tests/benchmarks/compression/fit_speed.py --other OTHER/.venv/bin/python [--rounds 3] [--samples 128]
 
 Both run ``jaxlm compress MODEL --fit SIZE --calibrate SPEC`` as a process of its own, without a cache of compiled
 programs. JAXLM_SHARED names the directory of the model and the data. It prints for each build the median seconds and
