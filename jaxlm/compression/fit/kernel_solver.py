@@ -144,7 +144,7 @@ class Solver:
         every = [each for some in choices.values() for each in some]
         rounds = max(map(len, choices.values()))
         size = sum(w.size for w in w_OxI.values())
-        at_once = max(1, min(_CANDIDATES, _MOST_WEIGHTS // size))
+        at_once = max(1, min(_CANDIDATES, rounds, _MOST_WEIGHTS // size))
         for start in range(0, rounds, at_once):
             rows = []
             for number in range(start, start + at_once):
