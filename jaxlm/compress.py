@@ -47,7 +47,7 @@ def compress(
 ) -> LM:
     """A smaller model, by a recipe or to a budget, with a report of each tensor; the same arguments, the same bytes.
 
-    The parameters keep their compressed representation, whatever the platform makes of it when they are loaded.
+    The parameters of the result keep their compressed representation. ``load`` may expand them for its platform.
     An adapter is merged first.
 
     Args:

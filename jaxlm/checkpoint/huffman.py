@@ -67,14 +67,14 @@ def code_lengths(counts: np.ndarray, limit: int = LIMIT) -> np.ndarray:
 
 
 def least_size(counts: np.ndarray) -> int:
-    """A lower bound on the bytes that ``encode`` makes of symbols with these counts: all but its index of chunks."""
+    """The size in bytes of ``encode`` for symbols with these counts, without its index of chunks: a lower bound."""
     lengths = code_lengths(counts)
     first, last = _span(lengths)
     return 5 + packed_size(last - first + 1, 4) + packed_size(int(counts @ lengths.astype(np.int64)), 1)
 
 
 def encoded_size(symbols: np.ndarray) -> int:
-    """The bytes that ``encode`` makes of flat uint8 ``symbols``, told from the lengths of their codes."""
+    """The size in bytes of ``encode(symbols)`` for flat uint8 ``symbols``, computed from the lengths of their codes."""
     lengths = code_lengths(np.bincount(symbols, minlength=_SYMBOLS))
     sizes = [_chunk_sizes(symbols[i : i + BLOCK], lengths) for i in range(0, len(symbols), BLOCK)]
     sizes = np.concatenate(sizes) if sizes else np.zeros(0, np.int64)

@@ -51,7 +51,7 @@ class Calibration:
         batches: tokens ``[B, T]``, or sources ``[B, S]`` and decoder inputs ``[B, T]``.
         layerwise: makes the layer-by-layer form of the model that a configuration describes.
         seed: of what a step draws at random.
-        progress: is told ``task``, the number of layers done and that of all layers.
+        progress: called with ``task``, the number of finished layers and the number of all layers.
     """
 
     batches: Sequence[TokenBatch]

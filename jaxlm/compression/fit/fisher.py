@@ -32,7 +32,7 @@ _AT_ONCE = 4 << 30  # bytes of the second moments of all layers, beyond which th
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What one layer's kernels are given and what the loss makes of their outputs, by their names in the layer.
+    """Statistics of the inputs and the outputs of one layer's kernels, by the names of the kernels in the layer.
 
     Attributes:
         fisher: ``g`` of the module's formula, ``[out]`` or ``[experts, out]``, in nats a token for unit errors.

@@ -146,7 +146,7 @@ def _fix_column(
     out = {"kept_OxI": kept_O} if return_mask else {}
     if not grid:
         return value_O, out | {"weights_OxI": value_O}
-    params = extra.get("params")  # those of a dynamic group; static groups look theirs up
+    params = extra.get("params")  # a dynamic group passes its own; those of a static group are looked up
     if params is None:
         params = jax.tree.map(lambda p_GxO: p_GxO[extra["group"]][:, None], params_GxO)
     codes_Ox1 = grid.codes(value_O[:, None], params)

@@ -1,5 +1,5 @@
 """The token cache: tokenized text on disk, made once by several processes, memory-mapped, and shared by all runs.
- An entry is a directory of the cache, which holds what one tokenizer makes of one content; its name is a hash of both.
+ An entry is a directory of the cache. It holds the tokens of one content by one tokenizer; its name is a hash of both.
 It appears atomically, when it is complete. A process that finds it missing takes a file lock, which the kernel releases
 when its holder dies, and removes what an earlier process left unfinished. Workers are processes of their own: ``python
 -m jaxlm.data.batches.token_cache``.

@@ -1,7 +1,7 @@
 """Generates a synthetic English-German phrasebook: tens of thousands of sentence pairs from small tables and patterns.
 
 ``lexicon`` holds the words; ``grammar`` holds declension, conjugation and word order; ``draws`` makes random choices.
-``situations``, ``errands`` and ``stories`` hold the patterns: small functions, each of which draws one sentence pair.
+``situations``, ``errands`` and ``stories`` hold the patterns. A pattern is a function that draws one sentence pair.
 
 Every English sentence has exactly one German translation, by these conventions: *you* is Sie unless the sentence
 addresses somebody by the first name; the English past is the German perfect (but was, had and could are preterite);
