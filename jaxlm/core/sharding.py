@@ -219,7 +219,7 @@ def fit_to_shape(sharding: NamedSharding, shape: Sequence[int]) -> NamedSharding
 
 
 def shard_over(sharding: NamedSharding, shape: Sequence[int], axis: str = "data") -> NamedSharding:
-    """The sharding of an array split over one more mesh axis: along the divisible dimension that is longest on a device.
+    """The sharding of an array split over one more mesh axis: along the divisible dimension that is longest on one.
 
     The sharding stays as it is if no dimension divides, or the axis is in use.
     """

@@ -18,12 +18,11 @@ import numpy as np
 from jaxlm.compression.calibration import CalibratedLayer, LayerParams, LayerwiseModel
 from jaxlm.compression.input_statistics import observe_inputs, replace_idle_experts
 from jaxlm.compression.observers import moments
-from jaxlm.compression.quantize.rtn import Quantize, group_range, scale_and_zero_point
-from jaxlm.compression.steps import LAYER_KERNELS, LayerStep, OnCpu, Step, check_grid, integers_on_cpu
+from jaxlm.compression.quantize.rtn import IntegerLayerStep, group_range, scale_and_zero_point
+from jaxlm.compression.steps import LAYER_KERNELS
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, expand_groups, straight_through
 from jaxlm.core.tree import Params
-from jaxlm.nn.config import ModelConfig
 
 __all__ = ["AutoRound"]
 
@@ -72,7 +71,7 @@ class Schedule(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AutoRound(LayerStep):
+class AutoRound(IntegerLayerStep):
     """AutoRound (arXiv:2309.05516): rounds the weights of a layer up or down, and clips the ranges of their grids, so
     that the layer, run on the outputs of the compressed layers before it, gives what it gave in the dense model.
 
@@ -99,16 +98,9 @@ class AutoRound(LayerStep):
     target: str = LAYER_KERNELS
 
     def __post_init__(self):
-        check_grid(self.bits, self.group)
+        super().__post_init__()
         if self.iterations < 1 or self.tokens < 1:
             raise UserError(f"{self.iterations} iterations of {self.tokens} tokens learn nothing; use 1 or more")
-
-    @property
-    def on_cpu(self) -> OnCpu:
-        return integers_on_cpu(self.group)
-
-    def without_data(self, config: ModelConfig) -> tuple[Step, ...]:
-        return (Quantize(self.bits, self.group, self.symmetric, target=self.target),)
 
     def solve(self, layer: CalibratedLayer) -> LayerParams:
         shapes = _windows_by_shape(layer)

@@ -14,10 +14,9 @@ from jaxlm.compression.calibration import CalibratedLayer, LayerParams
 from jaxlm.compression.input_statistics import group_by_input, observe_inputs, second_moment
 from jaxlm.compression.observers import gram, moments
 from jaxlm.compression.quantize.fold import ScaleMapping, fold_scale, scale_mappings
-from jaxlm.compression.quantize.rtn import IntegerGrid, Quantize
-from jaxlm.compression.steps import LAYER_KERNELS, LayerStep, OnCpu, Step, check_grid, integers_on_cpu
+from jaxlm.compression.quantize.rtn import IntegerGrid, IntegerLayerStep
+from jaxlm.compression.steps import LAYER_KERNELS
 from jaxlm.core.leaves import QArray
-from jaxlm.nn.config import ModelConfig
 
 __all__ = ["Awq", "best_scale"]
 
@@ -25,7 +24,7 @@ _POWERS = 20  # the search tries the powers 0, 1/20, ... 19/20
 
 
 @dataclass(frozen=True)
-class Awq(LayerStep):
+class Awq(IntegerLayerStep):
     """Scales input channels by a power of their mean magnitude and rounds to nearest. The power is the one of least
     error ``tr(E H E^T)`` of the kernels' outputs, with ``H = E[x x^T]``.
 
@@ -45,16 +44,6 @@ class Awq(LayerStep):
     symmetric: bool = False
     clip: float = 0.5
     target: str = LAYER_KERNELS
-
-    def __post_init__(self):
-        check_grid(self.bits, self.group)
-
-    @property
-    def on_cpu(self) -> OnCpu:
-        return integers_on_cpu(self.group)
-
-    def without_data(self, config: ModelConfig) -> tuple[Step, ...]:
-        return (Quantize(self.bits, self.group, self.symmetric, target=self.target),)
 
     def solve(self, layer: CalibratedLayer) -> LayerParams:
         params, action = dict(layer.params), f"rounded to {self.bits} bits"

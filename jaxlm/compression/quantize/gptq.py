@@ -21,11 +21,10 @@ from jaxlm.compression.calibration import CalibratedLayer, LayerParams
 from jaxlm.compression.input_statistics import group_by_input, observe_inputs, second_moment
 from jaxlm.compression.observers import Statistics, gram
 from jaxlm.compression.quantize.column_solver import Grid, Solution, note_failures, solve_matrix, solve_stack
-from jaxlm.compression.quantize.rtn import IntegerGrid, Quantize
-from jaxlm.compression.steps import LAYER_KERNELS, LayerStep, OnCpu, Step, check_grid, integers_on_cpu
+from jaxlm.compression.quantize.rtn import IntegerGrid, IntegerLayerStep
+from jaxlm.compression.steps import LAYER_KERNELS
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray
-from jaxlm.nn.config import ModelConfig
 
 __all__ = ["Gptq", "gptq"]
 
@@ -79,7 +78,7 @@ def gptq(
 
 
 @dataclass(frozen=True)
-class Gptq(LayerStep):
+class Gptq(IntegerLayerStep):
     """GPTQ (arXiv:2210.17323): rounds each column in turn, and the columns after it make up for its error.
 
     Attributes:
@@ -107,16 +106,6 @@ class Gptq(LayerStep):
     clip: float | None = None
     sweeps: int = 3
     target: str = LAYER_KERNELS
-
-    def __post_init__(self):
-        check_grid(self.bits, self.group)
-
-    @property
-    def on_cpu(self) -> OnCpu:
-        return integers_on_cpu(self.group)
-
-    def without_data(self, config: ModelConfig) -> tuple[Step, ...]:
-        return (Quantize(self.bits, self.group, self.symmetric, target=self.target),)
 
     def solve(self, layer: CalibratedLayer) -> LayerParams:
         groups = list(group_by_input(layer.targets))

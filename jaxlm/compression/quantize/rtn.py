@@ -13,12 +13,16 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from jaxlm.compression.steps import LAYER_KERNELS, OnCpu, WeightStep, check_grid, integers_on_cpu
+from jaxlm.compression.steps import LAYER_KERNELS, LayerStep, OnCpu, Step, WeightStep, check_grid, integers_on_cpu
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, expand_groups, straight_through
 from jaxlm.core.tree import Leaf
+from jaxlm.nn.config import ModelConfig
 
-__all__ = ["IntegerGrid", "Quantize", "fit_grid", "group_range", "quantize", "round_to_grid", "scale_and_zero_point"]
+__all__ = [
+    "IntegerGrid", "IntegerLayerStep", "Quantize", "fit_grid", "group_range", "quantize", "round_to_grid",
+    "scale_and_zero_point",
+]
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric", "act_bits", "axis"))
@@ -171,3 +175,21 @@ class Quantize(WeightStep):
         return quantize(
             dense, bits=self.bits, group=self.group, symmetric=self.symmetric, act_bits=self.act_bits, axis=axis
         )
+
+
+class IntegerLayerStep(LayerStep):
+    """A step that finds the codes of an integer grid with data. Without data it is ``Quantize`` on the same grid."""
+
+    bits: int
+    group: int
+    symmetric: bool
+
+    def __post_init__(self):
+        check_grid(self.bits, self.group)
+
+    @property
+    def on_cpu(self) -> OnCpu:
+        return integers_on_cpu(self.group)
+
+    def without_data(self, config: ModelConfig) -> tuple[Step, ...]:
+        return (Quantize(self.bits, self.group, self.symmetric, target=self.target),)
