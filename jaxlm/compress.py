@@ -60,14 +60,16 @@ def compress(
         max_perplexity: the smallest model of a perplexity of at most "46.5", or "+1%" above the dense model's, on a
             fifth of the calibration data, which is then not calibrated with.
         storage: of a model without a recipe, plain or huffman.
-        calibrate: a SPEC of data, for what needs some: text the model should be good at, or sentence pairs.
-        samples: windows of text of ``context`` tokens (0: the model's own, at most 2,048) to calibrate with; of pairs,
-            16 times as many.
-        seed: of what is random: which windows, rotations, rounding that is learned.
-        progress: called with what is going on, how much is done and how much there is.
+        calibrate: a SPEC of calibration data, for recipes that need some: text the model should be good at, or
+            sentence pairs.
+        samples: the number of windows of ``context`` tokens (0: the model's own context, at most 2,048) to calibrate
+            with; of sentence pairs, 16 times as many.
+        seed: of the choice of windows, of rotations and of learned rounding.
+        progress: see ``core.progress``.
 
-    UserError on an unknown recipe, one that cannot be done to this model or lacks its data, a budget that is too small,
-    and on a model that is compressed already.
+    Raises:
+        UserError: the recipe is unknown, cannot be applied to this model or lacks its data; the budget is too small;
+            or the model is compressed already.
     """
     if sum(map(bool, (recipe, fit, max_perplexity))) != 1:
         raise UserError("give either a recipe, or a budget to fit to, or a perplexity to keep")
@@ -85,7 +87,7 @@ def compress(
     else:
         done, fitted_kernels = recipe.run(lm.config, lm.params, calibration), ()
         packed = PackedWeights(done.params, recipe.storage)
-    alike = not any(getattr(step, "folds_scales", False) for step in recipe.steps)
+    alike = not any(step.folds_scales for step in recipe.steps)
     rows = make_report(lm.params if alike else None, done.params, packed.sizes)
     return lm.replace(
         config=done.config, graphdef=nn.initializer(done.config)[0], params=done.params, packed=packed, recipe=recipe,
@@ -156,7 +158,4 @@ def _calibration(lm: LM, spec: str, samples: int, context: int, seed: int, progr
     )
     if (largest := max(int(part.max()) for batch in batches for part in batch)) >= lm.config.vocab_size:
         raise UserError(f"{spec!r} holds the id {largest} and the model knows {lm.config.vocab_size}")
-    return Calibration(
-        batches, lambda config: LayerwiseModel(config, nn.initializer(config)[0]), seed,
-        progress,
-    )
+    return Calibration(batches, lambda config: LayerwiseModel(config, nn.initializer(config)[0]), seed, progress)

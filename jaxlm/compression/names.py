@@ -239,7 +239,3 @@ def load_recipe(spec: str) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise UserError(f"{spec} does not define `recipe`, a jaxlm.compression.Recipe")
     return recipe
-
-
-if __name__ == "__main__":
-    print(markdown())

@@ -70,7 +70,3 @@ def markdown() -> str:
         shown = [f"`{name}={value}`" for name, value in sorted(fixed.items()) if value != getattr(default, name)]
         lines.append(f"| {model_type} | `{family.architecture}` | {', '.join(shown) or 'the defaults'} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown())
