@@ -18,7 +18,7 @@ def tokenizer_from_config(config: DataConfig, source: Source) -> Tokenizer:
         return Tokenizer.load(config.tokenizer)
     if isinstance(source, Tokens):
         raise UserError(
-            f"{source.spec!r} holds token ids, not text to train a tokenizer on; name their tokenizer in data.tokenizer"
+            f"{source.spec!r} holds ids, not text to train a tokenizer on; name their tokenizer in data.tokenizer"
         )
     if isinstance(source, Mixture) and not all(isinstance(each, Documents) for each in source.sources):
         raise UserError(f"{source.spec!r} is not all text to train a tokenizer on; name one in data.tokenizer")
