@@ -145,6 +145,16 @@ def test_the_core_stands_on_jax_alone():
             assert not others, f"{path} imports {others}"
 
 
+def test_processes_are_started_in_one_way():
+    """``core.processes`` keeps them from importing modules of the working directory."""
+    def names(tree: ast.AST) -> set[str]:
+        return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+    starters = [path for path, tree in TREES.items() if {"executable", "multiprocessing"} & (names(tree) | {
+        name.split(".")[0] for name in imports(tree)})]
+    assert starters == [Path("jaxlm/core/processes.py")]
+
+
 def test_every_field_of_a_configuration_is_read():
     """An option that nobody reads would be a lie."""
     models = (DecoderConfig, LSTMConfig, Seq2SeqConfig)

@@ -16,6 +16,7 @@ from typing import Any
 
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.errors import UserError
+from jaxlm.core.processes import module_command, module_environment
 from jaxlm.core.progress import Progress
 from jaxlm.planning.topology import Topology, parse_topology
 from jaxlm.training.config import Experiment
@@ -44,7 +45,7 @@ def run_forecast(
         RuntimeError: when the process ended without a reply; the message has the end of its standard error.
     """
     request = {"config": to_dict(config), "topology": topology.name, "serving": serving, "search": search}
-    command = [sys.executable, "-m", "jaxlm.planning.subprocess_runner"]
+    command = module_command("jaxlm.planning.subprocess_runner")
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=_environment(topology)
@@ -73,13 +74,13 @@ def _environment(topology: Topology) -> dict[str, str]:
     flags = os.environ.get("XLA_FLAGS", "")
     if topology.chip is None:
         flags = f"{flags} --xla_force_host_platform_device_count={topology.size}"
-    return os.environ | {
-        "XLA_FLAGS": flags,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from the cache does not report its memory
-        "TPU_SKIP_MDS_QUERY": "1",  # a machine without TPUs has no metadata server
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu opens no device here
-    }
+    return module_environment(
+        XLA_FLAGS=flags,
+        JAX_PLATFORMS="cpu",
+        JAX_ENABLE_COMPILATION_CACHE="false",  # a program from the cache does not report its memory
+        TPU_SKIP_MDS_QUERY="1",  # a machine without TPUs has no metadata server
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # libtpu opens no device here
+    )
 
 
 def _main() -> None:

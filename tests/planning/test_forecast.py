@@ -8,6 +8,7 @@ import io
 import json
 import math
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -150,7 +151,11 @@ def test_meshes_of_a_search():
     assert split.state < whole.state / 4 and split.compute == whole.compute
 
 
-def test_a_forecast_from_the_command_line(tmp_path, capsys):
+def test_a_forecast_from_the_command_line(tmp_path, capsys, monkeypatch):
+    """Its process imports no module from the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("json", "numpy", "jaxlm"):
+        Path(f"{module}.py").write_text("raise SystemExit('a stranger')")
     file, out = tmp_path / "config.py", tmp_path / "plan.json"
     file.write_text(
         "from jaxlm import nn\nfrom jaxlm.training.config import *\n"

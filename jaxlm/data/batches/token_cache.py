@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxlm.core.disk import replaced_directory, room_for
 from jaxlm.core.errors import UserError
+from jaxlm.core.processes import module_command, module_environment
 from jaxlm.data.batches.encoding import EncodedDocuments, check_not_empty, encode_documents, encode_in_chunks
 from jaxlm.data.sources.jsonl import JsonlRows
 from jaxlm.data.sources.types import Bitext, Documents, Source, Tokens
@@ -153,8 +154,7 @@ def _encode_in_workers(source: Source, tokenizer: Tokenizer, new: Path, workers:
     notes. Raises UserError with the first mistake in the order of the rows."""
     tokenizer.save(new / "tokenizer")
     rows = source.texts if isinstance(source, Documents) else source.rows
-    environment = os.environ | {"RAYON_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "jaxlm.data.batches.token_cache"]
+    command, environment = module_command("jaxlm.data.batches.token_cache"), module_environment(RAYON_NUM_THREADS="1")
     processes: list[subprocess.Popen] = []
     try:
         for k in range(workers):

@@ -91,8 +91,11 @@ def test_another_content_or_tokenizer_has_another_name(monkeypatch):
 
 
 def test_several_processes_make_what_one_makes(two_workers, monkeypatch):
-    """Of dialogues, which have all three arrays; documents are made by several processes in the next test."""
+    """Of dialogues, which have all three arrays; documents are made by several processes in the next test. None of the
+    processes imports a module from the working directory."""
     spec = "instruct:x.jsonl[1:]"
+    for module in ("json", "numpy", "jaxlm"):
+        Path(f"{module}.py").write_text("raise SystemExit('a stranger')")
     fresh = encode_documents(open_source(spec, bad_rows="report"), TOKENIZER)
     monkeypatch.setattr(token_cache, "encode_in_chunks", lambda *_: pytest.fail("encoded here"))
     assert same(encode_cached(open_source(spec, bad_rows="report"), TOKENIZER, "cache"), fresh)
