@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlm.core.disk import replaced_file
 from jaxlm.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,10 +47,13 @@ def write_json(path: Path | None, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file completely or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Writes a file completely or not at all.
+
+    Raises:
+        UserError: when the disk is full.
+    """
+    with replaced_file(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jaxlm.cli.output import ProgressBar, format_bytes, print_table, write_json
+from jaxlm.cli.output import ProgressBar, format_bytes, print_table, write_json, write_text
 
 if TYPE_CHECKING:
     from jaxlm.evaluation.comparison import Comparison
@@ -110,7 +110,7 @@ def _write_report(
     for i, (source, reference) in enumerate(zip(sources, references, strict=True)):
         found = [{"model": name, "translation": texts[i]} for name, texts in translations.items()]
         lines += ["", f"**{source}** (reference: {reference})", "", _markdown(found)]
-    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(out / "report.md", "\n".join(lines) + "\n")
     write_json(out / "report.json", {"data": TEST, "note": synthetic, "rows": [row.to_json() for row in rows]})
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from jaxlm.cli.arguments import add_generation, add_kv_cache, add_languages, add_model, add_search, with_generation
-from jaxlm.cli.output import ProgressBar, print_notes
+from jaxlm.cli.output import ProgressBar, print_notes, write_text
 from jaxlm.core.errors import UserError
 
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.output is None:
         sys.stdout.write(text)
     else:
-        args.output.write_text(text, encoding="utf-8")
+        write_text(args.output, text)
 
 
 def _lines(data: bytes, path: Path | None) -> list[str]:

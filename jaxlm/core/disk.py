@@ -1,21 +1,30 @@
-"""Full disks as errors that the user can fix, and replacing a directory in one step."""
+"""Full disks as errors that the user can fix, and files and directories that are replaced in one step.
+
+New content is written beside its target, in ``.NAME.XXXXXXXX.new``, and then renamed. A file ``.NAME.XXXXXXXX.writing``
+exists for as long as that takes, and its writer holds a lock on it, which the kernel releases when the writer dies. So
+the next writer in the same directory knows what was abandoned, and removes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from jaxlm.core.errors import UserError
 
-__all__ = ["replaced_directory", "room_for"]
+__all__ = ["replaced_directory", "replaced_file", "room_for"]
 
 _CODES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WORDS = ("no space left", "disk quota exceeded", "file too large")
+_MARK = re.compile(r"\.(.+)\.[0-9a-f]{8}\.writing")
 
 
 @contextmanager
@@ -43,29 +52,78 @@ def replaced_directory(target: Path) -> Iterator[Path]:
         UserError: when the disk is full.
     """
     target = target.absolute()
+    with room_for(str(target)), _marked(target) as (new, old):
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+
+
+@contextmanager
+def replaced_file(target: Path) -> Iterator[Path]:
+    """As ``replaced_directory``, for a file, which the block writes. What is no regular file, such as /dev/stdout, is
+    the path itself.
+
+    Raises:
+        UserError: when the disk is full, or ``target`` is a directory.
+    """
+    target = target.absolute()
+    if target.is_dir():
+        raise UserError(f"{target} is a directory; name a file")
     with room_for(str(target)):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        old = new.with_name(new.name + ".old")
-        try:
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        with _marked(target) as (new, _):
             yield new
-            _usual_permissions(new)
-            if target.exists():
-                target.rename(old)
             new.rename(target)
-        except BaseException:
-            if old.exists() and not target.exists():
-                old.rename(target)
-            raise
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
 
 
-def _usual_permissions(directory: Path) -> None:
-    """Gives files the permissions of ordinary new files; temporary ones can be read only by their owner."""
-    umask = os.umask(0)
-    os.umask(umask)
-    directory.chmod(0o777 & ~umask)
-    for file in directory.iterdir():
-        file.chmod(0o666 & ~umask)
+@contextmanager
+def _marked(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Two names beside ``target``, for its new and its previous content. What has them when the block ends is removed,
+    or was ``target`` and becomes it again."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target.parent)
+    mark, lock = _new_mark(target)
+    try:
+        yield mark.with_suffix(".new"), mark.with_suffix(".old")
+    finally:
+        _settle(mark, target)
+        os.close(lock)
+
+
+def _new_mark(target: Path) -> tuple[Path, int]:
+    """A mark for a writer of ``target``, and a file descriptor that holds its lock."""
+    while True:
+        mark = target.with_name(f".{target.name}.{secrets.token_hex(4)}.writing")
+        lock = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        with contextlib.suppress(OSError):  # without locks in this file system, nothing is taken for abandoned
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if mark.exists():
+            return mark, lock
+        os.close(lock)  # another process had the lock first, and took the mark for abandoned
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Removes what writers in a directory left behind when they were killed."""
+    for mark in directory.glob(".*.writing"):
+        found = _MARK.fullmatch(mark.name)
+        if found is None:
+            continue
+        with contextlib.suppress(OSError):  # its writer lives, or has just finished
+            with mark.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _settle(mark, directory / found[1])
+
+
+def _settle(mark: Path, target: Path) -> None:
+    new, old = mark.with_suffix(".new"), mark.with_suffix(".old")
+    if old.exists() and not target.exists():
+        old.rename(target)
+    for path in (new, old):
+        shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    mark.unlink(missing_ok=True)

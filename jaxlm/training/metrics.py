@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
-from jaxlm.core.disk import room_for
+from jaxlm.core.disk import replaced_file, room_for
 from jaxlm.core.sharding import bytes_per_device
 from jaxlm.core.tree import Params, count_params
 from jaxlm.training.state import TrainState
@@ -57,9 +56,8 @@ class MetricsWriter:
         self._path = run / "metrics.jsonl"
         kept = [row for row in read_metrics(self._path) if row["step"] <= step] if step and self._path.exists() else []
         with room_for(str(self._path)):
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(partial, self._path)
+            with replaced_file(self._path) as new:
+                new.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self._file = self._path.open("a")
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
 

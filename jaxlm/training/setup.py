@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxlm import nn
 from jaxlm.core.config import from_dict, to_dict
-from jaxlm.core.disk import room_for
+from jaxlm.core.disk import replaced_file, room_for
 from jaxlm.core.errors import UserError
 from jaxlm.core.sharding import (
     describe_mesh,
@@ -97,9 +96,8 @@ class Setup:
             run.mkdir(parents=True, exist_ok=True)
             if not self.resuming:
                 self.tokenizer.save(run)
-            partial = run / "experiment.json.partial"
-            partial.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
-            os.replace(partial, run / "experiment.json")
+            with replaced_file(run / "experiment.json") as new:
+                new.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
 
 
 def prepare(config: Experiment, run: Path) -> Setup:

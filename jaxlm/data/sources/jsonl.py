@@ -7,11 +7,10 @@ that directory can be written to.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
+from jaxlm.core.disk import replaced_file
 from jaxlm.core.errors import UserError
 from jaxlm.data.sources.slices import Slicer
 from jaxlm.data.sources.text_files import is_compressed, read_bytes, readable
@@ -216,14 +216,7 @@ def _scan(blocks: Iterator[bytes], size: int) -> _Index:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    """Writes the index atomically. If the directory cannot be written to, the index is made anew each time."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
+    """Writes the index. If the directory cannot be written to, the index is made anew each time."""
+    with contextlib.suppress(OSError, UserError):
+        with replaced_file(path) as new, new.open("wb") as file:
             np.save(file, array)
-        os.replace(name, path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)

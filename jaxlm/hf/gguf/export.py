@@ -7,8 +7,6 @@ that was asked for. The embedding and the output head are Q8_0 in quantized file
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxlm.core.disk import room_for
+from jaxlm.core.disk import replaced_file
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray, merge_adapters
 from jaxlm.core.tree import Params
@@ -73,7 +71,8 @@ def export_gguf(
         tensors["rope_freqs.weight"] = _rounded("F32", factors.shape, lambda: factors[None])
     path = Path(path).expanduser()
     path = path if path.suffix == ".gguf" else path / "model.gguf"
-    _replace_file(path, lambda partial: write_gguf(partial, metadata, tensors))
+    with replaced_file(path) as new:
+        write_gguf(new, metadata, tensors)
     return path, Counter(tensor.type for tensor in tensors.values() if len(tensor.shape) == 2)
 
 
@@ -184,21 +183,3 @@ def _per_block(per_group: np.ndarray, group: int, n_in: int, block: int) -> np.n
 def _encode_matrix(type_: str, matrix: QArray, rows: np.ndarray | slice) -> np.ndarray:
     scale = _per_block(matrix.scale, matrix.group, matrix.codes.shape[1], 32)
     return encode_codes(type_, _centred_codes(matrix)[rows], scale[rows])
-
-
-def _replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file whole or not at all, in place of an older one."""
-    if path.is_dir():
-        raise UserError(f"{path} is a directory; name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        with room_for(str(path)):
-            write(Path(name))
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)

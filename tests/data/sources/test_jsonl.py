@@ -114,7 +114,7 @@ def test_an_index_that_cannot_be_kept_is_made_again(monkeypatch):
     def refuse(*_, **__):
         raise PermissionError
 
-    monkeypatch.setattr(jsonl.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(jsonl, "replaced_file", refuse)
     assert len(list(rows("x"))) == 5 and os.listdir() == ["x"]
 
 
