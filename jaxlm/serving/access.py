@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from jaxlm.core.errors import UserError
 
-__all__ = ["API_KEYS_VARIABLE", "ApiKeys", "host_name", "is_loopback"]
+__all__ = ["API_KEYS_VARIABLE", "ApiKeys", "host_name", "is_loopback", "parse_origin"]
 
 API_KEYS_VARIABLE = "JAXLM_API_KEYS"  # the environment variable: keys separated by commas or spaces
 _MIN_LENGTH = 8
@@ -50,6 +50,11 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
+    @staticmethod
+    def client(authorization: str) -> str:
+        """A name for whoever sends this header, which is not the key."""
+        return hashlib.sha256(authorization.partition(" ")[2].strip().encode()).hexdigest()[:16]
+
     def accept(self, authorization: str) -> bool:
         """Whether the header ``Bearer KEY`` has one of the keys. The time does not depend on how similar it is."""
         scheme, _, key = authorization.partition(" ")
@@ -66,6 +71,26 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def parse_origin(text: str) -> str:
+    """An origin as browsers send it: scheme, host, and the port unless it is that of the scheme; ``*`` is any.
+
+    Raises:
+        UserError: when the text is no origin.
+    """
+    if text == "*":
+        return text
+    try:
+        parts = urlsplit(text)
+        scheme, host, port = parts.scheme, parts.hostname or "", parts.port
+    except ValueError:
+        scheme = host = ""
+    if scheme not in ("http", "https") or not host or text.strip("/").count("/") != 2 or "@" in text:
+        raise UserError(f"the origin {text!r} is not one: write scheme, host and port only, as in https://example.org")
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{scheme}://{host}" + ("" if port in (None, {"http": 80, "https": 443}[scheme]) else f":{port}")
 
 
 def host_name(header: str) -> str:

@@ -19,7 +19,7 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from jaxlm.core.errors import UserError
-from jaxlm.serving.access import ApiKeys
+from jaxlm.serving.access import ApiKeys, parse_origin
 from jaxlm.serving.metrics import Metrics
 from jaxlm.serving.middleware import ServerMiddleware
 from jaxlm.serving.models import ServedModel, find_model
@@ -31,7 +31,7 @@ from jaxlm.serving.protocol.errors import (
     to_api_error,
 )
 from jaxlm.serving.protocol.openapi import openapi_document
-from jaxlm.serving.protocol.parsing import read_body
+from jaxlm.serving.protocol.parsing import BodyReader
 from jaxlm.serving.protocol.requests import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -44,7 +44,7 @@ from jaxlm.serving.routes.chat import ChatCompletionJob
 from jaxlm.serving.routes.completions import CompletionJob
 from jaxlm.serving.routes.generation import GenerationJob
 from jaxlm.serving.routes.inspection import inspect
-from jaxlm.serving.routes.translation import translate
+from jaxlm.serving.routes.translation import encode_sentences, translate
 
 __all__ = ["RequestLimits", "make_app"]
 
@@ -73,8 +73,11 @@ def make_app(
         origins: web pages that may use the server from a browser, as ``https://example.org``, besides its own page.
         limits: of one request.
         loopback_only: accept only Host headers that name this machine.
+
+    Raises:
+        UserError: when one of ``origins`` is not an origin.
     """
-    keys = keys or ApiKeys()
+    keys, origins = keys or ApiKeys(), [parse_origin(origin) for origin in origins]
     metrics = Metrics(models)
     api = _Api(models, metrics, limits, openapi_document(bool(keys)))
 
@@ -87,7 +90,7 @@ def make_app(
             await asyncio.to_thread(served.worker.close)
 
     cors = Middleware(
-        CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"],
+        CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"],
         allow_headers=["authorization", "content-type"],
     )
     app = Starlette(
@@ -106,6 +109,7 @@ def make_app(
         },
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # it would redirect to whatever the Host header names
     api.server = ServerMiddleware(
         app, models, keys=keys, origins=origins, metrics=metrics, loopback_only=loopback_only
     )
@@ -121,25 +125,29 @@ class _Api:
         self, models: Sequence[ServedModel], metrics: Metrics, limits: RequestLimits, description: dict[str, Any]
     ):
         self._models, self._metrics, self._limits, self._description = models, metrics, limits, description
+        self._bodies = BodyReader(limits.max_bytes)
 
     async def chat(self, request: Request) -> Response:
-        body = await read_body(request, ChatCompletionRequest, self._limits.max_bytes)
-        served = self._available(body.model, translates=False)
-        return await self._generate(request, await ChatCompletionJob.create(served, body, self._limits.timeout))
+        async with self._bodies.read(request, ChatCompletionRequest) as body:
+            served = self._available(body.model, translates=False)
+            job = await ChatCompletionJob.create(served, body, self._limits.timeout)
+        return await self._generate(request, job)
 
     async def completions(self, request: Request) -> Response:
-        body = await read_body(request, CompletionRequest, self._limits.max_bytes)
-        served = self._available(body.model, translates=False)
-        return await self._generate(request, await CompletionJob.create(served, body, self._limits.timeout))
+        async with self._bodies.read(request, CompletionRequest) as body:
+            served = self._available(body.model, translates=False)
+            job = await CompletionJob.create(served, body, self._limits.timeout)
+        return await self._generate(request, job)
 
     async def translate(self, request: Request) -> Response:
-        body = await read_body(request, TranslationRequest, self._limits.max_bytes)
-        served = self._available(body.model, translates=True)
-        return _json(await cancel_on_disconnect(request, self._within_timeout(translate(served, body))))
+        async with self._bodies.read(request, TranslationRequest) as body:
+            served = self._available(body.model, translates=True)
+            rows = await encode_sentences(served, body)
+        return _json(await cancel_on_disconnect(request, self._within_timeout(translate(served, body, rows))))
 
     async def inspect(self, request: Request) -> Response:
-        body = await read_body(request, InspectionRequest, self._limits.max_bytes)
-        served = find_model(self._models, body.model)
+        async with self._bodies.read(request, InspectionRequest) as body:
+            served = find_model(self._models, body.model)
         return _json(await cancel_on_disconnect(request, self._within_timeout(inspect(served, body))))
 
     async def models(self, request: Request) -> Response:

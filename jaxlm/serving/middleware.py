@@ -62,7 +62,7 @@ class ServerMiddleware:
         self.draining = False
         self.open_requests = 0
         self._app, self._keys, self._metrics, self._loopback_only = app, keys, metrics, loopback_only
-        self._origin_hosts = {host_name(origin.partition("://")[2]) for origin in origins}
+        self._origin_hosts = {host_name(origin.partition("://")[2]) for origin in origins} - {""}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -87,6 +87,7 @@ class ServerMiddleware:
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             self._check_access(scope)
+            scope.setdefault("state", {})["client"] = self._client(scope)
         except ApiError as error:
             await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
             return
@@ -96,6 +97,12 @@ class ServerMiddleware:
             pass
         except Exception:  # the client has its response already
             _log.exception("%s %s failed", scope["method"], scope["path"])
+
+    def _client(self, scope: Scope) -> str:
+        """Who sends a request, for limits of a client: an API key, or an address where there are no keys."""
+        if self._keys:
+            return self._keys.client(Headers(scope=scope).get("authorization", ""))
+        return scope["client"][0] if scope.get("client") else ""
 
     def _check_access(self, scope: Scope) -> None:
         """Raises an ApiError for a request that is refused before it reaches an endpoint."""

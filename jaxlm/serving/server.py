@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from jaxlm.core.errors import UserError
 from jaxlm.nn.config import KVCache
-from jaxlm.serving.access import API_KEYS_VARIABLE, ApiKeys, is_loopback
+from jaxlm.serving.access import API_KEYS_VARIABLE, ApiKeys, is_loopback, parse_origin
 
 if TYPE_CHECKING:
     from jaxlm.model import LM
@@ -60,7 +60,7 @@ def serve(
         ready: called with the address of the server when it accepts requests.
 
     Raises:
-        UserError: when a model cannot be served or the address cannot be used.
+        UserError: when a model cannot be served, the address cannot be used, or an origin is not one.
     """
     try:
         from jaxlm.serving.app import RequestLimits, make_app
@@ -69,7 +69,7 @@ def serve(
         raise UserError(f'serving needs {error.name}: pip install "jaxlm[serve]"') from None
     from jaxlm.serving.models import serve_model
 
-    keys = ApiKeys.load(api_keys)
+    keys, origins = ApiKeys.load(api_keys), [parse_origin(origin) for origin in origins]
     listener = _listen(host, port)
     try:
         loaded, draft_model = _load(models, kv_cache, draft)

@@ -70,6 +70,7 @@ def test_mistakes_are_one_line(jaxlm_command, model, tmp_path):
             ([f"a b={model}", "--port", 0], "NAME="),
             ([tmp_path / "none", "--port", 0], "none"),
             ([model, "--api-keys", tmp_path / "none"], "No such file"),
+            ([model, "--allow-origin", "example.org"], "example.org"),
         ):
             status, _, err = jaxlm_command("serve", *words)
             assert (status, err.count("\n")) == (2, 1) and said in err, err

@@ -2,7 +2,7 @@
 
 The body of a refusal is the error object of OpenAI's API: ``message``, ``type``, ``param`` (the field of the request
 that is wrong) and ``code``. To change how the server refuses, change this file; ``STATUS_MEANINGS`` is published in
-/openapi.json.
+/openapi.json. What the request says is repeated in part only, however long it is.
 """
 
 from __future__ import annotations
@@ -27,14 +27,23 @@ STATUS_MEANINGS = {
 }
 
 
+_MAX_MESSAGE = 600  # characters
+_MAX_VALUE = 80  # of a value or a name of the request
+
+
+def shorten(text: str, most: int = _MAX_VALUE) -> str:
+    """A text of about ``most`` characters: what is longer loses its middle."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
+
+
 class ApiError(Exception):
     """A refusal: an HTTP status, headers, and the error object of its body.
 
     Args:
         status: the HTTP status.
-        message: what is wrong, for people.
+        message: what is wrong, for people; shortened.
         kind: the ``type`` of the error object.
-        param: the field of the request that is wrong.
+        param: the field of the request that is wrong; shortened.
         code: a short name of the refusal, for programs.
         headers: additional response headers.
     """
@@ -43,9 +52,11 @@ class ApiError(Exception):
         self, status: int, message: str, *, kind: str = "invalid_request_error", param: str | None = None,
         code: str | None = None, headers: Mapping[str, str] | None = None,
     ):
+        message = " ".join(shorten(message, _MAX_MESSAGE).split())
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
-        self.error = {"message": " ".join(message.split()), "type": kind, "param": param, "code": code}
+        param = None if param is None else shorten(param)
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
 
     @property
     def body(self) -> dict[str, Any]:
@@ -71,20 +82,23 @@ def invalid_api_key() -> ApiError:
 
 
 def forbidden_host(host: str) -> ApiError:
-    return ApiError(403, f"the Host header names {host!r}, which is not this server: use 127.0.0.1 or localhost")
+    return ApiError(
+        403, f"the Host header names {shorten(host)!r}, which is not this server: use 127.0.0.1 or localhost"
+    )
 
 
 def path_not_found(path: str) -> ApiError:
-    return ApiError(404, f"there is nothing at {path}")
+    return ApiError(404, f"there is nothing at {shorten(path)}")
 
 
 def method_not_allowed(method: str, path: str, headers: Mapping[str, str] | None) -> ApiError:
-    return ApiError(405, f"{path} does not accept {method}", headers=headers)
+    return ApiError(405, f"{shorten(path)} does not accept {shorten(method)}", headers=headers)
 
 
 def model_not_found(name: str, names: Sequence[str]) -> ApiError:
     return ApiError(
-        404, f"there is no model {name!r}; the models are {', '.join(names)}", param="model", code="model_not_found"
+        404, f"there is no model {shorten(name)!r}; the models are {', '.join(names)}", param="model",
+        code="model_not_found",
     )
 
 
@@ -97,7 +111,7 @@ def wrong_endpoint(name: str, translates: bool) -> ApiError:
 
 
 def unsupported_media_type(found: str) -> ApiError:
-    return ApiError(415, f"the content type is {found or 'missing'}: send application/json")
+    return ApiError(415, f"the content type is {shorten(found) or 'missing'}: send application/json")
 
 
 def body_too_slow(seconds: float) -> ApiError:
@@ -117,11 +131,11 @@ def json_too_deep(limit: int) -> ApiError:
 
 
 def unknown_field(path: str) -> ApiError:
-    return ApiError(400, f"the field {path} is not supported: remove it", param=path, code="unknown_field")
+    return ApiError(400, f"the field {shorten(path)} is not supported: remove it", param=path, code="unknown_field")
 
 
 def invalid_value(path: str, reason: str) -> ApiError:
-    return ApiError(400, f"{path or 'the body'}: {reason}", param=path or None, code="invalid_value")
+    return ApiError(400, f"{shorten(path) or 'the body'}: {reason}", param=path or None, code="invalid_value")
 
 
 def invalid_field(param: str, message: str) -> ApiError:

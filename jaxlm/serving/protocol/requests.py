@@ -2,25 +2,56 @@
 
 Names and limits of fields are OpenAI's, or vLLM's for fields that OpenAI does not have. An unknown field is refused,
 because ignoring it could change the response; the fields of ``IgnoredFields`` are accepted and change nothing.
+
+A wrong body must be cheap to refuse, however large. So every list has a limit and ends at its first mistake, and a
+field of several types is read as the one that its value looks like (a tagged union), not as each of them in turn.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from jaxlm.inference.engine.requests import MAX_LOGIT_BIASES, MAX_LOGPROBS
 
 MAX_CHOICES = 128
+MAX_MESSAGES = 2048
+MAX_PARTS = 2048  # of the content of a message
+MAX_PROMPT_TOKENS = 1 << 20
 MAX_SENTENCES = 64
 MAX_BEAMS = 16
 MAX_INSPECTED_TOKENS = 256
+MAX_INSPECTED_CHARACTERS = 64 * MAX_INSPECTED_TOKENS
 
 # JSON has one kind of number, so 2.0 is accepted as an integer.
 Int = Annotated[int, BeforeValidator(lambda x: int(x) if isinstance(x, float) and x.is_integer() else x)]
 Token = Annotated[Int, Field(ge=0, lt=2**31)]
 Text = Annotated[str, Field(min_length=1)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+
+TAG_MARK = "|"  # begins the tags of unions, which are no part of a field's name
+_TEXT, _LIST, _TOKENS, _LISTS = (Tag(TAG_MARK + name) for name in ("text", "list", "tokens", "lists"))
+
+
+def _text_or_list(value: Any) -> str:
+    """The tag of a value that should be a text or a list."""
+    return (_LIST if isinstance(value, list) else _TEXT).tag
+
+
+def _prompt_tag(value: Any) -> str:
+    """The tag of a prompt. The first item tells what the items are."""
+    if not isinstance(value, list):
+        return _TEXT.tag
+    match value[:1]:
+        case [str()]:
+            return _LIST.tag
+        case [list()]:
+            return _LISTS.tag
+    return _TOKENS.tag
+
+
+_TEXT_OR_LIST = Discriminator(_text_or_list)
 
 
 class RequestModel(BaseModel):
@@ -79,8 +110,10 @@ class GenerationRequest(IgnoredFields):
     n: Int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
+    stop: Annotated[
+        Annotated[Text, _TEXT] | Annotated[list[Text], Field(max_length=16, fail_fast=True), _LIST], _TEXT_OR_LIST
+    ] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Int | None = Field(None, ge=0, le=2**31 - 1)
     max_tokens: Int | None = Field(None, ge=0, le=2**31 - 1)
@@ -98,8 +131,12 @@ class GenerationRequest(IgnoredFields):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
-    prompt: str | Annotated[list[Token], Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | Annotated[
-        list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)
+    prompt: Annotated[
+        Annotated[str, _TEXT]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True), _LIST]
+        | Annotated[Tokens, _TOKENS]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True), _LISTS],
+        Discriminator(_prompt_tag),
     ] = Field(description="a text, several texts, or their tokens")
     echo: bool | None = None
     logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -114,7 +151,10 @@ class TextPart(RequestModel):
 
 class ChatMessage(RequestModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
+    content: Annotated[
+        Annotated[str, _TEXT] | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True), _LIST],
+        _TEXT_OR_LIST,
+    ]
     name: str | None = None
 
     @property
@@ -126,7 +166,7 @@ class ChatMessage(RequestModel):
 class ChatCompletionRequest(GenerationRequest):
     """POST /v1/chat/completions"""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: Int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool | None = None
     top_logprobs: Int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -136,9 +176,11 @@ class TranslationRequest(IgnoredFields):
     """POST /v1/translate"""
 
     model: str
-    text: str | Annotated[list[str], Field(min_length=1, max_length=MAX_SENTENCES)] = Field(
-        description="a sentence, or several"
-    )
+    text: Annotated[
+        Annotated[str, _TEXT]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_SENTENCES, fail_fast=True), _LIST],
+        _TEXT_OR_LIST,
+    ] = Field(description="a sentence, or several")
     source_language: str | None = Field(None, description="a language code of the model, if it has several")
     target_language: str | None = None
     beam: Int | None = Field(None, ge=1, le=MAX_BEAMS)
@@ -151,8 +193,14 @@ class InspectionRequest(IgnoredFields):
     """POST /v1/inspect"""
 
     model: str
-    text: str = Field(description="the input of the model; the source text for a translation model")
-    target: str | None = Field(None, description="for a translation model: the translation, or its beginning")
+    text: str = Field(
+        max_length=MAX_INSPECTED_CHARACTERS,
+        description="the input of the model; the source text for a translation model",
+    )
+    target: str | None = Field(
+        None, max_length=MAX_INSPECTED_CHARACTERS,
+        description="for a translation model: the translation, or its beginning",
+    )
     token: Token | None = Field(None, description="the next token to explain; by default the most likely one")
     method: Literal["integrated_gradients", "gradient_x_input"] = "integrated_gradients"
     steps: Int = Field(32, ge=1, le=64, description="points on the path of integrated gradients")

@@ -13,19 +13,31 @@ from jaxlm.serving.protocol.requests import TranslationRequest
 from jaxlm.serving.protocol.responses import ScoredText, Translation, TranslationList, Usage
 from jaxlm.serving.translation_worker import TranslationJob
 
-__all__ = ["source_tokens", "translate"]
+__all__ = ["encode_sentences", "source_tokens", "translate"]
 
 
-async def translate(served: ServedModel, body: TranslationRequest) -> TranslationList:
-    """Translates every sentence that is not blank.
+def _sentences(body: TranslationRequest) -> list[str]:
+    return [body.text] if isinstance(body.text, str) else body.text
+
+
+async def encode_sentences(served: ServedModel, body: TranslationRequest) -> list[list[int]]:
+    """The token ids of every sentence that is not blank, by a thread.
 
     Raises:
-        UserError: when a sentence is too long or the model does not know a language.
+        UserError: when a sentence is too long or the model does not know the language.
     """
-    lm, texts = served.lm, [body.text] if isinstance(body.text, str) else body.text
+    sentences = [text for text in _sentences(body) if text.strip()]
+    return await asyncio.to_thread(source_tokens, served.lm, sentences, body.source_language, served.context)
+
+
+async def translate(served: ServedModel, body: TranslationRequest, rows: Sequence[Sequence[int]]) -> TranslationList:
+    """Translates the sentences of ``encode_sentences``.
+
+    Raises:
+        UserError: when the model does not know the language to translate into.
+    """
+    lm, texts = served.lm, _sentences(body)
     not_blank = [i for i, text in enumerate(texts) if text.strip()]
-    sentences = [texts[i] for i in not_blank]
-    rows = await asyncio.to_thread(source_tokens, lm, sentences, body.source_language, served.context)
     beam = body.beam
     if body.alternatives:
         beam = max(beam or lm.generation.num_beams or 5, body.alternatives + 1)
