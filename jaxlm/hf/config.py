@@ -9,11 +9,14 @@ from typing import Any
 from jaxlm.core.config import current_names, from_dict, to_dict
 from jaxlm.core.errors import UserError
 from jaxlm.hf.families.fields import REQUIRED, Family
-from jaxlm.hf.families.registry import FAMILIES, IGNORED_FIELDS
+from jaxlm.hf.families.known_fields import check_architecture, check_unknown, unread_fields, without_aliases
+from jaxlm.hf.families.registry import FAMILIES
 from jaxlm.hf.validate import validate_sizes
 from jaxlm.nn.config import DecoderConfig, ModelConfig
 
-__all__ = ["RUNTIME_FIELDS", "family_of", "from_hf_config", "jaxlm_section", "read_config", "with_defaults"]
+__all__ = [
+    "RUNTIME_FIELDS", "config_notes", "family_of", "from_hf_config", "jaxlm_section", "read_config", "with_defaults",
+]
 
 # Fields of our configuration that belong to training or to a process, not to the model. config.json has them in our own
 # section, beside the fields of the family.
@@ -22,14 +25,27 @@ RUNTIME_FIELDS = (
     "dropout", "attention_dropout", "ffn_dropout", "layer_groups", "encoder_layer_groups", "decoder_layer_groups",
 )
 
+_NAMES_SHOWN = 12
+
 
 def read_config(fields: Mapping[str, Any]) -> ModelConfig:
     """The configuration of a model whose config.json holds ``fields``.
 
     Raises:
-        UserError: the family is not supported, or a field that may change results is not understood.
+        UserError: the family is not supported, it is no language model (``hf.families.known_fields``), or a field that
+            changes results is not understood.
     """
-    return _with_runtime(from_hf_config(family_of(fields), fields), jaxlm_section(fields).get("runtime", {}))
+    check_architecture(fields, family_of(fields).architecture)
+    return _with_runtime(from_hf_config(fields), jaxlm_section(fields).get("runtime", {}))
+
+
+def config_notes(fields: Mapping[str, Any]) -> list[str]:
+    """What a user should know of a config.json that ``read_config`` reads: fields without effect."""
+    names = unread_fields(fields, with_defaults(fields))
+    if not names:
+        return []
+    names = names if len(names) <= _NAMES_SHOWN else [*names[:_NAMES_SHOWN], f"{len(names) - _NAMES_SHOWN} more"]
+    return [f"config.json: {', '.join(names)}: without effect, as transformers does not read them either"]
 
 
 def jaxlm_section(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,22 +76,21 @@ def family_of(fields: Mapping[str, Any]) -> Family:
     return FAMILIES[model_type]
 
 
-def with_defaults(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of config.json that the family's table reads, with the defaults of absent ones."""
+    family, fields = family_of(fields), without_aliases(fields)
     defaults = {name: default for field in family.fields for name, default in field.hf_defaults.items()}
     return {name: fields.get(name, None if default is REQUIRED else default) for name, default in defaults.items()}
 
 
-def from_hf_config(family: Family, fields: Mapping[str, Any]) -> ModelConfig:
+def from_hf_config(fields: Mapping[str, Any]) -> ModelConfig:
     """Our configuration from the fields of a config.json. ``hf.writer.to_hf_config`` is the inverse.
 
     Raises:
-        UserError: a field that may change results is not understood, or values do not fit each other.
+        UserError: a field that changes results is not understood, or values do not fit each other.
     """
-    known = with_defaults(family, fields)
-    for name, value in sorted(fields.items()):
-        if value is not None and name not in known and name not in IGNORED_FIELDS and name not in family.ignored_fields:
-            raise UserError(f"{name} = {value!r} is not known, and might change what the model computes")
+    family, fields = family_of(fields), without_aliases(fields)
+    check_unknown(fields, with_defaults(fields))
     converted: dict[str, Any] = {}
     for field in family.fields:
         try:

@@ -22,7 +22,7 @@ from jaxlm.core.leaves import is_leaf
 from jaxlm.core.sharding import shardings
 from jaxlm.core.tree import Leaf, Params, flatten, unflatten
 from jaxlm.hf.assemble import assemble_array, copy_into
-from jaxlm.hf.config import family_of, with_defaults
+from jaxlm.hf.config import config_notes, family_of, with_defaults
 from jaxlm.hf.families.fields import Family, TensorSpec
 from jaxlm.hf.quantized.layouts import open_weights
 from jaxlm.hf.quantized.matrix import QuantizedMatrix, QuantizedTensorFiles
@@ -59,6 +59,7 @@ def read_hf_model(
     """
     family = family_of(fields)
     files, notes = open_weights(directory, fields.get("quantization_config"))
+    notes = config_notes(fields) + notes
     for name in layer_count_fields(config):
         count = getattr(config, name)
         if count > len(files):  # a claim that no file can meet, found before the layers are listed and traced
@@ -71,7 +72,7 @@ def read_hf_model(
         like, sources = _find_sources(family, config, named)
     flat = flatten(like)
     targets = flatten(shardings(like, mesh)) if mesh is not None else dict.fromkeys(flat)
-    loader = _Loader(named, config, with_defaults(family, fields), jnp.dtype(dtype))
+    loader = _Loader(named, config, with_defaults(fields), jnp.dtype(dtype))
     leaves = {path: loader.leaf(path, sources[path], leaf.shape, targets[path]) for path, leaf in flat.items()}
     mixed = [path for path, found in sources.items() if not is_leaf(leaves[path]) and any(map(named.matrix, found))]
     mixed = [path for path in mixed if all((m := named.matrix(each)) and m.stack_key for each in sources[path])]

@@ -46,7 +46,7 @@ def simplest_hf_config(config: ModelConfig, *, exact: bool = True) -> dict[str, 
             fields = to_hf_config(config, model_type)
         except UserError:
             continue
-        if not exact or _same_parameters(config, from_hf_config(FAMILIES[model_type], fields)):
+        if not exact or _same_parameters(config, from_hf_config(fields)):
             return fields
     return None
 
@@ -83,7 +83,7 @@ def to_hf_config(config: ModelConfig, model_type: str) -> dict[str, Any]:
     if isinstance(config, Seq2SeqConfig):
         fields |= {"decoder_start_token_id": config.bos_id, "is_encoder_decoder": True}
     try:
-        _check_same_model(config, from_hf_config(family, fields))
+        _check_same_model(config, from_hf_config(fields))
     except UserError as error:
         raise UserError(f"this model cannot be written as {model_type}: {error}") from None
     return fields
@@ -220,7 +220,7 @@ class ExportPlan:
 def plan_export(config: ModelConfig, params: Params, fields: Mapping[str, Any]) -> ExportPlan:
     """How the model is written as one of a family; ``fields`` are those of ``to_hf_config``."""
     family = FAMILIES[fields["model_type"]]
-    target = dataclasses.replace(from_hf_config(family, fields), tie_embeddings=config.tie_embeddings)
+    target = dataclasses.replace(from_hf_config(fields), tie_embeddings=config.tie_embeddings)
     leaves = flatten(params)
     slices: dict[str, list[ParamSlice]] = {}
     for path, like in flatten(nn.abstract(target)[1]).items():
@@ -230,7 +230,7 @@ def plan_export(config: ModelConfig, params: Params, fields: Mapping[str, Any]) 
             slices.setdefault(tensor.name, []).append(part)
     for parts in slices.values():
         parts.sort(key=lambda part: part.spec.fused.index if part.spec.fused else 0)
-    return ExportPlan(target, with_defaults(family, fields), slices)
+    return ExportPlan(target, with_defaults(fields), slices)
 
 
 def _locate(

@@ -59,11 +59,12 @@ def _vocabulary(fields: HfFields) -> dict[str, Any]:
     return {"vocab_size": size, "tie_embeddings": tied, "src_vocab_size": 0 if tied else size}
 
 
-_VOCABULARY = ConfigField(
-    {"vocab_size": 50265, "tie_word_embeddings": True},
-    _vocabulary,
-    lambda config: {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings},
-)
+def _shared_vocabulary(default: int) -> ConfigField:
+    return ConfigField(
+        {"vocab_size": default, "tie_word_embeddings": True},
+        _vocabulary,
+        lambda config: {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_embeddings},
+    )
 
 
 def _decoder_size(hf_name: str, name: str, resolved: str, default: int) -> ConfigField:
@@ -77,7 +78,7 @@ def _decoder_size(hf_name: str, name: str, resolved: str, default: int) -> Confi
 
 
 def _bart_fields(
-    *, vocabulary: ConfigField = _VOCABULARY, act: str = "gelu", scaled: bool = False, attention_dropout: float = 0.0
+    vocabulary: ConfigField, *, act: str = "gelu", scaled: bool = False, attention_dropout: float = 0.0
 ) -> tuple[ConfigField, ...]:
     return (
         vocabulary,
@@ -98,23 +99,17 @@ def _bart_fields(
     )
 
 
-# Fields of fairseq and Marian, which transformers does not read.
-_IGNORED_FIELDS = (
-    "add_bias_logits", "add_final_layer_norm", "extra_pos_embeddings", "force_bos_token_to_be_generated",
-    "normalize_before", "normalize_embedding", "num_hidden_layers", "static_position_embeddings",
-)
 _TIED_TENSORS = (r"model\.(shared|(encoder|decoder)\.embed_tokens)\.weight", r"lm_head\.weight")
 
 BART = Family(
     config_class=Seq2SeqConfig,
     architecture="BartForConditionalGeneration",
     fields=(
-        *_bart_fields(),
+        *_bart_fields(_shared_vocabulary(50265)),
         constant(norm_position="post", positions="learned", position_offset=2, embed_norm=True, logits_bias=True),
     ),
     tensors=_bart_tensors(),
     prefix="model.",
-    ignored_fields=_IGNORED_FIELDS,
     unused_tensors=_TIED_TENSORS,
 )
 
@@ -134,13 +129,12 @@ M2M_100 = Family(
     config_class=Seq2SeqConfig,
     architecture="M2M100ForConditionalGeneration",
     fields=(
-        *_bart_fields(act="relu", scaled=True, attention_dropout=0.1),
+        *_bart_fields(_shared_vocabulary(128112), act="relu", scaled=True, attention_dropout=0.1),
         _POSITION_OFFSET,
         constant(norm_position="pre", positions="sinusoidal_t2t"),
     ),
     tensors=_bart_tensors(),
     prefix="model.",
-    ignored_fields=_IGNORED_FIELDS,
     unused_tensors=(*_TIED_TENSORS, r"model\.(encoder|decoder)\.embed_positions\.weights?", "final_logits_bias"),
 )
 
@@ -171,11 +165,10 @@ MARIAN = Family(
     config_class=Seq2SeqConfig,
     architecture="MarianMTModel",
     fields=(
-        *_bart_fields(vocabulary=_MARIAN_VOCABULARIES),
+        *_bart_fields(_MARIAN_VOCABULARIES),
         constant(norm_position="post", positions="sinusoidal", logits_bias=True),
     ),
     tensors=_bart_tensors(),
     prefix="model.",
-    ignored_fields=_IGNORED_FIELDS,
     unused_tensors=(*_TIED_TENSORS, r"model\.(encoder|decoder)\.embed_positions\.weight"),
 )

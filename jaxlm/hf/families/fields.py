@@ -95,7 +95,6 @@ class Family:
       not looked up.
     - ``prefix`` starts the tensor names, except in files that were saved from the base model alone.
     - ``head`` is the tensor of the output head. A file whose head differs from its embedding has untied embeddings.
-    - ``ignored_fields`` are fields of config.json that do not change what models of this family compute.
     - ``unused_tensors`` are regular expressions of tensor names that the model does not need.
     """
 
@@ -105,7 +104,6 @@ class Family:
     tensors: Mapping[str, TensorSpec]
     prefix: str = ""
     head: str = "lm_head.weight"
-    ignored_fields: tuple[str, ...] = ()
     unused_tensors: tuple[str, ...] = ()
 
 

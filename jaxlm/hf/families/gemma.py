@@ -64,7 +64,7 @@ def _gemma_fields(logit_softcap: float | None, context: int) -> tuple[ConfigFiel
         ATTENTION_BIAS,
         _QUERY_SCALE,
         zero_if_null("final_logit_softcapping", "logit_softcap", logit_softcap),
-        require_value("use_bidirectional_attention", False, default=False),
+        require_value("use_bidirectional_attention", False),
         constant(norm_position="sandwich", embed_scale=True),
     )
 
@@ -75,11 +75,10 @@ GEMMA2 = Family(
     fields=(
         *_gemma_fields(30.0, 8192),
         zero_if_null("attn_logit_softcapping", "attention_softcap", 50.0),
-        rope(),
+        rope(context=8192),
         interleaved_sliding_window(4096, 2),
     ),
     tensors=_TENSORS,
-    ignored_fields=("hidden_act",),  # many files have it; transformers reads hidden_activation
     unused_tensors=(INV_FREQ,),
 )
 
@@ -89,11 +88,10 @@ GEMMA3 = Family(
     fields=(
         *_gemma_fields(None, 131072),
         require_value("attn_logit_softcapping"),  # the class has the field, but transformers' model does not apply it
-        rope_with_local_base(1e6, 1e4),
+        rope_with_local_base(1e6, 1e4, context=131072),
         interleaved_sliding_window(4096, 6, "sliding_window_pattern"),
         constant(qk_norm="head"),
     ),
     tensors=_TENSORS | _one_plus_norms(QK_NORM_TENSORS),
-    ignored_fields=("hidden_act", "_sliding_window_pattern"),  # many files have them; transformers does not read them
     unused_tensors=(INV_FREQ,),
 )

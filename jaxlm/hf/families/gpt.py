@@ -65,10 +65,6 @@ GPT2 = Family(
         **linear("head", "lm_head"),
     },
     prefix="transformer.",
-    ignored_fields=(
-        "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
-        "summary_type", "summary_use_proj",
-    ),
     unused_tensors=(r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import reprlib
 from typing import Any
 
 from jaxlm.core.errors import UserError
@@ -11,16 +12,31 @@ from jaxlm.hf.validate import MAX_LAYERS
 from jaxlm.nn.config import StackConfig
 
 __all__ = [
-    "interleaved_sliding_window", "sliding_window", "sliding_window_from_layer", "sparse_moe_layers",
+    "full_attention", "interleaved_sliding_window", "sliding_window", "sliding_window_from_layer", "sparse_moe_layers",
     "switchable_sliding_window",
 ]
 
 
+def full_attention() -> ConfigField:
+    """No window in any layer: ``layer_types`` may only repeat that."""
+
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        _check_layer_types(fields["layer_types"], "full_attention")
+        return {}
+
+    return ConfigField({"layer_types": None}, from_hf, lambda config: {})
+
+
 def sliding_window(default: int | None) -> ConfigField:
-    """One sliding window for all layers."""
+    """One sliding window for all layers, whatever ``layer_types`` says of them."""
+
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        window = fields["sliding_window"]
+        _check_layer_types(fields["layer_types"], "full_attention", *(["sliding_attention"] if window else []))
+        return {"windows": (window,) if window else ()}
+
     return ConfigField(
-        {"sliding_window": default},
-        lambda fields: {"windows": (fields["sliding_window"],) if fields["sliding_window"] else ()},
+        {"sliding_window": default, "layer_types": None}, from_hf,
         lambda config: {"sliding_window": config.windows[0] if config.windows else None},
     )
 
@@ -61,7 +77,7 @@ def interleaved_sliding_window(default: int, period: int, period_field: str = ""
     ``period_field`` is the field of config.json with another period, if the family has one.
     """
     names = {"sliding_window": default, "layer_types": None, "num_hidden_layers": REQUIRED}
-    names |= {period_field: None} if period_field else {}
+    names |= {period_field: period} if period_field else {}
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
         every = fields.get(period_field) or period
@@ -102,12 +118,16 @@ def _layers(fields: HfFields) -> range:
 def _windows(fields: HfFields, default: list[str]) -> tuple[int, ...]:
     """The window of each layer (0: none), by ``layer_types`` or else by the kinds of layers in ``default``."""
     kinds = fields["layer_types"] or default
-    if not isinstance(kinds, list) or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise UserError(f"layer_types = {kinds!r} is not supported; only sliding_attention and full_attention")
+    _check_layer_types(kinds, "sliding_attention", "full_attention")
     if len(kinds) != fields["num_hidden_layers"]:
         raise UserError(f"layer_types names {len(kinds)} layers and num_hidden_layers is {fields['num_hidden_layers']}")
     windows = tuple((fields["sliding_window"] or 0) if kind == "sliding_attention" else 0 for kind in kinds)
     return windows if any(windows) else ()
+
+
+def _check_layer_types(kinds: Any, *allowed: str) -> None:
+    if kinds is not None and (not isinstance(kinds, list) or any(kind not in allowed for kind in kinds)):
+        raise UserError(f"layer_types = {reprlib.repr(kinds)} is not supported; only {' and '.join(allowed)}, or null")
 
 
 def _layer_types(config: StackConfig) -> dict[str, Any]:

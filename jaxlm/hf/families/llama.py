@@ -18,18 +18,17 @@ from jaxlm.hf.families.fields import (
     optional_size,
     renamed,
 )
-from jaxlm.hf.families.layer_fields import sliding_window
+from jaxlm.hf.families.layer_fields import full_attention, sliding_window
 from jaxlm.hf.families.rope_fields import rope
 from jaxlm.nn.config import DecoderConfig
 
 __all__ = [
-    "ATTENTION_BIAS", "INV_FREQ", "LAYER", "LLAMA", "LLAMA_TENSORS", "MISTRAL", "MIXTRAL", "NO_HEAD_DIM",
-    "QK_NORM_TENSORS", "expert_tensors", "llama_fields",
+    "ATTENTION_BIAS", "INV_FREQ", "LAYER", "LLAMA", "LLAMA_TENSORS", "MISTRAL", "MIXTRAL", "QK_NORM_TENSORS",
+    "expert_tensors", "llama_fields",
 ]
 
 LAYER = "model.layers.{}"
 INV_FREQ = r".*rotary_emb\.inv_freq"  # rotary frequencies, which old releases of transformers saved with the weights
-NO_HEAD_DIM = object()  # in place of a default of head_dim: the family has no such field
 ATTENTION_BIAS = renamed("attention_bias", "qkv_bias", "out_bias", default=False)
 
 
@@ -67,14 +66,13 @@ def expert_tensors(router: str, experts: str, hf_names: Mapping[str, str]) -> di
 
 def llama_fields(
     *, act: str = "hidden_act", default_act: str = "silu", eps: float = 1e-6, kv_heads: int | None = None,
-    head_dim: int | object | None = None, context: int = 2048, tied: bool = False,
+    head_dim: int | None = None, context: int = 2048, tied: bool = False,
 ) -> tuple[ConfigField, ...]:
     """The fields that all descendants of Llama have under the same names.
 
     Args:
         act: the name of the field with the activation.
-        default_act, eps, kv_heads, head_dim, context, tied: defaults of the fields; ``head_dim`` is NO_HEAD_DIM for
-            a family without that field.
+        default_act, eps, kv_heads, head_dim, context, tied: defaults of the fields.
     """
     return (
         renamed("vocab_size", "vocab_size"),
@@ -83,7 +81,7 @@ def llama_fields(
         renamed("num_hidden_layers", "layers"),
         renamed("num_attention_heads", "heads"),
         optional_size("num_key_value_heads", "kv_heads", "n_kv_heads", kv_heads),
-        *(() if head_dim is NO_HEAD_DIM else (optional_size("head_dim", "head_dim", "d_head", head_dim),)),
+        optional_size("head_dim", "head_dim", "d_head", head_dim),
         choice(act, "activation", GATED_ACTIVATIONS, default_act),
         renamed("max_position_embeddings", "max_positions", default=context),
         renamed("rms_norm_eps", "norm_eps", default=eps, cast=float),
@@ -99,6 +97,7 @@ LLAMA = Family(
     fields=(
         *llama_fields(),
         rope(),
+        full_attention(),
         ATTENTION_BIAS,
         renamed("mlp_bias", "mlp_bias", default=False),
         constant(norm_position="pre"),
@@ -110,7 +109,7 @@ LLAMA = Family(
 MISTRAL = dataclasses.replace(
     LLAMA,
     architecture="MistralForCausalLM",
-    fields=(*llama_fields(kv_heads=8, context=131072), rope(), sliding_window(4096)),
+    fields=(*llama_fields(kv_heads=8, context=131072), rope(context=131072), sliding_window(4096)),
 )
 
 MIXTRAL = Family(
@@ -118,7 +117,7 @@ MIXTRAL = Family(
     architecture="MixtralForCausalLM",
     fields=(
         *llama_fields(kv_heads=8, context=131072, eps=1e-5),
-        rope(1e6),
+        rope(1e6, context=131072),
         sliding_window(None),
         renamed("num_local_experts", "experts", default=8),
         renamed("num_experts_per_tok", "experts_per_token", default=2),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from jaxlm.hf.families.fields import Family, constant, norm
+from jaxlm.hf.families.layer_fields import full_attention
 from jaxlm.hf.families.llama import (
     ATTENTION_BIAS,
     INV_FREQ,
     LAYER,
     LLAMA_TENSORS,
-    NO_HEAD_DIM,
     QK_NORM_TENSORS,
     llama_fields,
 )
@@ -21,8 +21,9 @@ OLMO2 = Family(
     config_class=DecoderConfig,
     architecture="Olmo2ForCausalLM",
     fields=(
-        *llama_fields(eps=1e-5, head_dim=NO_HEAD_DIM),
+        *llama_fields(eps=1e-5),
         rope(),
+        full_attention(),
         ATTENTION_BIAS,
         constant(qk_norm="width", norm_position="output"),
     ),

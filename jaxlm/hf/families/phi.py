@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxlm.hf.families.fields import Family, fused_linear, fused_qkv, renamed, write_only
 from jaxlm.hf.families.layer_fields import sliding_window
-from jaxlm.hf.families.llama import INV_FREQ, LAYER, LLAMA_TENSORS, NO_HEAD_DIM, llama_fields
+from jaxlm.hf.families.llama import INV_FREQ, LAYER, LLAMA_TENSORS, llama_fields
 from jaxlm.hf.families.rope_fields import rope
 from jaxlm.nn.config import DecoderConfig
 
@@ -14,8 +14,8 @@ PHI3 = Family(
     config_class=DecoderConfig,
     architecture="Phi3ForCausalLM",
     fields=(
-        *llama_fields(eps=1e-5, context=4096, head_dim=NO_HEAD_DIM),
-        rope(fraction="partial_rotary_factor", original="original_max_position_embeddings"),
+        *llama_fields(eps=1e-5, context=4096),
+        rope(whole=1.0, context=4096, original=4096),
         sliding_window(None),
         renamed("resid_pdrop", "dropout", default=0.0, cast=float),
         write_only("embd_pdrop", "dropout", 0.0),

@@ -27,7 +27,12 @@ __all__ = ["QWEN2", "QWEN3", "QWEN3_MOE"]
 QWEN2 = dataclasses.replace(
     LLAMA,
     architecture="Qwen2ForCausalLM",
-    fields=(*llama_fields(kv_heads=32, context=32768), rope(), sliding_window_from_layer(), constant(qkv_bias=True)),
+    fields=(
+        *llama_fields(kv_heads=32, context=32768),
+        rope(context=32768),
+        sliding_window_from_layer(),
+        constant(qkv_bias=True),
+    ),
 )
 
 QWEN3 = dataclasses.replace(
@@ -35,7 +40,7 @@ QWEN3 = dataclasses.replace(
     architecture="Qwen3ForCausalLM",
     fields=(
         *llama_fields(kv_heads=32, head_dim=128, context=32768),
-        rope(),
+        rope(context=32768),
         sliding_window_from_layer(),
         ATTENTION_BIAS,
         constant(qk_norm="head"),
@@ -48,7 +53,7 @@ QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     fields=(
         *llama_fields(kv_heads=4, context=32768),
-        rope(),
+        rope(context=32768),
         switchable_sliding_window(),
         ATTENTION_BIAS,
         ConfigField(
@@ -65,6 +70,5 @@ QWEN3_MOE = Family(
     tensors=LLAMA_TENSORS | QK_NORM_TENSORS | expert_tensors(
         "mlp.gate", "mlp.experts", {name: f"{name}_proj" for name in ("gate", "up", "down")}
     ),
-    ignored_fields=("max_window_layers",),
     unused_tensors=(INV_FREQ,),
 )

@@ -17,7 +17,7 @@ from jaxlm.hf.families.phi import PHI3
 from jaxlm.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from jaxlm.hf.families.t5 import T5
 
-__all__ = ["FAMILIES", "IGNORED_FIELDS", "markdown"]
+__all__ = ["FAMILIES", "markdown"]
 
 FAMILIES: dict[str, Family] = {
     "gpt2": GPT2,
@@ -38,25 +38,6 @@ FAMILIES: dict[str, Family] = {
     "bart": BART,
     "mbart": MBART,
 }
-
-# Fields that do not change what a model of any family computes: names; token ids and quantization_config, which other
-# code reads; settings of training and of classifiers; and settings of generation, which older files keep in config.json
-# (``inference.generation_config`` reads those).
-IGNORED_FIELDS = frozenset(
-    "_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures auto_map bos_token_id "
-    "cache_implementation chunk_size_feed_forward classif_dropout classifier_dropout cross_attention_hidden_size "
-    "decoder_layerdrop decoder_start_token_id dtype encoder_layerdrop eos_token_id finetuning_task "
-    "gradient_checkpointing id2label init_std initializer_factor initializer_range is_decoder is_encoder_decoder jaxlm "
-    "label2id layerdrop model_type n_ctx num_labels output_attentions "
-    "output_hidden_states output_past output_router_logits pad_token_id prefix pretraining_tp problem_type "
-    "pruned_heads quantization_config return_dict return_dict_in_generate router_aux_loss_coef router_jitter_noise "
-    "sep_token_id task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript transformers_version "
-    "use_bfloat16 use_cache "
-    "bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
-    "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length "
-    "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values "
-    "repetition_penalty suppress_tokens temperature top_k top_p typical_p".split()
-)
 
 
 def markdown() -> str:

@@ -14,47 +14,50 @@ __all__ = ["rope", "rope_with_local_base"]
 
 
 def rope(
-    theta: float = 10000.0, *, base: str = "rope_theta", fraction: str = "", whole: float = 1.0, original: str = ""
+    theta: float = 10000.0, *, base: str = "rope_theta", fraction: str = "partial_rotary_factor",
+    whole: float | None = None, context: int = 2048, original: int | None = None,
 ) -> ConfigField:
     """Rotary positions: ``rope_theta`` and ``rope_scaling``, or the ``rope_parameters`` of transformers 5.
 
     Args:
         theta: the default of the base.
-        base: the older name of the base.
-        fraction: the name of the fraction of a head that is rotated, if the family has that field.
-        whole: the default of that fraction.
-        original: the name of the context length of pretraining, if it stands outside ``rope_scaling``.
+        base: the name of the base outside ``rope_parameters``.
+        fraction: the name of the fraction of a head that is rotated, outside ``rope_parameters``.
+        whole: the default of that fraction, if the family can rotate a part of a head.
+        context: the default of the context length.
+        original: the default of the context length of pretraining, if the family has one. Outside ``rope_scaling`` it
+            counts before the one inside.
     """
-    names = {base: None, "rope_parameters": None, "rope_scaling": None, "max_position_embeddings": 2048}
-    names |= {name: None for name in ("partial_rotary_factor", fraction, original) if name}
+    names = {base: None, fraction: whole, "rope_parameters": None, "rope_scaling": None}
+    names |= {"max_position_embeddings": context, "original_max_position_embeddings": original}
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
         scaling = _object("rope_scaling", fields["rope_scaling"])
         scaling = scaling or _object("rope_parameters", fields["rope_parameters"])
         given_theta = scaling.pop("rope_theta", fields[base])
-        older_fraction = fields[fraction] if fraction else None
-        rotated = scaling.pop("partial_rotary_factor", fields["partial_rotary_factor"])
-        rotated = (whole if older_fraction is None else older_fraction) if rotated is None else rotated
-        if not fraction and rotated != 1.0:
-            raise UserError(f"partial_rotary_factor = {rotated!r} is not supported in this model_type")
+        rotated = scaling.pop("partial_rotary_factor", fields[fraction])
+        rotated = (whole or 1.0) if rotated is None else rotated
+        if whole is None and rotated != 1.0:
+            raise UserError(f"partial_rotary_factor = {rotated!r} is not supported in this model_type; only 1.0")
+        pretrained = fields["original_max_position_embeddings"]
         return {
-            "rope_scaling": _scaling_from_hf(scaling, fields["max_position_embeddings"], fields.get(original)),
+            "rope_scaling": _scaling_from_hf(scaling, fields["max_position_embeddings"], pretrained),
             "rope_theta": _positive(base, theta if given_theta is None else given_theta),
-            "rotary_fraction": _positive("partial_rotary_factor", rotated),
+            "rotary_fraction": _positive(fraction, rotated),
         }
 
     def to_hf(config: StackConfig) -> dict[str, Any]:
         out = {base: config.rope_theta, "rope_scaling": _scaling_to_hf(config.rope_scaling)}
         if original:
-            out[original] = config.rope_scaling.original_positions or config.max_positions
-        return out | ({fraction: config.rotary_fraction} if fraction else {})
+            out["original_max_position_embeddings"] = config.rope_scaling.original_positions or config.max_positions
+        return out | ({} if whole is None else {fraction: config.rotary_fraction})
 
     return ConfigField(names, from_hf, to_hf)
 
 
-def rope_with_local_base(theta: float, local_theta: float) -> ConfigField:
+def rope_with_local_base(theta: float, local_theta: float, *, context: int) -> ConfigField:
     """Rotary positions as ``rope`` reads them, with another base in layers that have a sliding window (Gemma 3)."""
-    plain = rope(theta)
+    plain = rope(theta, context=context)
     names = {**plain.hf_defaults, "rope_local_base_freq": None}
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
@@ -63,12 +66,12 @@ def rope_with_local_base(theta: float, local_theta: float) -> ConfigField:
             base = fields["rope_local_base_freq"] or local_theta
             return plain.from_hf(fields) | {"rope_local_theta": _positive("rope_local_base_freq", base)}
         full, sliding = (_object(name, given.get(name)) for name in ("full_attention", "sliding_attention"))
-        if fields["rope_scaling"] is not None:
-            raise UserError("rope_scaling and rope_parameters are both given; leave one of them out")
-        local = rope(local_theta).from_hf({**fields, "rope_theta": None, "rope_parameters": sliding})
+        full |= _object("rope_scaling", fields["rope_scaling"])
+        flat = {**fields, "rope_scaling": None}
+        local = rope(local_theta).from_hf({**flat, "rope_theta": None, "rope_parameters": sliding})
         if local["rope_scaling"] != RopeScaling():
             raise UserError(f"rope_parameters: sliding_attention = {sliding} is scaled, which is not supported")
-        return plain.from_hf({**fields, "rope_parameters": full}) | {"rope_local_theta": local["rope_theta"]}
+        return plain.from_hf({**flat, "rope_parameters": full}) | {"rope_local_theta": local["rope_theta"]}
 
     def to_hf(config: StackConfig) -> dict[str, Any]:
         return plain.to_hf(config) | {"rope_local_base_freq": config.rope_local_theta}
@@ -139,8 +142,6 @@ def _scaling_from_hf(given: dict[str, Any], context: Any, original: Any) -> Rope
         fields |= {name: _factors(name, given.pop(name, None)) for name in ("short_factor", "long_factor")}
     else:
         raise UserError(f"rope_scaling of the type {kind!r} is not supported")
-    if given:
-        raise UserError(f"rope_scaling: {next(iter(given))} = {next(iter(given.values()))!r} is not known")
     if kind in ("llama3", "yarn", "longrope"):
         fields["original_positions"] = pretrained
     return RopeScaling(method=kind, **fields)

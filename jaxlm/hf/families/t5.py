@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxlm.hf.families.fields import (
     ACTIVATIONS,
@@ -62,6 +63,28 @@ def _up_projection(side: str) -> Callable[[Seq2SeqConfig], str]:
     return lambda config: f"{hf_mlp}.{'wi_1' if config.gated else 'wi'}.weight"
 
 
+_PROJECTIONS = choice(
+    "feed_forward_proj", "activation",
+    ACTIVATIONS | {f"gated-{name}": gated for name, gated in GATED_ACTIVATIONS.items()} | {"gated-gelu": "geglu_tanh"},
+    "relu",
+)
+
+
+def _activation(fields: HfFields) -> dict[str, Any]:
+    """``feed_forward_proj`` says both what is applied and whether there is a gate; files may say each by itself."""
+    name, gated = fields["dense_act_fn"], fields["is_gated_act"]
+    found = _PROJECTIONS.from_hf(fields)
+    if name is None and gated is None:
+        return found
+    first, _, last = fields["feed_forward_proj"].rpartition("-")
+    last = "gelu_new" if (first, last) == ("gated", "gelu") else last
+    names = GATED_ACTIVATIONS if (first == "gated" if gated is None else gated) else ACTIVATIONS
+    return choice("dense_act_fn", "activation", names).from_hf({"dense_act_fn": last if name is None else name})
+
+
+_ACTIVATION = ConfigField(_PROJECTIONS.hf_defaults | {"dense_act_fn": None, "is_gated_act": None}, _activation,
+                          _PROJECTIONS.to_hf)
+
 T5 = Family(
     config_class=Seq2SeqConfig,
     architecture="T5ForConditionalGeneration",
@@ -84,13 +107,7 @@ T5 = Family(
         renamed("relative_attention_max_distance", "relative_max_distance", default=128),
         renamed("dropout_rate", "dropout", default=0.1, cast=float),
         renamed("layer_norm_epsilon", "norm_eps", default=1e-6, cast=float),
-        choice(
-            "feed_forward_proj", "activation",
-            ACTIVATIONS
-            | {f"gated-{name}": gated for name, gated in GATED_ACTIVATIONS.items()}
-            | {"gated-gelu": "geglu_tanh"},
-            "relu",
-        ),
+        _ACTIVATION,
         ConfigField(
             {"tie_word_embeddings": True, "scale_decoder_outputs": None},  # see _output_scale
             lambda fields: {"tie_embeddings": True},  # the reader unties them where the file has another head
@@ -102,7 +119,6 @@ T5 = Family(
         f"{side}/layers/mlp/up/kernel": TensorSpec(_up_projection(side), transposed=True)
         for side in ("encoder", "decoder")
     },
-    ignored_fields=("dense_act_fn", "is_gated_act", "n_positions", "use_task_specific_params"),
     unused_tensors=(
         r"(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight",
         r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
