@@ -52,7 +52,7 @@ WINGS = {
 # Compression knows parameters by their paths, and what a model is (its configuration), but not what computes it.
 STRANGERS = [("compression", "nn"), ("nn", "compression"), ("data", "nn"), ("nn", "data")]
 MOST_LINES, MOST_FILES = 400, 15
-FOUNDATIONS = {"jax", "flax", "numpy"}
+FOUNDATIONS = {"jax", "flax", "numpy", "regex"}
 
 
 def imports(tree: ast.AST) -> Iterator[str]:

@@ -9,12 +9,12 @@ tfds:NAME/CONFIG:SPLIT or builtin:phrasebook. The default for a training run is 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from jaxlm.cli.arguments import add_generation, add_kv_cache, add_languages, add_model, add_search, with_generation
 from jaxlm.cli.output import ProgressBar, add_json, check_writable, print_fields, write_json
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import read_sealed_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +63,6 @@ def _test_data(run: Path) -> str:
         from jaxlm.core.config import from_dict
         from jaxlm.training.config import Experiment
 
-        if spec := from_dict(Experiment, json.loads(path.read_text(encoding="utf-8")), stored=True).data.test:
+        if spec := from_dict(Experiment, read_sealed_json(path), stored=True).data.test:
             return spec
     raise UserError(f"{run} has no experiment with data.test; give --data SPEC")

@@ -48,7 +48,8 @@ def _gguf(args: argparse.Namespace, lm: LM) -> None:
 
 
 def _directory(args: argparse.Namespace, lm: LM) -> None:
-    from jaxlm.hf.directory import read_json, weight_bytes
+    from jaxlm.core.untrusted import read_json
+    from jaxlm.hf.directory import weight_bytes
 
     out = lm.export(args.out, format=args.format, dtype=args.dtype)
     fields = read_json(out / "config.json")

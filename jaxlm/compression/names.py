@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from jaxlm.compression.quantize.rtn import Quantize
 from jaxlm.compression.recipe import Recipe
 from jaxlm.compression.steps import Data, OnCpu, Step, needs_data
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import read_json
 
 __all__ = ["NAMES", "RecipeName", "load_recipe", "markdown", "parse"]
 
@@ -231,8 +231,9 @@ def load_recipe(spec: str) -> Recipe:
             "compression.json"
         )
     if spec.endswith(".json"):
+        content = read_json(Path(spec))
         try:
-            return Recipe.from_json(json.loads(Path(spec).read_text(encoding="utf-8"))["recipe"])
+            return Recipe.from_json(content["recipe"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{spec} does not hold a recipe as compression.json does: {error}") from None
     recipe = runpy.run_path(spec).get("recipe")

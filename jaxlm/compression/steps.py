@@ -19,6 +19,7 @@ from jaxlm.compression.layer_groups import join
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LowRank, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten, map_params
+from jaxlm.core.untrusted import Pattern
 from jaxlm.nn.config import ModelConfig
 
 __all__ = ["LAYER_KERNELS", "LayerStep", "ModelStep", "Step", "WeightStep", "apply_step"]
@@ -118,7 +119,7 @@ class ModelStep(Step):
 
 def matching(target: str, params: Params) -> list[str]:
     """The paths of parameters that a regular expression matches. Routers of experts are never compressed."""
-    matches = re.compile(target).fullmatch
+    matches = Pattern(target, "a step's target").fullmatch
     return [path for path in flatten(params) if matches(path) and not path.endswith("/router/kernel")]
 
 

@@ -7,7 +7,6 @@ representation of it (``jaxlm.core.leaves``) and, as metadata, the logical ``axe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import Pattern
 
 Params = nnx.State
 Transform = Callable[[Params], Params]
@@ -61,7 +61,7 @@ def rule(pattern: str, fn: Callable[[Leaf], Leaf]) -> Transform:
     Raises:
         UserError: by the Transform, when no path matches.
     """
-    matches = re.compile(pattern).fullmatch
+    matches = Pattern(pattern, "a rule").fullmatch
 
     def transform(params: Params) -> Params:
         if not any(matches(path) for path in flatten(params)):

@@ -27,6 +27,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.host_memory import on_host
 from jaxlm.core.leaves import is_leaf, merge_adapters
 from jaxlm.core.tree import Params, flatten, unflatten
+from jaxlm.core.untrusted import parse_json, read_json, read_sealed_json
 from jaxlm.data.tokenizers.files import find_tokenizer
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.config import RUNTIME_FIELDS, jaxlm_section, read_config
@@ -239,7 +240,7 @@ def read_model_config(path: Path) -> ModelConfig:
             raise UserError(f"{file}: {error}") from None
     if not (path / "experiment.json").is_file():
         raise UserError(f"{path} has no config.json; name a model directory or a training run")
-    return from_dict(ModelConfig, read_json(path / "experiment.json").get("model"), stored=True)
+    return from_dict(ModelConfig, read_sealed_json(path / "experiment.json").get("model"), stored=True)
 
 
 def _is_ours(fields: Mapping[str, Any]) -> bool:
@@ -285,11 +286,11 @@ def read_generation(directory: Path) -> GenerationConfig:
 
 def _weights_metadata(files: TensorFiles, path: Path) -> dict[str, Any]:
     try:
-        weights = json.loads(files.metadata["jaxlm"])
+        weights = parse_json(files.metadata["jaxlm"])
         if not isinstance(weights, dict) or not isinstance(weights.get("tensors"), dict):
             raise ValueError
         return weights
-    except (KeyError, ValueError, RecursionError):
+    except (KeyError, ValueError):
         raise UserError(f"{path}: the weights do not belong to this config.json; copy both again") from None
 
 
@@ -301,7 +302,7 @@ def _read_run(
         return read_model(run / "model", mesh=mesh, dtype=dtype)
     from jaxlm.checkpoint.store import Store  # imports Orbax, which nothing else here needs
 
-    experiment = read_json(run / "experiment.json")
+    experiment = read_sealed_json(run / "experiment.json")
     if experiment.get("lora", {}).get("rank"):
         raise UserError(f"{run} trains adapters and has not written them yet; let it finish")
     config = from_dict(ModelConfig, experiment.get("model"), stored=True)
@@ -324,21 +325,6 @@ def _read_run(
 def weight_bytes(directory: str | Path) -> int:
     """The size on disk of the weights of a model directory."""
     return TensorFiles(Path(directory)).nbytes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: the file cannot be read, or holds something else.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); copy or save it again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} does not hold a JSON object; copy or save it again")
-    return data
 
 
 def _write_json(path: Path, data: Any) -> None:

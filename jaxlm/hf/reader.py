@@ -152,6 +152,8 @@ def _find_sources(
                     f"{files.files.path_of(name)}: tensor {name!r} is {list(found)}, by config.json it should be "
                     f"{list(expected)}"
                 )
+            if files.matrix(tensor) is None:
+                files.files.raw.check_floats(name)
             sources[path].append(tensor)
             needed.add(name)
     unused = [re.compile(pattern) for pattern in family.unused_tensors]

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import parse_json
 
 __all__ = ["WEIGHTS_FILE", "INDEX_FILE", "LazyTensor", "TensorFiles", "write_tensors", "written_bytes"]
 
@@ -30,6 +31,7 @@ _DTYPES = {
     "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U64": np.dtype(np.uint64), "U32": np.dtype(np.uint32),
     "U16": np.dtype(np.uint16), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }
+_FLOATS = "fV"  # NumPy's kinds of floats; those of ml_dtypes are "V"
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -85,10 +87,10 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 f"{self.directory} has no {WEIGHTS_FILE}; name a model directory with its weights as safetensors"
             )
         try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = parse_json(path.read_text(encoding="utf-8"))["weight_map"]
             if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
                 raise ValueError
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{path} is not an index of safetensors files; copy the model directory again") from None
         for name in weight_map.values():
             if Path(name).name != name or not name.endswith(".safetensors") or not name.isprintable():
@@ -101,13 +103,13 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 metadata = file.metadata() or {}
             with path.open("rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
-                header = json.loads(raw.read(length))
-            checksums = dict(json.loads(metadata.get(_CRC32, "{}")))
+                header = parse_json(raw.read(length))
+            checksums = dict(parse_json(metadata.get(_CRC32, "{}")))
             with path.open("rb") as raw:
                 self._maps[path] = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise UserError(f"{path} is missing; copy the model directory again") from None
-        except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{path} is damaged or cannot be read ({reason}); copy or save it again") from None
         self.metadata |= metadata
@@ -162,6 +164,19 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def read(self, name: str) -> np.ndarray:
         """A tensor, in the type in which it is stored."""
         return np.array(self.read_slice(name, ()))
+
+    def check_floats(self, name: str) -> None:
+        """Raises UserError where a tensor, which must hold weights or scales, is not of a floating-point type."""
+        if self.dtype(name).kind not in _FLOATS:
+            raise UserError(
+                f"{self.path_of(name)}: tensor {name!r} is of the type {self.dtype(name)}, and weights are floats; "
+                "copy or save it again"
+            )
+
+    def read_floats(self, name: str) -> np.ndarray:
+        """A tensor of floats. Raises as ``check_floats``."""
+        self.check_floats(name)
+        return self.read(name)
 
     def view(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor as a view of the file.

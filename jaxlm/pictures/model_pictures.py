@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import is_leaf
 from jaxlm.core.sharding import abstract_mesh, describe_mesh, shardings
 from jaxlm.core.tree import Params, flatten
+from jaxlm.core.untrusted import read_json_if_there
 from jaxlm.evaluation.comparison import Comparison
 from jaxlm.evaluation.insight import inspect_tokens
 from jaxlm.inference.translation import decoder_start_token, encode_sources, translate_tokens
@@ -81,8 +81,11 @@ def _layers(params: Params, source: Path, dense: Any) -> list[Picture]:
 def _costs(source: Path) -> Mapping[str, float]:
     """What each kernel costs, where a model was fitted to a budget."""
     path = source / "compression.json"
-    choices = json.loads(path.read_text()).get("choices", []) if path.is_file() else []
-    return {row["kernel"]: row["final"] for row in choices}
+    choices = read_json_if_there(path).get("choices", [])
+    try:
+        return {str(row["kernel"]): float(row["final"]) for row in choices}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: its choices name no kernels with their losses; compress again") from None
 
 
 def _mesh(params: Params, preset: str, devices: int) -> Picture:

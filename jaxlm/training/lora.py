@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from functools import partial
 
 import jax
@@ -16,6 +15,7 @@ from jaxlm.compression.steps import WeightStep, matching
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LoRA, column_norms, dequantize, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten, map_params, unflatten
+from jaxlm.core.untrusted import Pattern
 from jaxlm.training.config import Experiment, LoraConfig
 
 __all__ = ["add_adapters", "check_lora", "freeze_base", "remove_adapters"]
@@ -53,7 +53,7 @@ def freeze_base(base: str, params: Params, platform: str) -> Params:
     leaves = flatten(params)
     for path, leaf in leaves.items():
         if path in chosen:
-            steps = tuple(step for step in recipe.steps if re.fullmatch(step.target, path))
+            steps = tuple(step for step in recipe.steps if Pattern(step.target, "a step's target").fullmatch(path))
             leaves[path] = _compressed(steps, -1 if path.endswith("/table") else -2, leaf, platform)
     return unflatten(params, leaves)
 

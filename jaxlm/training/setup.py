@@ -26,6 +26,7 @@ from jaxlm.core.sharding import (
     require_host_memory,
 )
 from jaxlm.core.tree import Params, Transform, count_params, flatten
+from jaxlm.core.untrusted import read_sealed_json, seal
 from jaxlm.data.batches.loader import Loader, make_loader
 from jaxlm.data.contamination import find_contamination
 from jaxlm.data.sources.spec import open_source
@@ -97,7 +98,7 @@ class Setup:
             if not self.resuming:
                 self.tokenizer.save(run)
             with replaced_file(run / "experiment.json") as new:
-                new.write_text(json.dumps(to_dict(self.config), indent=2) + "\n")
+                new.write_text(json.dumps(seal(to_dict(self.config)), indent=2) + "\n")
 
 
 def prepare(config: Experiment, run: Path) -> Setup:
@@ -197,7 +198,7 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, translates: bool)
 
 
 def _check_unchanged(config: Experiment, run: Path) -> None:
-    stored = json.loads((run / "experiment.json").read_text())
+    stored = read_sealed_json(run / "experiment.json")
     try:
         # Fields that are newer than the run get their defaults.
         stored = json.loads(json.dumps(to_dict(from_dict(Experiment, stored, stored=True))))

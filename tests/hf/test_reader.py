@@ -139,6 +139,8 @@ def test_weights_in_several_files(tmp_path, rng):
     (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), "tensor 'model.layers.1.mlp.up_proj.weight'"),
     (lambda t: t.update({"model.norm.weight": np.ones(7, np.float32)}),
      "tensor 'model.norm.weight' is [7], by config.json it should be [24]"),
+    (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].view(np.int32)}),
+     "tensor 'model.norm.weight' is of the type int32"),
     (lambda t: t.update({"adapter.weight": np.ones(7, np.float32)}),
      "tensor 'adapter.weight'"),
 ])

@@ -317,6 +317,10 @@ def test_fields_newer_than_a_run_count_as_their_defaults(folder, finished, tmp_p
     older = json.loads((finished / "experiment.json").read_text())
     del older["prune"], older["optim"]["decay_fraction"]
     (tmp_path / "experiment.json").write_text(json.dumps(older))
+    with pytest.raises(UserError, match="experiment.json was damaged or changed"):
+        prepare(experiment(folder), tmp_path)
+    del older["checksum"]  # older files have none
+    (tmp_path / "experiment.json").write_text(json.dumps(older))
     assert prepare(experiment(folder), tmp_path).resuming
     with pytest.raises(UserError, match="was trained with optim.decay_fraction = 0.2, not 0.5"):
         prepare(changed(experiment(folder), "optim", decay_fraction=0.5), tmp_path)

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import read_json
 from jaxlm.data.tokenizers.token_bytes import token_bytes
 
 EACH_CHARACTER = r"[\s\S]"  # splits a text into characters
@@ -254,10 +255,7 @@ def read_vocabulary(file: Path) -> dict[str, int]:
     Raises:
         UserError: when the file does not map tokens to ids.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); copy it again") from None
-    if not isinstance(content, dict) or not all(type(i) is int and 0 <= i < 1 << 31 for i in content.values()):
+    content = read_json(file)
+    if not all(type(i) is int and 0 <= i < 1 << 31 for i in content.values()):
         raise UserError(f"{file} does not map tokens to ids; copy it again")
     return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import read_json_if_there
 from jaxlm.data.tokenizers.backends import FastBackend, TokenizerBackend, add_named_tokens
 
 _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # SentencePiece
@@ -76,8 +76,8 @@ def read_tokenizer(path: Path) -> tuple[TokenizerBackend, dict[str, Any], str]:
 
 
 def _read(directory: Path, name: str) -> tuple[TokenizerBackend, dict[str, Any], str]:
-    config = read_json(directory / "tokenizer_config.json")
-    model = read_json(directory / "config.json")
+    config = read_json_if_there(directory / "tokenizer_config.json")
+    model = read_json_if_there(directory / "config.json")
     family = _family(directory, name, config, model)
     converted = name.endswith((".model", ".spm", ".txt"))
     if not config:
@@ -179,9 +179,9 @@ def _merge_specials(directory: Path, config: dict[str, Any], converted: bool) ->
     """Adds what older directories keep in special_tokens_map.json and added_tokens.json."""
     if "added_tokens_decoder" in config:
         return
-    for key, value in read_json(directory / "special_tokens_map.json").items():
+    for key, value in read_json_if_there(directory / "special_tokens_map.json").items():
         config[key] = config.get(key) or value
-    if converted and (added := read_json(directory / "added_tokens.json")):
+    if converted and (added := read_json_if_there(directory / "added_tokens.json")):
         special = set(_named_tokens(config))
         config["added_tokens_decoder"] = {
             str(index): {"content": token, "special": token in special, "normalized": token not in special}
@@ -192,7 +192,7 @@ def _merge_specials(directory: Path, config: dict[str, Any], converted: bool) ->
 def _merge_templates(directory: Path, config: dict[str, Any]) -> None:
     """Adds chat templates from files of their own, which replace one in tokenizer_config.json."""
     named = {}
-    if template := read_json(directory / "chat_template.json").get("chat_template"):
+    if template := read_json_if_there(directory / "chat_template.json").get("chat_template"):
         named["default"] = template
     for file in [directory / "chat_template.jinja", *sorted(directory.glob("additional_chat_templates/*.jinja"))]:
         if file.is_file():
@@ -235,20 +235,3 @@ def _add_frame(backend: FastBackend, config: Mapping[str, Any], begins: bool) ->
         single = [*filter(None, [tokens.get("bos"), "$A", tokens.get("eos")])]
         ids = [(token, backend.vocabulary[token]) for token in dict.fromkeys(tokens.values())]
         backend.raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} if there is no file.
-
-    Raises:
-        UserError: when the file holds something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); restore it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object; restore it")
-    return content

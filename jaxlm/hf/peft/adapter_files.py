@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from jaxlm.core.disk import replaced_directory
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import Pattern, read_json
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.tensor_files import TensorFiles
 
@@ -25,6 +26,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _MAGNITUDE = ".lora_magnitude_vector"
 _PREFIX = "base_model.model."  # starts every name in the file
+_LARGEST = 1e9  # of ranks and alphas
 
 _FIELDS = {
     "alpha_pattern", "base_model_name_or_path", "init_lora_weights", "lora_alpha", "peft_type", "r", "rank_pattern",
@@ -102,15 +104,14 @@ def read_adapter(directory: str | Path) -> Adapter:
     path = directory / ADAPTER_CONFIG
     if not path.is_file():
         raise UserError(f"{directory} has no {ADAPTER_CONFIG}; name a PEFT adapter directory")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-        config = {name: value for name, value in config.items() if value is not None}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); copy or save it again") from None
+    config = {name: value for name, value in read_json(path).items() if value is not None}
     try:
         _check_config(config)
+        for name in ("rank_pattern", "alpha_pattern"):  # they match the end of a module's name, as in PEFT
+            given = config.get(name, {})
+            config[name] = [
+                (Pattern(rf"(.*\.)?({pattern})$", name, pattern), value) for pattern, value in given.items()
+            ]
         return _read_tensors(directory, config)
     except UserError as error:
         raise UserError(str(error) if str(directory) in str(error) else f"{path}: {error}") from None
@@ -132,8 +133,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
         if not isinstance(config.get(pattern, {}), dict):
             raise UserError(f"{pattern} = {config[pattern]!r} is not an object with named fields")
         for value in (config.get(name, 8), *config.get(pattern, {}).values()):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"{name} = {value!r} is not a number")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+                raise UserError(f"{name} = {repr(value)[:80]} is not a number that it can be")
 
 
 def _read_tensors(directory: Path, config: Mapping[str, Any]) -> Adapter:
@@ -168,9 +169,9 @@ def _read_tensors(directory: Path, config: Mapping[str, Any]) -> Adapter:
         elif "lora_" in module:
             raise UserError(f"{file}: tensor {name!r} is not of a plain LoRA adapter; only those are supported")
         elif ".base_layer." in module:
-            base_layer_tensors[module.replace(".base_layer.", ".")] = tensors.read(name)
+            base_layer_tensors[module.replace(".base_layer.", ".")] = tensors.read_floats(name)
         else:
-            saved_modules[module] = tensors.read(name)
+            saved_modules[module] = tensors.read_floats(name)
     base, revision = config.get("base_model_name_or_path", ""), config.get("revision")
     return Adapter(file, str(base), revision, deltas, base_layer_tensors, saved_modules)
 
@@ -179,14 +180,14 @@ def _delta(
     tensors: TensorFiles, first: str, second: str, linear: bool, module: str, config: Mapping[str, Any]
 ) -> LoraDelta:
     """The delta of ``module`` from the tensors ``first`` (A) and ``second`` (B), without its magnitude."""
-    a, b = tensors.read(first), tensors.read(second)
+    a, b = tensors.read_floats(first), tensors.read_floats(second)
     file = tensors.path_of(first)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or 0 in a.shape:
         raise UserError(f"{file}: tensor {first!r} is {list(a.shape)} and its partner {list(b.shape)}; they do not fit")
-    rank = _matching(config.get("rank_pattern", {}), module, config.get("r", 8))
+    rank = _matching(config["rank_pattern"], module, config.get("r", 8))
     if rank != a.shape[0]:
         raise UserError(f"{file}: tensor {first!r} has rank {a.shape[0]}, by {ADAPTER_CONFIG} it should be {rank}")
-    alpha = _matching(config.get("alpha_pattern", {}), module, config.get("lora_alpha", 8))
+    alpha = _matching(config["alpha_pattern"], module, config.get("lora_alpha", 8))
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LoraDelta(a.T.astype(np.float32), b.T.astype(np.float32), scale, linear)
 
@@ -201,22 +202,16 @@ def _magnitude(
         )
     if name not in tensors:
         return None
-    magnitude = tensors.read(name).astype(np.float32).reshape(-1)
+    magnitude = tensors.read_floats(name).astype(np.float32).reshape(-1)
     if len(magnitude) != delta.b.shape[1]:
         outputs = delta.b.shape[1]
         raise UserError(f"{tensors.path_of(name)}: tensor {name!r} has {len(magnitude)} numbers for {outputs} outputs")
     return magnitude
 
 
-def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the end of a module's name, as in PEFT."""
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error:
-            raise UserError(f"{pattern!r} in rank_pattern or alpha_pattern is not a regular expression") from None
-    return default
+def _matching(patterns: Sequence[tuple[Pattern, Any]], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
 def write_adapter(

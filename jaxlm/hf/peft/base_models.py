@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlm.core.tree import Params
+from jaxlm.core.untrusted import read_json
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
-from jaxlm.hf.directory import read_json, read_tokenizer
+from jaxlm.hf.directory import read_tokenizer
 from jaxlm.hf.hub import local_path
 from jaxlm.hf.peft.adapters import ADAPTER_CONFIG, Adapter, apply_adapter, read_adapter
 from jaxlm.nn.config import ModelConfig

@@ -45,10 +45,10 @@ def awq_matrices(files: TensorFiles, config: Mapping[str, Any]) -> dict[str, Qua
 
 def _matrix(files: TensorFiles, module: str, grid: IntegerGrid) -> QuantizedMatrix:
     names = tuple(f"{module}.{part}" for part in ("qweight", "qzeros", "scales"))
-    n_in, words = check_tensor(files, names[0], "i", (None, None))
+    n_in, words = check_tensor(files, names[0], "int32", (None, None))
     n_out = words * 32 // grid.bits
     groups = grid.num_groups(n_in)
-    check_tensor(files, names[1], "i", (groups, words))
+    check_tensor(files, names[1], "int32", (groups, words))
     check_tensor(files, names[2], "fV", (groups, n_out))
 
     def unpack(name: str) -> np.ndarray:

@@ -18,7 +18,6 @@ have the sparse formats.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import Pattern
 from jaxlm.hf.quantized.compressed_tensors_scheme import FORMATS, Scheme
 from jaxlm.hf.quantized.matrix import MatrixValues, QuantizedMatrix, check_tensor, make_qarray
 from jaxlm.hf.quantized.packing import unpack_int32
@@ -39,7 +39,8 @@ _FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 _SPARSE_FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
 _SUFFIXES = (".weight_packed", ".weight_scale", ".bitmask")  # a module with one of these tensors is quantized
 
-SchemeTargets = list[tuple[list[str], Scheme]]  # the targets of each group, and its scheme
+Target = str | Pattern  # the name of a module or of a class of modules, or an expression for names of modules
+SchemeTargets = list[tuple[list[Target], Scheme]]  # the targets of each group, and its scheme
 
 
 def compressed_tensors_matrices(files: TensorFiles, config: Mapping[str, Any]) -> dict[str, QuantizedMatrix]:
@@ -65,26 +66,22 @@ def compressed_tensors_matrices(files: TensorFiles, config: Mapping[str, Any]) -
     return {f"{module}.weight": _matrix(files, module, schemes) for module in sorted(modules)}
 
 
-def _targets(name: str, fields: Any) -> list[str]:
+def _targets(name: str, fields: Any) -> list[Target]:
     targets = fields.get("targets") if isinstance(fields, dict) else None
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise UserError(f"config_groups: {name} has no list of targets")
-    return targets
+    where = f"the targets of config_groups: {name}"
+    return [Pattern(each[3:], where) if each.startswith("re:") else each for each in targets]
 
 
 def _scheme_of(module: str, schemes: SchemeTargets) -> Scheme:
     """The scheme of the group that names the module, else of one with a pattern that fits, else of one for a class of
     modules."""
 
-    def rank(target: str) -> int:
-        if target == module:
-            return 3
-        if target.startswith("re:"):
-            try:
-                return 2 * bool(re.match(target.removeprefix("re:"), module))
-            except re.error:
-                raise UserError(f"config_groups: {target!r} is not a regular expression") from None
-        return int("." not in target)
+    def rank(target: Target) -> int:
+        if isinstance(target, Pattern):
+            return 2 * target.match(module)
+        return 3 if target == module else int("." not in target)
 
     ranked = [(max(map(rank, targets), default=0), scheme) for targets, scheme in schemes]
     best = max((rank for rank, _ in ranked), default=0)
@@ -133,6 +130,7 @@ def _matrix(files: TensorFiles, module: str, schemes: SchemeTargets) -> Quantize
     if "bitmask" in small:
         codes = _bitmask(files, module)
         if "weight_scale" not in small:  # pruned, not quantized
+            files.check_floats(codes.names[0])
             return QuantizedMatrix(codes.names, codes.shape, None, codes.read)
         scheme = _scheme_of(module, schemes)
     else:
@@ -162,13 +160,15 @@ def _matrix(files: TensorFiles, module: str, schemes: SchemeTargets) -> Quantize
     def read() -> MatrixValues:
         scales, zeros = per_output(scale), None if zero is None else per_output(zero)
         found = codes.read()
-        if group_of_input is not None:  # a QArray has no such order: dense values
-            shift = 0 if zeros is None else zeros[:, group_of_input].astype(np.float32)
-            return (found.astype(np.float32) - shift) * scales[:, group_of_input].astype(np.float32)
         dtype = _FLOAT8 if scheme.floats else np.dtype(np.int8)
         if found.dtype != dtype:
             name = codes.names[0]
             raise UserError(f"{files.path_of(name)}: {name!r} is {found.dtype}, where its scheme asks for {dtype}")
+        if not scheme.floats:
+            _check_range(files, codes.names[0], found, scheme.bits)
+        if group_of_input is not None:  # a QArray has no such order: dense values
+            shift = 0 if zeros is None else zeros[:, group_of_input].astype(np.float32)
+            return (found.astype(np.float32) - shift) * scales[:, group_of_input].astype(np.float32)
         return make_qarray(found, scales, zeros, scheme.bits, group, 8 if scheme.activations else 0, act_scale)
 
     stack_key = (scheme.bits, scheme.floats, group, scheme.symmetric, scheme.activations)
@@ -187,8 +187,10 @@ def _zero_points(
             raise small.error("is not zero in a symmetric scheme")
         return None
     if "weight_packed" not in small or scheme.strategy not in ("group", "channel"):
-        return small.read("weight_zero_point", "i", *shapes)
-    words = small.read("weight_zero_point", "i", (None, shapes[0][1]))
+        zero = small.read("weight_zero_point", "i", *shapes)
+        _check_range(files, f"{module}.weight_zero_point", zero, scheme.bits)
+        return zero
+    words = small.read("weight_zero_point", "int32", (None, shapes[0][1]))
     return _signed(_unpack(files, f"{module}.weight_zero_point", words.T, scheme.bits, n_out).T, scheme.bits)
 
 
@@ -218,11 +220,11 @@ def _plain(files: TensorFiles, module: str, scheme: Scheme) -> _StoredCodes:
 def _packed(files: TensorFiles, module: str, scheme: Scheme) -> _StoredCodes:
     """pack-quantized."""
     packed, size = f"{module}.weight_packed", f"{module}.weight_shape"
-    n_out, words = check_tensor(files, packed, "i", (None, None))
+    n_out, words = check_tensor(files, packed, "int32", (None, None))
     check_tensor(files, size, "i", (2,))
     shape = tuple(int(each) for each in files.read(size))
     fits = words in (-(-shape[1] * scheme.bits // 32), -(-shape[1] // (32 // scheme.bits)))
-    if shape[0] != n_out or shape[1] < 1 or not fits or files.dtype(packed).itemsize != 4:
+    if shape[0] != n_out or shape[1] < 1 or not fits:
         raise UserError(f"{files.path_of(packed)}: {packed!r} does not hold {list(shape)} codes of {scheme.bits} bits")
 
     def read() -> np.ndarray:
@@ -257,6 +259,12 @@ def _unpack(files: TensorFiles, name: str, words: np.ndarray, bits: int, columns
         return unpack_int32(words, bits, columns)
     except ValueError as error:
         raise UserError(f"{files.path_of(name)}: tensor {name!r}: {error}; copy the model again") from None
+
+
+def _check_range(files: TensorFiles, name: str, codes: np.ndarray, bits: int) -> None:
+    half = 2 ** (bits - 1)
+    if codes.size and not -half <= codes.min() <= codes.max() < half:
+        raise UserError(f"{files.path_of(name)}: {name!r} has integers of more than {bits} bits; copy the model again")
 
 
 def _signed(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -42,10 +42,10 @@ def gptq_matrices(files: TensorFiles, config: Mapping[str, Any]) -> dict[str, Qu
 
 def _matrix(files: TensorFiles, module: str, grid: IntegerGrid) -> QuantizedMatrix:
     names = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
-    words, n_out = check_tensor(files, names[0], "i", (None, None))
+    words, n_out = check_tensor(files, names[0], "int32", (None, None))
     n_in = words * 32 // grid.bits
     groups = grid.num_groups(n_in)
-    check_tensor(files, names[1], "i", (groups, -(-n_out * grid.bits // 32)))
+    check_tensor(files, names[1], "int32", (groups, -(-n_out * grid.bits // 32)))
     check_tensor(files, names[2], "fV", (groups, n_out))
     group_of_input = None  # None where groups are runs of inputs
     if f"{module}.g_idx" in files:

@@ -133,7 +133,7 @@ def check_tensor(files: TensorFiles, name: str, kinds: str, shape: tuple[int | N
     """The shape of a tensor, which is checked.
 
     Args:
-        kinds: NumPy's letters for the kinds of types that are allowed; "V" is float8 and bfloat16.
+        kinds: NumPy's letters for the kinds of types that are allowed, where "V" is float8 and bfloat16; or "int32".
         shape: the shape it must have; None stands for any size.
 
     Raises:
@@ -141,7 +141,7 @@ def check_tensor(files: TensorFiles, name: str, kinds: str, shape: tuple[int | N
     """
     found, dtype = files.shape(name), files.dtype(name)
     fits = len(found) == len(shape) and all(size in (None, each) for each, size in zip(found, shape, strict=True))
-    if dtype.kind not in kinds or not fits:
+    if not fits or (dtype != np.int32 if kinds == "int32" else dtype.kind not in kinds):
         expected = " x ".join("?" if size is None else str(size) for size in shape)
         raise UserError(
             f"{files.path_of(name)}: tensor {name!r} is {dtype}{list(found)}, which this layout cannot be (it should "

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.core.config import to_dict
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import read_sealed_json
 from jaxlm.training.multihost.distributed import coordination_client, host_names
 from jaxlm.training.setup import Setup
 
@@ -109,7 +110,7 @@ def _check_shared(setup: Setup, run: Path) -> None:
                 "choose an --out on a file system that all hosts share"
             )
         time.sleep(1)
-    if json.loads(path.read_text()) != json.loads(json.dumps(to_dict(setup.config))):
+    if read_sealed_json(path) != json.loads(json.dumps(to_dict(setup.config))):
         raise UserError(
             f"{host_names()[jax.process_index()]} sees another {path} than process 0; "
             "choose an --out on a file system that all hosts share"

@@ -263,7 +263,7 @@ def test_damaged_files_are_named(tmp_path):
 def test_damaged_vocabularies_are_named(tmp_path):
     files, _ = FAMILIES["MarianTokenizer"]
     for content, problem in (
-        (b"{", r"vocab\.json cannot be read as JSON \("), (b"[1]", r"vocab\.json does not map tokens to ids"),
+        (b"{", r"vocab\.json cannot be read as JSON \("), (b"[1]", r"vocab\.json does not hold a JSON object"),
         (b'{"a": -1}', r"vocab\.json does not map tokens to ids"), (b'{"a": 1}', r"vocab\.json has no <unk>"),
         (b'{"<unk>": "x"}', r"vocab\.json does not map tokens to ids"),
     ):

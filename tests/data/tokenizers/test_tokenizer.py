@@ -156,7 +156,7 @@ def test_mistakes(tmp_path):
         Tokenizer.load(tmp_path)
     BPE.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json is not JSON \("):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json cannot be read as JSON \("):
         Tokenizer.load(tmp_path)
 
 

@@ -16,7 +16,8 @@ import jaxlm
 import jaxlm.core.sharding
 import jaxlm.nn
 from jaxlm.core.tree import flatten, map_params
-from jaxlm.hf.directory import read_json, read_model
+from jaxlm.core.untrusted import read_json
+from jaxlm.hf.directory import read_model
 from jaxlm.hf.families.registry import FAMILIES
 from jaxlm.inference.decoding import generate_tokens
 from jaxlm.inference.translation import translate_tokens

@@ -357,6 +357,10 @@ LAYER = "model.layers.1.self_attn"
     (GOOD | {f"{LAYER}.q_proj.lora_magnitude_vector": np.zeros(3, np.float32)}, {},
      "use_dora is False.*lora_magnitude_vector"),
     (GOOD | {f"{LAYER}.q_proj.lora_bias": np.zeros(3, np.float32)}, {}, "lora_bias'"),
+    (GOOD, {"lora_alpha": 10**400}, "lora_alpha = 1000"),
+    (GOOD, {"rank_pattern": {"(.|..|...)+[xy]": 4}}, "xy.' in rank_pattern takes too long"),
+    ({name: tensor.view(np.int32) for name, tensor in GOOD.items()}, {}, "lora_A.weight' is of the type int32"),
+    ({"model.norm.weight": np.zeros(32, np.int32)}, {}, "'base_model.model.model.norm.weight' is of the type int32"),
     ({"model.norm.weight": np.zeros(31, np.float32)}, {}, r"'model.norm.weight'.*\[31\].*\[32\]"),
 ])
 def test_unknown_settings_and_tensors_are_an_error_of_one_line(tmp_path, base_model, tensors, config, message):

@@ -257,6 +257,7 @@ def refused(path, fields, tensors):
     with pytest.raises(UserError) as error:
         read_model(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+    return str(error.value)
 
 
 def test_tensors_that_do_not_fit_are_refused(written, tmp_path):
@@ -264,7 +265,11 @@ def test_tensors_that_do_not_fit_are_refused(written, tmp_path):
     for name in [name for name in tensors if "layers.1.mlp.up" in name or "layers.1.self_attn.q_proj" in name]:
         whole = tensors[name]
         refused(tmp_path, fields, {key: value for key, value in tensors.items() if key != name})
-        for broken in (whole.reshape(-1)[:-1], whole.astype(np.float16 if whole.dtype == np.int8 else np.bool_)):
+        of_its_size = {1: np.uint8, 2: np.int16, 4: np.float32 if whole.dtype == np.int32 else np.int32, 8: np.float64}
+        another = np.float16 if whole.dtype == np.int8 else np.bool_
+        for broken in (
+            whole.reshape(-1)[:-1], whole.astype(another), whole.view(of_its_size[whole.dtype.itemsize]),
+        ):
             refused(tmp_path, fields, tensors | {name: broken})
     huge = tensors | {"model.layers.1.mlp.up_proj.weight_shape": np.array([2**40, 2**40])}
     refused(tmp_path, fields, huge)
@@ -290,6 +295,9 @@ def test_configurations_that_make_no_sense_are_refused(written, tmp_path):
                 continue
             node[path[-1]] = value
             refused(tmp_path, fields | {"quantization_config": changed}, tensors)
+    endless = copy.deepcopy(layout)
+    endless["config_groups"]["group_0"]["targets"] = ["re:(.|..|...)+[xy]"]
+    assert "takes too long" in refused(tmp_path, fields | {"quantization_config": endless}, tensors)
 
 
 # The package ----------------------------------------------------------------------------------------------------------

@@ -192,7 +192,8 @@ def test_damaged_tensors_are_named(gptq_model, tmp_path):
     prefix = "model.layers.1.mlp.up_proj"
     for part in ("qweight", "qzeros", "scales", "g_idx"):
         whole = tensors[f"{prefix}.{part}"]
-        for broken in (whole[1:].copy(), whole.astype(np.bool_), whole.reshape(1, *whole.shape)):
+        other = whole.view({1: np.uint8, 2: np.int16, 4: np.float32}[whole.dtype.itemsize])
+        for broken in (whole[1:].copy(), whole.astype(np.bool_), whole.reshape(1, *whole.shape), other):
             save_file(tensors | {f"{prefix}.{part}": broken}, path / "model.safetensors")
             with pytest.raises(UserError, match=f"model.safetensors: tensor '{prefix}") as error:
                 read_model(path)
