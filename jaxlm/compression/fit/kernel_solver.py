@@ -245,7 +245,7 @@ def _solve_rows(
         return jnp.concatenate(parts, -2)
 
     solve = functools.partial(
-        solve_matrix, group=1, act_order=True, static_groups=True, damping=damping, sweeps=sweeps, block=128
+        solve_matrix, group=1, act_order=True, static_groups=True, damping=damping, sweeps=sweeps, block=64
     )
     found = solve_stack(solve, join(*w_OxI), h_IxI, join(*kept_OxI), jax.tree.map(join, *grids))
     ends = [sum(w.shape[-2] for w in w_OxI[: i + 1]) for i in range(len(w_OxI) - 1)]

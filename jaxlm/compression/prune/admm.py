@@ -8,6 +8,8 @@ matter far more than the others.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -22,18 +24,20 @@ def search_mask(
 ) -> jax.Array:
     """A mask of the weights to keep, ``[out, in]``: all but the share ``sparsity``, or n of every m inputs.
 
-    An iteration takes a Cholesky factorization and two triangular solves, more than twice the work of ``obs.sweep``. 30
-    iterations are enough. Where ``H`` cannot be factored, the mask is that of the magnitudes alone.
+    The Hessian is diagonalized once, so that an iteration takes two products in place of a factorization and two
+    triangular solves, which take a third longer. 30 iterations are enough. Where ``H`` cannot be factored, the
+    mask is that of the magnitudes alone.
     """
     w_OxI, h_IxI = fix_dead_inputs(w_OxI, h_IxI)
-    eye_IxI = jnp.eye(h_IxI.shape[0])
     factor = factorize(h_IxI, damping)
     h_IxI = factor.damp(h_IxI)
     # In units of the inputs' sizes the Hessian has a diagonal of ones, and a magnitude is Wanda's score.
     size_I = jnp.sqrt(jnp.maximum(jnp.abs(jnp.diagonal(h_IxI)), jnp.finfo(jnp.float32).tiny))
     h_IxI = h_IxI / size_I[:, None] / size_I
     w_OxI = w_OxI * size_I
-    wh_OxI = jnp.matmul(w_OxI, h_IxI, precision=jax.lax.Precision.HIGHEST)
+    dot = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    wh_OxI = dot(w_OxI, h_IxI)
+    vectors_IxI, values_I = jax.lax.linalg.eigh(h_IxI, symmetrize_input=False)
 
     def keep(x_OxI):
         if isinstance(sparsity, tuple):
@@ -42,9 +46,8 @@ def search_mask(
 
     def iterate(state, penalty):
         sparse_OxI, dual_OxI = state
-        lower_IxI = jax.lax.linalg.cholesky(h_IxI + penalty * eye_IxI, symmetrize_input=False)
         right_OxI = wh_OxI - dual_OxI + penalty * sparse_OxI
-        dense_OxI = jax.scipy.linalg.cho_solve((lower_IxI, True), right_OxI.T).T
+        dense_OxI = dot(dot(right_OxI, vectors_IxI) / (values_I + penalty), vectors_IxI.T)
         sum_OxI = dense_OxI + dual_OxI / penalty
         sparse_OxI = jnp.where(keep(sum_OxI), sum_OxI, 0)
         return (sparse_OxI, dual_OxI + penalty * (dense_OxI - sparse_OxI)), None
