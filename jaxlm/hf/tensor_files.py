@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import mmap
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.untrusted import parse_json
+from jaxlm.hf.tensor_checksums import FileChecksums, block_checksums, checksum_metadata, unknown_checksums
 
-__all__ = ["WEIGHTS_FILE", "INDEX_FILE", "LazyTensor", "TensorFiles", "write_tensors", "written_bytes"]
+__all__ = ["WEIGHTS_FILE", "INDEX_FILE", "LazyTensor", "TensorFiles", "write_file", "write_tensors", "written_bytes"]
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_CRC32 = "jaxlm.crc32"  # a key of the metadata, whose value is JSON: tensor name -> checksum
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -62,7 +61,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         self._entries: dict[str, _Entry] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         self.metadata: dict[str, str] = {}
-        self._checksums: dict[str, str] = {}
+        self._checksums: dict[Path, FileChecksums] = {}
         for name in [file] if index is None else sorted(set(index.values())):
             self._open(directory / name)
         for tensor, name in (index or {}).items():
@@ -104,7 +103,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
             with path.open("rb") as raw:
                 length = int.from_bytes(raw.read(8), "little")
                 header = parse_json(raw.read(length))
-            checksums = dict(parse_json(metadata.get(_CRC32, "{}")))
+            self._checksums[path] = FileChecksums(header)
             with path.open("rb") as raw:
                 self._maps[path] = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
@@ -114,7 +113,6 @@ class TensorFiles(Mapping[str, np.ndarray]):
             raise UserError(f"{path} is damaged or cannot be read ({reason}); copy or save it again") from None
         self.metadata |= metadata
         header.pop("__metadata__", None)
-        self._checksums |= checksums
         for name, entry in header.items():
             if name in self._entries:
                 other = self._entries[name].path.name
@@ -195,15 +193,21 @@ class TensorFiles(Mapping[str, np.ndarray]):
         """A part of a tensor, as a view of the file: nothing else is read from disk.
 
         Raises:
-            UserError: the whole tensor is read, and its checksum is wrong.
+            UserError: the file has checksums, and that of a block which has some of the part is wrong.
         """
         entry, dtype = self._entry(name), self.dtype(name)
         if math.prod(entry.shape) == 0:
             return np.zeros(entry.shape, dtype)[index]
         tensor = np.ndarray(entry.shape, dtype, buffer=self._maps[entry.path], offset=entry.start)
         part = tensor[index]
-        if part.shape == tensor.shape and name in self._checksums and self._checksums[name] != _crc32(tensor):
-            raise UserError(f"{entry.path}: tensor {name!r} is damaged (its checksum is wrong); copy or save it again")
+        if part.size:
+            begin = tensor.__array_interface__["data"][0]
+            start, stop = (address - begin for address in np.lib.array_utils.byte_bounds(part))
+            data = memoryview(self._maps[entry.path])[entry.start : entry.start + tensor.nbytes]
+            if self._checksums[entry.path].is_damaged(name, data, start, stop):
+                raise UserError(
+                    f"{entry.path}: tensor {name!r} is damaged (its checksum is wrong); copy or save it again"
+                )
         return part
 
     def release(self, name: str) -> None:
@@ -244,12 +248,12 @@ def write_tensors(
     """
     files = _split(tensors, max_file_bytes)
     if len(files) == 1:
-        _write_file(directory / WEIGHTS_FILE, files[0], metadata)
+        write_file(directory / WEIGHTS_FILE, files[0], metadata)
         return
     weight_map = {}
     for number, part in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        _write_file(directory / name, part, metadata)
+        write_file(directory / name, part, metadata)
         weight_map |= dict.fromkeys(part, name)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -291,14 +295,16 @@ def _header(tensors: Mapping[str, np.ndarray | LazyTensor], metadata: str, check
     for name, tensor in _in_order(tensors):
         offsets = [end, end := end + tensor.nbytes]
         entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-    checksums = {name: checksums.get(name, "0" * 8) for name in entries}
-    notes = {"format": "pt", "jaxlm": metadata, _CRC32: json.dumps(checksums)}  # transformers asks for "pt"
+    sums = {name: checksums.get(name, unknown_checksums(tensors[name].nbytes)) for name in entries}
+    notes = {"format": "pt", "jaxlm": metadata}  # transformers asks for "pt"
+    added = checksum_metadata({"__metadata__": notes} | entries, sums)
+    notes |= {name: value if isinstance(value, str) else json.dumps(value) for name, value in added.items()}
     text = json.dumps({"__metadata__": notes} | entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_file(path: Path, tensors: Mapping[str, np.ndarray | LazyTensor], metadata: str) -> None:
+def write_file(path: Path, tensors: Mapping[str, np.ndarray | LazyTensor], metadata: str = "") -> None:
     """Writes one file: eight bytes with the length of the header, the header in JSON, and the arrays end to end (see
     github.com/huggingface/safetensors)."""
     with path.open("wb") as file:
@@ -306,11 +312,9 @@ def _write_file(path: Path, tensors: Mapping[str, np.ndarray | LazyTensor], meta
         checksums = {}
         for name, tensor in _in_order(tensors):
             array = np.ascontiguousarray(tensor.make() if isinstance(tensor, LazyTensor) else tensor)
-            checksums[name] = _crc32(array)
-            file.write(array.reshape(-1).view(np.uint8).data)
+            data = array.reshape(-1).view(np.uint8).data
+            checksums[name] = block_checksums(data)
+            file.write(data)
         file.seek(0)
         file.write(_header(tensors, metadata, checksums))
 
-
-def _crc32(array: np.ndarray) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"

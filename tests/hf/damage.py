@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxlm.hf.families.registry import FAMILIES
+from jaxlm.hf.tensor_checksums import CHECKSUMS, VERSION
 from jaxlm.hf.tensor_files import INDEX_FILE, WEIGHTS_FILE
 
 CONFIG = "config.json"
@@ -55,9 +56,16 @@ def flip_bits(rng: random.Random, data: bytes, end: int | None = None) -> bytes:
 
 
 def split_file(data: bytes) -> tuple[dict[str, Any], bytes]:
-    """Header and tensors of a safetensors file."""
+    """Header and tensors of a safetensors file. Without checksums: what is behind them is tried too."""
     end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
+    header = json.loads(data[8:end])
+    if "__metadata__" in header:
+        header["__metadata__"] = without_checksums(header["__metadata__"])
+    return header, data[end:]
+
+
+def without_checksums(metadata: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in metadata.items() if name not in (VERSION, CHECKSUMS)}
 
 
 def join_file(header: dict[str, Any] | str | bytes, data: bytes) -> bytes:
@@ -181,7 +189,10 @@ def damage_metadata(rng: random.Random, files: Files) -> str:
     sums = rng.choice(["", "{}", "[]", "3", DEEP, "[[[],1]]", '[["a"]]', json.dumps({name: vary(rng, "0")}), "NaN"])
     metadata = header.get("__metadata__", {"format": "pt"})
     nested = json.dumps(vary_inside(rng, json.loads(metadata.get("jaxlm") or "{}")))
-    metadata |= rng.choice([{"jaxlm.crc32": sums}, {"jaxlm": vary(rng, "")}, {"jaxlm": nested}, {"jaxlm": nested}])
+    metadata |= rng.choice([
+        {"jaxlm.crc32": sums}, {CHECKSUMS: sums}, {VERSION: "2", CHECKSUMS: sums}, {"jaxlm": vary(rng, "")},
+        {"jaxlm": nested}, {"jaxlm": nested},
+    ])
     header["__metadata__"] = metadata if rng.random() < 0.8 else vary(rng, metadata)
     files[file] = join_file(header, data)
     return f"{file}: __metadata__ {str(header['__metadata__'])[:200]}"

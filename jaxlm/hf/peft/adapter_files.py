@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from jaxlm.core.disk import replaced_directory
 from jaxlm.core.errors import UserError
 from jaxlm.core.untrusted import Pattern, read_json
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
-from jaxlm.hf.tensor_files import TensorFiles
+from jaxlm.hf.tensor_files import TensorFiles, write_file
 
 __all__ = ["ADAPTER_CONFIG", "Adapter", "LoraDelta", "read_adapter", "write_adapter"]
 
@@ -237,6 +236,6 @@ def write_adapter(
     }
     with replaced_directory(directory) as new:
         (new / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, new / _WEIGHTS, metadata={"format": "pt"})
+        write_file(new / _WEIGHTS, tensors)
         if tokenizer is not None:
             tokenizer.save(new)
