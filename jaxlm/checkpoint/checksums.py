@@ -16,22 +16,24 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
 
 def array_checksums(arrays: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """For each path the type of its array and a sum that any flipped bit changes. JSON-safe.
+    """For each path the type and shape of its array and a sum that any flipped bit changes. JSON-safe.
 
     All processes must call this with the same arrays.
     """
     # Fetched one at a time: many programs with collectives in flight at once can lock up XLA on CPU.
     return {
-        path: [str(array.dtype), int(_sum(on_device(array, array.sharding)))]
+        path: [str(array.dtype), list(array.shape), int(_sum(on_device(array, array.sharding)))]
         for path, array in arrays.items() if isinstance(array, jax.Array)
     }
 
 
 def first_mismatch(arrays: Mapping[str, jax.Array], expected: Mapping[str, list[Any]]) -> str | None:
-    """The path of an array whose checksum is not the expected one; None if there is none. Arrays of another type than
-    when the checksum was taken, or without one, are not compared."""
-    known = {path: array for path, array in arrays.items() if expected.get(path, [None])[0] == str(array.dtype)}
-    return next((path for path, found in array_checksums(known).items() if found != expected[path]), None)
+    """The path of an array whose checksum is missing or not the expected one; None if there is none. In older files
+    checksums are without shapes."""
+    for path, found in array_checksums(arrays).items():
+        if path not in expected or expected[path] not in (found, [found[0], found[2]]):
+            return path
+    return None
 
 
 @jax.jit

@@ -1,8 +1,8 @@
 """Training checkpoints over Orbax: written in the background, kept by recency and score, restored past damage.
 
     DIRECTORY/STEP/state/      every array of the state, by its path, so that structure types may change
-    DIRECTORY/STEP/data/       JSON: where the data stood, whatever else the caller remembers, the score, and a
-                               checksum of each array
+    DIRECTORY/STEP/data/       JSON: where the data stood, whatever else the caller remembers, the score, a checksum of
+                               each array, and one of this JSON itself
     DIRECTORY/STEP.damaged/    a checkpoint that could not be read, set aside
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
@@ -24,10 +25,12 @@ from orbax.checkpoint import checkpoint_managers
 from jaxlm.checkpoint.checksums import array_checksums, first_mismatch
 from jaxlm.core.disk import room_for
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import seal, unseal
 
 __all__ = ["Store"]
 
 log = logging.getLogger(__name__)
+_VERSION = 2  # of the JSON
 
 
 class Store:
@@ -66,7 +69,10 @@ class Store:
         if score is not None:
             self._scores[step] = float(score)
         arrays = _stored(state)
-        data = {"data_state": data_state, "score": self._scores.get(step), "checksums": array_checksums(arrays)}
+        data = seal({
+            "version": _VERSION, "data_state": data_state, "score": self._scores.get(step),
+            "checksums": array_checksums(arrays),
+        })
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(arrays), data=ocp.args.JsonSave(data))
         with self._writing():
             self._manager.save(step, args=args, force=True)
@@ -162,7 +168,12 @@ class Store:
         return self._arrays(step, abstract_state, data, partial=False), data["data_state"]
 
     def _data(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        """The JSON of a checkpoint. Files from before version 2 have no checksum."""
+        data = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        data = unseal(data, required="version" in data)
+        if data.get("version", 1) not in (1, _VERSION):
+            raise UserError(f"it is of version {data['version']}, this jaxlm reads {_VERSION}; update jaxlm")
+        return data
 
     def _score_of(self, step: int) -> float | None:
         try:
@@ -180,15 +191,17 @@ class Store:
 
     def _arrays(self, step: int, abstract: Any, data: dict[str, Any], *, partial: bool) -> Any:
         stored = _stored(abstract)
-        args = ocp.args.PyTreeRestore(stored, jax.tree.map(_restore_args, stored), partial_restore=partial)
+        sums = data.get("checksums", {})
+        saved = {path: _as_saved(leaf, sums.get(path)) for path, leaf in stored.items()}
+        args = ocp.args.PyTreeRestore(saved, jax.tree.map(_restore_args, saved), partial_restore=partial)
         found = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-        damaged = first_mismatch({path: found[path] for path in stored}, data.get("checksums", {}))
+        compared = stored if "version" in data else stored.keys() & sums.keys()
+        damaged = first_mismatch({path: found[path] for path in compared}, sums)
         if damaged is not None:
             raise UserError(f"{damaged} is damaged, its checksum is wrong")
         leaves, structure = jax.tree.flatten(abstract)
-        return structure.unflatten(
-            _like(leaf, value) for leaf, value in zip(leaves, (found[path] for path in stored), strict=True)
-        )
+        values = (_cast(found[path], leaf.dtype) for path, leaf in stored.items())
+        return structure.unflatten(_like(leaf, value) for leaf, value in zip(leaves, values, strict=True))
 
     def _set_aside(self, steps: list[int]) -> None:
         if jax.process_index() == 0:
@@ -228,6 +241,18 @@ def _stored(state: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="/"): _key_data(leaf) if _is_key(leaf) else leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
+
+
+def _as_saved(leaf: Any, checksum: list[Any] | None) -> Any:
+    """An abstract array of the type that it was saved with: that of its checksum."""
+    if checksum is None or checksum[0] == str(leaf.dtype):
+        return leaf
+    sharding = getattr(leaf, "sharding", None)
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(checksum[0]), sharding=sharding)
+
+
+def _cast(array: jax.Array, dtype: Any) -> jax.Array:
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
 def _is_key(leaf: Any) -> bool:

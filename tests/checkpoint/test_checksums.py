@@ -23,10 +23,11 @@ def rng():
 def test_the_sum_is_what_it_says(rng):
     words = rng.integers(0, 2**32, (3, 5), np.uint32)
     expected = sum((2 * i + 1) * int(word) for i, word in enumerate(words.flat)) % 2**32
-    assert array_checksums({"x": jnp.asarray(words)}) == {"x": ["uint32", expected]}
-    assert array_checksums({"x": jnp.asarray(words.view(np.float32))}) == {"x": ["float32", expected]}
-    assert array_checksums({"x": jnp.arange(-2, 3, dtype=jnp.int4)}) == {"x": ["int4", 254 + 3 * 255 + 7 + 18]}
-    assert array_checksums({"x": jnp.zeros((0, 3)), "y": jnp.int32(7)}) == {"x": ["float32", 0], "y": ["int32", 7]}
+    assert array_checksums({"x": jnp.asarray(words)}) == {"x": ["uint32", [3, 5], expected]}
+    assert array_checksums({"x": jnp.asarray(words.view(np.float32))}) == {"x": ["float32", [3, 5], expected]}
+    assert array_checksums({"x": jnp.arange(-2, 3, dtype=jnp.int4)}) == {"x": ["int4", [5], 254 + 3 * 255 + 7 + 18]}
+    found = array_checksums({"x": jnp.zeros((0, 3)), "y": jnp.int32(7)})
+    assert found == {"x": ["float32", [0, 3], 0], "y": ["int32", [], 7]}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,7 +45,17 @@ def test_every_bit_counts(rng, dtype):
     assert first_mismatch({"x": swapped}, expected) == ("x" if array[0] != array[1] else None)
 
 
-def test_sharding_and_a_change_of_type_do_not(rng):
+def test_types_and_shapes_count(rng):
+    array = jnp.asarray(rng.normal(size=(4, 6)), jnp.float32)
+    expected = array_checksums({"x": array})
+    for other in (array.reshape(6, 4), array.view(jnp.int32), array.astype(jnp.bfloat16)):
+        assert first_mismatch({"x": other}, expected) == "x"
+    assert first_mismatch({"x": array}, {}) == "x"
+    older = {"x": [expected["x"][0], expected["x"][2]]}  # without shapes
+    assert first_mismatch({"x": array}, older) is None and first_mismatch({"x": array + 1}, older) == "x"
+
+
+def test_sharding_does_not(rng):
     array = jnp.asarray(rng.normal(size=(16, 8)).astype(ml_dtypes.bfloat16))
     expected = array_checksums({"x": array})
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
@@ -52,4 +63,3 @@ def test_sharding_and_a_change_of_type_do_not(rng):
         for memory in ("device", "pinned_host"):
             placed = jax.device_put(array, NamedSharding(mesh, spec, memory_kind=memory))
             assert first_mismatch({"x": placed}, expected) is None
-    assert first_mismatch({"x": array.astype(jnp.float32) + 1, "y": array}, expected) is None  # no longer the same bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -19,6 +20,7 @@ from jaxlm.checkpoint.store import Store
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import QArray
 from jaxlm.core.sharding import make_mesh
+from jaxlm.core.untrusted import seal, unseal
 
 
 def make_state(seed: int = 0) -> dict:
@@ -189,6 +191,51 @@ def test_a_flipped_bit_of_an_array_is_noticed(tmp_path, caplog):
     assert step == 1 and "checkpoint 2 is damaged (params/w is damaged" in caplog.text
     assert_same(restored, states[1])
     store.close()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda text: text.replace("1234", "1235"),  # where the data stood
+    lambda text: text.replace('"score": 0.5', '"score": 0.1'),
+    lambda text: text.replace('"data_state"', '"data_stats"'),
+    lambda text: text.replace('"checksum"', '"checksun"'),
+    lambda text: text.replace('"version"', '"versioo"'),
+    lambda text: json.dumps(seal(unseal(json.loads(text)) | {"checksums": {}})),  # none of the arrays
+], ids=["position", "score", "name", "checksum", "version", "arrays"])
+def test_the_json_of_a_checkpoint_has_a_checksum(tmp_path, damage):
+    store = Store(tmp_path)
+    store.save(1, {"x": jnp.ones(4)}, {"examples": 1234}, 0.5)
+    store.close()
+    path = tmp_path / "1" / "data" / "metadata"
+    changed = damage(text := path.read_text())
+    assert changed != text
+    path.write_text(changed)
+    store = Store(tmp_path, read_only=True)
+    with pytest.raises(UserError, match="checkpoint .*1 cannot be read: .*checksum is (missing|wrong)"):
+        store.restore(1, {"x": jnp.ones(4)})
+    store.close()
+
+
+def test_checkpoints_from_before_the_json_had_a_checksum_load(tmp_path):
+    state = {"x": jnp.arange(4.0), "y": jnp.ones(2, jnp.bfloat16)}
+    store = Store(tmp_path)
+    store.save(1, state, {"examples": 7})
+    store.close()
+    path = tmp_path / "1" / "data" / "metadata"
+    data = unseal(json.loads(path.read_text()))
+    del data["version"]
+    data["checksums"] = {name: [dtype, total] for name, (dtype, _, total) in data["checksums"].items() if name == "x"}
+    path.write_text(json.dumps(data))
+    store = Store(tmp_path)
+    restored, data_state = store.restore(1, abstract(state))
+    assert_same(restored, state)
+    assert data_state == {"examples": 7}
+    store.close()
+
+
+def test_another_type_is_converted_after_the_checksum_is_compared(store):
+    store.save(1, {"x": jnp.array([1.0, 1 + 2**-20])}, {})
+    like = {"x": jax.ShapeDtypeStruct((2,), jnp.bfloat16, sharding=jnp.ones(2).sharding)}
+    np.testing.assert_array_equal(store.restore(1, like)[0]["x"], jnp.ones(2, jnp.bfloat16))
 
 
 def test_a_state_of_another_shape_is_refused_and_nothing_is_touched(tmp_path):
