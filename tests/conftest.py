@@ -49,6 +49,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="one of many alike: JAXLM_SLOW_TESTS=1 runs them all"))
 
 
+def pytest_sessionfinish() -> None:
+    gc.freeze()  # pytest collects garbage several times at its end: what is left ends with the process
+
+
 @pytest.fixture(scope="module", autouse=True)
 def free_programs():
     """Compiled programs stay for the modules that compile the same, until they take too much memory, or come near the

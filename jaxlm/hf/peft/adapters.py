@@ -101,7 +101,7 @@ def _base_model(
     for candidate in [fields] if known else _possible_configs(config):
         family = FAMILIES[candidate["model_type"]]
         untied = _untied(family, adapter, config, params)
-        base = _BaseModel(family, with_defaults(family, candidate), *untied, _targets(family, *untied))
+        base = _BaseModel(family, with_defaults(candidate), *untied, _targets(family, *untied))
         lacking = [name for name in names if not base.find(name)]
         if not lacking:
             return base
@@ -249,7 +249,7 @@ def save_adapter(
         if fields is None:
             raise UserError(f"no family of transformers can be this {config.kind} model, so an adapter has no names")
     family = family_of(fields)
-    modules = _deltas_by_module(_BaseModel(family, with_defaults(family, fields), config, params, {}))
+    modules = _deltas_by_module(_BaseModel(family, with_defaults(fields), config, params, {}))
     if not modules:
         raise UserError("no parameter of this model has an adapter; there is nothing to save")
     base, _, revision = base.removeprefix("hf://").partition("@") if base.startswith("hf://") else (base, "", "")
