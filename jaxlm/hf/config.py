@@ -9,14 +9,12 @@ from typing import Any
 from jaxlm.core.config import current_names, from_dict, to_dict
 from jaxlm.core.errors import UserError
 from jaxlm.hf.families.fields import REQUIRED, Family
-from jaxlm.hf.families.known_fields import check_architecture, check_unknown, unread_fields, without_aliases
+from jaxlm.hf.families.known_fields import check_architecture, check_unknown, without_aliases
 from jaxlm.hf.families.registry import FAMILIES
 from jaxlm.hf.validate import validate_sizes
 from jaxlm.nn.config import DecoderConfig, ModelConfig
 
-__all__ = [
-    "RUNTIME_FIELDS", "config_notes", "family_of", "from_hf_config", "jaxlm_section", "read_config", "with_defaults",
-]
+__all__ = ["RUNTIME_FIELDS", "family_of", "from_hf_config", "jaxlm_section", "read_config", "with_defaults"]
 
 # Fields of our configuration that belong to training or to a process, not to the model. config.json has them in our own
 # section, beside the fields of the family.
@@ -24,9 +22,6 @@ RUNTIME_FIELDS = (
     "dtype", "kv_cache", "scan_layers", "remat", "ring_min_keys", "microbatches", "expert_routing", "capacity_factor",
     "dropout", "attention_dropout", "ffn_dropout", "layer_groups", "encoder_layer_groups", "decoder_layer_groups",
 )
-
-_NAMES_SHOWN = 12
-
 
 def read_config(fields: Mapping[str, Any]) -> ModelConfig:
     """The configuration of a model whose config.json holds ``fields``.
@@ -37,15 +32,6 @@ def read_config(fields: Mapping[str, Any]) -> ModelConfig:
     """
     check_architecture(fields, family_of(fields).architecture)
     return _with_runtime(from_hf_config(fields), jaxlm_section(fields).get("runtime", {}))
-
-
-def config_notes(fields: Mapping[str, Any]) -> list[str]:
-    """What a user should know of a config.json that ``read_config`` reads: fields without effect."""
-    names = unread_fields(fields, with_defaults(fields))
-    if not names:
-        return []
-    names = names if len(names) <= _NAMES_SHOWN else [*names[:_NAMES_SHOWN], f"{len(names) - _NAMES_SHOWN} more"]
-    return [f"config.json: {', '.join(names)}: without effect, as transformers does not read them either"]
 
 
 def jaxlm_section(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from jaxlm.core.untrusted import parse_json, read_json, read_sealed_json
 from jaxlm.data.tokenizers.files import find_tokenizer
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.config import RUNTIME_FIELDS, jaxlm_section, read_config
+from jaxlm.hf.families.known_fields import tokenizer_notes
 from jaxlm.hf.quantized.compressed_tensors_export import to_compressed_tensors
 from jaxlm.hf.reader import read_hf_model
 from jaxlm.hf.tensor_files import LazyTensor, TensorFiles, write_tensors, written_bytes
@@ -214,7 +215,8 @@ def read_model(
     info = {name: value for name, value in jaxlm_section(fields).items() if name != "runtime"} | {"source": str(path)}
     if not _is_ours(fields):
         config, params, facts = read_hf_model(path, fields, config, mesh=mesh, dtype=dtype)
-        return config, params, tokenizer, info | facts
+        notes = facts["notes"] + ([] if tokenizer is None else tokenizer_notes(tokenizer.config))
+        return config, params, tokenizer, info | facts | {"notes": notes}
     files = TensorFiles(path)
     weights = _weights_metadata(files, path)
     try:

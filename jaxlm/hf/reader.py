@@ -22,8 +22,9 @@ from jaxlm.core.leaves import is_leaf
 from jaxlm.core.sharding import shardings
 from jaxlm.core.tree import Leaf, Params, flatten, unflatten
 from jaxlm.hf.assemble import assemble_array, copy_into
-from jaxlm.hf.config import config_notes, family_of, with_defaults
+from jaxlm.hf.config import family_of, with_defaults
 from jaxlm.hf.families.fields import Family, TensorSpec
+from jaxlm.hf.families.known_fields import config_notes
 from jaxlm.hf.quantized.layouts import open_weights
 from jaxlm.hf.quantized.matrix import QuantizedMatrix, QuantizedTensorFiles
 from jaxlm.hf.quantized.qarrays import dense_slice, outputs_first, split_layer_groups, stack_matrices
@@ -59,7 +60,7 @@ def read_hf_model(
     """
     family = family_of(fields)
     files, notes = open_weights(directory, fields.get("quantization_config"))
-    notes = config_notes(fields) + notes
+    notes = config_notes(fields, with_defaults(fields)) + notes
     for name in layer_count_fields(config):
         count = getattr(config, name)
         if count > len(files):  # a claim that no file can meet, found before the layers are listed and traced

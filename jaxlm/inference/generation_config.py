@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.config import override as override_fields
-from jaxlm.core.errors import UserError
+from jaxlm.core.errors import UserError, shown
 from jaxlm.nn.config import ModelConfig
 
 __all__ = ["FILE", "PLAIN", "GenerationConfig"]
@@ -23,13 +23,17 @@ FILE = "generation_config.json"
 # Settings that change the tokens that transformers generates, and are not supported here; with the values that change
 # nothing.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "constraints": (), "custom_generate": (), "diversity_penalty": (0,), "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1,), "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,), "exponential_decay_length_penalty": (), "force_words_ids": ([],), "forced_decoder_ids": ([],),
-    "guidance_scale": (1,), "max_time": (), "num_beam_groups": (1,), "num_return_sequences": (1,),
-    "penalty_alpha": (0,), "sequence_bias": ([], {}), "token_healing": (False,), "top_h": (), "typical_p": (1,),
-    "watermarking_config": (),
+    "constraints": (), "diversity_penalty": (0,), "dola_layers": (), "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (), "force_words_ids": ([],), "guidance_scale": (1,), "max_time": (),
+    "num_beam_groups": (1,), "num_return_sequences": (1,), "penalty_alpha": (0,), "sequence_bias": ([], {}),
+    "token_healing": (False,), "top_h": (), "typical_p": (1,), "watermarking_config": (),
 }
+# Those of them that count in one way of generating only.
+_WHEN_SAMPLING = ("epsilon_cutoff", "eta_cutoff", "top_h", "typical_p")
+_IN_BEAM_SEARCH = ("diversity_penalty", "num_beam_groups")
+_WHEN_GREEDY = ("penalty_alpha",)
+_NOT_WHEN_GREEDY = ("num_return_sequences",)
 # Settings that say how to compute or what to return, or repeat config.json.
 _NEUTRAL = frozenset(
     "_from_model_config assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight "
@@ -86,7 +90,8 @@ class GenerationConfig:
         """These settings, replaced by the options of a caller that are not None.
 
         ``beam`` sets ``num_beams``. A ``temperature`` of 0 turns sampling off, one above 0 turns it on. A caller who
-        asks for beam search or for sampling gets it, whatever the file says about the other.
+        asks for beam search or for sampling gets it, whatever the file says about the other. What the file says of
+        sampling alone (``top_k``, ``top_p``, ``min_p``) counts only where there is some.
         """
         if beam is not None:
             others["num_beams"] = beam
@@ -97,7 +102,9 @@ class GenerationConfig:
             others["temperature"] = temperature or self.temperature
             if temperature > 0 and beam is None:
                 others["num_beams"] = 1
-        return self.replace(**{name: value for name, value in others.items() if value is not None})
+        others = {name: value for name, value in others.items() if value is not None}
+        samples = others.get("do_sample", self.do_sample)
+        return self.replace(**({} if samples else {"top_k": 0, "top_p": 1.0, "min_p": 0.0}) | others)
 
     def override(self, changes: Mapping[str, str]) -> GenerationConfig:
         """These settings with fields set by name from strings, as on a command line.
@@ -125,21 +132,28 @@ class GenerationConfig:
         return [self.max_length - prompt for prompt in prompts]
 
     def check(self) -> None:
-        """To be called before text is generated, and not before: a model may be loaded for something else.
+        """To be called before text is generated, and not before: a model may be loaded for something else, and be asked
+        to sample although its file does not.
 
         Raises:
-            UserError: when the file asks for something that is not supported.
+            UserError: when the file asks for something that is not supported, and that counts in the way in which these
+                settings generate: greedily, by sampling or by beam search.
         """
+        if self.do_sample and self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; it cannot be negative (0 turns it off)")
+        searches = (self.num_beams or 1) > 1
+        idle = {*([] if self.do_sample else _WHEN_SAMPLING), *([] if searches else _IN_BEAM_SEARCH)}
+        idle |= set(_WHEN_GREEDY if self.do_sample or searches else _NOT_WHEN_GREEDY)
         for name, value in self.others.items():
-            if name in _UNSUPPORTED and value is not None and value not in _UNSUPPORTED[name]:
+            if name in _UNSUPPORTED and name not in idle and value is not None and value not in _UNSUPPORTED[name]:
                 raise UserError(
-                    f"the model's {FILE} asks for {name} = {value!r}, which is not supported; generate without that "
-                    "file (--ignore-generation-config, lm.replace(generation=jaxlm.GenerationConfig()))"
+                    f"the model's {FILE} asks for {name} = {shown(value)}, which is not supported; generate without "
+                    "that file (--ignore-generation-config, lm.replace(generation=jaxlm.GenerationConfig()))"
                 )
 
     def notes(self) -> list[str]:
         """Warnings for a user who relies on the file."""
-        unknown = [name for name in self.others if name not in _UNSUPPORTED]
+        unknown = [shown(name)[1:-1] for name in self.others if name not in _UNSUPPORTED]
         return [f"{', '.join(unknown)} in {FILE}: unknown settings, without effect"] if unknown else []
 
     @classmethod
@@ -168,7 +182,7 @@ class GenerationConfig:
             raise UserError(f"{file}: {error}") from None
 
     def _checked(self) -> GenerationConfig:
-        for name in ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"):
+        for name in ("max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}; it cannot be negative")
         if self.num_beams is not None and self.num_beams < 1:

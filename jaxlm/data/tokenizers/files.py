@@ -101,8 +101,8 @@ def _check(directory: Path, config: Mapping[str, Any]) -> None:
         value = value.get("content") if isinstance(value, dict) and key in roles else value
         if value is not None and not isinstance(value, str):
             raise UserError(f"{directory / 'tokenizer_config.json'}: {key} is {value!r}; name a token")
-    count = config.get("extra_ids", 0)
-    if type(count) is not int or not 0 <= count <= _MOST_SENTINELS:
+    count = config.get("extra_ids")
+    if count is not None and (type(count) is not int or not 0 <= count <= _MOST_SENTINELS):
         raise UserError(
             f"{directory / 'tokenizer_config.json'}: extra_ids is {count!r}; give a number up to {_MOST_SENTINELS:,}"
         )

@@ -110,7 +110,7 @@ def _convert(model: Any, family: str, config: Mapping[str, Any]) -> tokenizers.T
     ]
     appended: list[AddedToken] = []
     if family == "T5Tokenizer" and not any("<extra_id_0>" in piece for piece, _ in pieces[-_SENTINELS:]):
-        count = config.get("extra_ids", _SENTINELS)
+        count = _SENTINELS if config.get("extra_ids") is None else config["extra_ids"]
         appended = [AddedToken(f"<extra_id_{i}>", special=True, normalized=False) for i in range(count - 1, -1, -1)]
     elif fairseq and languages:
         appended = [AddedToken(code, special=True, normalized=False) for code in languages.codes]

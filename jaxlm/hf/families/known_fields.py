@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import json
 import re
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.core.errors import UserError
+from jaxlm.core.errors import UserError, shown
 
-__all__ = ["FILE", "check_architecture", "check_unknown", "unread_fields", "without_aliases"]
+__all__ = ["FILE", "check_architecture", "check_unknown", "config_notes", "tokenizer_notes", "without_aliases"]
 
 FILE = Path(__file__).with_name("read_fields.json")
 
@@ -43,9 +42,8 @@ _HARMLESS = frozenset(
 # Models that share a model_type with the language model whose drafts or labels they make: they have parts of their own.
 _DRAFT = re.compile("eagle|dflash|medusa|hydra|draft|speculator", re.IGNORECASE)
 _CLASSIFIER = re.compile("For(Sequence|Token)Classification$|ForQuestionAnswering$")
+_NAMES_SHOWN = 12
 _DRAFT_FIELDS = ("dflash_config", "draft_vocab_size", "eagle_config", "speculators_config", "speculators_model_type")
-_REPR = reprlib.Repr()
-_REPR.maxstring = 80
 
 
 @functools.cache
@@ -79,11 +77,11 @@ def check_architecture(fields: Mapping[str, Any], expected: str) -> None:
     for name in names:
         if _DRAFT.search(name):
             raise UserError(
-                f"architectures = {_REPR.repr(name)}: this is a draft head, a part that guesses tokens for another "
+                f"architectures = {shown(name)}: this is a draft head, a part that guesses tokens for another "
                 "model; load that model"
             )
         if _CLASSIFIER.search(name):
-            raise UserError(f"architectures = {_REPR.repr(name)}: this is a classifier; load a {expected}")
+            raise UserError(f"architectures = {shown(name)}: this is a classifier; load a {expected}")
     found = next((name for name in _DRAFT_FIELDS if fields.get(name) is not None), None)
     if found:
         raise UserError(f"{found}: this is a draft head, a part that guesses tokens for another model; load that model")
@@ -100,21 +98,34 @@ def check_unknown(fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         if name in read and name not in known and name not in _HARMLESS and value not in (None, read[name]):
             allowed = "null" if read[name] is None else f"{json.dumps(read[name])} or null"
             raise UserError(
-                f"{name} = {_REPR.repr(value)} changes what this model computes and is not supported; only {allowed}"
+                f"{name} = {shown(value)} changes what this model computes and is not supported; only {allowed}"
             )
 
 
-def unread_fields(fields: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
-    """The names of the fields that have no effect, here as in transformers, and that are not in most files.
-
-    A field of ``rope_scaling`` is called ``rope_scaling.NAME``.
-    """
+def config_notes(fields: Mapping[str, Any], known: Mapping[str, Any]) -> list[str]:
+    """What a user should know of a config.json: the fields that have no effect, here as in transformers, and that are
+    not in most files. A field of ``rope_scaling`` is called ``rope_scaling.NAME``."""
     table = _table()[fields["model_type"]]
     quiet = {*known, *_HARMLESS, *_read(fields["model_type"]), *table["aliases"]}
     names = [name for name, value in fields.items() if value is not None and name not in quiet]
     for key in ("rope_scaling", "rope_parameters"):
         names += _unread_scaling(key, fields.get(key))
-    return [name if len(name) < 80 and name.isprintable() else _REPR.repr(name) for name in names]
+    return _notes("config.json", names)
+
+
+def tokenizer_notes(fields: Mapping[str, Any]) -> list[str]:
+    """The same for tokenizer_config.json. All tokenizers of transformers have one list; names of tokens are read."""
+    read = {*_table()["tokenizer"], "is_local"}  # which transformers writes into every file
+    names = [name for name in fields if name not in read and not name.endswith(("_token", "_token_id"))]
+    return _notes("tokenizer_config.json", [name for name in names if fields[name] is not None])
+
+
+def _notes(file: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    said = [name if len(name) < 80 and name.isprintable() else shown(name) for name in names[:_NAMES_SHOWN]]
+    said += [f"{len(names) - _NAMES_SHOWN} more"] if len(names) > _NAMES_SHOWN else []
+    return [f"{file}: {', '.join(said)}: without effect, as transformers does not read them either"]
 
 
 def _unread_scaling(path: str, given: Any) -> list[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import reprlib
 from typing import Any
 
-from jaxlm.core.errors import UserError
+from jaxlm.core.errors import UserError, shown
 from jaxlm.hf.families.fields import REQUIRED, ConfigField, HfFields
 from jaxlm.hf.validate import MAX_LAYERS
 from jaxlm.nn.config import StackConfig
@@ -127,7 +126,7 @@ def _windows(fields: HfFields, default: list[str]) -> tuple[int, ...]:
 
 def _check_layer_types(kinds: Any, *allowed: str) -> None:
     if kinds is not None and (not isinstance(kinds, list) or any(kind not in allowed for kind in kinds)):
-        raise UserError(f"layer_types = {reprlib.repr(kinds)} is not supported; only {' and '.join(allowed)}, or null")
+        raise UserError(f"layer_types = {shown(kinds)} is not supported; only {' and '.join(allowed)}, or null")
 
 
 def _layer_types(config: StackConfig) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Engine:
         """
         resolved = from_dict(EngineOptions, options).resolved(lm.config, None if draft is None else draft.config)
         self.lm, self.context = lm, resolved.context
-        lm.generation.check()
+        lm.generation.replace(num_beams=1).check()
         vocab_size = lm.config.vocab_size
         self._eos_ids = frozenset(lm.generation.eos_token_id or (lm.config.eos_id,))
         self._grammars = GrammarCompiler(lm.tokenizer, vocab_size, tuple(sorted(self._eos_ids)))

@@ -131,9 +131,11 @@ class Request:
             UserError: when an option is outside its range, or prompt and continuation do not fit.
         """
         own = generation.given(
-            top_k=self.top_k, top_p=self.top_p, min_p=self.min_p, repetition_penalty=self.repetition_penalty,
+            beam=1, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
             max_new_tokens=self.max_new_tokens, min_new_tokens=self.min_new_tokens,
         )
+        own.check()
         length = len(self.prompt)
         room = context - length
         if room < 1:

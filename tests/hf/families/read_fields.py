@@ -1,4 +1,5 @@
-"""Makes jaxlm/hf/families/read_fields.json: the fields of config.json that transformers reads, for each family.
+"""Makes jaxlm/hf/families/read_fields.json: what transformers reads of config.json, by family, and of
+tokenizer_config.json.
 
     python -m tests.hf.families.read_fields        # where transformers is installed; torch is not needed
 
@@ -52,7 +53,8 @@ def read_fields(source: Path) -> dict[str, Any]:
     every = _config_reads(*(_parse(source / file) for file in SHARED)) | _self_reads(_methods(base)["__post_init__"])
     every = without_methods(every | _declared(base), methods | {"rope_parameters", "rope_theta"})
     table: dict[str, Any] = {
-        "transformers": importlib.metadata.version("transformers"), "rope": _rope_reads(rope_tree), "every": every
+        "transformers": importlib.metadata.version("transformers"), "tokenizer": _tokenizer_reads(source),
+        "rope": _rope_reads(rope_tree), "every": every,
     }
     for model_type, family in FAMILIES.items():
         config, modeling = _sources(source, model_type)
@@ -113,6 +115,18 @@ def _rope_reads(tree: ast.Module) -> dict[str, list[str]]:
                 names.add(_constant(node.args[0]))
         found[_constant(kind)] = sorted(names - {None})
     return found
+
+
+def _tokenizer_reads(source: Path) -> list[str]:
+    """The fields of tokenizer_config.json that any tokenizer reads: they become its keyword arguments."""
+    files = [*source.glob("tokenization_*.py"), *source.glob("models/*/tokenization_*.py")]
+    mappings = ("kwargs", "init_kwargs", "self.init_kwargs", "config", "tokenizer_config")
+    names = set()
+    for node in itertools.chain(*(ast.walk(_parse(file)) for file in files)):
+        names |= _lookups(node, mappings, ()).keys()
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            names |= {each.arg for each in [*node.args.args, *node.args.kwonlyargs]} - {"self"}
+    return sorted(name for name in names if not name.startswith("_") and name)
 
 
 def _parse(file: Path) -> ast.Module:

@@ -7,13 +7,14 @@ import json
 from importlib.metadata import version
 
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
 import jaxlm
 from jaxlm.core.errors import UserError
-from jaxlm.hf.config import config_notes, from_hf_config, read_config
+from jaxlm.hf.config import from_hf_config, read_config, with_defaults
 from jaxlm.hf.families.fields import REQUIRED
-from jaxlm.hf.families.known_fields import FILE
+from jaxlm.hf.families.known_fields import FILE, config_notes
 from jaxlm.hf.families.registry import FAMILIES
 from tests.hf.families.families import CASES, GOLDEN, weights
 from tests.hf.families.read_fields import read_fields, text, transformers_source
@@ -67,21 +68,30 @@ def config_of(case):
     return json.loads((GOLDEN / f"{case}.json").read_text())["config"]
 
 
+def notes_on(fields):
+    return config_notes(fields, with_defaults(fields))
+
+
 @pytest.mark.parametrize(("case", "fields", "noted"), HARMLESS)
 def test_what_transformers_does_not_read_is_noted(case, fields, noted):
     given = config_of(case)
-    assert config_notes(given) == []
+    assert notes_on(given) == []
     assert read_config(given | fields) == read_config(given)
-    notes = config_notes(given | fields)
+    notes = notes_on(given | fields)
     assert len(notes) == bool(noted) and all(f"config.json: {noted}: without effect" in note for note in notes)
 
 
-def test_notes_reach_the_user_once(tmp_path, capsys):
+def test_notes_reach_the_user_once(tmp_path):
     golden = json.loads((GOLDEN / "llama.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(golden["config"] | {"unsloth_version": "2", "x" * 900: 1}))
     save_file(weights(golden["tensors"]), tmp_path / "model.safetensors")
-    (note,) = jaxlm.load(tmp_path).info["notes"]
-    assert "unsloth_version" in note and len(note) < 200
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 2, "a": 3}, "a"))
+    raw.save(str(tmp_path / "tokenizer.json"))
+    settings = {"eos_token": "</s>", "model_max_length": 9, "image_token": "a", "is_fancy": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    config, tokenizer = jaxlm.load(tmp_path).info["notes"]
+    assert "unsloth_version" in config and len(config) < 200
+    assert tokenizer.startswith("tokenizer_config.json: is_fancy: without effect")
 
 
 @pytest.mark.parametrize(("case", "fields", "message"), [
@@ -135,4 +145,4 @@ def test_the_fields_that_count_are_those_of_transformers():
 
 
 def test_every_case_is_read_without_a_word():
-    assert [name for name in CASES if config_notes(config_of(name))] == []
+    assert [name for name in CASES if notes_on(config_of(name))] == []
