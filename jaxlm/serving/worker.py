@@ -13,12 +13,15 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from jaxlm.core.errors import UserError
+from jaxlm.inference.engine.constraints import Constraint
 from jaxlm.inference.engine.engine import Engine
 from jaxlm.inference.engine.requests import Event, Request
-from jaxlm.serving.protocol.errors import ApiError, generation_failed, internal_error, queue_full, too_many_choices
+from jaxlm.serving.grammars import GrammarQueue
+from jaxlm.serving.protocol.errors import ApiError, internal_error, queue_full, too_many_choices
 
 __all__ = ["EngineWorker", "GenerationStream", "Worker", "run_into"]
 
@@ -56,13 +59,16 @@ class Worker:
         if self._thread.is_alive():
             self._thread.join()
 
-    def check_capacity(self) -> None:
+    def check_capacity(self, count: int = 1) -> None:
         """Call it before any work is spent on a request.
 
         Raises:
-            ApiError: with status 429 when the queue is full.
+            ApiError: with status 429 when there is not enough capacity for ``count`` continuations now, 400 when there
+                never is.
         """
-        if self.in_use >= self.capacity:
+        if count > self.capacity:
+            raise too_many_choices(count, self.capacity)
+        if self.in_use + count > self.capacity:
             raise queue_full(self.retry_after())
 
     def acquire(self, count: int) -> None:
@@ -71,11 +77,8 @@ class Worker:
         Raises:
             ApiError: with status 429 when there is not enough capacity now, 400 when there never is.
         """
-        if count > self.capacity:
-            raise too_many_choices(count, self.capacity)
         with self._changed:
-            if self.in_use + count > self.capacity:
-                raise queue_full(self.retry_after())
+            self.check_capacity(count)
             self.in_use += count
 
     def release(self, count: int, seconds: float) -> None:
@@ -154,6 +157,26 @@ class EngineWorker(Worker):
         super().__init__(name, capacity)
         self._make_engine, self.engine = make_engine, make_engine()
         self._streams: dict[int, tuple[GenerationStream, int]] = {}  # request id -> stream, number of the request there
+        self._grammars = GrammarQueue(name, lambda: self.engine.grammars)
+
+    async def submit(self, requests: Sequence[Request]) -> GenerationStream:
+        """Compiles the constraints of requests, reserves capacity for them, and hands them to the engine.
+
+        Raises:
+            UserError: when one of them cannot be served; then none is submitted.
+            ApiError: with status 429 when there is not enough capacity.
+        """
+        self.check_capacity(sum(request.samples for request in requests))
+        with_grammars = []
+        for request in requests:
+            if isinstance(constraint := request.constraint, Constraint):
+                request = replace(request, constraint=await self._grammars.compile(constraint))
+            with_grammars.append(request)
+        return await self.open(with_grammars).start()
+
+    def close(self) -> None:
+        super().close()
+        self._grammars.close()
 
     def open(self, requests: Sequence[Request]) -> GenerationStream:
         """Reserves capacity for requests; ``GenerationStream.start`` submits them."""
@@ -176,7 +199,7 @@ class EngineWorker(Worker):
             self._streams.clear()
             self.engine = self._make_engine()
             for stream in streams:
-                stream.publish([(0, Event(0, 0, finish_reason="error", message="the engine failed"))])
+                stream.publish(internal_error())
             return
         by_stream: dict[GenerationStream, list[tuple[int, Event]]] = {}
         for event in events:
@@ -197,7 +220,7 @@ class GenerationStream:
         self._worker, self._requests, self._count = worker, requests, count
         self._unfinished = sum(request.n for request in requests)  # continuations
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[list[tuple[int, Event]]] = asyncio.Queue()
+        self._events: asyncio.Queue[list[tuple[int, Event]] | ApiError] = asyncio.Queue()
         self._begin, self._closed = time.monotonic(), False
 
     async def start(self) -> GenerationStream:
@@ -231,8 +254,8 @@ class GenerationStream:
             self._worker.engine.cancel(request_id)
             del self._worker._streams[request_id]
 
-    def publish(self, items: list[tuple[int, Event]]) -> None:
-        """Hands events to whoever iterates; the worker calls it in its thread."""
+    def publish(self, items: list[tuple[int, Event]] | ApiError) -> None:
+        """Hands events to whoever iterates, or an error; the worker calls it in its thread."""
         try:
             self._loop.call_soon_threadsafe(self._events.put_nowait, items)
         except RuntimeError:  # the event loop has ended, and with it the reader
@@ -240,8 +263,11 @@ class GenerationStream:
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._unfinished:
-            for number, event in await self._events.get():
-                if event.finish_reason == "error":
-                    raise generation_failed(event.message)
+            items = await self._events.get()
+            if isinstance(items, ApiError):
+                raise items
+            for number, event in items:
+                if event.finish_reason == "error":  # the request's own: its constraint cannot be followed
+                    raise UserError(event.message)
                 self._unfinished -= event.finish_reason is not None
                 yield number, event

@@ -16,7 +16,7 @@ from jaxlm.core.config import from_dict
 from jaxlm.core.errors import UserError
 from jaxlm.inference.detokenizer import Detokenizer
 from jaxlm.inference.engine.block_allocator import BlockAllocator
-from jaxlm.inference.engine.constraints import GrammarCompiler
+from jaxlm.inference.engine.constraints import Constraint, GrammarCompiler
 from jaxlm.inference.engine.options import EngineOptions
 from jaxlm.inference.engine.outputs import EventQueue
 from jaxlm.inference.engine.requests import Event, FinishReason, Request, Stats, TokenLogprob
@@ -31,6 +31,11 @@ class Engine:
     """A model that serves requests. It is for one thread at a time.
 
     ``submit`` requests, then call ``step`` as long as the engine is ``busy``: it returns what was generated.
+
+    Attributes:
+        lm: the model.
+        context: tokens of a prompt and its continuation at most.
+        grammars: compiles constraints, in any thread.
     """
 
     def __init__(self, lm: InferenceModel, *, draft: InferenceModel | None = None, **options: Any):
@@ -51,7 +56,7 @@ class Engine:
         lm.generation.replace(num_beams=1).check()
         vocab_size = lm.config.vocab_size
         self._eos_ids = frozenset(lm.generation.eos_token_id or (lm.config.eos_id,))
-        self._grammars = GrammarCompiler(lm.tokenizer, vocab_size, tuple(sorted(self._eos_ids)))
+        self.grammars = GrammarCompiler(lm.tokenizer, vocab_size, tuple(sorted(self._eos_ids)))
         self._scheduler = Scheduler(
             BlockAllocator(resolved.num_pages), slots=resolved.slots, page_size=resolved.page_size,
             prefill_chunk=resolved.prefill_chunk, num_draft_tokens=resolved.num_draft_tokens,
@@ -74,10 +79,13 @@ class Engine:
         if request.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer: put a tokenizer.json beside the model's config.json")
         seed = secrets.randbits(32) if request.seed is None else request.seed % 2**32
+        grammar = request.constraint
+        if isinstance(grammar, Constraint):
+            grammar = self.grammars.compile(grammar)
         request_id, sequences = self._last_id + 1, []
         for index in range(request.samples):
             detokenizer = None if lm.tokenizer is None else Detokenizer(lm.tokenizer, request.prompt, request.stop)
-            matcher = None if request.constraint is None else self._grammars.matcher(request.constraint)
+            matcher = None if grammar is None else grammar.matcher()
             sequences.append(
                 Sequence(request_id, index, request, seed, list(request.prompt), detokenizer, matcher)
             )

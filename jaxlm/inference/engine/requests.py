@@ -6,37 +6,18 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 from jaxlm.core.errors import UserError
+from jaxlm.inference.engine.constraints import Constraint, Grammar
 from jaxlm.inference.generation_config import GenerationConfig
 
-__all__ = ["Constraint", "Event", "FinishReason", "Request", "Stats", "TokenLogprob"]
+__all__ = ["Event", "FinishReason", "Request", "Stats", "TokenLogprob"]
 
 MAX_LOGPROBS = 20  # alternatives of a token at most; all of them are computed if any request asks for some
 MAX_LOGIT_BIASES = 300  # entries of ``logit_bias``
 _NEW_TOKENS = 64  # the limit where neither the request nor the model gives one
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-
-
-@dataclass(frozen=True)
-class Constraint:
-    """A form that the text must have. Exactly one of the three fields is set.
-
-    ``json`` is a JSON schema (``{"type": "object"}`` allows any object), ``regex`` a regular expression that the whole
-    text matches, ``choice`` the texts to choose from.
-    """
-
-    json: Mapping[str, Any] | str | None = None
-    regex: str | None = None
-    choice: tuple[str, ...] = ()
-
-    def check(self) -> None:
-        """Raises:
-            UserError: unless exactly one field is set.
-        """
-        if sum((self.json is not None, self.regex is not None, bool(self.choice))) != 1:
-            raise UserError("a constraint has either json (a schema), or regex, or choice (texts): set exactly one")
 
 
 @dataclass(frozen=True)
@@ -71,7 +52,7 @@ class Request:
     logprobs: int | None = None
     n: int = 1
     best_of: int | None = None
-    constraint: Constraint | None = None
+    constraint: Constraint | Grammar | None = None  # a compiled one is used as it is
 
     @property
     def samples(self) -> int:
@@ -116,7 +97,7 @@ class Request:
             raise UserError(f"logit_bias names {len(self.logit_bias)} tokens: give at most {MAX_LOGIT_BIASES}")
         if not all(map(math.isfinite, self.logit_bias.values())):
             raise UserError("logit_bias has a value that is not finite: give -100 for a token that must not come")
-        if self.constraint is not None:
+        if isinstance(self.constraint, Constraint):
             self.constraint.check()
 
     def resolved(self, generation: GenerationConfig, context: int, vocab_size: int) -> Request:

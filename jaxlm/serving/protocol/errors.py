@@ -167,6 +167,13 @@ def queue_full(seconds: int) -> ApiError:
     )
 
 
+def grammars_busy(seconds: int) -> ApiError:
+    return ApiError(
+        429, f"too many new constraints wait to be compiled: try again in {seconds} s", kind="rate_limit_error",
+        code="constraints_busy", headers={"Retry-After": str(seconds)},
+    )
+
+
 def server_draining() -> ApiError:
     return ApiError(
         503, "the server is shutting down and takes no new requests", kind="server_error", code="draining",
@@ -176,10 +183,6 @@ def server_draining() -> ApiError:
 
 def request_timeout(seconds: float) -> ApiError:
     return ApiError(504, f"the request took longer than {seconds:g} s", kind="server_error", code="timeout")
-
-
-def generation_failed(reason: str) -> ApiError:
-    return ApiError(500, reason or "generation failed", kind="server_error")
 
 
 def internal_error() -> ApiError:

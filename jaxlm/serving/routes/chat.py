@@ -58,7 +58,7 @@ class ChatCompletionJob:
         most = body.max_completion_tokens or body.max_tokens or self.served.lm.generation.max_new_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = engine_request(self.served, body, self.prompt, max_new_tokens=most, logprobs=logprobs)
-        return await self.served.worker.open([request]).start()
+        return await self.served.worker.submit([request])
 
     async def complete(self, events: GenerationStream) -> ChatCompletion:
         """The whole response."""

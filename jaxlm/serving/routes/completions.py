@@ -81,7 +81,7 @@ class CompletionJob:
     async def submit(self) -> GenerationStream | None:
         """Gives the requests to the engine; None if nothing is to be generated."""
         requests = self._requests()
-        return await self.served.worker.open(requests).start() if requests else None
+        return await self.served.worker.submit(requests) if requests else None
 
     async def complete(self, events: GenerationStream | None) -> Completion:
         """The whole response."""

@@ -8,7 +8,8 @@ from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from jaxlm.inference.engine.requests import Constraint, Request
+from jaxlm.inference.engine.constraints import Constraint
+from jaxlm.inference.engine.requests import Request
 from jaxlm.serving.models import ServedModel
 from jaxlm.serving.protocol.errors import context_length_exceeded, request_timeout
 from jaxlm.serving.protocol.requests import GenerationRequest, JsonObjectFormat, JsonSchemaFormat

@@ -13,8 +13,9 @@ from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.inference.decoding import generate_tokens
+from jaxlm.inference.engine.constraints import Constraint
 from jaxlm.inference.engine.engine import Engine
-from jaxlm.inference.engine.requests import Constraint, Request
+from jaxlm.inference.engine.requests import Request
 from tests.inference.engine.serving import serve
 from tests.inference.models import Handle, decoder, full_logits, random_params, with_config
 
