@@ -4,4 +4,5 @@
 set -euo pipefail
 EXTRAS="[dev]"
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+# Three workers keep two cores busy: tests of processes and servers wait now and then.
+exec .venv/bin/python -m pytest -n 3 --dist worksteal "$@"

@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 
 from jaxlm import nn
-from jaxlm.cli.arguments import load_experiment
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.directory import export_model
-from jaxlm.training.setup import prepare
 from tests.models import build
 
 TEXT = "It was a dark night. Zwölf Boxkämpfer jagten Eva über den Deich.\n"
@@ -121,20 +119,12 @@ def test_language_models_with_real_tokenizers(jaxlm_command, shared, real, tmp_p
     assert Tokenizer.load(tmp_path / "dense").encode(TEXT) == tokenizer.encode(TEXT)  # through the small one
 
 
-@pytest.mark.parametrize(
-    "name, by", [
-        ("llama2", "its setup"), pytest.param("llama2", "training", marks=pytest.mark.slow),
-        pytest.param("deepseek", "training", marks=pytest.mark.slow),
-    ],
-)
-def test_a_run_keeps_a_real_tokenizer(jaxlm_command, real, tmp_path, text, name, by):
+@pytest.mark.parametrize("name", ["llama2", pytest.param("deepseek", marks=pytest.mark.slow)])
+def test_a_training_keeps_a_real_tokenizer(jaxlm_command, real, tmp_path, text, name):
     directory, tokenizer = real(name)
     experiment = tmp_path / "experiment.py"
     experiment.write_text(TRAINING.format(text=text, tokenizer=directory))
-    if by == "training":
-        run(jaxlm_command, "train", experiment, "--out", tmp_path / "run")
-    else:  # what is written before the first step
-        prepare(load_experiment(str(experiment), []), tmp_path / "run").write(tmp_path / "run")
+    run(jaxlm_command, "train", experiment, "--out", tmp_path / "run")
     assert Tokenizer.load(tmp_path / "run").encode(TEXT) == tokenizer.encode(TEXT)
 
 

@@ -258,7 +258,6 @@ def test_frozen_weights_count_as_they_are_held(trained):
     assert 8 * held["frozen"] < 4 * count_params(nn.abstract(MODEL)[1])
 
 
-@pytest.mark.slow
 def test_programs_with_frozen_weights_are_forecast_as_others():
     config = dataclasses.replace(CONFIG, lora=LoraConfig(rank=4, base="w4a16-rtn-g32"), mesh=MeshConfig(1, 4, 2))
     (program,) = forecast_programs(config, CPU)

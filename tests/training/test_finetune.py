@@ -17,6 +17,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import LoRA
 from jaxlm.core.sharding import batch_sharding, make_mesh
 from jaxlm.core.tree import flatten
+from jaxlm.core.untrusted import read_sealed_json
 from jaxlm.training import loop
 from jaxlm.training.config import DataConfig, Experiment, LoraConfig, OptimConfig, TrainConfig
 from jaxlm.training.loop import train
@@ -80,7 +81,7 @@ def test_a_run_of_adapters(experiment, finished, base):
 
 def adapters_at_the_start(run):
     """The trained arrays of a run at step 0, by path."""
-    config = from_dict(Experiment, json.loads((run / "experiment.json").read_text()), stored=True)
+    config = from_dict(Experiment, read_sealed_json(run / "experiment.json"), stored=True)
     params = flatten(prepare(config, run).initial)
     return Partition(params).split(params)[0]
 
