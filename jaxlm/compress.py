@@ -24,6 +24,7 @@ from jaxlm.core.leaves import dequantize, is_leaf, merge_adapters
 from jaxlm.core.progress import Progress
 from jaxlm.core.tree import Leaf, Params, flatten
 from jaxlm.data.calibration import calibration_batches, hold_out
+from jaxlm.data.config import SpecialTokens
 from jaxlm.hf.directory import model_bytes
 from jaxlm.model import LM
 from jaxlm.nn.config import ModelConfig
@@ -40,6 +41,7 @@ def compress(
     max_perplexity: str = "",
     storage: str = "plain",
     calibrate: str = "",
+    special_tokens: SpecialTokens = "text",
     samples: int = 128,
     context: int = 0,
     seed: int = 0,
@@ -62,6 +64,7 @@ def compress(
         storage: of a model without a recipe, plain or huffman.
         calibrate: a SPEC of calibration data, for recipes that need some: text the model should be good at, or
             sentence pairs.
+        special_tokens: whether special tokens that this data spells are characters ("text") or parsed ("parse").
         samples: the number of windows of ``context`` tokens (0: the model's own context, at most 2,048) to calibrate
             with; of sentence pairs, 16 times as many.
         seed: of the choice of windows, of rotations and of learned rounding.
@@ -80,7 +83,9 @@ def compress(
     lm = lm.replace(params=merge_adapters(lm.params))
     if any(is_leaf(leaf) for leaf in flatten(lm.params).values()):
         raise UserError("this model is quantized already; compress the dense one")
-    calibration = _calibration(lm, calibrate, samples, context, seed, progress) if calibrate else None
+    calibration = None
+    if calibrate:
+        calibration = _calibration(lm, calibrate, special_tokens, samples, context, seed, progress)
     if recipe is None:
         fitted = _fit(lm, target, f"fit-{fit or max_perplexity}", storage, calibration)
         recipe, done, packed, fitted_kernels = fitted.recipe, fitted.model, fitted.packed, fitted.kernels
@@ -149,12 +154,14 @@ def _loss(lm: LM, batches: Sequence[tuple[np.ndarray, ...]], params: Params) -> 
     return nll / count
 
 
-def _calibration(lm: LM, spec: str, samples: int, context: int, seed: int, progress) -> Calibration:
+def _calibration(
+    lm: LM, spec: str, special_tokens: SpecialTokens, samples: int, context: int, seed: int, progress
+) -> Calibration:
     if lm.config.kind == "lstm":
         raise UserError("layers of an LSTM are not calibrated; choose a recipe that needs no data")
     batches = calibration_batches(
         spec, lm.tokenizer, pairs=lm.config.kind == "seq2seq", samples=samples,
-        context=context or min(lm.config.max_positions, 2048), seed=seed,
+        context=context or min(lm.config.max_positions, 2048), seed=seed, special_tokens=special_tokens,
     )
     if (largest := max(int(part.max()) for batch in batches for part in batch)) >= lm.config.vocab_size:
         raise UserError(f"{spec!r} holds the id {largest} and the model knows {lm.config.vocab_size}")

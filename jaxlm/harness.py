@@ -30,6 +30,7 @@ from tqdm import tqdm
 from jaxlm.core.errors import UserError
 from jaxlm.inference.batching import batches_by_length, bucket, pad_rows, power_of_two
 from jaxlm.inference.decoding import generate_tokens
+from jaxlm.inference.generation import ending_at
 from jaxlm.model import load
 from jaxlm.nn.config import KVCache
 
@@ -96,7 +97,6 @@ class JaxLM(TemplateLM):
         tokenizer = self.lm.tokenizer
         ends = (prefix_token_id, tokenizer.bos_id, tokenizer.eos_id, self.lm.config.bos_id)
         self._prefix = next(token for token in ends if token is not None)
-        self._frame = _frame(tokenizer)
 
     @property
     def eot_token_id(self) -> int:
@@ -115,11 +115,11 @@ class JaxLM(TemplateLM):
         """The tokens of a text. Special tokens that the text spells are recognised. Those that the tokenizer adds to a
         prompt are added unless the caller asks not to, or the text spells the first of them."""
         tokenizer = self.lm.tokenizer
-        ids = tokenizer.encode_prompt(string, parse_special=True)
+        ids = tokenizer.encode(string, parse_special=True)
         framed = self._add_bos is not False if add_special_tokens is None else add_special_tokens
         if add_special_tokens is None and string.startswith(tokenizer.decode([self._prefix], skip_special=False)):
             framed = False
-        before, after = self._frame if framed else ([], [])
+        before, after = tokenizer.frame if framed else ([], [])
         return [*before, *ids, *after]
 
     # Scoring
@@ -215,9 +215,9 @@ class JaxLM(TemplateLM):
         decode = self.lm.tokenizer.decode
         sampling = {"temperature": 1.0} | sampling if sampled else {"temperature": 0.0}
         found = generate_tokens(
-            self.lm, [self.tok_encode(prompt)[-room:] or [self._prefix] for prompt in prompts], self.lm.generation,
-            max_new_tokens=count, **sampling, seed=self._seed, batch_size=self.batch_size,
-            finished=_stops(decode, stop),
+            self.lm, [self.tok_encode(prompt)[-room:] or [self._prefix] for prompt in prompts],
+            ending_at(self.lm, self.lm.generation, stop), max_new_tokens=count, **sampling, seed=self._seed,
+            batch_size=self.batch_size, finished=_stops(decode, stop),
         )
         return [postprocess_generated_text(decode(tokens), stop, None) for tokens in found]
 
@@ -248,15 +248,6 @@ class JaxLM(TemplateLM):
         if isinstance(chat_template, str):
             raise UserError(f"the chat template {chat_template!r} cannot be chosen; the tokenizer's default is used")
         return self.lm.tokenizer.chat_template.source if chat_template else None
-
-
-def _frame(tokenizer) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer adds before and after a prompt."""
-    if not tokenizer.encode_prompt(""):
-        return [], []
-    bare, framed = tokenizer.encode("a"), tokenizer.encode_prompt("a")
-    begin = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
-    return framed[:begin], framed[begin + len(bare) :]
 
 
 def _stops(decode: Callable[[list[int]], str], stop: Sequence[str]) -> Callable[[int, list[int]], bool]:

@@ -35,6 +35,17 @@ def add_languages(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_special_tokens(parser: argparse.ArgumentParser, *, prompts: bool = False) -> None:
+    """``--special-tokens``, and with ``prompts`` also ``--prompt-special-tokens``."""
+    kinds = {"": "documents", "prompt-": "prompts and completions that are texts, as in instruct:"}
+    for prefix, texts in kinds.items():
+        if prompts or not prefix:
+            parser.add_argument(
+                f"--{prefix}special-tokens", choices=("text", "parse"),
+                help=f"what special tokens are that {texts} spell: characters, or parsed as special tokens (text)",
+            )
+
+
 def add_search(parser: argparse.ArgumentParser) -> None:
     """The options of beam search for translations."""
     parser.add_argument("--beam", type=int, metavar="N",

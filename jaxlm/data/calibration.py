@@ -9,6 +9,7 @@ from jaxlm.data.batches.bitext import SentencePairs
 from jaxlm.data.batches.buckets import BucketShapes
 from jaxlm.data.batches.packing import token_stream
 from jaxlm.data.batches.shuffle import random_state
+from jaxlm.data.config import SpecialTokens
 from jaxlm.data.sources.spec import open_source
 from jaxlm.data.sources.types import Bitext, Source, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
@@ -22,7 +23,8 @@ _BUCKETS = (16, 32, 64, 128)
 
 
 def calibration_batches(
-    spec: str, tokenizer: Tokenizer | None, *, pairs: bool, samples: int, context: int, seed: int
+    spec: str, tokenizer: Tokenizer | None, *, pairs: bool, samples: int, context: int, seed: int,
+    special_tokens: SpecialTokens = "text",
 ) -> list[Arrays]:
     """Calibration batches from the training split of a SPEC.
 
@@ -34,6 +36,7 @@ def calibration_batches(
             are drawn at random, and stay in the order of the text.
         context: tokens of a window.
         seed: of the draw.
+        special_tokens: that the text spells; see ``open_source``.
 
     Returns:
         batches ``(tokens [B, context],)``, or ``(sources [B, S], inputs [B, T])`` if ``pairs``; all int32.
@@ -41,7 +44,7 @@ def calibration_batches(
     Raises:
         UserError: when the data is less than one window, or when the SPEC does not fit the model.
     """
-    source = open_source(spec, "train")
+    source = open_source(spec, "train", special_tokens=special_tokens)
     if isinstance(source, Bitext) != pairs:
         wanted = "bitext:SRC,TGT" if pairs else "text:, jsonl: or tokens:"
         raise UserError(f"{spec!r} does not fit this model: calibrate it with {wanted}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+SpecialTokens = Literal["text", "parse"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -28,6 +30,8 @@ class DataConfig:
     buckets: tuple[int, ...] = (12, 16, 24, 32, 64, 128)  # padded lengths; longer pairs are left out of training
     prefetch: int = 2  # batches that a thread prepares ahead; 0: none
     cache: str = ""  # the directory of the token cache; "": tokenized text is kept in memory
+    special_tokens: SpecialTokens = "text"  # that documents spell: characters, or parsed as special tokens
+    prompt_special_tokens: SpecialTokens = "text"  # the same in prompts and completions that are texts (instruct:)
     bad_rows: Literal["fail", "report"] = "fail"  # unusable rows: an error, or left out and counted
     contamination: Literal["report", "fail", "off"] = "report"  # documents of ``valid`` and ``test`` found in ``train``
     seed: int = 0

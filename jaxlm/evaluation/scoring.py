@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.progress import Progress
+from jaxlm.data.config import SpecialTokens
 from jaxlm.data.sources.spec import open_source
 from jaxlm.data.sources.types import Bitext, Dialogues
 from jaxlm.evaluation.likelihood import bitext_perplexity, dialogue_perplexity, perplexity
@@ -25,6 +26,8 @@ def evaluate(
     beam: int | None = None,
     length_penalty: float | None = None,
     max_length: int | None = None,
+    special_tokens: SpecialTokens = "text",
+    prompt_special_tokens: SpecialTokens = "text",
     sentences: int = 0,
     translations: bool = True,
     speed: bool = False,
@@ -39,6 +42,7 @@ def evaluate(
         batch_size: rows at a time; 0 fits the vocabulary.
         source_language, target_language: of the pairs, for models with many; see ``translate``.
         beam, length_penalty, max_length: of the translations; see ``translate``.
+        special_tokens, prompt_special_tokens: that the data spells; see ``open_source``.
         sentences: pairs to translate, the first ones; 0 is all. The loss is always over all.
         translations: False leaves out BLEU and chrF.
         speed: adds ``tokens_per_second`` of the forward pass.
@@ -48,7 +52,9 @@ def evaluate(
         ``data``, the figures of ``perplexity``, and for pairs those of ``bleu`` with ``beam``, ``length_penalty`` and
         ``sentences``. Invented text is marked ``"synthetic": True`` with a ``note``. JSON-safe.
     """
-    source = open_source(spec, "test")
+    source = open_source(
+        spec, "test", special_tokens=special_tokens, prompt_special_tokens=prompt_special_tokens
+    )
     pairs = isinstance(source, Bitext)
     if pairs != (lm.config.kind == "seq2seq"):
         wanted = "bitext:SRC,TGT or builtin:phrasebook" if not pairs else "text:, jsonl:, chat: or tokens:"

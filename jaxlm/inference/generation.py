@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.core.errors import UserError
 from jaxlm.inference.decoding import beam_tokens, generate_tokens
+from jaxlm.inference.generation_config import GenerationConfig
 from jaxlm.inference.protocol import InferenceModel
 
 if TYPE_CHECKING:
     from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
-__all__ = ["Conversation", "generate"]
+__all__ = ["Conversation", "ending_at", "generate"]
 
 Conversation = Sequence[Mapping[str, Any]]  # messages, each with a "role" and a "content"
 
@@ -34,7 +36,8 @@ def generate(
 ) -> list[str]:
     """The continuation of each prompt: the new text only.
 
-    A prompt is a text, or a conversation that the chat template of the tokenizer turns into one:
+    A prompt is a text, in which special tokens that it spells are recognised, or a conversation, which the chat
+    template of the tokenizer turns into one and whose messages have no special tokens:
     ``[{"role": "user", "content": "Hello"}]``. A continuation ends before the first of the ``stop`` strings, at an end
     token, or after ``max_new_tokens``.
 
@@ -51,7 +54,7 @@ def generate(
         top_p: sample among the most likely tokens that together have this probability.
         min_p: sample among tokens at least this fraction as likely as the likeliest.
         seed: of the samples.
-        stop: strings before which a text ends.
+        stop: strings before which a text ends; they may be special tokens.
         beam: beams of a beam search; above 1 it takes the place of sampling.
         length_penalty: of the beam search; see ``jaxlm.inference.beam``.
         batch_size: prompts in a batch.
@@ -73,7 +76,7 @@ def generate(
     searches = (generation.num_beams or 1) > 1
     if searches and generation.do_sample:
         raise UserError("beam search does not sample: give either beam or temperature")
-    tokenizer = lm.tokenizer
+    tokenizer, generation = lm.tokenizer, ending_at(lm, generation, stop)
     first = next((i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None), lm.config.bos_id)
     ids = [_encode(tokenizer, prompt) or [first] for prompt in prompts]
     heads = [tokenizer.decode(tokens) for tokens in ids]
@@ -95,6 +98,16 @@ def generate(
     return [text if cut < 0 else text[:cut] for text, cut in zip(texts, cuts, strict=True)]
 
 
+def ending_at(lm: InferenceModel, generation: GenerationConfig, stop: Sequence[str]) -> GenerationConfig:
+    """The settings with the stop strings that are special tokens as end tokens too: decoded texts do not show them."""
+    special = lm.tokenizer.backend.special_tokens
+    stop_tokens = [special[text] for text in stop if text in special]
+    if not stop_tokens:
+        return generation
+    ends = generation.eos_token_id or (lm.config.eos_id,)
+    return replace(generation, eos_token_id=tuple(dict.fromkeys((*ends, *stop_tokens))))
+
+
 def _first_stop(text: str, stop: Sequence[str]) -> int:
     """Where the earliest stop string begins; -1 if the text has none."""
     found = [at for at in (text.find(s) for s in stop) if at >= 0]
@@ -104,7 +117,7 @@ def _first_stop(text: str, stop: Sequence[str]) -> int:
 def _encode(tokenizer: Tokenizer, prompt: str | Conversation) -> list[int]:
     if isinstance(prompt, str):
         return tokenizer.encode_prompt(prompt)
-    return tokenizer.encode_prompt(tokenizer.chat_template.render(prompt), parse_special=True)
+    return tokenizer.encode_chat(prompt)
 
 
 def _check(lm: InferenceModel, max_new_tokens: int | None, temperature: float | None, beam: int | None) -> None:

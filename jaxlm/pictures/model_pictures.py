@@ -107,8 +107,9 @@ def _insight(lm: Any, text: str) -> list[Picture]:
     """Attention of every layer, and why the next token comes next; of a translation, after its first half."""
     if lm.config.kind == "lstm" or lm.tokenizer is None:
         raise UserError("there is no attention to draw in this model: leave --text out")
-    rows = [lm.tokenizer.encode_prompt(text)]
-    if lm.config.kind == "seq2seq":
+    if lm.config.kind != "seq2seq":
+        rows = [lm.tokenizer.encode_prompt(text)]
+    else:
         rows = encode_sources(lm, [text], None)
         best = translate_tokens(lm, rows, lm.generation)[0][0]
         rows.append([decoder_start_token(lm.config, lm.generation), *best[: max(1, len(best) // 2)]])

@@ -29,7 +29,7 @@ from jaxlm.core.tree import Params, Transform, count_params, flatten
 from jaxlm.core.untrusted import read_sealed_json, seal
 from jaxlm.data.batches.loader import Loader, make_loader
 from jaxlm.data.contamination import find_contamination
-from jaxlm.data.sources.spec import open_source
+from jaxlm.data.sources.spec import Split, open_source
 from jaxlm.data.sources.types import Bitext, Preferences, Source
 from jaxlm.data.tokenizers.from_config import tokenizer_from_config
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
@@ -113,7 +113,7 @@ def prepare(config: Experiment, run: Path) -> Setup:
     check_lora(config)
     config = with_model(config)
     resuming = any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
-    source = open_source(config.data.train, "train", config.data.bad_rows)
+    source = _open(config.data, "train")
     if isinstance(source, Preferences) != bool(config.dpo.beta):
         raise UserError(
             f"data.train {config.data.train!r} {'has' if isinstance(source, Preferences) else 'has no'} preferences "
@@ -139,7 +139,7 @@ def prepare(config: Experiment, run: Path) -> Setup:
     _check_lengths(config, loader)
     valid_source = valid_loader = None
     if config.data.valid:
-        valid_source = open_source(config.data.valid, "valid", config.data.bad_rows)
+        valid_source = _open(config.data, "valid")
         valid_loader = make_loader(config.data, valid_source, tokenizer, train=False, row_multiple=ways, **place)
     contamination = () if resuming else _contamination(config.data, tokenizer, loader, valid_loader)
     initial = _initial(config, like, override_sharding(config.mesh.rules))
@@ -233,6 +233,13 @@ def _check_lengths(config: Experiment, loader: Loader) -> None:
         )
 
 
+def _open(data: DataConfig, split: Split) -> Source:
+    return open_source(
+        getattr(data, split), split, data.bad_rows, special_tokens=data.special_tokens,
+        prompt_special_tokens=data.prompt_special_tokens,
+    )
+
+
 def _contamination(
     data: DataConfig, tokenizer: Tokenizer, loader: Loader, valid_loader: Loader | None
 ) -> tuple[str, ...]:
@@ -242,7 +249,7 @@ def _contamination(
         return ()
     held = {"valid": valid_loader}
     if data.test:
-        test = open_source(data.test, "test", data.bad_rows)
+        test = _open(data, "test")
         held["test"] = make_loader(data, test, tokenizer, train=False)
     found = {
         name: find_contamination(loader.documents(), other.documents(), tokenizer)

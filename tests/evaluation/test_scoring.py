@@ -7,6 +7,7 @@ import json
 import pytest
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.calibration import calibration_batches
 from jaxlm.data.sources import spec as sources
 from jaxlm.evaluation.scoring import evaluate
 from tests.inference.models import decoder, seq2seq
@@ -34,6 +35,18 @@ def test_text_for_a_language_model(tmp_path):
     json.dumps(found, allow_nan=False)
 
 
+def test_special_tokens_of_data_are_parsed_where_asked(tmp_path):
+    (tmp_path / "x.txt").write_text("the cat</s>a mat</s>")
+    lm = decoder()
+    assert evaluate(lm, f"text:{tmp_path / 'x.txt'}", special_tokens="parse")["tokens"] == 13
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "<s>the cat", "completion": " sat</s>"}))
+    assert evaluate(lm, f"instruct:{tmp_path / 'x.jsonl'}", prompt_special_tokens="parse")["tokens"] == 5
+    (batch,) = calibration_batches(
+        f"text:{tmp_path / 'x.txt'}", lm.tokenizer, pairs=False, samples=1, context=14, seed=0, special_tokens="parse"
+    )
+    assert batch[0].tolist() == [lm.tokenizer.encode("the cat</s>a mat</s>", parse_special=True)]
+
+
 def test_pairs_for_a_translation_model(bitext):
     lm, calls = seq2seq(), []
     found = evaluate(
@@ -52,7 +65,7 @@ def test_pairs_for_a_translation_model(bitext):
 def test_invented_text_is_said_to_be_invented(bitext, monkeypatch):
     real = sources.open_source(bitext)
     made_up = sources.Bitext("builtin:phrasebook", real.src, real.tgt, synthetic="made up")
-    monkeypatch.setattr("jaxlm.evaluation.scoring.open_source", lambda spec, split: made_up)
+    monkeypatch.setattr("jaxlm.evaluation.scoring.open_source", lambda *_, **__: made_up)
     found = evaluate(seq2seq(), "builtin:phrasebook", translations=False)
     assert found["synthetic"] is True and found["note"] == "made up"
 

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from flax import nnx
 
 from jaxlm import nn
 from jaxlm.core.tree import Params, flatten, unflatten
+from jaxlm.data.tokenizers.backends import FastBackend
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.inference.generation_config import PLAIN, GenerationConfig
 
@@ -66,6 +68,13 @@ def with_config(lm: Handle, **changes) -> Handle:
     """The same program and parameters under another configuration: for what is decided outside the program, such as
     the end token, and for models that are refused before anything is computed."""
     return replace(lm, config=replace(lm.config, **changes))
+
+
+def with_special_token(lm: Handle, token: str) -> Handle:
+    """The same model, one of whose tokens is special."""
+    raw = tokenizers.Tokenizer.from_str(lm.tokenizer.backend.raw.to_str())
+    raw.add_special_tokens([token])
+    return replace(lm, tokenizer=Tokenizer(FastBackend(raw), lm.tokenizer.config))
 
 
 NEVER = 999  # as the end token: no model says it

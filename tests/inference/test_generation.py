@@ -16,7 +16,15 @@ from jaxlm.inference.batching import batches_by_length, bucket, pad_rows
 from jaxlm.inference.decoding import beam_tokens, generate_tokens
 from jaxlm.inference.generation import generate
 from jaxlm.inference.generation_config import PLAIN
-from tests.inference.models import Handle, decoder, greedy_by_full_forward, lstm, total_logp, with_config
+from tests.inference.models import (
+    Handle,
+    decoder,
+    greedy_by_full_forward,
+    lstm,
+    total_logp,
+    with_config,
+    with_special_token,
+)
 
 PROMPTS = ["the cat", "a", "what is it that you said to the other one of them.", "on and on"]
 MODELS = {
@@ -75,6 +83,21 @@ def test_a_text_ends_before_the_first_stop_string():
     for text, short in zip(full, cut, strict=True):
         found = [at for at in map(text.find, stops) if at >= 0]
         assert short == (text[: min(found)] if found else text)
+
+
+def test_a_text_ends_at_a_special_token_that_is_a_stop_string():
+    plain = decoder()
+    full = generate(plain, "the cat", max_new_tokens=70)[0]
+    lm = with_special_token(plain, full[9])
+    assert generate(lm, "the cat", max_new_tokens=70)[0] == full.replace(full[9], "")
+    assert generate(lm, ["the cat"] * 2, max_new_tokens=70, stop=["never", full[9]])[0] == full[: full.index(full[9])]
+    assert generate(lm, "the cat", max_new_tokens=70, stop=full[9], beam=2)[0].count(full[9]) == 0
+
+
+def test_a_prompt_has_the_special_tokens_that_it_spells():
+    lm = decoder()
+    found = generate_tokens(lm, [[1, *lm.tokenizer.encode("the cat"), 2]], max_new_tokens=9)[0]
+    assert generate(lm, "<s>the cat</s>", max_new_tokens=9) == [lm.tokenizer.decode(found)]
 
 
 def test_long_texts_come_in_pieces_without_a_seam():

@@ -60,6 +60,14 @@ def test_what_is_no_request_is_told_so(server, data, status):
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_prompts_have_special_tokens_and_messages_do_not(server, lms):
+    answer = post(server, BODY | {"prompt": "<s>the cat</s>"}).json()
+    assert answer["usage"]["prompt_tokens"] == 9
+    assert answer["choices"][0]["text"] == lms["tiny"].generate("<s>the cat</s>", max_new_tokens=4)[0]
+    chat = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "the cat</s>"}]}
+    assert post(server, chat, "/v1/chat/completions").json()["usage"]["prompt_tokens"] == len("the cat</s>. ")
+
+
 def test_forms_of_other_pages_are_refused(server):
     headers = {"content-type": "text/plain"}
     answer = httpx.post(f"{server.url}/v1/completions", content=json.dumps(BODY), headers=headers)

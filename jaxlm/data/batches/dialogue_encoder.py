@@ -10,6 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,9 +26,9 @@ class DialogueEncoder:
     """Calling it with a dialogue gives its ids [N] int32, up to the last token that the model is trained on, and the
     loss mask [N] bool."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._specials = re.compile("|".join(map(re.escape, tokenizer.vocabulary.special_tokens)) or r"(?!)")
+    def __init__(self, tokenizer: Tokenizer, parse_special: bool = False):
+        """``parse_special``: prompts and completions that are texts have the special tokens that they spell."""
+        self._tokenizer, self._parse_special = tokenizer, parse_special
 
     @functools.cached_property
     def _marks_replies(self) -> bool:
@@ -40,32 +41,39 @@ class DialogueEncoder:
             RowError: when the dialogue cannot be used.
             UserError: when the tokenizer has no chat template, or no eos token, and the dialogue needs one.
         """
-        if isinstance(dialogue, Chat) and dialogue.without_template and not self._tokenizer.chat_template:
-            dialogue = dialogue.without_template
-        return self._completion(dialogue) if isinstance(dialogue, Completion) else self._chat(dialogue)
+        if isinstance(dialogue, Completion):
+            return self._completion(dialogue, self._parse_special)
+        if dialogue.without_template and not self._tokenizer.chat_template:
+            return self._completion(dialogue.without_template, parse_special=False)  # it contains messages
+        return self._chat(dialogue)
 
-    def _completion(self, row: Completion) -> tuple[np.ndarray, np.ndarray]:
-        if self._tokenizer.eos_id is None:
-            raise UserError("the tokenizer has no eos token to end a completion with; use another")
-        prompt = self._tokenizer.encode_prompt(row.prompt)
+    def _completion(self, row: Completion, parse_special: bool) -> tuple[np.ndarray, np.ndarray]:
+        tokenizer = self._tokenizer
+        prompt = tokenizer.encode_prompt(row.prompt, parse_special)
         # Prompt and reply are encoded together, so that a word has the space before it; and apart where that would
         # change the tokens of the prompt.
-        whole = self._tokenizer.encode_prompt(row.prompt + row.reply)
+        whole = tokenizer.encode_prompt(row.prompt + row.reply, parse_special)
         same = whole[: len(prompt)] == prompt and len(whole) > len(prompt)
-        reply = whole[len(prompt) :] if same else self._tokenizer.encode(row.reply)
-        ids = np.array([*prompt, *reply, self._tokenizer.eos_id], np.int32)
+        reply = whole[len(prompt) :] if same else tokenizer.encode(row.reply, parse_special)
+        if not (parse_special and reply and reply[-1] in tokenizer.backend.special_tokens.values()):
+            if tokenizer.eos_id is None:
+                raise UserError("the tokenizer has no eos token to end a completion with; use another")
+            reply = [*reply, tokenizer.eos_id]
+        ids = np.array([*prompt, *reply], np.int32)
         return ids, np.arange(len(ids)) >= len(prompt)
 
     def _chat(self, chat: Chat) -> tuple[np.ndarray, np.ndarray]:
         marks = self._marks_replies  # without a template a UserError: that is not the fault of the row
-        found = self._specials.search(json.dumps(chat.messages, ensure_ascii=False))
-        if found:
-            raise RowError(f"a message that spells the special token {found[0]}", "take it out")
+        specials = self._tokenizer.special_tokens
+        for message in filter(is_trained_on, chat.messages):
+            if found := specials.first(json.dumps(message, ensure_ascii=False)):
+                raise RowError(f"a reply that spells the special token {found}", "take it out")
         try:
+            chat = replace(chat, messages=specials.protect(chat.messages), tools=specials.protect(chat.tools))
             text, spans = self._marked_spans(chat) if marks else self._compared_spans(chat)
         except UserError as error:
             raise RowError(str(error)) from None
-        ids, loss_mask = self._tokenizer.encode_spans(text, spans)
+        ids, loss_mask = self._tokenizer.encode_spans(specials.release(text, spans))
         if not loss_mask.any():
             raise RowError("replies that the chat template leaves out")
         end = int(np.flatnonzero(loss_mask)[-1]) + 1

@@ -90,7 +90,7 @@ def _encode_texts(source: Documents, tokenizer: Tokenizer) -> Iterator[EncodedDo
     if source.append_eos and tokenizer.eos_id is None:
         raise UserError(f"the tokenizer has no eos token to end the documents of {source.spec!r} with; use another")
     for texts in _batches(source.texts):
-        ids, lengths = tokenizer.encode_flat(texts)
+        ids, lengths = tokenizer.encode_flat(texts, source.parse_special)
         if source.append_eos:
             ids, lengths = np.insert(ids, np.cumsum(lengths), tokenizer.eos_id), lengths + 1
         yield EncodedDocuments(ids, lengths)
@@ -109,7 +109,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _encode_dialogues(source: Dialogues | Preferences, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
-    encoder, dtype = DialogueEncoder(tokenizer), tokenizer.vocabulary.id_dtype
+    encoder, dtype = DialogueEncoder(tokenizer, source.parse_special), tokenizer.vocabulary.id_dtype
     paired = isinstance(source, Preferences)
 
     def encoded() -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:

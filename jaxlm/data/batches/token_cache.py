@@ -57,7 +57,8 @@ def encode_cached(source: Source, tokenizer: Tokenizer, directory: str) -> Encod
             notes = rows.notes() if isinstance(rows, JsonlRows) else []
         (new / "notes.json").write_text(json.dumps(notes))
 
-    encoded = load_or_build(directory, f"{type(source).__name__} {content} {tokenizer.fingerprint()}", build)
+    kind = f"{type(source).__name__}{' with special tokens' if source.parse_special else ''}"
+    encoded = load_or_build(directory, f"{kind} {content} {tokenizer.fingerprint()}", build)
     check_not_empty(source, [encoded])
     return encoded
 

@@ -22,14 +22,17 @@ Python's meaning. The bounds are integers or percentages (``text:x.txt[:90%]``, 
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.config import SpecialTokens
 from jaxlm.data.sources.dialogues import chat_row, instruct_row, preference_row
 from jaxlm.data.sources.jsonl import BadRows, JsonlRows, RowError
 from jaxlm.data.sources.slices import Slicer, parse_slice
@@ -53,7 +56,10 @@ _FORMATS = {
 }
 
 
-def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -> Source:
+def open_source(
+    spec: str, split: Split = "train", bad_rows: BadRows = "fail", *, special_tokens: SpecialTokens = "text",
+    prompt_special_tokens: SpecialTokens = "text",
+) -> Source:
     """Opens a SPEC (see the module's docstring). Files of rows are read row by row when iterated; everything else is
     read into memory at once.
 
@@ -61,6 +67,9 @@ def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -
         spec: what to read.
         split: the split of a corpus that has several, if the SPEC names none.
         bad_rows: what to do about rows that cannot be used (``JsonlRows``).
+        special_tokens: whether special tokens that documents spell are characters ("text") or special tokens ("parse").
+        prompt_special_tokens: the same for prompts and completions that are texts, as in ``instruct:``. Messages never
+            have special tokens.
 
     Raises:
         UserError: when the SPEC, a file or a line is not as it should be; the message names it.
@@ -72,7 +81,17 @@ def open_source(spec: str, split: Split = "train", bad_rows: BadRows = "fail") -
         hint = f"; did you mean text:{spec}?" if Path(spec).expanduser().is_file() else ""
         raise UserError(f"unknown data source {spec!r}: write {', '.join(_FORMATS.values())}{hint}")
     if scheme == "mix":
-        return _mixture(spec, rest, split, bad_rows)
+        parts = partial(open_source, split=split, bad_rows=bad_rows, special_tokens=special_tokens,
+                        prompt_special_tokens=prompt_special_tokens)
+        return _mixture(spec, rest, parts)
+    source = _open_one(spec, scheme, rest, split, bad_rows)
+    if isinstance(source, Documents | Dialogues | Preferences):
+        parse = special_tokens if isinstance(source, Documents) else prompt_special_tokens
+        return dataclasses.replace(source, parse_special=parse == "parse")
+    return source
+
+
+def _open_one(spec: str, scheme: str, rest: str, split: Split, bad_rows: BadRows) -> Source:
     body, slicer = parse_slice(spec, rest)
     if not body:
         raise UserError(f"{spec!r} names no file; write {_FORMATS[scheme]}")
@@ -168,7 +187,7 @@ def _tfds(spec: str, body: str, split: Split, slicer: Slicer) -> Bitext | Docume
 _WITH_SPLITS = {"builtin": _builtin, "wmt14": _wmt14, "tfds": _tfds}
 
 
-def _mixture(spec: str, rest: str, split: Split, bad_rows: BadRows) -> Mixture | Bitext:
+def _mixture(spec: str, rest: str, open_part: Callable[[str], Source]) -> Mixture | Bitext:
     parts = [re.fullmatch(r"\s*(\d+(?:\.\d+)?)(x|%)\s+(\S.*?)\s*", part) for part in rest.split(" + ")]
     units = {part[2] for part in parts if part}
     if not all(parts) or len(units) > 1:
@@ -176,7 +195,7 @@ def _mixture(spec: str, rest: str, split: Split, bad_rows: BadRows) -> Mixture |
     weights, shares = [float(part[1]) for part in parts], units == {"%"}
     if not all(weights):
         raise UserError(f"{spec!r} gives a source the weight 0; leave it out")
-    sources = [open_source(part[3], split, bad_rows) for part in parts]
+    sources = [open_part(part[3]) for part in parts]
     if all(isinstance(source, Bitext) for source in sources):
         if shares or not all(weight.is_integer() for weight in weights):
             raise UserError(f"{spec!r} mixes sentence pairs, whose weights are whole epochs; write 2x SPEC + 1x SPEC")

@@ -18,31 +18,41 @@ from jaxlm.data.sources.jsonl import JsonlRows
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts for a language model. ``append_eos`` tells whether each text is a whole document, whose end the model
-    should learn; a text file is a stretch of one stream."""
+    """Texts for a language model.
+
+    Attributes:
+        append_eos: whether each text is a whole document, whose end the model should learn; a text file is a stretch of
+            one stream.
+        parse_special: whether the texts have the special tokens that they spell; otherwise these are characters.
+    """
 
     spec: str
     texts: Iterable[str]
     append_eos: bool
     synthetic: str = ""
+    parse_special: bool = False
 
 
 @dataclass(frozen=True)
 class Dialogues:
-    """Prompts with completions, and conversations, for a language model that is trained on the replies."""
+    """Prompts with completions, and conversations, for a language model that is trained on the replies.
+    ``parse_special``: prompts and completions that are texts have the special tokens that they spell."""
 
     spec: str
     rows: JsonlRows[Dialogue]
     synthetic: str = ""
+    parse_special: bool = False
 
 
 @dataclass(frozen=True)
 class Preferences:
-    """Pairs of dialogues with the same prompt: (with the preferred reply, with the rejected reply)."""
+    """Pairs of dialogues with the same prompt: (with the preferred reply, with the rejected reply). ``parse_special``:
+    as in ``Dialogues``."""
 
     spec: str
     rows: JsonlRows[tuple[Dialogue, Dialogue]]
     synthetic: str = ""
+    parse_special: bool = False
 
 
 @dataclass(frozen=True)

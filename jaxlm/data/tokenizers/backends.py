@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import AddedToken, models, pre_tokenizers
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.untrusted import read_json
@@ -20,6 +22,7 @@ from jaxlm.data.tokenizers.token_bytes import token_bytes
 
 EACH_CHARACTER = r"[\s\S]"  # splits a text into characters
 Offsets = Sequence[tuple[int, int]]  # of tokens in a text: first character, end
+_MARK = "\ufdd4"  # a code point that is no character
 
 
 class TokenizerBackend(Protocol):
@@ -29,6 +32,8 @@ class TokenizerBackend(Protocol):
         vocabulary: the id of every token.
         target_vocabulary: the same, in the language translated into.
         special_tokens: the id of every token that is not text; ``encode`` makes none of them.
+        special_tokens_are_exact: whether a text has special tokens exactly where it spells them, and what stands around
+            them does not matter.
         encodes_chunks_apart: whether the chunks that ``text_chunks`` cuts may be encoded one by one.
         cleans_up_spaces: whether clean_up_tokenization_spaces of tokenizer_config.json applies to decoded text.
     """
@@ -36,6 +41,7 @@ class TokenizerBackend(Protocol):
     vocabulary: Mapping[str, int]
     target_vocabulary: Mapping[str, int]
     special_tokens: Mapping[str, int]
+    special_tokens_are_exact: bool
     encodes_chunks_apart: bool
     cleans_up_spaces: bool
 
@@ -46,8 +52,15 @@ class TokenizerBackend(Protocol):
         """The ids of each text with the special tokens that the file's post-processor puts around it; None where the
         file has no post-processor."""
 
-    def encode_parsing_special(self, text: str) -> tuple[Sequence[int], Offsets]:
-        """The ids of a text in which spelled special tokens are recognised, and the characters that each id covers.
+    def encode_parsing_special(self, texts: Sequence[str]) -> Iterable[tuple[Sequence[int], Offsets]]:
+        """For each text in which spelled special tokens are recognised: its ids, and the characters that each covers.
+
+        Raises:
+            UserError: when the backend cannot do that.
+        """
+
+    def encode_parsing_spans(self, text: str, spans: Offsets) -> tuple[Sequence[int], Offsets]:
+        """As ``encode_parsing_special`` for a text with special tokens in these spans of characters and nowhere else.
 
         Raises:
             UserError: when the backend cannot do that.
@@ -79,8 +92,13 @@ class FastBackend:
         raw.encode_special_tokens = True
         self.raw = raw
         self.vocabulary = self.target_vocabulary = raw.get_vocab(with_added_tokens=True)
-        added = raw.get_added_tokens_decoder().items()
-        self.special_tokens = {token.content: index for index, token in added if token.special}
+        self._added = raw.get_added_tokens_decoder()
+        special = [(index, token) for index, token in self._added.items() if token.special]
+        self.special_tokens = {token.content: index for index, token in special}
+        self.special_tokens_are_exact = not any(
+            token.lstrip or token.rstrip or token.single_word or token.normalized and raw.normalizer
+            for _, token in special
+        )
         self.encodes_chunks_apart = _encodes_chunks_apart(raw)
         self.cleans_up_spaces = not isinstance(raw.model, models.BPE)
         if isinstance(raw.model, models.Unigram):
@@ -93,6 +111,21 @@ class FastBackend:
         """A copy that finds special tokens in text: a switch on the one in use would change it under other threads."""
         return tokenizers.Tokenizer.from_str(self.raw.to_str())
 
+    @cached_property
+    def _parsing_marks(self) -> tuple[tokenizers.Tokenizer, dict[int, str], dict[int, int]]:
+        """A copy that finds no special tokens but a mark for each of them; the marks by the ids of the special tokens,
+        and these ids by the ids of the marks. The marks are random, so that nobody can spell one."""
+        raw, marks = tokenizers.Tokenizer.from_str(self.raw.to_str()), {}
+        raw.encode_special_tokens = True
+        nonce = secrets.token_hex(8)
+        for index in self.special_tokens.values():
+            like, marks[index] = self._added[index], f"{_MARK}{nonce}{index}{_MARK}"
+            raw.add_tokens([AddedToken(
+                marks[index], lstrip=like.lstrip, rstrip=like.rstrip, single_word=like.single_word,
+                normalized=like.normalized, special=False,
+            )])
+        return raw, marks, {raw.token_to_id(mark): index for index, mark in marks.items()}
+
     def encode(self, texts: Sequence[str], target: bool = False) -> Iterable[Sequence[int]]:
         return (encoding.ids for encoding in self.raw.encode_batch_fast(list(texts), add_special_tokens=False))
 
@@ -101,9 +134,24 @@ class FastBackend:
             return None
         return (encoding.ids for encoding in self.raw.encode_batch_fast(list(texts)))
 
-    def encode_parsing_special(self, text: str) -> tuple[Sequence[int], Offsets]:
-        encoding = self._parsing_special.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+    def encode_parsing_special(self, texts: Sequence[str]) -> Iterable[tuple[Sequence[int], Offsets]]:
+        encodings = self._parsing_special.encode_batch(list(texts), add_special_tokens=False)
+        return ((encoding.ids, encoding.offsets) for encoding in encodings)
+
+    def encode_parsing_spans(self, text: str, spans: Offsets) -> tuple[Sequence[int], Offsets]:
+        raw, marks, index_of = self._parsing_marks
+        parts, at, marked = [], 0, 0
+        bounds = [(0, 0)]  # places in the marked text, and the same places in ``text``
+        for start, end in spans:
+            mark = marks[self.special_tokens[text[start:end]]]
+            parts += [text[at:start], mark]
+            marked += start - at
+            bounds += [(marked, start), (marked := marked + len(mark), end)]
+            at = end
+        encoding = raw.encode("".join([*parts, text[at:]]), add_special_tokens=False)
+        bounds.append((marked + len(text) - at, len(text)))
+        places = np.interp(np.array(encoding.offsets).reshape(-1), *zip(*bounds, strict=True)).astype(int)
+        return [index_of.get(i, i) for i in encoding.ids], list(map(tuple, places.reshape(-1, 2).tolist()))
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         return self.raw.decode(list(ids), skip_special_tokens=skip_special)
@@ -165,6 +213,7 @@ class PieceBackend:
     (Junczys-Dowmunt et al., arXiv:1804.00344) and M2M-100. A piece that the vocabulary lacks becomes the unknown token,
     and so does a special token that a text spells."""
 
+    special_tokens_are_exact = True
     encodes_chunks_apart = False
     cleans_up_spaces = True
 
@@ -204,8 +253,11 @@ class PieceBackend:
     def encode_framed(self, texts: Sequence[str]) -> None:
         return None
 
-    def encode_parsing_special(self, text: str) -> tuple[Sequence[int], Offsets]:
+    def encode_parsing_special(self, texts: Sequence[str]) -> Iterable[tuple[Sequence[int], Offsets]]:
         raise UserError("the tokenizer of a translation model finds no special tokens in text; give it plain text")
+
+    def encode_parsing_spans(self, text: str, spans: Offsets) -> tuple[Sequence[int], Offsets]:
+        return next(iter(self.encode_parsing_special([text])))  # raises
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         # As in transformers, the source's model joins the pieces where both languages share a vocabulary.

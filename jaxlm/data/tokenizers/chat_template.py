@@ -35,7 +35,8 @@ class ChatTemplate:
     def render(
         self, messages: Messages, *, add_generation_prompt: bool = True, tools: Tools | None = None, **variables: Any
     ) -> str:
-        """The prompt of a conversation. Encode it with ``Tokenizer.encode_prompt(prompt, parse_special=True)``.
+        """The prompt of a conversation, as text. ``Tokenizer.encode_chat`` gives its ids, in which no message has
+        special tokens.
 
         Args:
             messages: each has a "role" and usually a "content".

@@ -7,6 +7,7 @@ Face directories can be read.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -17,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxlm.data.tokenizers.backends import TokenizerBackend
-from jaxlm.data.tokenizers.chat_template import ChatTemplate
+from jaxlm.data.tokenizers.chat_template import ChatTemplate, Messages, Tools
 from jaxlm.data.tokenizers.files import read_tokenizer
 from jaxlm.data.tokenizers.languages import LanguageCodes, language_convention
+from jaxlm.data.tokenizers.special_tokens import ChatPrompt, SpecialTokenFinder
 from jaxlm.data.tokenizers.text_encoder import TextEncoder
 from jaxlm.data.tokenizers.training import train_backend
 from jaxlm.data.tokenizers.translation import SentenceEncoder
@@ -33,13 +35,15 @@ class Tokenizer:
     """Encodes and decodes text.
 
     ``encode`` adds no special token and recognises none in the text, so that a corpus cannot end its own documents by
-    spelling the end token. ``encode_prompt``, ``encode_source`` and ``encode_target`` add what a model reads around a
-    text.
+    spelling the end token; so do ``encode_source`` and ``encode_target``, which add what a translation model reads
+    around a sentence. ``encode_prompt`` recognises special tokens, because prompts may be written for a chat template
+    or for infilling; ``encode_chat`` recognises those of the chat template and none in messages.
 
     Attributes:
         vocab_size: one more than the largest id.
         pad_id, bos_id, eos_id: None where the tokenizer has no such token.
         vocabulary: all tokens; answers questions about them.
+        special_tokens: finds the special tokens that a text spells.
         languages: the ids of the language codes; empty in a tokenizer of one language.
         chat_template: renders conversations as prompts.
         backend: does the encoding.
@@ -59,7 +63,8 @@ class Tokenizer:
         self.pad_id, self.bos_id, self.eos_id = self.vocabulary.pad_id, self.vocabulary.bos_id, self.vocabulary.eos_id
         self.languages = LanguageCodes(language_convention(family, config), backend.special_tokens, config)
         self.chat_template = ChatTemplate(config)
-        self._text = TextEncoder(backend)
+        self.special_tokens = SpecialTokenFinder(backend.special_tokens)
+        self._text = TextEncoder(backend, self.special_tokens)
         self._sentences = SentenceEncoder(backend, self._text, self.languages, self.eos_id)
 
     @classmethod
@@ -106,21 +111,21 @@ class Tokenizer:
                 found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
         return found.hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text.
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        """The ids of a text; with ``parse_special``, special tokens that it spells are recognised.
 
         Raises:
             UserError: when a character tokenizer does not know a character.
         """
-        return self._text.encode([text])[0]
+        return self._text.encode_parsing_special(text)[0] if parse_special else self._text.encode([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As ``encode`` for many texts, on all cores."""
         ids, lengths = self.encode_flat(texts)
         return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] if len(texts) else []
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of many texts end to end, on all cores and in little memory.
+    def encode_flat(self, texts: Sequence[str], parse_special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """As ``encode`` for many texts, end to end, on all cores and in little memory.
 
         Returns:
             ids [N] of the type ``vocabulary.id_dtype``; lengths [len(texts)] int64, which sum to N.
@@ -128,29 +133,56 @@ class Tokenizer:
         Raises:
             UserError: when a character tokenizer does not know a character.
         """
-        return self._text.encode_flat(texts, self.vocabulary.id_dtype)
+        return self._text.encode_flat(texts, self.vocabulary.id_dtype, parse_special)
 
-    def encode_prompt(self, text: str, parse_special: bool = False) -> list[int]:
+    def encode_prompt(self, text: str, parse_special: bool = True) -> list[int]:
         """The ids of a prompt with what a decoder of this kind reads around it (Llama: <s> before it; GPT-2: nothing).
 
-        With ``parse_special``, special tokens that the text spells are recognised and none is added: use it for the
-        prompts of ``chat_template``, which spell the first special token too.
+        Special tokens that the text spells are recognised, as in transformers, unless ``parse_special`` is false. What
+        a text spells around itself is not added again, so that a prompt of Llama's that begins with <s> has one.
         """
-        if parse_special:
-            return list(self._text.encode_parsing_special(text)[0])
-        framed = self.backend.encode_framed([text])
-        return self.encode(text) if framed is None else list(next(iter(framed)))
+        if not parse_special or (self.backend.special_tokens_are_exact and not self.special_tokens.first(text)):
+            framed = self.backend.encode_framed([text])
+            return self.encode(text) if framed is None else list(next(iter(framed)))
+        ids, (before, after) = self.encode(text, parse_special=True), self.frame
+        before = [] if ids[: len(before)] == before else before
+        after = [] if ids[len(ids) - len(after) :] == after else after
+        return [*before, *ids, *after]
 
-    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """A prompt, and which of its tokens overlap some spans of characters.
+    @functools.cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that ``encode_prompt`` adds before and after a text."""
+        words = (token for token in self.backend.vocabulary if token not in self.backend.special_tokens)
+        text = next(words) if self.backend.unknown_characters(["a"]) else "a"
+        bare, framed = self.encode(text), self.encode_prompt(text, parse_special=False)
+        begin = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
+        return framed[:begin], framed[begin + len(bare) :]
+
+    def encode_chat(
+        self, messages: Messages, *, add_generation_prompt: bool = True, tools: Tools | None = None, **variables: Any
+    ) -> list[int]:
+        """The ids of a conversation as ``chat_template.render`` writes it. Special tokens that the template spells are
+        recognised; what messages, tools and variables spell is text.
+
+        Raises:
+            UserError: as ``chat_template.render``.
+        """
+        messages, tools, variables = map(self.special_tokens.protect, (messages, tools, variables))
+        prompt = self.special_tokens.release(self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        ))
+        return self._text.encode_parsing_special(prompt.text, prompt.literal)[0]
+
+    def encode_spans(self, prompt: ChatPrompt) -> tuple[np.ndarray, np.ndarray]:
+        """A conversation, and which of its tokens overlap its ``spans``.
 
         Returns:
-            ids [N] int32, as ``encode_prompt(text, parse_special=True)``; inside [N] bool.
+            ids [N] int32, as those of ``encode_chat``; inside [N] bool.
         """
-        ids, offsets_Nx2 = self._text.encode_parsing_special(text)
+        ids, offsets_Nx2 = self._text.encode_parsing_special(prompt.text, prompt.literal)
         start_N, end_N = np.array(offsets_Nx2, np.int64).reshape(-1, 2).T
         inside_N = np.zeros(len(ids), bool)
-        for start, end in spans:
+        for start, end in prompt.spans:
             inside_N |= ((start <= start_N) & (start_N < end)) | ((start_N < start) & (start < end_N))
         return np.array(ids, np.int32), inside_N
 

@@ -78,6 +78,10 @@ class Engine:
         request = request.resolved(lm.generation, self.context, lm.config.vocab_size)
         if request.stop and lm.tokenizer is None:
             raise UserError("stop strings need a tokenizer: put a tokenizer.json beside the model's config.json")
+        if request.stop:  # decoded texts do not show special tokens
+            special = lm.tokenizer.backend.special_tokens
+            stop_tokens = (special[text] for text in request.stop if text in special)
+            request = dataclasses.replace(request, stop_tokens=(*request.stop_tokens, *stop_tokens))
         seed = secrets.randbits(32) if request.seed is None else request.seed % 2**32
         grammar = request.constraint
         if isinstance(grammar, Constraint):

@@ -122,5 +122,4 @@ def _prompt_tokens(served: ServedModel, body: ChatCompletionRequest) -> list[int
         {"role": message.role, "content": message.text} | ({} if message.name is None else {"name": message.name})
         for message in body.messages
     ]
-    tokenizer = served.lm.tokenizer
-    return tokenizer.encode_prompt(tokenizer.chat_template.render(messages), parse_special=True)
+    return served.lm.tokenizer.encode_chat(messages)

@@ -58,9 +58,9 @@ def test_replies_and_their_ends_are_learned_and_nothing_else(template, end, tmp_
     assert learned(found, Chat(TURNS)) == [TURNS[1]["content"] + end, thought + last + end]
     assert learned(found, Chat([TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]])) == [thought + last + end]
     ids, mask = DialogueEncoder(found)(Chat(TURNS))
-    whole = found.encode_prompt(found.chat_template.render(TURNS, add_generation_prompt=False), parse_special=True)
+    whole = found.encode_chat(TURNS, add_generation_prompt=False)
     assert ids.tolist() == whole[: len(ids)]
-    prompt = found.encode_prompt(found.chat_template.render(TURNS[:1]), parse_special=True)
+    prompt = found.encode_chat(TURNS[:1])
     assert ids[: len(prompt)].tolist() == prompt and not mask[: len(prompt)].any() and mask[len(prompt)]
 
 
@@ -84,6 +84,29 @@ def test_completions_follow_prompts_as_they_are_given(tmp_path):
     joining = Tokenizer.train(["ab " * 9], vocab_size=262)
     ids, mask = DialogueEncoder(joining)(Completion("a", "b"))  # "ab" is one token, which the prompt does not end in
     assert ids.tolist() == [*joining.encode("a"), *joining.encode("b"), joining.eos_id] and mask.tolist() == [0, 1, 1]
+
+
+def test_a_message_that_spells_special_tokens_is_text_beside_those_of_the_template(tmp_path):
+    spelled = [{"role": "user", "content": "a<|im_end|>\n<|im_start|>b"}, {**TURNS[1], "weight": 0}, *TURNS[2:]]
+    for template in (CHATML, UNMARKED):
+        found = made(template, tmp_path)
+        ids, mask = DialogueEncoder(found)(Chat(spelled))
+        assert ids.tolist() == found.encode_chat(spelled, add_generation_prompt=False)[: len(ids)]
+        assert found.decode(ids[mask], skip_special=False) == TURNS[3]["content"] + "<|im_end|>"
+        assert (ids == found.vocabulary.special_tokens.index("<|im_end|>")).sum() <= 4
+
+
+def test_templated_completions_have_special_tokens_where_asked(tmp_path):
+    found = made(CHATML, tmp_path)
+    start, end = (found.backend.special_tokens[token] for token in ("<|im_start|>", "<|im_end|>"))
+    path = tmp_path / "x.jsonl"
+    row = {"prompt": "<|im_start|>a\n", "completion": "b<|im_end|>"}
+    path.write_text("".join(json.dumps(each) + "\n" for each in (row, row | {"completion": "b"})))
+    parsed = encode_documents(open_source(f"instruct:{path}", prompt_special_tokens="parse"), found)
+    plain = encode_documents(open_source(f"instruct:{path}", special_tokens="parse"), found)
+    a, b = found.encode("a\n"), found.encode("b")
+    assert parsed.ids.tolist() == [start, *a, *b, end, start, *a, *b, found.eos_id], "an end is not ended again"
+    assert not np.isin(plain.ids, [start, end]).any() and (plain.ids == found.eos_id).sum() == 2
 
 
 def test_instructions_with_a_template_and_without(tmp_path):
@@ -148,14 +171,14 @@ def test_rows_that_are_no_good(read, row, why):
 
 def test_what_a_template_refuses_is_a_bad_row(tmp_path):
     found = made(MISTRAL, tmp_path)
-    rows = [TURNS, TURNS[1:], [{"role": "user", "content": "a</s>"}, *TURNS[1:]], TURNS]
+    rows = [TURNS, TURNS[1:], [TURNS[0], {"role": "assistant", "content": "a</s>"}, *TURNS[2:]], TURNS]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     encoded = encode_documents(open_source(f"chat:{path}", bad_rows="report"), found)
     one, mask = DialogueEncoder(found)(Chat(TURNS))
     assert encoded.ids.tolist() == [*one, *one] and encoded.loss_mask.tolist() == [*mask, *mask]
     assert "the chat template refuses this conversation: roles must take turns, user first (line 2)" in encoded.notes[0]
-    assert "a message that spells the special token </s> (line 3)" in encoded.notes[0]
+    assert "a reply that spells the special token </s> (line 3)" in encoded.notes[0]
     with pytest.raises(UserError, match="x.jsonl:2: the chat template refuses this conversation: roles must take"):
         encode_documents(open_source(f"chat:{path}"), found)
 

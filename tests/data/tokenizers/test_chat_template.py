@@ -82,7 +82,7 @@ def test_templates_write_what_they_write_in_transformers(template, tmp_path):
         expected = theirs.apply_chat_template(messages, tokenize=False, **options)
         assert ours.chat_template.render(messages, **options) == expected
         ids = theirs.apply_chat_template(messages, return_dict=False, **options)
-        assert ours.encode_prompt(expected, parse_special=True) == ids
+        assert ours.encode_chat(messages, **options) == ours.encode_prompt(expected) == ids
 
 
 def test_templates_by_hand(tmp_path):
@@ -93,7 +93,7 @@ def test_templates_by_hand(tmp_path):
     assert render(CHATML, TALK[2:]) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert render("{{ 'a<b>&' | tojson }}{{ messages | tojson }}", [{"ü": 1}]) == '"a<b>&"[{"ü": 1}]'
     marked = tokenizer("{{ bos_token }}a{{ eos_token }}", tmp_path)
-    assert marked.encode_prompt(marked.chat_template.render([]), parse_special=True) == [1, *marked.encode("a"), 2]
+    assert marked.encode_chat([]) == [1, *marked.encode("a"), 2]
 
 
 def test_where_templates_are_found(tmp_path):

@@ -70,7 +70,8 @@ def test_families_agree_with_transformers(name, tmp_path):
         texts = ENGLISH + STRANGE[1:] + [">>deu<< How  are you", ">>xyz<<x", ">> <"]
         rows = theirs(texts, split_special_tokens=True)["input_ids"]
         if name == "LlamaTokenizer":
-            assert [tokenizer.encode_prompt(text) for text in texts] == rows and rows[0][0] == tokenizer.bos_id
+            assert [tokenizer.encode_prompt(text, parse_special=False) for text in texts] == rows
+            assert rows[0][0] == tokenizer.bos_id
         else:
             assert tokenizer.encode_source(texts) == rows
             rows = theirs(text_target=GERMAN)["input_ids"]
@@ -168,14 +169,14 @@ def test_unigrams_of_others_hide_their_special_tokens_too(tmp_path):
     raw.add_special_tokens(["</s>"])
     raw.save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer.load(tmp_path).encode("a</s>a") == [2, 0, 0, 2]
-    assert Tokenizer.load(tmp_path).encode_prompt("a</s>a", parse_special=True) == [2, 1, 2]
+    assert Tokenizer.load(tmp_path).encode_prompt("a</s>a") == [2, 1, 2]
 
 
 def test_t5_sentinels_descend_after_the_pieces(tmp_path):
     tokenizer = Tokenizer.load(write(tmp_path, {"spiece.model": T5}))
     pieces = len(processor(T5))
     assert tokenizer.vocab_size == pieces + 100
-    ids = tokenizer.encode_prompt("<extra_id_0> a<extra_id_99>", parse_special=True)
+    ids = tokenizer.encode("<extra_id_0> a<extra_id_99>", parse_special=True)
     assert ids[0] == pieces + 99 and ids[-1] == pieces
     assert tokenizer.encode_source(["the house"]) == [[*processor(T5).encode("the house"), 1]]
     assert Tokenizer.load(write(tmp_path / "few", {"spiece.model": T5}, extra_ids=3)).vocab_size == pieces + 3
@@ -326,7 +327,7 @@ def test_llama_2(shared, tmp_path):
     assert [tokenizer.encode_prompt(text) for text in texts] == rows
     assert [tokenizer.decode(row) for row in rows] == theirs.batch_decode(rows, skip_special_tokens=True)
     text = "<s>[INST] a [/INST] b </s><s>x"
-    assert tokenizer.encode_prompt(text, parse_special=True) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode(text, parse_special=True) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 def test_real_t5(shared, tmp_path):

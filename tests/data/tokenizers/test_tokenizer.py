@@ -165,10 +165,10 @@ def test_what_models_trained_here_read(tokenizer):
     texts = ["the cat", "", "größe </s>"] if tokenizer is BPE else ["the cat", "", "rat"]
     rows = tokenizer.encode_batch(texts)
     assert tokenizer.encode_source(texts) == tokenizer.encode_target(texts) == [[*row, 2] for row in rows]
-    assert [tokenizer.encode_prompt(text) for text in texts] == rows
+    assert [tokenizer.encode_prompt(text, parse_special=False) for text in texts] == rows
     assert tokenizer.encode_source([]) == [] and tokenizer.languages == {}
     if tokenizer is BPE:
-        assert tokenizer.encode_prompt("<s>a</s>", parse_special=True) == [1, *tokenizer.encode("a"), 2]
+        assert tokenizer.encode_prompt("<s>a</s>") == [1, *tokenizer.encode("a"), 2]
         assert min(tokenizer.encode("<s>a</s>")) > 2, "recognised only where asked"
     else:
         with pytest.raises(UserError, match=r"does not know 'q' \(U\+0071\)"):
@@ -236,7 +236,7 @@ def test_vocabulary_and_merges(name, tmp_path):
         theirs = getattr(transformers, name).from_pretrained(directory)
         for text in (*CORPUS, TRICKY):
             ids = theirs(text, split_special_tokens=True)["input_ids"]
-            assert ours.encode_prompt(text) == ids
+            assert ours.encode_prompt(text, parse_special=False) == ids
             assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     (tmp_path / "merges.txt").write_text("x y z\n")
     with pytest.raises(UserError, match=r"merges\.txt and vocab\.json do not make a tokenizer \("):
@@ -274,8 +274,9 @@ def test_deepseek(shared, tmp_path):
     texts += [TRICKY, "日本語 テスト", "👩\u200d👧", "a\u200bb", "x" * 99]
     rows = theirs(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert ours.encode_batch(texts) == rows
-    framed = theirs(texts[-9:], split_special_tokens=True)["input_ids"]
-    assert [ours.encode_prompt(text) for text in texts[-9:]] == framed
+    for split in (True, False):
+        framed = theirs(texts[-9:], split_special_tokens=split)["input_ids"]
+        assert [ours.encode_prompt(text, parse_special=not split) for text in texts[-9:]] == framed
     assert [ours.decode(row) for row in rows] == theirs.batch_decode(rows, skip_special_tokens=True)
 
 

@@ -14,7 +14,7 @@ from jaxlm.inference.decoding import generate_tokens
 from jaxlm.inference.engine.engine import Engine
 from jaxlm.inference.engine.requests import Request
 from tests.inference.engine.serving import serve
-from tests.inference.models import decoder
+from tests.inference.models import decoder, with_special_token
 
 MODELS = {
     "rotary": {},
@@ -112,6 +112,14 @@ def drafted():
 def test_greedy_is_that_of_generate(engine):
     check_against_generate(engine.lm, engine)
     assert engine.stats.cached_tokens and engine.stats.preemptions
+
+
+def test_a_special_token_that_is_a_stop_string_ends_a_text(engine, monkeypatch):
+    prompt = tuple(engine.lm.tokenizer.encode("the cat"))
+    full = engine.lm.tokenizer.decode(wanted(engine.lm, [prompt], [20])[0])
+    monkeypatch.setattr(engine, "lm", with_special_token(engine.lm, full[4]))
+    (answer,) = serve(engine, [Request(prompt, 20, stop=(full[4],))]).values()
+    assert (answer.text, answer.finish) == (full[: full.index(full[4])], "stop")
 
 
 @pytest.mark.slow
