@@ -10,9 +10,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from jaxlm.core.lazy import lazy
+
+TYPE_CHECKING = False  # as type checkers know it; typing itself would be half the time of this import
 
 __version__ = "0.1.0"
 

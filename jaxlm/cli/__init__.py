@@ -9,14 +9,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import logging
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from jaxlm.core.errors import UserError
+
+TYPE_CHECKING = False  # typing is left out of what every start of the command line imports
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any, NoReturn
 
 COMMANDS = {
     "quickstart": "train, compress, evaluate and translate with built-in data, in minutes on a CPU",
@@ -116,6 +118,8 @@ def _overview() -> str:
 
 def _prepare() -> None:
     """Keeps compiled programs for the next start, and libraries quiet, unless the environment says otherwise."""
+    import logging  # half the time of this module's import
+
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxlm" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

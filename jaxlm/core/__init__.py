@@ -5,10 +5,9 @@ It stands on JAX, Flax and NumPy alone; every other package may import it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from jaxlm.core.lazy import lazy
 
+TYPE_CHECKING = False  # typing is left out of what every start of the command line imports
 if TYPE_CHECKING:
     from jaxlm.core.config import from_dict, load_config, override, to_dict
     from jaxlm.core.errors import UserError
