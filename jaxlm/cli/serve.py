@@ -29,8 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="continuations of a model that are generated at once (%(default)s)")
     parser.add_argument("--queue", type=int, default=64, metavar="N",
                         help="continuations of a model that may wait (%(default)s)")
+    parser.add_argument("--client-places", type=int, default=0, metavar="N",
+                        help="continuations of a model that one client (an API key, or an address without keys) may "
+                             "have; 0: as many as --queue or, if that is more, --slots (0)")
     parser.add_argument("--context", type=int, default=0, metavar="N",
                         help="tokens of prompt and continuation; 0: the model's own, at most 2,048 (0)")
+    parser.add_argument("--default-max-tokens", type=int, metavar="N",
+                        help="new tokens for requests without max_tokens (generation_config.json's, or else 16 and, "
+                             "for a chat, the rest of the context)")
     add_kv_cache(parser)
     parser.add_argument("--draft", metavar="MODEL",
                         help="a smaller model with the same tokenizer, for speculative decoding")
@@ -47,13 +53,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    for name, least in (("slots", 1), ("queue", 0), ("context", 0), ("timeout", 0.001), ("drain", 0), ("max_bytes", 1)):
-        if not getattr(args, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}: give {least} or more")
+    for name, least in (
+        ("slots", 1), ("queue", 0), ("client_places", 0), ("context", 0), ("default_max_tokens", 1), ("timeout", 0.001),
+        ("drain", 0), ("max_bytes", 1),
+    ):
+        if (given := getattr(args, name)) is not None and not given >= least:
+            raise UserError(f"--{name.replace('_', '-')} is {given}: give {least} or more")
     from jaxlm.serving.server import serve
 
     serve(
-        args.models, host=args.host, port=args.port, slots=args.slots, queue=args.queue, context=args.context,
+        args.models, host=args.host, port=args.port, slots=args.slots, queue=args.queue,
+        client_places=args.client_places, context=args.context, default_max_tokens=args.default_max_tokens,
         kv_cache=args.kv_cache, draft=args.draft, api_keys=args.api_keys, origins=args.allow_origin,
         timeout=args.timeout, drain=args.drain, max_bytes=args.max_bytes, ready=lambda at: print(at, flush=True),
     )

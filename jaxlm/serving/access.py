@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from jaxlm.core.errors import UserError
 
-__all__ = ["API_KEYS_VARIABLE", "ApiKeys", "host_name", "is_loopback", "parse_origin"]
+__all__ = ["API_KEYS_VARIABLE", "ApiKeys", "client_network", "host_name", "is_loopback", "parse_origin"]
 
 API_KEYS_VARIABLE = "JAXLM_API_KEYS"  # the environment variable: keys separated by commas or spaces
 _MIN_LENGTH = 8
@@ -71,6 +71,18 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def client_network(address: str) -> str:
+    """What stands for a client without a key: its address, or of an IPv6 address the first 64 bits, which one client
+    usually has to itself."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if parsed.version == 4 or parsed.ipv4_mapped:
+        return str(getattr(parsed, "ipv4_mapped", None) or parsed)
+    return str(ipaddress.ip_network((int(parsed) >> 64 << 64, 64)))
 
 
 def parse_origin(text: str) -> str:

@@ -45,6 +45,7 @@ from jaxlm.serving.routes.completions import CompletionJob
 from jaxlm.serving.routes.generation import GenerationJob
 from jaxlm.serving.routes.inspection import inspect
 from jaxlm.serving.routes.translation import encode_sentences, translate
+from jaxlm.serving.worker import Caller
 
 __all__ = ["RequestLimits", "make_app"]
 
@@ -129,26 +130,28 @@ class _Api:
 
     async def chat(self, request: Request) -> Response:
         async with self._bodies.read(request, ChatCompletionRequest) as body:
-            served = self._available(body.model, translates=False)
-            job = await ChatCompletionJob.create(served, body, self._limits.timeout)
+            served = self._available(request, body.model, translates=False)
+            job = await ChatCompletionJob.create(served, body, self._caller(request))
         return await self._generate(request, job)
 
     async def completions(self, request: Request) -> Response:
         async with self._bodies.read(request, CompletionRequest) as body:
-            served = self._available(body.model, translates=False)
-            job = await CompletionJob.create(served, body, self._limits.timeout)
+            served = self._available(request, body.model, translates=False)
+            job = await CompletionJob.create(served, body, self._caller(request))
         return await self._generate(request, job)
 
     async def translate(self, request: Request) -> Response:
         async with self._bodies.read(request, TranslationRequest) as body:
-            served = self._available(body.model, translates=True)
+            served = self._available(request, body.model, translates=True)
             rows = await encode_sentences(served, body)
-        return _json(await cancel_on_disconnect(request, self._within_timeout(translate(served, body, rows))))
+        work = translate(served, body, rows, self._caller(request))
+        return _json(await cancel_on_disconnect(request, self._within_timeout(work)))
 
     async def inspect(self, request: Request) -> Response:
         async with self._bodies.read(request, InspectionRequest) as body:
             served = find_model(self._models, body.model)
-        return _json(await cancel_on_disconnect(request, self._within_timeout(inspect(served, body))))
+        work = inspect(served, body, self._caller(request))
+        return _json(await cancel_on_disconnect(request, self._within_timeout(work)))
 
     async def models(self, request: Request) -> Response:
         return _json(ModelList(data=[served.card for served in self._models]))
@@ -166,10 +169,13 @@ class _Api:
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(self._description)
 
-    def _available(self, name: str, *, translates: bool) -> ServedModel:
+    def _caller(self, request: Request) -> Caller:
+        return Caller(request.state.client, self._limits.timeout)
+
+    def _available(self, request: Request, name: str, *, translates: bool) -> ServedModel:
         """The model of that name and kind, if its queue is not full."""
         served = find_model(self._models, name, translates=translates)
-        served.worker.check_capacity()
+        served.worker.check_capacity(request.state.client)
         return served
 
     async def _generate(self, request: Request, job: GenerationJob) -> Response:

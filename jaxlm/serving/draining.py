@@ -7,16 +7,19 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
+from jaxlm.serving.connections import Connection, ConnectionLimits
 from jaxlm.serving.middleware import ServerMiddleware
 
 __all__ = ["DrainingServer"]
 
 _log = logging.getLogger("jaxlm.serving")
-_MAX_CONNECTIONS = 1000  # further ones are refused with status 503
+_BACKLOG = 256  # connections that are accepted at once
+_GRACE = 60.0  # seconds until the response is read, after the time that a request may take
 
 
 class DrainingServer(uvicorn.Server):
@@ -26,12 +29,18 @@ class DrainingServer(uvicorn.Server):
         app: from ``make_app``.
         drain: seconds that requests in progress have to finish after the first signal.
         ready: called when the server accepts requests.
+        timeout: seconds that a request may take; a minute later its connection is closed, whoever is slow.
+        limits: of connections, by default those that fit the process and ``timeout``.
     """
 
-    def __init__(self, app: ServerMiddleware, drain: float, ready: Callable[[], None]):
+    def __init__(
+        self, app: ServerMiddleware, drain: float, ready: Callable[[], None], timeout: float = 600.0,
+        limits: ConnectionLimits | None = None,
+    ):
+        limits = limits or ConnectionLimits.for_process(timeout + _GRACE, _BACKLOG)
         super().__init__(uvicorn.Config(
-            app, log_config=None, access_log=False, server_header=False, limit_concurrency=_MAX_CONNECTIONS,
-            timeout_keep_alive=30, timeout_graceful_shutdown=5, lifespan="on",
+            app, http=partial(Connection, limits), ws="none", log_config=None, access_log=False, server_header=False,
+            backlog=_BACKLOG, timeout_keep_alive=int(limits.waiting), timeout_graceful_shutdown=5, lifespan="on",
         ))
         self._app, self._drain, self._ready = app, drain, ready
         self._draining: asyncio.Task[None] | None = None
@@ -52,6 +61,9 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._app.draining and self._draining is None:
             self._draining = asyncio.create_task(self._finish_requests())
+        if counter % 10 == 0:  # a second
+            for connection in list(self.server_state.connections):
+                connection.check()
         return await super().on_tick(counter)
 
     async def _finish_requests(self) -> None:

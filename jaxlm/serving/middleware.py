@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jaxlm.serving.access import ApiKeys, host_name, is_loopback
+from jaxlm.serving.access import ApiKeys, client_network, host_name, is_loopback
 from jaxlm.serving.metrics import Metrics
 from jaxlm.serving.models import ServedModel
 from jaxlm.serving.protocol.errors import ApiError, forbidden_host, invalid_api_key, server_draining
@@ -102,7 +102,7 @@ class ServerMiddleware:
         """Who sends a request, for limits of a client: an API key, or an address where there are no keys."""
         if self._keys:
             return self._keys.client(Headers(scope=scope).get("authorization", ""))
-        return scope["client"][0] if scope.get("client") else ""
+        return client_network(scope["client"][0] if scope.get("client") else "")
 
     def _check_access(self, scope: Scope) -> None:
         """Raises an ApiError for a request that is refused before it reaches an endpoint."""

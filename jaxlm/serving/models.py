@@ -54,13 +54,15 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model and the worker that computes with it.
+    """A model, the worker that computes with it, and what its server has decided.
 
     Attributes:
         name: how clients call it.
         lm: the model.
         worker: an ``EngineWorker``, or a ``TranslationWorker`` for a translation model.
         context: tokens of prompt and continuation together, or of a source text.
+        default_max_tokens: new tokens for requests that give no ``max_tokens``; None: what the model's
+            generation_config.json says, or else 16 for a completion and the rest of the context for a chat.
         created: seconds since 1970.
     """
 
@@ -68,6 +70,7 @@ class ServedModel:
     lm: LM
     worker: Worker
     context: int
+    default_max_tokens: int | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -96,8 +99,8 @@ def _has_chat_template(tokenizer: Tokenizer) -> bool:
 
 
 def serve_model(
-    name: str, lm: LM, *, slots: int = 8, queue: int = 64, context: int = 0, draft: LM | None = None,
-    warm_up: bool = True,
+    name: str, lm: LM, *, slots: int = 8, queue: int = 64, client_places: int = 0, context: int = 0,
+    default_max_tokens: int | None = None, draft: LM | None = None, warm_up: bool = True,
 ) -> ServedModel:
     """Makes a model ready for requests.
 
@@ -106,7 +109,10 @@ def serve_model(
         lm: the model.
         slots: continuations that are generated at once.
         queue: continuations that may wait.
+        client_places: continuations that one client, and so one request, may have at once; 0 for ``queue`` or, if that
+            is more, ``slots``.
         context: tokens of prompt and continuation; 0 for the model's own, at most 2,048.
+        default_max_tokens: new tokens for requests that give no ``max_tokens``; see ``ServedModel``.
         draft: a smaller model with the same tokenizer that proposes tokens.
         warm_up: compile the engine's programs now rather than at the first requests.
 
@@ -121,9 +127,9 @@ def serve_model(
     if context > most and lm.config.positions == "learned":
         raise UserError(f"context is {context}, and {name} has only {most} positions")
     context = context or min(most, _MAX_DEFAULT_CONTEXT)
-    capacity = slots + queue
+    capacity, client_capacity = slots + queue, client_places or max(slots, queue)
     if lm.config.kind == "seq2seq":
-        return ServedModel(name, lm, TranslationWorker(name, lm, capacity), context)
+        return ServedModel(name, lm, TranslationWorker(name, lm, capacity, client_capacity), context)
     options = {} if draft is None else {"draft": draft}
 
     def make_engine() -> Engine:
@@ -132,7 +138,8 @@ def serve_model(
             engine.warm_up()
         return engine
 
-    return ServedModel(name, lm, EngineWorker(name, make_engine, capacity), context)
+    worker = EngineWorker(name, make_engine, capacity, client_capacity)
+    return ServedModel(name, lm, worker, context, default_max_tokens)
 
 
 def find_model(models: Sequence[ServedModel], name: str, *, translates: bool | None = None) -> ServedModel:

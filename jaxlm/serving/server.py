@@ -28,7 +28,9 @@ def serve(
     port: int = 8000,
     slots: int = 8,
     queue: int = 64,
+    client_places: int = 0,
     context: int = 0,
+    default_max_tokens: int | None = None,
     kv_cache: KVCache | None = None,
     draft: str | None = None,
     api_keys: Path | None = None,
@@ -49,7 +51,11 @@ def serve(
         port: 0 takes a free port.
         slots: continuations of a model that are generated at once.
         queue: continuations of a model that may wait; further requests get status 429.
+        client_places: continuations of a model that one client (an API key, or an address without keys) may have at
+            once; 0 for ``queue`` or, if that is more, ``slots``.
         context: tokens of a prompt and its continuation; 0 for the model's own, at most 2,048.
+        default_max_tokens: new tokens for requests that give no ``max_tokens``; None: what the model's
+            generation_config.json says, or else 16 for a completion and the rest of the context for a chat.
         kv_cache: the format of keys and values (``jaxlm.nn.attention.kv_cache``); None for that of the saved model.
         draft: a smaller model with the same tokenizer that proposes tokens.
         api_keys: a file with one API key per line, in addition to the environment variable JAXLM_API_KEYS.
@@ -74,8 +80,10 @@ def serve(
     try:
         loaded, draft_model = _load(models, kv_cache, draft)
         served = [
-            serve_model(name, lm, slots=slots, queue=queue, context=context, draft=draft_model)
-            for name, lm in loaded.items()
+            serve_model(
+                name, lm, slots=slots, queue=queue, client_places=client_places, context=context,
+                default_max_tokens=default_max_tokens, draft=draft_model,
+            ) for name, lm in loaded.items()
         ]
         loopback = is_loopback(host)
         app = make_app(
@@ -87,7 +95,7 @@ def serve(
                 "everybody who reaches %s may use the server: set %s or --api-keys", host, API_KEYS_VARIABLE
             )
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        server = DrainingServer(app, drain, lambda: ready(address) if ready else None)
+        server = DrainingServer(app, drain, lambda: ready(address) if ready else None, timeout)
         asyncio.run(server.serve(sockets=[listener]))
     finally:
         listener.close()

@@ -31,24 +31,24 @@ class TranslationJob:
 class TranslationWorker(Worker):
     """Translates all jobs that wait with the same settings together, at most 64 sentences at a time."""
 
-    def __init__(self, name: str, lm: LM, capacity: int):
-        super().__init__(name, capacity)
+    def __init__(self, name: str, lm: LM, capacity: int, client_capacity: int | None = None):
+        super().__init__(name, capacity, client_capacity)
         self._lm = lm
         self._waiting: deque[tuple[Future, TranslationJob]] = deque()
 
-    async def translate(self, job: TranslationJob) -> list[list[Hypothesis]]:
+    async def translate(self, job: TranslationJob, client: str) -> list[list[Hypothesis]]:
         """For each row the hypotheses of the beam, best first.
 
         Raises:
             UserError: when a setting has no meaning.
         """
-        self.acquire(1)
+        self.acquire(1, client)
         begin, future = time.monotonic(), Future()
         try:
             self._call(lambda: self._waiting.append((future, job)))
             return await asyncio.wrap_future(future)
         finally:
-            self.release(1, time.monotonic() - begin)
+            self.release(1, client, time.monotonic() - begin)
 
     @property
     def _busy(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import string
 import threading
 import time
@@ -14,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import uvicorn
 
 from jaxlm import nn
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.model import LM
 from jaxlm.serving.app import make_app
+from jaxlm.serving.draining import DrainingServer
 from jaxlm.serving.middleware import ServerMiddleware
 from jaxlm.serving.models import serve_model
 from tests.inference.models import decoder, seq2seq
@@ -57,25 +58,33 @@ def models(lms):
 
 @dataclass(frozen=True)
 class Running:
-    """A server at an address, and its application."""
+    """A server at an address, its application, and its connections."""
 
     url: str
     app: ServerMiddleware
+    connections: set
 
 
 @contextlib.contextmanager
-def running(app: ServerMiddleware) -> Iterator[Running]:
+def running(app: ServerMiddleware, **options) -> Iterator[Running]:
     """Serves an application at a free port, from a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, lifespan="on"))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = DrainingServer(app, 5.0, lambda: None, **options)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app, server.server_state.connections)
+        server.should_exit = True
+        thread.join()
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
         time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield Running(f"http://127.0.0.1:{port}", app)
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture(scope="session")

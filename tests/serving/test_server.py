@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -10,12 +11,14 @@ import httpx
 import pytest
 
 from jaxlm.core.errors import UserError
+from jaxlm.inference.engine.requests import Request
 from jaxlm.serving.access import ApiKeys, host_name, is_loopback
 from jaxlm.serving.app import RequestLimits, make_app
 from jaxlm.serving.models import ModelSource, ServedModel
+from jaxlm.serving.protocol.errors import ApiError
 from jaxlm.serving.protocol.parsing import json_depth
-from jaxlm.serving.worker import EngineWorker
-from tests.serving.servers import running
+from jaxlm.serving.worker import Caller, EngineWorker
+from tests.serving.servers import running, wait_for
 
 BODY = {"model": "tiny", "prompt": "the cat", "max_tokens": 4, "temperature": 0}
 LONG = BODY | {"max_tokens": 80, "stream": True}
@@ -31,22 +34,15 @@ def engine(lms):
     return lms["tiny"].engine(slots=1, context=96)
 
 
-def other(lms, *engines, queue=1, **options):
+def other(lms, *engines, queue=1, client_places=None, default_max_tokens=None, **options):
     """Another server, of one model; when an engine fails, the next one takes its place."""
-    worker = EngineWorker("tiny", iter(engines).__next__, capacity=1 + queue)
-    return running(make_app([ServedModel("tiny", lms["tiny"], worker, 96)], **options))
+    worker = EngineWorker("tiny", iter(engines).__next__, 1 + queue, client_places)
+    return running(make_app([ServedModel("tiny", lms["tiny"], worker, 96, default_max_tokens)], **options))
 
 
 def slow_down(monkeypatch, engine, seconds):
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: time.sleep(seconds) or step())
-
-
-def wait_for(condition):
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(("data", "status"), [
@@ -171,10 +167,65 @@ def test_what_takes_too_long_is_given_up(lms, engine, monkeypatch):
         worker = server.app.models[0].worker
         slow_down(monkeypatch, engine, 0.2)
         assert post(server, LONG | {"stream": False}).status_code == 504
-        lines = post(server, LONG).text.split("\n\n")
-        assert json.loads(lines[-3].removeprefix("data: "))["error"]["code"] == "timeout"
-        assert lines[-2] == "data: [DONE]"
+        *written, last, done, _ = post(server, LONG).text.split("\n\n")
+        error = json.loads(last.removeprefix("data: "))["error"]
+        assert error["code"] == "timeout" and f" {len(written)} of at most 80 tokens" in error["message"]
+        assert done == "data: [DONE]"
         wait_for(lambda: worker.in_use == 0)
+
+
+@pytest.mark.parametrize(("tokens", "timeout", "fails"), [(4, 600.0, False), (80, 0.2, True)])
+def test_places_are_free_when_the_work_ends_or_its_time_though_nobody_reads(
+    lms, engine, monkeypatch, tokens, timeout, fails
+):
+    """A client that stops reading keeps its connection for a while, but no place."""
+
+    async def open_and_wait(worker):
+        request = Request((5, 6), tokens, ignore_eos=True, n=1)
+        stream = await worker.open([request], Caller("me", timeout)).start()
+        while worker.in_use or worker.engine.busy:
+            await asyncio.sleep(0.01)
+        try:
+            return sum([len(event.tokens) async for _, event in stream])
+        finally:
+            stream.close()
+
+    with other(lms, engine) as server:
+        slow_down(monkeypatch, engine, 0.02)
+        worker = server.app.models[0].worker
+        if fails:
+            with pytest.raises(ApiError, match=r"of at most 80 tokens") as caught:
+                asyncio.run(open_and_wait(worker))
+            assert caught.value.status == 504
+        else:
+            assert asyncio.run(open_and_wait(worker)) == tokens
+        assert worker.in_use == 0
+
+
+def test_a_client_has_part_of_the_places(lms, engine, monkeypatch):
+    keys = ApiKeys(["first-key", "other-key"])
+    first, second = ({"Authorization": f"bearer  {key}"} for key in ("first-key", "other-key"))
+    with other(lms, engine, keys=keys, client_places=1) as server:
+        slow_down(monkeypatch, engine, 0.1)
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, headers=first, timeout=120) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            refused = post(server, BODY, headers={"Authorization": "Bearer first-key"})
+            assert refused.status_code == 429 and refused.json()["error"]["code"] == "client_queue_full"
+            assert refused.headers["retry-after"]
+            assert post(server, BODY | {"n": 2}, headers=second).status_code == 400
+            assert server.app.models[0].worker.in_use == 1
+
+
+def test_without_max_tokens_the_default_counts_as_far_as_there_is_room(lms, engine):
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "temperature": 0, "ignore_eos": True}
+    with other(lms, engine, default_max_tokens=7) as server:
+        for path, body in (("/v1/completions", {**BODY, "max_tokens": None, "ignore_eos": True}),
+                           ("/v1/chat/completions", chat)):
+            assert post(server, body, path).json()["usage"]["completion_tokens"] == 7
+        assert post(server, chat | {"max_tokens": 3}, "/v1/chat/completions").json()["usage"]["completion_tokens"] == 3
+        full = post(server, {**BODY, "prompt": "a" * 94, "max_tokens": None, "ignore_eos": True})
+        assert full.json()["usage"]["completion_tokens"] == 2
 
 
 class FailingEngine:

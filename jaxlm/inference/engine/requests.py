@@ -53,6 +53,7 @@ class Request:
     n: int = 1
     best_of: int | None = None
     constraint: Constraint | Grammar | None = None  # a compiled one is used as it is
+    owner: tuple[str, ...] = ()  # for fairness, from the whole to the part: see ``Scheduler``
 
     @property
     def samples(self) -> int:

@@ -2,13 +2,18 @@
 
 Pages are allocated as sequences grow. When they run out, the sequence that came last is preempted: it gives up its
 pages and its slot, becomes the first in the queue, and is read anew when there is room; often its pages are still
-cached then. The sequence that came first is never preempted, and any sequence alone fits the pool, so there is always
+cached then. Of those that run, the first is never preempted, and any sequence alone fits the pool, so there is always
 progress.
+
+Requests with an owner share the slots evenly instead. Owners are paths from the whole to the part, as ``(client,
+request)``: a slot goes to the client that has the fewest, and there to the request that has the fewest. Whoever has at
+least two slots more than another who waits is preempted, so that nobody waits for the texts of one who asks for many.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -77,6 +82,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = self.cached_tokens = 0
         self._free_slots = list(range(slots - 1, -1, -1))
+        self._slots_of: Counter[tuple[str, ...]] = Counter()  # by owner, and by each whole that the owner is part of
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence into the queue, before those that came later."""
@@ -139,11 +145,22 @@ class Scheduler:
         return -(-(len(sequence.tokens) + self.draft_budget(sequence)) // self.page_size)
 
     def _assign_slot(self) -> bool:
-        """Gives the first waiting sequence a slot and pages if there are enough. One page more is left for each running
-        sequence, so that it can grow."""
-        if not self.waiting or not self._free_slots:
-            return False
-        sequence = self.waiting[0]
+        """Gives a waiting sequence a slot and pages if there are enough, or if another has more than its share. One
+        page more is left for each running sequence, so that it can grow."""
+        while self.waiting and (self._free_slots or self._slots_of):
+            sequence = self.waiting[0]
+            if self._slots_of or sequence.request.owner:
+                sequence = min(self.waiting, key=self._share)
+            if self._free_slots and self._assign(sequence):
+                return True
+            by_share = sorted(self.running, key=self._last_preempted, reverse=True)
+            greedy = next((each for each in by_share if self._has_more(each, sequence)), None)
+            if greedy is None:
+                return False
+            self._preempt(greedy)
+        return False
+
+    def _assign(self, sequence: Sequence) -> bool:
         full = sequence.tokens[: (len(sequence.tokens) - 1) // self.page_size * self.page_size]
         hashes = list(page_hashes(full, self.page_size))
         found = self.allocator.acquire_prefix(hashes)
@@ -157,8 +174,25 @@ class Scheduler:
         sequence.draft_lags = sequence.on_device = False
         sequence.slot = self._free_slots.pop()
         self.cached_tokens += sequence.num_computed
-        self.running.append(self.waiting.pop(0))
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        self._slots_of.update(_wholes(sequence))
         return True
+
+    def _share(self, sequence: Sequence) -> tuple[int, ...]:
+        """How many slots the owner of a sequence has, from the whole to the part."""
+        return tuple(self._slots_of[each] for each in _wholes(sequence))
+
+    def _last_preempted(self, sequence: Sequence) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """Sorts running sequences: the last of those with the most slots is preempted first."""
+        return self._share(sequence), sequence.arrival
+
+    def _has_more(self, running: Sequence, waiting: Sequence) -> bool:
+        """Whether the owner of the one has at least two slots more than that of the other, where they part."""
+        for one, other in zip(_wholes(running), _wholes(waiting), strict=False):
+            if one != other:
+                return self._slots_of[one] >= self._slots_of[other] + 2
+        return False
 
     def _reserve(self, sequence: Sequence) -> None:
         while True:
@@ -166,15 +200,25 @@ class Scheduler:
             if (pages := self.allocator.allocate(missing)) is not None:
                 sequence.pages += pages
                 return
-            last = max(self.running, key=lambda each: each.arrival)
-            self._release_slot(last)
-            self.add(last)
-            self.preemptions += 1
+            last = max(self.running, key=self._last_preempted)
+            self._preempt(last)
             if last is sequence:
                 return
 
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release_slot(sequence)
+        self.add(sequence)
+        self.preemptions += 1
+
     def _release_slot(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._slots_of -= Counter(_wholes(sequence))
         self._free_slots.append(sequence.slot)
         self.allocator.release(sequence.pages)
         sequence.slot, sequence.pages, sequence.page_hashes, sequence.num_computed = None, [], [], 0
+
+
+def _wholes(sequence: Sequence) -> list[tuple[str, ...]]:
+    """The owner of a sequence, and before it the wholes that the owner is part of, the largest first."""
+    owner = sequence.request.owner
+    return [owner[:depth] for depth in range(1, len(owner) + 1)]

@@ -174,6 +174,13 @@ def grammars_busy(seconds: int) -> ApiError:
     )
 
 
+def client_queue_full(places: int, seconds: int) -> ApiError:
+    return ApiError(
+        429, f"your requests have all of the {places} places that one client may have: try again in {seconds} s",
+        kind="rate_limit_error", code="client_queue_full", headers={"Retry-After": str(seconds)},
+    )
+
+
 def server_draining() -> ApiError:
     return ApiError(
         503, "the server is shutting down and takes no new requests", kind="server_error", code="draining",
@@ -181,8 +188,12 @@ def server_draining() -> ApiError:
     )
 
 
-def request_timeout(seconds: float) -> ApiError:
-    return ApiError(504, f"the request took longer than {seconds:g} s", kind="server_error", code="timeout")
+def request_timeout(seconds: float, written: int | None = None, most: int | None = None) -> ApiError:
+    """For a request that takes too long; ``written`` of at most ``most`` tokens were generated until then."""
+    message = f"the request took longer than {seconds:g} s"
+    if written is not None and most is not None:
+        message += f": {written} of at most {most} tokens were written; ask for fewer max_tokens"
+    return ApiError(504, message, kind="server_error", code="timeout")
 
 
 def internal_error() -> ApiError:

@@ -22,8 +22,8 @@ from jaxlm.serving.protocol.responses import (
     ChoiceLogprobs,
     Usage,
 )
-from jaxlm.serving.routes.generation import choice_count, engine_request, top_logprob, with_deadline
-from jaxlm.serving.worker import GenerationStream
+from jaxlm.serving.routes.generation import choice_count, engine_request, top_logprob
+from jaxlm.serving.worker import Caller, GenerationStream
 
 __all__ = ["ChatCompletionJob"]
 
@@ -35,36 +35,36 @@ class ChatCompletionJob:
         ApiError: when fields contradict each other.
     """
 
-    def __init__(self, served: ServedModel, body: ChatCompletionRequest, prompt: list[int], timeout: float):
+    def __init__(self, served: ServedModel, body: ChatCompletionRequest, prompt: list[int], caller: Caller):
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid_field("top_logprobs", "top_logprobs needs logprobs: true")
         if body.max_tokens == 0:
             raise invalid_field("max_tokens", "max_tokens is 0: give 1 or more")
-        self.served, self.body, self.prompt, self.timeout = served, body, prompt, timeout
+        self.served, self.body, self.prompt, self.caller = served, body, prompt, caller
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
 
     @classmethod
-    async def create(cls, served: ServedModel, body: ChatCompletionRequest, timeout: float) -> ChatCompletionJob:
+    async def create(cls, served: ServedModel, body: ChatCompletionRequest, caller: Caller) -> ChatCompletionJob:
         """Tokenizes the conversation in a thread.
 
         Raises:
             UserError: when the model has no chat template, or the template refuses the conversation.
         """
-        return cls(served, body, await asyncio.to_thread(_prompt_tokens, served, body), timeout)
+        return cls(served, body, await asyncio.to_thread(_prompt_tokens, served, body), caller)
 
     async def submit(self) -> GenerationStream:
         """Gives the request to the engine."""
         body = self.body
-        most = body.max_completion_tokens or body.max_tokens or self.served.lm.generation.max_new_tokens
+        most = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        request = engine_request(self.served, body, self.prompt, max_new_tokens=most, logprobs=logprobs)
-        return await self.served.worker.submit([request])
+        request = engine_request(self.served, body, self.prompt, max_tokens=most, logprobs=logprobs)
+        return await self.served.worker.submit([request], self.caller)
 
     async def complete(self, events: GenerationStream) -> ChatCompletion:
         """The whole response."""
         found: dict[int, list[Event]] = {i: [] for i in range(choice_count(self.body))}
         try:
-            async for _, event in with_deadline(aiter(events), self.timeout):
+            async for _, event in events:
                 found[event.index].append(event)
         finally:
             events.close()
@@ -82,7 +82,7 @@ class ChatCompletionJob:
                 yield self._chunk(
                     ChatCompletionChunkChoice(index=i, delta=ChoiceDelta(role="assistant", content=""))
                 )
-            async for _, event in with_deadline(aiter(events), self.timeout):
+            async for _, event in events:
                 written += len(event.tokens)
                 if event.text or event.logprobs or event.finish_reason:
                     delta = ChoiceDelta(content=event.text) if event.text or event.logprobs else ChoiceDelta()

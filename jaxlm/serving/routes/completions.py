@@ -22,7 +22,7 @@ from jaxlm.serving.routes.generation import (
     token_text,
     with_deadline,
 )
-from jaxlm.serving.worker import GenerationStream
+from jaxlm.serving.worker import Caller, GenerationStream
 
 __all__ = ["CompletionJob"]
 
@@ -38,23 +38,20 @@ class CompletionJob:
         ApiError: when fields contradict each other or a prompt cannot be served.
     """
 
-    def __init__(self, served: ServedModel, body: CompletionRequest, prompts: list[list[int]], timeout: float):
-        self.served, self.body, self.prompts, self.timeout = served, body, prompts, timeout
+    def __init__(self, served: ServedModel, body: CompletionRequest, prompts: list[list[int]], caller: Caller):
+        self.served, self.body, self.prompts, self.caller = served, body, prompts, caller
         self.n = choice_count(body)
-        self.max_tokens = body.max_tokens
-        if body.max_tokens is None:
-            self.max_tokens = served.lm.generation.max_new_tokens or _DEFAULT_MAX_TOKENS
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": served.name}
         self._check()
 
     @classmethod
-    async def create(cls, served: ServedModel, body: CompletionRequest, timeout: float) -> CompletionJob:
+    async def create(cls, served: ServedModel, body: CompletionRequest, caller: Caller) -> CompletionJob:
         """Tokenizes the prompts in a thread."""
-        return cls(served, body, await asyncio.to_thread(_tokenized, served, body.prompt), timeout)
+        return cls(served, body, await asyncio.to_thread(_tokenized, served, body.prompt), caller)
 
     def _check(self) -> None:
         body, served = self.body, self.served
-        if self.max_tokens == 0 and not body.echo:
+        if body.max_tokens == 0 and not body.echo:
             raise invalid_field("max_tokens", "max_tokens is 0: give 1 or more, or echo: true to score the prompt")
         if body.best_of is not None and body.best_of < self.n:
             raise invalid_field("best_of", f"best_of is {body.best_of} and n is {self.n}: give best_of of n or more")
@@ -69,19 +66,19 @@ class CompletionJob:
             raise context_length_exceeded(served.name, served.context, longest, param="prompt")
 
     def _requests(self) -> list[Request]:
-        if self.max_tokens == 0:
+        if self.body.max_tokens == 0:
             return []
         return [
             engine_request(
-                self.served, self.body, prompt, max_new_tokens=self.max_tokens, logprobs=self.body.logprobs,
-                best_of=self.body.best_of,
+                self.served, self.body, prompt, max_tokens=self.body.max_tokens,
+                default_max_tokens=_DEFAULT_MAX_TOKENS, logprobs=self.body.logprobs, best_of=self.body.best_of,
             ) for prompt in self.prompts
         ]
 
     async def submit(self) -> GenerationStream | None:
         """Gives the requests to the engine; None if nothing is to be generated."""
         requests = self._requests()
-        return await self.served.worker.submit(requests) if requests else None
+        return await self.served.worker.submit(requests, self.caller) if requests else None
 
     async def complete(self, events: GenerationStream | None) -> Completion:
         """The whole response."""
@@ -104,10 +101,10 @@ class CompletionJob:
         written = 0
         try:
             if self.body.echo:
-                async for choice in with_deadline(self._echoed(), self.timeout):
+                async for choice in with_deadline(self._echoed(), self.caller.timeout):
                     yield Completion(**self._head, choices=[choice])
             if events is not None:
-                async for number, event in with_deadline(aiter(events), self.timeout):
+                async for number, event in events:
                     written += len(event.tokens)
                     if event.tokens or event.text or event.finish_reason:
                         yield Completion(**self._head, choices=[self._choice(number, event)])
@@ -122,11 +119,11 @@ class CompletionJob:
             text, logprobs = self._prompt_text(number), None
             if self.body.logprobs is not None:
                 job = partial(score_tokens, self.served.lm, prompt, top=self.body.logprobs)
-                logprobs = self._prompt_logprobs(prompt, await self.served.worker.run(job))
+                logprobs = self._prompt_logprobs(prompt, await self.served.worker.run(job, self.caller.client))
             for i in range(self.n):
                 yield CompletionChoice(
                     index=number * self.n + i, text=text, logprobs=logprobs,
-                    finish_reason="length" if self.max_tokens == 0 else None,
+                    finish_reason="length" if self.body.max_tokens == 0 else None,
                 )
 
     def _prompt_text(self, number: int) -> str:

@@ -35,26 +35,33 @@ class GenerationJob(Protocol):
 
 
 def engine_request(
-    served: ServedModel, body: GenerationRequest, prompt: Sequence[int], *, max_new_tokens: int | None,
-    logprobs: int | None, best_of: int | None = None,
+    served: ServedModel, body: GenerationRequest, prompt: Sequence[int], *, max_tokens: int | None,
+    default_max_tokens: int | None = None, logprobs: int | None, best_of: int | None = None,
 ) -> Request:
-    """The engine's request for a prompt of token ids. ``max_new_tokens`` of None fills the context.
+    """The engine's request for a prompt of token ids.
+
+    ``max_tokens`` is what the body asks for. If that is None, the number of new tokens is that of the server's owner,
+    of the model's generation_config.json, or else ``default_max_tokens``; at most as many as fit into the context,
+    and so many if that is None too.
 
     Raises:
-        ApiError: when prompt and new tokens do not fit into the context.
+        ApiError: when prompt and ``max_tokens`` do not fit into the context.
     """
     room = served.context - len(prompt)
-    if room < (max_new_tokens or 1):
+    if room < (max_tokens or 1):
         raise context_length_exceeded(
-            served.name, served.context, len(prompt), max_new_tokens,
-            param="max_tokens" if max_new_tokens and room > 0 else None,
+            served.name, served.context, len(prompt), max_tokens,
+            param="max_tokens" if max_tokens and room > 0 else None,
         )
+    if max_tokens is None:
+        default = served.default_max_tokens or served.lm.generation.max_new_tokens or default_max_tokens
+        max_tokens = min(default or room, room)
     temperature = body.temperature
     if temperature is None and not served.lm.generation.do_sample:
         temperature = 1.0  # OpenAI's default
     stop = (body.stop,) if isinstance(body.stop, str) else body.stop
     return Request(
-        tuple(prompt), max_new_tokens=max_new_tokens or room, temperature=temperature, top_k=body.top_k,
+        tuple(prompt), max_new_tokens=max_tokens, temperature=temperature, top_k=body.top_k,
         top_p=body.top_p, min_p=body.min_p, repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty or 0.0, frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias={int(token): bias for token, bias in (body.logit_bias or {}).items()},

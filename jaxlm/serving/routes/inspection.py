@@ -15,6 +15,7 @@ from jaxlm.serving.protocol.requests import MAX_INSPECTED_TOKENS, InspectionRequ
 from jaxlm.serving.protocol.responses import AttentionMap, Attribution, Inspection, TokenCandidate
 from jaxlm.serving.routes.generation import prompt_tokens, token_text
 from jaxlm.serving.routes.translation import source_tokens
+from jaxlm.serving.worker import Caller
 
 __all__ = ["inspect"]
 
@@ -22,7 +23,7 @@ __all__ = ["inspect"]
 _ATTENTION = {"encoder": (0, 0), "self": (-1, -1), "cross": (-1, 0)}
 
 
-async def inspect(served: ServedModel, body: InspectionRequest) -> Inspection:
+async def inspect(served: ServedModel, body: InspectionRequest, caller: Caller) -> Inspection:
     """The most likely next tokens, attributions and attention.
 
     Raises:
@@ -36,7 +37,7 @@ async def inspect(served: ServedModel, body: InspectionRequest) -> Inspection:
         raise invalid_field("token", f"token is {body.token}, and the vocabulary has {vocabulary} tokens")
     if body.target is not None and not served.translates:
         raise invalid_field("target", f"{served.name} does not translate: remove the target")
-    return await served.worker.run(partial(_inspect, served, body))
+    return await served.worker.run(partial(_inspect, served, body), caller.client)
 
 
 def _inspect(served: ServedModel, body: InspectionRequest) -> Inspection:

@@ -12,6 +12,7 @@ from jaxlm.serving.models import ServedModel
 from jaxlm.serving.protocol.requests import TranslationRequest
 from jaxlm.serving.protocol.responses import ScoredText, Translation, TranslationList, Usage
 from jaxlm.serving.translation_worker import TranslationJob
+from jaxlm.serving.worker import Caller
 
 __all__ = ["encode_sentences", "source_tokens", "translate"]
 
@@ -30,7 +31,9 @@ async def encode_sentences(served: ServedModel, body: TranslationRequest) -> lis
     return await asyncio.to_thread(source_tokens, served.lm, sentences, body.source_language, served.context)
 
 
-async def translate(served: ServedModel, body: TranslationRequest, rows: Sequence[Sequence[int]]) -> TranslationList:
+async def translate(
+    served: ServedModel, body: TranslationRequest, rows: Sequence[Sequence[int]], caller: Caller
+) -> TranslationList:
     """Translates the sentences of ``encode_sentences``.
 
     Raises:
@@ -42,7 +45,7 @@ async def translate(served: ServedModel, body: TranslationRequest, rows: Sequenc
     if body.alternatives:
         beam = max(beam or lm.generation.num_beams or 5, body.alternatives + 1)
     job = TranslationJob(rows, body.target_language, beam, body.length_penalty, body.max_length)
-    found = await served.worker.translate(job) if rows else []
+    found = await served.worker.translate(job, caller.client) if rows else []
     translations, written = [Translation(text="", score=None, alternatives=[]) for _ in texts], 0
     for i, hypotheses in zip(not_blank, found, strict=True):
         best, *others = (ScoredText(text=lm.tokenizer.decode(each.tokens), score=each.score) for each in hypotheses)

@@ -195,6 +195,30 @@ def test_long_prompts_do_not_keep_others_waiting(engine):
     serve(engine)
 
 
+def test_owners_share_the_slots_and_say_the_same(engine):
+    row = (5, 6, 7)
+    many = Request(row, 20, n=5, temperature=1.0, seed=3)
+    other, third = Request(row, 6, temperature=1.0, seed=4), Request(row, 4, temperature=1.0, seed=5)
+    alone = serve(engine, [many, other, third])
+    ids, order = {}, []
+
+    def each_step(step):
+        if step == 0:
+            ids["many"] = engine.submit(replace(many, owner=("a", "1")))
+        if step == 4:  # all slots are taken by then
+            ids["other"] = engine.submit(replace(other, owner=("b", "2")))
+            ids["third"] = engine.submit(replace(third, owner=("a", "3")))
+        if step == 5:
+            order.extend(sorted(each.request_id for each in engine._scheduler.running))
+
+    shared = serve(engine, each_step=each_step)
+    assert order == [ids["many"], ids["other"], ids["third"]]
+    numbers = dict(zip(sorted({number for number, _ in alone}), ("many", "other", "third"), strict=True))
+    for (number, index), answer in alone.items():
+        assert shared[ids[numbers[number]], index].tokens == answer.tokens
+    assert not engine._scheduler._slots_of
+
+
 def test_copies_read_their_prompt_once(engine):
     row, before = tuple(range(30, 3, -1)) + tuple(range(4, 10)), engine.stats
     serve(engine, [Request(row, 6, n=3, temperature=1.0, seed=1)])
