@@ -24,6 +24,9 @@ __all__ = ["ADAPTER_CONFIG", "Adapter", "LoraDelta", "read_adapter", "write_adap
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _MAGNITUDE = ".lora_magnitude_vector"
+# PEFT 0.21 writes a resized table that it trains (modules_to_save) under three names: as NAME.weight, the same within
+# its wrapper, and what the wrapper replaces.
+_TRAINED, _ORIGINAL = ".modules_to_save.", ".original_module."
 _PREFIX = "base_model.model."  # starts every name in the file
 _LARGEST = 1e9  # of ranks and alphas
 
@@ -33,9 +36,9 @@ _FIELDS = {
 }
 # Fields about training, and fields that the names and shapes of the tensors make superfluous.
 _IGNORED_FIELDS = {
-    "auto_mapping", "bias", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config",
-    "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "runtime_config", "target_modules",
+    "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
+    "megatron_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "runtime_config", "target_modules",
     "task_type",
 }
 # Values of init_lora_weights that leave the base model as it is; all others change it.
@@ -169,8 +172,10 @@ def _read_tensors(directory: Path, config: Mapping[str, Any]) -> Adapter:
             raise UserError(f"{file}: tensor {name!r} is not of a plain LoRA adapter; only those are supported")
         elif ".base_layer." in module:
             base_layer_tensors[module.replace(".base_layer.", ".")] = tensors.read_floats(name)
-        else:
-            saved_modules[module] = tensors.read_floats(name)
+        elif _ORIGINAL not in module:
+            module, array = module.replace(_TRAINED, "."), tensors.read_floats(name)
+            if not np.array_equal(saved_modules.setdefault(module, array), array, equal_nan=True):
+                raise UserError(f"{file}: tensor {name!r} is another than {module!r}; save the adapter again")
     base, revision = config.get("base_model_name_or_path", ""), config.get("revision")
     return Adapter(file, str(base), revision, deltas, base_layer_tensors, saved_modules)
 

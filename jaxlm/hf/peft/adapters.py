@@ -31,6 +31,9 @@ from jaxlm.nn.config import ModelConfig
 
 __all__ = ["ADAPTER_CONFIG", "Adapter", "LoraDelta", "apply_adapter", "read_adapter", "save_adapter"]
 
+_TABLES = ("embed/table", "src_embed/table", "head/kernel")  # parameters with a row (or column) for each token
+_BIASES = ("logits_bias", "head/bias")
+
 # Applying -------------------------------------------------------------------------------------------------------------
 
 
@@ -39,8 +42,9 @@ def apply_adapter(
 ) -> tuple[ModelConfig, Params]:
     """The model with an adapter in ``LoRA`` leaves, which ``core.leaves.merge_adapters`` merges.
 
-    Tied embeddings become two parameters where the adapter changes only the embedding or only the output head, because
-    PEFT computes that. The result is on no mesh.
+    Tied embeddings become two parameters where the adapter changes only the embedding or only the output head, or both
+    in different ways, because PEFT computes that. Where its tables have another number of rows, the model gets as many
+    tokens. The result is on no mesh.
 
     Args:
         adapter: the adapter.
@@ -51,7 +55,8 @@ def apply_adapter(
     Raises:
         UserError: the adapter belongs to another model; the message names the tensor.
     """
-    base = _base_model(adapter, config, params, fields)
+    adapter, base = _base_model(adapter, config, params, fields)
+    base = _resized(adapter, base)
     leaves = flatten(base.params)
     for name, array in {**adapter.base_layer_tensors, **adapter.saved_modules}.items():
         for path, tensor in base.find(name):
@@ -89,24 +94,24 @@ class _BaseModel:
 
 
 def _base_model(
-    adapter: Adapter, config: ModelConfig, params: Params, fields: Mapping[str, Any] | None
-) -> _BaseModel:
+    given: Adapter, config: ModelConfig, params: Params, fields: Mapping[str, Any] | None
+) -> tuple[Adapter, _BaseModel]:
     """The model as one of the first family that has a place for every name of the adapter, with untied embeddings where
-    the adapter asks for them."""
-    names = [
-        *(f"{module}.weight" for module in adapter.deltas), *adapter.base_layer_tensors, *adapter.saved_modules
-    ]
-    lacking = names[:1]
+    the adapter asks for them; and the adapter, without an output head that stays tied."""
+    lacking: list[str] = []
     known = fields is not None and fields.get("model_type") in FAMILIES
     for candidate in [fields] if known else _possible_configs(config):
         family = FAMILIES[candidate["model_type"]]
-        untied = _untied(family, adapter, config, params)
+        adapter, *untied = _untied(family, given, config, params)
         base = _BaseModel(family, with_defaults(candidate), *untied, _targets(family, *untied))
-        lacking = [name for name in names if not base.find(name)]
+        names = [f"{module}.weight" for module in adapter.deltas]
+        lacking = [
+            name for name in (*names, *adapter.base_layer_tensors, *adapter.saved_modules) if not base.find(name)
+        ]
         if not lacking:
-            return base
+            return adapter, base
     what = f"tensor {lacking[0]!r} has" if lacking else "its tensors have"
-    raise UserError(f"{adapter.file}: {what} no place in this model; the adapter is of another one")
+    raise UserError(f"{given.file}: {what} no place in this model; the adapter is of another one")
 
 
 def _possible_configs(config: ModelConfig) -> Iterator[Mapping[str, Any]]:
@@ -133,20 +138,73 @@ def _targets(family: Family, config: ModelConfig, params: Params) -> Mapping[str
     return aliased | named
 
 
-def _untied(family: Family, adapter: Adapter, config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
-    """The model with an output head of its own, equal to the embedding, where the adapter changes one of the two."""
+def _untied(
+    family: Family, adapter: Adapter, config: ModelConfig, params: Params
+) -> tuple[Adapter, ModelConfig, Params]:
+    """The adapter, and the model with an output head of its own, equal to the embedding, where the adapter changes one
+    of the two. Where it replaces both by the same table, they stay tied, and the adapter loses the head."""
     if not config.tie_embeddings:
-        return config, params
+        return adapter, config, params
     table = family.tensors["embed/table"]
     names = {family.head, table.name_for(config), *table.aliases}
     names |= {name.removeprefix(family.prefix) for name in names}
-    if names.isdisjoint({f"{module}.weight" for module in adapter.deltas} | set(adapter.saved_modules)):
-        return config, params
+    adapted, saved = {f"{module}.weight" for module in adapter.deltas}, names & set(adapter.saved_modules)
+    if names.isdisjoint(adapted) and not saved:
+        return adapter, config, params
+    tables = [adapter.saved_modules[name] for name in saved]
+    if names.isdisjoint(adapted) and len(saved) > 1 and all(np.array_equal(tables[0], each) for each in tables[1:]):
+        heads = {family.head, family.head.removeprefix(family.prefix)}
+        rest = {name: array for name, array in adapter.saved_modules.items() if name not in heads}
+        return dataclasses.replace(adapter, saved_modules=rest), config, params
     leaves = flatten(params)
     tied = leaves["embed/table"]
     head = dataclasses.replace(tied, axis=-2) if isinstance(tied, QArray) else dequantize(tied).swapaxes(-1, -2)
     config = dataclasses.replace(config, tie_embeddings=False)
-    return config, unflatten(nn.abstract(config)[1], leaves | {"head/kernel": head})
+    # A table that was saved because it was resized is the base model's, so the other one is the same.
+    resized = names & set(adapter.base_layer_tensors)
+    if len(resized) == 1:
+        array = adapter.base_layer_tensors[next(iter(resized))]
+        both = dict.fromkeys((table.name_for(config), family.head), array)
+        adapter = dataclasses.replace(adapter, base_layer_tensors={**both, **adapter.base_layer_tensors})
+    return adapter, config, unflatten(nn.abstract(config)[1], leaves | {"head/kernel": head})
+
+
+def _resized(adapter: Adapter, base: _BaseModel) -> _BaseModel:
+    """The model with as many tokens as the adapter's tables have rows. Those that it must bring are zeros for now.
+
+    Raises:
+        UserError: the adapter lacks one of the tables, or they have different numbers of rows.
+    """
+    rows = {}  # by parameter
+    for name, array in {**adapter.base_layer_tensors, **adapter.saved_modules}.items():
+        rows |= {path: (len(array), name) for path, _ in base.find(name) if path in _TABLES and array.ndim == 2}
+    counts = {count for count, _ in rows.values()}
+    old = {path: flatten(base.params)[path].shape for path in rows}
+    if all(old[path][0 if path.endswith("/table") else -1] == count for path, (count, _) in rows.items()):
+        return base
+    if len(counts) > 1:
+        said = ", ".join(f"{name} {count}" for count, name in rows.values())
+        raise UserError(f"{adapter.file}: its tables have different numbers of rows ({said}); save it again")
+    changes = {"vocab_size": counts.pop()}
+    if "src_embed/table" in rows:
+        changes["src_vocab_size"] = changes["vocab_size"]
+    config = dataclasses.replace(base.config, **changes)
+    leaves, like = flatten(base.params), nn.abstract(config)[1]
+    for path, leaf in flatten(like).items():
+        have = leaves[path]
+        if have.shape != leaf.shape and path in _BIASES:  # transformers appends zeros
+            kept = have[..., : leaf.shape[-1]]
+            leaves[path] = jnp.pad(kept, [(0, 0)] * (kept.ndim - 1) + [(0, leaf.shape[-1] - kept.shape[-1])])
+        elif have.shape != leaf.shape:
+            if path not in rows:
+                name = next(name for name, found in base.targets.items() if any(path == each for each, _ in found))
+                raise UserError(
+                    f"{adapter.file}: its tables are for {config.vocab_size} tokens, {name!r} of the base model is for "
+                    f"{base.config.vocab_size} and is not among them; train it with both tables in modules_to_save"
+                )
+            leaves[path] = jnp.zeros(leaf.shape, have.dtype)
+    params = unflatten(like, leaves)
+    return dataclasses.replace(base, config=config, params=params, targets=_targets(base.family, config, params))
 
 
 def _slice_delta(
