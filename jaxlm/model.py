@@ -121,7 +121,10 @@ class LM:
         """
         if format and format.startswith(GGUF_PREFIX):
             kind = format.removeprefix(GGUF_PREFIX)
-            return export_gguf(directory, self.config, self.params, self.tokenizer, kind)[0]
+            return export_gguf(
+                directory, self.config, self.params, self.tokenizer, kind, generation=self.generation,
+                source=self.info.get("source"),
+            )[0]
         return export_model(
             directory, self.config, self.params, self.tokenizer, self.generation, format=format, dtype=dtype
         )

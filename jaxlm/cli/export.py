@@ -42,7 +42,10 @@ def run(args: argparse.Namespace) -> None:
 def _gguf(args: argparse.Namespace, lm: LM) -> None:
     from jaxlm.hf.gguf.export import GGUF_PREFIX, export_gguf
 
-    file, types = export_gguf(args.out, lm.config, lm.params, lm.tokenizer, args.format.removeprefix(GGUF_PREFIX))
+    kind, source = args.format.removeprefix(GGUF_PREFIX), lm.info.get("source")
+    file, types = export_gguf(
+        args.out, lm.config, lm.params, lm.tokenizer, kind, generation=lm.generation, source=source
+    )
     found = ", ".join(f"{count} {kind}" for kind, count in types.most_common())
     print(f"{file}: {format_bytes(file.stat().st_size)}; matrices: {found}")
 

@@ -32,6 +32,25 @@ class ChatTemplate:
         """
         return self._choose(with_tools=False)
 
+    @property
+    def by_name(self) -> dict[str, str]:
+        """All templates; one alone is named "default".
+
+        Raises:
+            UserError: when ``chat_template`` is a list of something else.
+        """
+        templates = self._config.get("chat_template")
+        if isinstance(templates, list):
+            try:
+                return {entry["name"]: entry["template"] for entry in templates}
+            except (TypeError, KeyError):
+                raise UserError(
+                    "chat_template in tokenizer_config.json is not a list of names and templates"
+                ) from None
+        if isinstance(templates, dict):
+            return dict(templates)
+        return {"default": templates} if isinstance(templates, str) and templates else {}
+
     def render(
         self, messages: Messages, *, add_generation_prompt: bool = True, tools: Tools | None = None, **variables: Any
     ) -> str:
@@ -72,20 +91,11 @@ class ChatTemplate:
         return render_template(template, variables, mark_generation)
 
     def _choose(self, with_tools: bool) -> str:
-        templates = self._config.get("chat_template")
-        if isinstance(templates, list):
-            try:
-                templates = {entry["name"]: entry["template"] for entry in templates}
-            except (TypeError, KeyError):
-                raise UserError(
-                    "chat_template in tokenizer_config.json is not a list of names and templates"
-                ) from None
-        if isinstance(templates, dict):
-            found = (with_tools and templates.get("tool_use")) or templates.get("default")
-            if not found:
-                names = ", ".join(templates)
-                raise UserError(f"the tokenizer has chat templates named {names} and no default; add one")
-            return found
-        if not isinstance(templates, str):
+        templates = self.by_name
+        found = (with_tools and templates.get("tool_use")) or templates.get("default")
+        if templates and not found:
+            names = ", ".join(templates)
+            raise UserError(f"the tokenizer has chat templates named {names} and no default; add one")
+        if not found:
             raise UserError("the tokenizer has no chat template; put a chat_template.jinja beside it or use prompts")
-        return templates
+        return found

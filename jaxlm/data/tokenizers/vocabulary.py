@@ -25,9 +25,10 @@ class Vocabulary:
         self._backend, self._config = backend, config
         self.size = max(backend.vocabulary.values()) + 1
         self.special_tokens = list(backend.special_tokens)
-        self.pad_id, self.bos_id, self.eos_id = map(self._special_id, ("pad", "bos", "eos"))
+        self.pad_id, self.bos_id, self.eos_id = map(self.special_id, ("pad", "bos", "eos"))
 
-    def _special_id(self, role: str) -> int | None:
+    def special_id(self, role: str) -> int | None:
+        """The id of a token by its role: "pad", "bos", "eos", "unk", "sep", "cls" or "mask". None if there is none."""
         name = self._config.get(f"{role}_token")
         name = name.get("content") if isinstance(name, dict) else name
         return None if name is None else self._backend.vocabulary.get(name)

@@ -23,10 +23,12 @@ from jaxlm.core.tree import Params
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.gguf.architectures import ARCHITECTURES, Architecture
 from jaxlm.hf.gguf.container import GgufTensor, write_gguf
+from jaxlm.hf.gguf.description import description_metadata
 from jaxlm.hf.gguf.ggml_types import CODE_TYPES, GGML_TYPES, encode_codes, encode_values
 from jaxlm.hf.gguf.tokenizer import tokenizer_metadata
 from jaxlm.hf.tensor_files import LazyTensor
 from jaxlm.hf.writer import ExportPlan, plan_export, to_hf_config
+from jaxlm.inference.generation_config import PLAIN, GenerationConfig
 from jaxlm.nn.config import DecoderConfig, ModelConfig
 from jaxlm.nn.positions import frequency_divisors
 
@@ -38,7 +40,8 @@ _SMALLER_BLOCKS = {"Q4_K": "Q5_0"}  # for rows that are not a whole number of bl
 
 
 def export_gguf(
-    path: str | Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None, kind: str
+    path: str | Path, config: ModelConfig, params: Params, tokenizer: Tokenizer | None, kind: str, *,
+    generation: GenerationConfig = PLAIN, source: str | Path | None = None,
 ) -> tuple[Path, Counter[str]]:
     """Writes ``path``, or ``path/model.gguf`` where it does not end in .gguf, in place of an older file.
 
@@ -47,6 +50,8 @@ def export_gguf(
         config, params, tokenizer: the model.
         kind: "f16", "q8_0", "q4_0" or "q4_k": the type of weights that have no codes yet. Matrices whose rows are not a
             whole number of blocks get the next type that fits: Q5_0, or F16.
+        generation: says which tokens end a text, and how to sample.
+        source: the directory that the model was read from, for its name and licence.
 
     Returns:
         The file, and the number of matrices of each type.
@@ -61,9 +66,10 @@ def export_gguf(
     if tokenizer is None:
         raise UserError("the model has no tokenizer, which a GGUF file contains; save it with one")
     metadata: dict[str, Any] = {
-        "general.architecture": architecture.name, "general.type": "model", "general.name": "jaxlm",
+        "general.architecture": architecture.name, "general.type": "model",
         "general.file_type": GGUF_TYPES[kind], "general.quantization_version": 2,
-        **architecture.metadata(config), **tokenizer_metadata(tokenizer, config.vocab_size),
+        **description_metadata(source, generation), **architecture.metadata(config),
+        **tokenizer_metadata(tokenizer, config.vocab_size, generation.eos_token_id or (config.eos_id,)),
     }
     encoder = _Encoder(config, architecture, plan, kind)
     tensors = {architecture.tensor_name(name): encoder.tensor(name) for name in plan.slices}

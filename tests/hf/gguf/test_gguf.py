@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import struct
+import urllib.request
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import processors
 
 import jaxlm
 from jaxlm import nn
@@ -18,6 +21,7 @@ from jaxlm.core.leaves import dequantize_tree
 from jaxlm.core.tree import flatten, map_params
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.gguf.ggml_types import CODE_TYPES, GGML_TYPES, encode_codes, encode_values
+from jaxlm.inference.generation_config import PLAIN
 from jaxlm.model import LM
 from jaxlm.nn.config import DecoderConfig, RopeScaling
 
@@ -171,6 +175,96 @@ def test_a_file_holds_the_model(tmp_path):
     q = np.asarray(flatten(lm.params)["decoder/layers/0/attn/q/kernel"])[0].T.astype(np.float16)
     turned = q.reshape(4, 2, 8, 64).swapaxes(1, 2).reshape(64, 64)
     np.testing.assert_array_equal(tensors["blk.0.attn_q.weight"][1], turned)
+
+
+SPECIAL = ["<|turn|>", "<|end|>", "<|eom|>"]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+
+
+def for_chat(directory):
+    """A model whose texts and turns end in different tokens, with chat templates in files of their own."""
+    TOKENIZER.save(directory)
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    for token in SPECIAL:
+        index = len(spec["model"]["vocab"])
+        spec["added_tokens"].append(spec["added_tokens"][0] | {"content": token, "id": index})
+        spec["model"]["vocab"][token] = index
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    config = json.loads((directory / "tokenizer_config.json").read_text()) | {"mask_token": "<|turn|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<pad>", "add_bos_token": True}))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool-use.jinja").write_text("tools")
+    (directory / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: 'x.org'\n---\n# A model\n")
+    tokenizer = Tokenizer.load(directory)
+    config = dataclasses.replace(CONFIG, vocab_size=tokenizer.vocab_size)
+    ends = tuple(tokenizer.backend.special_tokens[token] for token in ("<|eom|>", "<|end|>", "</s>"))
+    generation = PLAIN.replace(eos_token_id=ends, do_sample=True, temperature=0.5, top_k=9, repetition_penalty=1.25)
+    return model(config).replace(tokenizer=tokenizer, generation=generation, info={"source": str(directory)})
+
+
+def test_a_file_says_how_to_chat_and_where_texts_end(tmp_path):
+    lm = for_chat(tmp_path / "tiny-chat")
+    metadata, _ = read(lm.export(tmp_path / "m.gguf", format="gguf-f16"))
+    assert metadata["tokenizer.chat_template"] == TEMPLATE
+    assert metadata["tokenizer.chat_templates"] == ["tool_use"]
+    assert metadata["tokenizer.chat_template.tool_use"] == "tools"
+    special = lm.tokenizer.backend.special_tokens
+    wanted = {
+        "bos": "<s>", "eos": "</s>", "eot": "<|end|>", "eom": "<|eom|>", "padding": "<pad>", "unknown": "<pad>",
+        "mask": "<|turn|>",
+    }
+    found = {role: metadata.get(f"tokenizer.ggml.{role}_token_id") for role in wanted}
+    assert found == {role: special[token] for role, token in wanted.items()}
+    assert "tokenizer.ggml.seperator_token_id" not in metadata
+    assert (metadata["tokenizer.ggml.add_bos_token"], metadata["tokenizer.ggml.add_eos_token"]) == (True, False)
+    control = [metadata["tokenizer.ggml.tokens"][i] for i, kind in enumerate(metadata["tokenizer.ggml.token_type"])
+               if kind == 3]
+    assert set(control) == set(special)
+    assert metadata["general.name"] == "tiny-chat" and metadata["general.license"] == "apache-2.0"
+    assert metadata["general.license.link"] == "x.org"
+    sampling = {key.rsplit(".", 1)[1]: metadata[key] for key in metadata if key.startswith("general.sampling.")}
+    assert sampling == {"temp": 0.5, "top_k": 9, "top_p": 1.0, "min_p": 0.0, "penalty_repeat": 1.25}
+    plain, _ = read(model().export(tmp_path / "plain.gguf", format="gguf-f16"))
+    assert not [key for key in plain if "chat_template" in key or "eot" in key or "sampling" in key]
+    assert plain["tokenizer.ggml.eos_token_id"] == CONFIG.eos_id
+
+
+def test_what_a_file_cannot_say_is_refused(tmp_path):
+    lm = for_chat(tmp_path / "m")
+    with pytest.raises(UserError, match="<s>, </s>, .*room for 3 end tokens"):
+        lm.replace(generation=PLAIN.replace(eos_token_id=(1, 2, 280, 281))).export(tmp_path, format="gguf-f16")
+    framed = Tokenizer.load(tmp_path / "m")
+    framed.backend.raw.post_processor = processors.TemplateProcessing(
+        single="<|turn|> <s> $A", special_tokens=[("<|turn|>", 280), ("<s>", 1)]
+    )
+    with pytest.raises(UserError, match=r"puts <\|turn\|><s> around prompts"):
+        lm.replace(tokenizer=framed).export(tmp_path, format="gguf-f16")
+
+
+def test_llama_cpp_writes_a_conversation_as_we_do(tmp_path):
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    lm = for_chat(tmp_path / "m")
+    params = xllamacpp.CommonParams()
+    params.model.path = str(lm.export(tmp_path / "m.gguf", format="gguf-f16"))
+    params.n_ctx, params.cpuparams.n_threads, params.warmup, params.use_jinja = 64, 1, False, True
+    server = xllamacpp.Server(params)
+
+    def ask(path, **body):
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(server.listening_address + path, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    chat = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
+    prompt = ask("/apply-template", messages=[*chat, chat[0]])["prompt"]
+    # llama.cpp leaves out a begin token that its tokenizer adds again.
+    assert f"<s>{prompt.removeprefix('<s>')}" == lm.tokenizer.chat_template.render([*chat, chat[0]])
+    tokens = ask("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
+    assert tokens == lm.tokenizer.encode_chat([*chat, chat[0]])
 
 
 @pytest.mark.parametrize(("recipe", "kind"), [
