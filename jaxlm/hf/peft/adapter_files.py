@@ -38,8 +38,8 @@ _FIELDS = {
 _IGNORED_FIELDS = {
     "auto_mapping", "bias", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
-    "megatron_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "runtime_config", "target_modules",
-    "task_type",
+    "megatron_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "runtime_config",
+    "target_modules", "task_type",
 }
 # Values of init_lora_weights that leave the base model as it is; all others change it.
 _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")

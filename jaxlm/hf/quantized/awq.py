@@ -37,10 +37,19 @@ def awq_matrices(files: TensorFiles, config: Mapping[str, Any]) -> dict[str, Qua
     version = str(config.get("version", "gemm")).lower()
     if version != "gemm":
         raise UserError(f"version = {version!r} of the AWQ layout is not supported; only gemm")
-    if config.get("zero_point") is False:
-        raise UserError("zero_point = false is not supported in the AWQ layout; it stores zero points")
-    grid = read_grid(config, (4,), symmetric=False)
-    return {f"{module}.weight": _matrix(files, module, grid) for module in modules_with_qweight(files)}
+    modules = modules_with_qweight(files)
+    # auto-round writes zero_point = false for symmetric grids, and zero points, which every kernel uses.
+    symmetric = config.get("zero_point") is False and all(_symmetric(files, module) for module in modules)
+    grid = read_grid(config, (4,), symmetric=symmetric)
+    return {f"{module}.weight": _matrix(files, module, grid) for module in modules}
+
+
+def _symmetric(files: TensorFiles, module: str) -> bool:
+    """Whether all zero points are in the middle of the grid; a stored 8, eight times a word."""
+    if f"{module}.qzeros" not in files:
+        raise UserError(f"zero_point is false and {module}.qzeros is missing; only models with zero points are read")
+    check_tensor(files, f"{module}.qzeros", "int32", (None, None))
+    return bool((files.read(f"{module}.qzeros").view(np.uint32) == 0x88888888).all())
 
 
 def _matrix(files: TensorFiles, module: str, grid: IntegerGrid) -> QuantizedMatrix:

@@ -10,6 +10,7 @@ For a linear map of ``in`` inputs and ``out`` outputs the tensors are (see ``hf.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ from jaxlm.hf.quantized.qweight import IntegerGrid, first_field, modules_with_qw
 from jaxlm.hf.tensor_files import TensorFiles
 
 __all__ = ["gptq_matrices"]
+
+_FAR, _NEAR = 0.7, 0.3  # steps
 
 
 def gptq_matrices(files: TensorFiles, config: Mapping[str, Any]) -> dict[str, QuantizedMatrix]:
@@ -37,16 +40,50 @@ def gptq_matrices(files: TensorFiles, config: Mapping[str, Any]) -> dict[str, Qu
         raise UserError("dynamic, other grids for some layers, is not supported in the GPTQ layout")
     symmetric = bool(first_field(config, "sym", default=True))
     grid = read_grid(config, (2, 3, 4, 8), symmetric=symmetric, zero_offset=int(version == "gptq"))
-    return {f"{module}.weight": _matrix(files, module, grid) for module in modules_with_qweight(files)}
+    modules = modules_with_qweight(files)
+    grid, note = _by_zero_points(files, modules[0], grid)
+    return {f"{module}.weight": _matrix(files, module, grid, note) for module in modules}
 
 
-def _matrix(files: TensorFiles, module: str, grid: IntegerGrid) -> QuantizedMatrix:
-    names = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
-    words, n_out = check_tensor(files, names[0], "int32", (None, None))
+def _by_zero_points(files: TensorFiles, module: str, grid: IntegerGrid) -> tuple[IntegerGrid, str]:
+    """The grid, and a note, where the zero points of ``module`` are not those of the format that the file names. Some
+    writers name "gptq" and store "gptq_v2".
+
+    Those of a symmetric grid are all in its middle. Of others only this can be told: the weights of a network average
+    about 0, so where they average a whole step from it, the user is told what to try.
+    """
+    _check_tensors(files, module, grid)
+    words, n_out = files.shape(f"{module}.qweight")
+    stored = unpack_int32(files.read(f"{module}.qzeros"), grid.bits, n_out)
+    other = dataclasses.replace(grid, zero_offset=1 - grid.zero_offset)
+    name = "gptq" if other.zero_offset else "gptq_v2"
+    if grid.symmetric:
+        if (other.zero_points(stored) != 2 ** (grid.bits - 1)).any():
+            return grid, ""
+        return other, f"their zero points are those of checkpoint_format {name}, and are read as such"
+    codes = unpack_int32(files.read(f"{module}.qweight").T, grid.bits, words * 32 // grid.bits)
+    steps, others = (abs(codes.mean() - each.zero_points(stored).mean()) for each in (grid, other))
+    if steps < _FAR or others > _NEAR:
+        return grid, ""
+    return grid, (
+        f"their weights average {steps:.1f} steps from 0, and {others:.1f} by checkpoint_format {name}; if the model's "
+        "text is poor, set that in quantization_config"
+    )
+
+
+def _check_tensors(files: TensorFiles, module: str, grid: IntegerGrid) -> tuple[int, int, int]:
+    """(inputs, outputs, groups) of a matrix whose tensors fit each other."""
+    words, n_out = check_tensor(files, f"{module}.qweight", "int32", (None, None))
     n_in = words * 32 // grid.bits
     groups = grid.num_groups(n_in)
-    check_tensor(files, names[1], "int32", (groups, -(-n_out * grid.bits // 32)))
-    check_tensor(files, names[2], "fV", (groups, n_out))
+    check_tensor(files, f"{module}.qzeros", "int32", (groups, -(-n_out * grid.bits // 32)))
+    check_tensor(files, f"{module}.scales", "fV", (groups, n_out))
+    return n_in, n_out, groups
+
+
+def _matrix(files: TensorFiles, module: str, grid: IntegerGrid, note: str) -> QuantizedMatrix:
+    names = [f"{module}.{part}" for part in ("qweight", "qzeros", "scales")]
+    n_in, n_out, groups = _check_tensors(files, module, grid)
     group_of_input = None  # None where groups are runs of inputs
     if f"{module}.g_idx" in files:
         names.append(f"{module}.g_idx")
@@ -59,8 +96,7 @@ def _matrix(files: TensorFiles, module: str, grid: IntegerGrid) -> QuantizedMatr
 
     def read() -> MatrixValues:
         codes = unpack_int32(files.read(names[0]).T, grid.bits, n_in)  # [out, in]
-        zero = unpack_int32(files.read(names[1]), grid.bits, n_out).T + np.uint8(grid.zero_offset)
-        zero &= np.uint8(2**grid.bits - 1)
+        zero = grid.zero_points(unpack_int32(files.read(names[1]), grid.bits, n_out)).T
         scale = files.read(names[2]).astype(np.float32).T
         if group_of_input is not None:  # a QArray has no such order: dense values
             scale, zero = scale[:, group_of_input], zero[:, group_of_input]
@@ -68,4 +104,5 @@ def _matrix(files: TensorFiles, module: str, grid: IntegerGrid) -> QuantizedMatr
         return grid.qarray(codes, zero, scale, files, names[1])
 
     reason = "" if group_of_input is None else "its inputs are in the order of their importance (desc_act)"
-    return QuantizedMatrix(tuple(names), (n_out, n_in), None if reason else grid.stack_key(n_in), read, reason)
+    key = None if reason else grid.stack_key(n_in)
+    return QuantizedMatrix(tuple(names), (n_out, n_in), key, read, reason, note)

@@ -50,6 +50,8 @@ def open_weights(directory: Path, quantization: Any) -> tuple[QuantizedTensorFil
         notes = ["kv_cache_scheme: keys and values are not quantized"] if quantization.get("kv_cache_scheme") else []
         reasons = Counter(matrix.dense_reason for matrix in matrices.values() if matrix.dense_reason)
         notes += [f"{count} quantized matrices are read as dense: {reason}" for reason, count in reasons.items()]
+        said = Counter(matrix.note for matrix in matrices.values() if matrix.note)
+        notes += [f"{count} quantized matrices: {note}" for note, count in said.items()]
         return QuantizedTensorFiles(files, matrices), notes
     except UserError as error:
         if str(directory) in str(error):

@@ -34,6 +34,7 @@ class QuantizedMatrix:
       for a matrix that can only be read dense.
     - ``read`` gives a QArray of NumPy arrays, or float values ``[out, in]``.
     - ``dense_reason`` says why it can only be read dense, where somebody should know.
+    - ``note`` says what else somebody should know.
     """
 
     stored_names: tuple[str, ...]
@@ -41,6 +42,7 @@ class QuantizedMatrix:
     stack_key: tuple[Any, ...] | None
     read: Callable[[], MatrixValues]
     dense_reason: str = ""
+    note: str = ""
 
 
 class QuantizedTensorFiles(Mapping[str, np.ndarray]):

@@ -37,6 +37,10 @@ class IntegerGrid:
         """``group`` for a matrix of ``n_in`` inputs, 0 where one group holds all of them."""
         return 0 if self.group >= n_in else self.group
 
+    def zero_points(self, stored: np.ndarray) -> np.ndarray:
+        """Zero points, counted from 0, of stored ones."""
+        return (stored + np.uint8(self.zero_offset)) & np.uint8(2**self.bits - 1)
+
     def num_groups(self, n_in: int) -> int:
         return -(-n_in // self.group) if self.group else 1
 
@@ -60,7 +64,7 @@ class IntegerGrid:
         if self.symmetric and zero.any():
             raise UserError(
                 f"{files.path_of(zero_name)}: {zero_name!r} is not that of a symmetric grid, as quantization_config "
-                "says"
+                'says; set "sym": false there if these zero points count'
             )
         return make_qarray(codes, scale, None if self.symmetric else zero, self.bits, self.group_of(codes.shape[1]))
 

@@ -106,6 +106,45 @@ def test_awq(tmp_path, group):
     np.testing.assert_allclose(dequantize_matrix(leaf).T, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+def test_gptq_zero_points_of_the_other_format(tmp_path, version):
+    """Symmetric ones show which format they are of; of others the user is told what to try."""
+    rng, other = np.random.default_rng(0), "gptq_v2" if version == "gptq" else "gptq"
+    offset = int(version == "gptq_v2")  # that of the other
+    for symmetric in (True, False):
+        config = {"bits": 4, "group_size": 16, "sym": symmetric, "checkpoint_format": version}
+        codes, zeros, scales = draw(rng, 64, 32, 4, 16, symmetric)
+        if not symmetric:
+            codes, zeros = np.clip(rng.normal(8.2, 3, codes.shape).round().astype(int), 0, 15), zeros // 8 + 8
+        g_idx = np.arange(64) // 16
+        tensors = gptq(codes, zeros, scales, 4, g_idx, offset)
+        matrix = read(gptq_matrices, tmp_path, tensors, config)
+        assert f"checkpoint_format {other}" in matrix.note and ("set that" in matrix.note) != symmetric
+        if symmetric:
+            found = dequantize_matrix(matrix.read()).T
+            np.testing.assert_allclose(found, weight(codes, zeros, scales, g_idx), rtol=1e-6)
+        right = read(gptq_matrices, tmp_path, tensors, config | {"checkpoint_format": other})
+        assert not right.note
+        np.testing.assert_allclose(
+            dequantize_matrix(right.read()).T, weight(codes, zeros, scales, g_idx), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_awq_without_zero_points_by_its_configuration(tmp_path, symmetric):
+    """auto-round says zero_point = false and stores zero points."""
+    codes, zeros, scales = draw(np.random.default_rng(0), 64, 32, 4, 16, symmetric)
+    config = {"bits": 4, "group_size": 16, "zero_point": False, "sym": True, "version": "gemm"}
+    tensors = awq(codes, zeros, scales)
+    leaf = read(awq_matrices, tmp_path, tensors, config).read()
+    assert (leaf.zero is None) == symmetric
+    expected = weight(codes, zeros, scales, np.arange(64) // 16)
+    np.testing.assert_allclose(dequantize_matrix(leaf).T, expected, rtol=1e-6)
+    tensors.pop("qzeros")
+    with pytest.raises(UserError, match="zero_point is false and m.qzeros is missing"):
+        read(awq_matrices, tmp_path, tensors, config)
+
+
 def llama(path, method, change=lambda layer, name, g_idx: g_idx):
     """A model in a layout, and the same one dense; ``change`` gives each matrix its groups."""
     rng = np.random.default_rng(0)
@@ -173,7 +212,7 @@ def test_a_layer_that_cannot_stay_in_codes_is_a_layer_group_and_a_note(tmp_path)
     ({"group_size": 8}, "qzeros'"),
     ({"bits": 8}, "qzeros'"),
     ({"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"),
-    ({"sym": True}, "qzeros.*symmetric"),
+    ({"sym": True}, 'qzeros.*symmetric.*"sym": false'),
     ({"dynamic": {"+:x": {"bits": 8}}}, "dynamic"),
 ])
 def test_configurations_that_do_not_fit_are_named(change, message, gptq_model, tmp_path):
