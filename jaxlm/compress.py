@@ -24,7 +24,7 @@ from jaxlm.core.leaves import dequantize, is_leaf, merge_adapters
 from jaxlm.core.progress import Progress
 from jaxlm.core.tree import Leaf, Params, flatten
 from jaxlm.data.calibration import calibration_batches, hold_out
-from jaxlm.data.config import SpecialTokens
+from jaxlm.data.config import FirstTokenOption, SpecialTokens
 from jaxlm.hf.directory import model_bytes
 from jaxlm.model import LM
 from jaxlm.nn.config import ModelConfig
@@ -42,6 +42,7 @@ def compress(
     storage: str = "plain",
     calibrate: str = "",
     special_tokens: SpecialTokens = "text",
+    first_token: FirstTokenOption = "auto",
     samples: int = 128,
     context: int = 0,
     seed: int = 0,
@@ -65,6 +66,7 @@ def compress(
         calibrate: a SPEC of calibration data, for recipes that need some: text the model should be good at, or
             sentence pairs.
         special_tokens: whether special tokens that this data spells are characters ("text") or parsed ("parse").
+        first_token: whether windows of this data begin with what the tokenizer puts before a text ("auto", "never").
         samples: the number of windows of ``context`` tokens (0: the model's own context, at most 2,048) to calibrate
             with; of sentence pairs, 16 times as many.
         seed: of the choice of windows, of rotations and of learned rounding.
@@ -85,7 +87,7 @@ def compress(
         raise UserError("this model is quantized already; compress the dense one")
     calibration = None
     if calibrate:
-        calibration = _calibration(lm, calibrate, special_tokens, samples, context, seed, progress)
+        calibration = _calibration(lm, calibrate, special_tokens, first_token, samples, context, seed, progress)
     if recipe is None:
         fitted = _fit(lm, target, f"fit-{fit or max_perplexity}", storage, calibration)
         recipe, done, packed, fitted_kernels = fitted.recipe, fitted.model, fitted.packed, fitted.kernels
@@ -155,13 +157,15 @@ def _loss(lm: LM, batches: Sequence[tuple[np.ndarray, ...]], params: Params) -> 
 
 
 def _calibration(
-    lm: LM, spec: str, special_tokens: SpecialTokens, samples: int, context: int, seed: int, progress
+    lm: LM, spec: str, special_tokens: SpecialTokens, first_token: FirstTokenOption, samples: int, context: int,
+    seed: int, progress
 ) -> Calibration:
     if lm.config.kind == "lstm":
         raise UserError("layers of an LSTM are not calibrated; choose a recipe that needs no data")
     batches = calibration_batches(
         spec, lm.tokenizer, pairs=lm.config.kind == "seq2seq", samples=samples,
         context=context or min(lm.config.max_positions, 2048), seed=seed, special_tokens=special_tokens,
+        first_token=first_token,
     )
     if (largest := max(int(part.max()) for batch in batches for part in batch)) >= lm.config.vocab_size:
         raise UserError(f"{spec!r} holds the id {largest} and the model knows {lm.config.vocab_size}")

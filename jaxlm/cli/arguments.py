@@ -46,6 +46,14 @@ def add_special_tokens(parser: argparse.ArgumentParser, *, prompts: bool = False
             )
 
 
+def add_first_token(parser: argparse.ArgumentParser) -> None:
+    """``--first-token``."""
+    parser.add_argument(
+        "--first-token", choices=("auto", "never"),
+        help="begin each document and each window with what the tokenizer puts before a text, such as <bos> (auto)",
+    )
+
+
 def add_search(parser: argparse.ArgumentParser) -> None:
     """The options of beam search for translations."""
     parser.add_argument("--beam", type=int, metavar="N",

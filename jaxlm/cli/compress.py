@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.cli.arguments import add_model, add_special_tokens
+from jaxlm.cli.arguments import add_first_token, add_model, add_special_tokens
 from jaxlm.cli.output import ProgressBar, format_bytes, format_shape, print_table
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="the model directory to write")
     parser.add_argument("--calibrate", metavar="SPEC", default="", help="calibration data, for recipes that need it")
     add_special_tokens(parser)
+    add_first_token(parser)
     parser.add_argument("--samples", type=int, default=128, metavar="N", help="windows of calibration data (128)")
     parser.add_argument("--context", type=int, default=0, metavar="N",
                         help="tokens in a window; 0: the model's context (0)")
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     lm = jaxlm.load(args.model, adapter=args.adapter, expand=False)
     small = jaxlm.compress(
         lm, recipe, fit=args.fit, max_perplexity=args.max_perplexity, storage=args.storage, calibrate=args.calibrate,
-        special_tokens=args.special_tokens or "text", samples=args.samples, context=args.context, seed=args.seed,
+        special_tokens=args.special_tokens or "text", first_token=args.first_token or "auto",
+        samples=args.samples, context=args.context, seed=args.seed,
         progress=ProgressBar(),
     )
     out = small.save(args.out)

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from jaxlm.cli.arguments import (
+    add_first_token,
     add_generation,
     add_kv_cache,
     add_languages,
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="tokens between the starts of windows; 0: the context (0)")
     parser.add_argument("--batch-size", type=int, default=0, metavar="N", help="rows at a time; 0: what fits (0)")
     add_special_tokens(parser, prompts=True)
+    add_first_token(parser)
     add_languages(parser)
     add_search(parser)
     parser.add_argument("--sentences", type=int, default=0, metavar="N", help="translate only the first N; 0: all (0)")
@@ -58,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
         length_penalty=args.length_penalty, max_length=args.max_length, sentences=args.sentences,
         special_tokens=args.special_tokens or data.special_tokens,
         prompt_special_tokens=args.prompt_special_tokens or data.prompt_special_tokens,
+        first_token=args.first_token or data.first_token,
         translations=not args.no_translations, speed=args.speed, progress=ProgressBar(),
     )
     print_fields(scores)

@@ -7,9 +7,11 @@ import numpy as np
 from jaxlm.core.errors import UserError
 from jaxlm.data.batches.bitext import SentencePairs
 from jaxlm.data.batches.buckets import BucketShapes
+from jaxlm.data.batches.encoding import EncodedDocuments
+from jaxlm.data.batches.first_token import FirstToken
 from jaxlm.data.batches.packing import token_stream
 from jaxlm.data.batches.shuffle import random_state
-from jaxlm.data.config import SpecialTokens
+from jaxlm.data.config import FirstTokenOption, SpecialTokens
 from jaxlm.data.sources.spec import open_source
 from jaxlm.data.sources.types import Bitext, Source, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
@@ -24,7 +26,7 @@ _BUCKETS = (16, 32, 64, 128)
 
 def calibration_batches(
     spec: str, tokenizer: Tokenizer | None, *, pairs: bool, samples: int, context: int, seed: int,
-    special_tokens: SpecialTokens = "text",
+    special_tokens: SpecialTokens = "text", first_token: FirstTokenOption = "auto",
 ) -> list[Arrays]:
     """Calibration batches from the training split of a SPEC.
 
@@ -34,9 +36,9 @@ def calibration_batches(
         pairs: whether the model translates.
         samples: the number of windows, which do not overlap; 16 sentence pairs count as a window. From more data they
             are drawn at random, and stay in the order of the text.
-        context: tokens of a window.
+        context: tokens of a window, with the first token that the tokenizer puts before a text.
         seed: of the draw.
-        special_tokens: that the text spells; see ``open_source``.
+        special_tokens, first_token: see ``open_source``.
 
     Returns:
         batches ``(tokens [B, context],)``, or ``(sources [B, S], inputs [B, T])`` if ``pairs``; all int32.
@@ -44,7 +46,7 @@ def calibration_batches(
     Raises:
         UserError: when the data is less than one window, or when the SPEC does not fit the model.
     """
-    source = open_source(spec, "train", special_tokens=special_tokens)
+    source = open_source(spec, "train", special_tokens=special_tokens, first_token=first_token)
     if isinstance(source, Bitext) != pairs:
         wanted = "bitext:SRC,TGT" if pairs else "text:, jsonl: or tokens:"
         raise UserError(f"{spec!r} does not fit this model: calibrate it with {wanted}")
@@ -77,14 +79,23 @@ def hold_out(batches: list[Arrays]) -> tuple[list[Arrays], list[Arrays]]:
 def _windows(
     source: Source, tokenizer: Tokenizer | None, samples: int, context: int, seed: int
 ) -> list[tuple[np.ndarray]]:
-    ids_N = source.ids if tokenizer is None else token_stream(source, tokenizer)
-    total = len(ids_N) // context
+    stream = EncodedDocuments(source.ids, np.array([len(source.ids)])) if tokenizer is None else (
+        token_stream(source, tokenizer)
+    )
+    first = FirstToken(stream.first_token, stream.ids, stream.lengths)
+    length, offset = context - len(first), first.begin if len(first) else 0
+    total = (len(stream.ids) - offset) // length if length > 0 else 0
     if not total:
-        raise UserError(f"{source.spec!r} is {len(ids_N)} tokens, less than one window of {context}; give more")
+        raise UserError(
+            f"{source.spec!r} is {len(stream.ids)} tokens, less than one window of {context} with {len(first)} before "
+            "the text; give more, or a longer context"
+        )
     drawn = np.arange(total)
     if total > samples:
         drawn = np.sort(random_state(seed, 0).choice(total, samples, replace=False))
-    windows_NxT = np.stack([ids_N[i * context : (i + 1) * context] for i in drawn]).astype(np.int32)
+    begin_N = first.skip(offset + drawn * length)
+    windows_NxT = stream.ids[np.minimum(begin_N[:, None] + np.arange(length), len(stream.ids) - 1)].astype(np.int32)
+    windows_NxT = np.concatenate([np.tile(first.ids, (len(drawn), 1)), windows_NxT], axis=1)
     rows = max(1, _BATCH_TOKENS // context)
     return [(windows_NxT[i : i + rows],) for i in range(0, len(windows_NxT), rows)]
 

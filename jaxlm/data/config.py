@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 SpecialTokens = Literal["text", "parse"]
+FirstTokenOption = Literal["auto", "never"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class DataConfig:
     cache: str = ""  # the directory of the token cache; "": tokenized text is kept in memory
     special_tokens: SpecialTokens = "text"  # that documents spell: characters, or parsed as special tokens
     prompt_special_tokens: SpecialTokens = "text"  # the same in prompts and completions that are texts (instruct:)
+    first_token: FirstTokenOption = "auto"  # each document and window begins with what the tokenizer puts before a text
     bad_rows: Literal["fail", "report"] = "fail"  # unusable rows: an error, or left out and counted
     contamination: Literal["report", "fail", "off"] = "report"  # documents of ``valid`` and ``test`` found in ``train``
     seed: int = 0

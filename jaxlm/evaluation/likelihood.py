@@ -21,8 +21,9 @@ from jaxlm.core.progress import Progress
 from jaxlm.data.batches.batch import Batch
 from jaxlm.data.batches.bitext import SentencePairs
 from jaxlm.data.batches.buckets import BucketShapes
-from jaxlm.data.batches.encoding import encode_documents
-from jaxlm.data.batches.packing import PackedDocuments, token_stream
+from jaxlm.data.batches.encoding import EncodedDocuments, encode_documents
+from jaxlm.data.batches.first_token import FirstToken
+from jaxlm.data.batches.packing import PackedDocuments, begin_rows, token_stream
 from jaxlm.data.sources.text_chunks import count_words_and_bytes
 from jaxlm.data.sources.types import Bitext, Dialogues, Documents, Tokens
 from jaxlm.inference.translation import decoder_start_token, generation_for_language
@@ -49,37 +50,38 @@ def row_nll(graphdef, params, batch: Batch) -> Array:
     return jnp.where(batch["weights"] > 0, nll_BxT * batch["weights"], 0.0).sum(-1)
 
 
-def stream(lm, source: Documents | Tokens) -> np.ndarray:
-    """A source as the model's token ids ``[N]``.
+def stream(lm, source: Documents | Tokens) -> EncodedDocuments:
+    """A source as the model's token ids, documents end to end.
 
     Raises:
         UserError: the model has no tokenizer for the text, or the source has ids that the model does not know.
     """
     if lm.tokenizer is not None:
-        ids_N = token_stream(source, lm.tokenizer)
+        found = token_stream(source, lm.tokenizer)
     elif isinstance(source, Tokens):
-        ids_N = source.ids
+        found = EncodedDocuments(source.ids, np.array([len(source.ids)]))
     else:
         raise UserError("the model has no tokenizer: give it tokens:PATH.npy")
-    if len(ids_N) and int(ids_N.max()) >= lm.config.vocab_size:
+    if len(found.ids) and int(found.ids.max()) >= lm.config.vocab_size:
         raise UserError(
-            f"{source.spec!r} holds the id {int(ids_N.max())} and the model knows {lm.config.vocab_size}: "
+            f"{source.spec!r} holds the id {int(found.ids.max())} and the model knows {lm.config.vocab_size}: "
             "use the tokenizer the model was trained with"
         )
-    return ids_N
+    return found
 
 
-def windows(n: int, context: int, stride: int) -> list[tuple[int, int, int]]:
+def windows(n: int, context: int, stride: int, first_token: bool = False) -> list[tuple[int, int, int]]:
     """``(begin, end, first)`` of each window over ``n`` tokens: it reads ``begin..end`` and scores ``first..end``.
 
     Window i begins at ``i * stride``, reads ``context`` tokens (the last one what is left) and scores those that no
-    earlier window scored, but never its first. With ``stride`` below ``context`` every token but the very first is
-    scored exactly once; with ``stride == context`` the first token of each window has nothing before it and is not.
+    earlier window scored, but its first only behind a ``first_token``. With one, or with ``stride`` below ``context``,
+    every token is scored exactly once, the very first only behind a first token; without one and with ``stride ==
+    context`` the first token of each window has nothing before it and is not scored.
     """
     out, scored = [], 0
     for begin in range(0, n, stride):
         end = min(begin + context, n)
-        first = max(scored, begin + 1)
+        first = max(scored, begin + (not first_token))
         if first < end:
             out.append((begin, end, first))
         scored = end
@@ -88,18 +90,48 @@ def windows(n: int, context: int, stride: int) -> list[tuple[int, int, int]]:
     return out
 
 
-def window_batches(ids_N: np.ndarray, context: int, stride: int, rows: int) -> Iterator[Batch]:
-    """The windows as batches of one shape ``[rows, context - 1]``; what pads has weight 0."""
-    spans = windows(len(ids_N), context, stride)
-    shape = (rows, context - 1)
-    for at in range(0, len(spans), rows):
-        inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        weights = np.zeros(shape, np.float32)
-        for r, (begin, end, first) in enumerate(spans[at : at + rows]):
-            inputs[r, : end - begin - 1] = ids_N[begin : end - 1]
-            targets[r, : end - begin - 1] = ids_N[begin + 1 : end]
-            weights[r, first - begin - 1 : end - begin - 1] = 1
-        yield {"inputs": inputs, "targets": targets, "weights": weights}
+class StreamWindows:
+    """The windows over a stream of text (see ``windows``), each behind the first token.
+
+    Attributes:
+        first: the first token; ``context`` counts it, and nothing scores it.
+        stride: tokens from one window to the next, at most what a window has behind the first token.
+        spans: the windows, in positions of the stream.
+    """
+
+    def __init__(self, text: EncodedDocuments, context: int, stride: int = 0):
+        """
+        Args:
+            text: documents end to end.
+            context: tokens in a window.
+            stride: 0: the most.
+        """
+        self.ids, self.context = text.ids, context
+        self.first = first = FirstToken(text.first_token, text.ids, text.lengths)
+        begin, length = first.begin if len(first) else 0, context - len(first)
+        self.stride = min(stride or length, length)
+        spans = windows(len(self.ids) - begin, length, self.stride, len(first) > 0)
+        self.spans = [tuple(begin + place for place in span) for span in spans]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text, first tokens not counted."""
+        return len(self.ids) - self.first.count()
+
+    def batches(self, rows: int) -> Iterator[Batch]:
+        """Batches of one shape ``[rows, context - 1]``; what pads, and first tokens, have weight 0."""
+        lead = max(len(self.first) - 1, 0)
+        shape, before = (rows, self.context - 1 - lead), len(self.first) == 0
+        for at in range(0, len(self.spans), rows):
+            inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+            weights = np.zeros(shape, np.float32)
+            for r, (begin, end, scored) in enumerate(self.spans[at : at + rows]):
+                begin = int(self.first.skip(np.array(begin)))
+                place = np.arange(begin + before, end)
+                inputs[r, : len(place)] = self.ids[np.maximum(place - 1, 0)]
+                targets[r, : len(place)] = self.ids[place]
+                weights[r, : len(place)] = (place >= scored) & ~self.first.holds(place)
+            yield begin_rows({"inputs": inputs, "targets": targets, "weights": weights}, self.first.ids)
 
 
 def pair_batches(
@@ -142,33 +174,38 @@ def perplexity(
     Args:
         lm: has ``config``, ``graphdef``, ``params`` and ``tokenizer`` (None: no figures over words and bytes).
         source: what to score.
-        context: tokens in a window; 0 is the model's own, at most 2,048.
-        stride: tokens from one window to the next; 0 is ``context``.
+        context: tokens in a window, its first token included; 0 is the model's own, at most 2,048.
+        stride: tokens from one window to the next; 0: windows do not overlap.
         batch_size: windows at a time; 0 fits the vocabulary.
         progress: called with "scoring", the batches done and all batches.
 
     Returns:
         ``loss`` (nats a token), ``perplexity``, ``word_perplexity``, ``byte_perplexity``, ``bits_per_byte``, ``tokens``
-        (scored), ``words``, ``bytes``, ``context``, ``stride``. Words and bytes are those of the whole text, which is
-        charged the mean loss for each of its tokens, also the few that start a window and are not scored.
+        (scored), ``words``, ``bytes``, ``context``, ``stride``, ``first_token`` (what begins each window, where
+        something does). Words and bytes are those of the whole text, which is charged the mean loss for each of its
+        tokens, also the few that start a window and are not scored.
     """
     context = context or min(lm.config.context_length or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
-    stride = stride or context
-    if context < 2 or not 1 <= stride <= context:
+    if context < 2 or not 0 <= stride <= context:
         raise UserError(f"context {context} and stride {stride}: give a context of 2 or more and a stride within it")
     if lm.config.position_limit and context > lm.config.position_limit:
         raise UserError(f"context {context} is more than the {lm.config.max_positions} positions the model learned")
-    ids_N = stream(lm, source)
-    count = len(windows(len(ids_N), context, stride))
+    text = stream(lm, source)
+    if context < 2 + len(text.first_token):
+        raise UserError(f"context {context} has no room for two tokens behind {len(text.first_token)} that begin each")
+    scored = StreamWindows(text, context, stride)
+    count = len(scored.spans)
     if count == 0:
         raise UserError(f"{source.spec!r} is less than two tokens: there is nothing to predict")
     rows = min(batch_size or _rows(lm, context), count)
-    batches = window_batches(ids_N, context, stride, rows)
-    nll, tokens = _sum(lm, batches, -(-count // rows), progress)
+    nll, tokens = _sum(lm, scored.batches(rows), -(-count // rows), progress)
     texts = source.texts if isinstance(source, Documents) else None
     if texts is None and lm.tokenizer is not None:
-        texts = [lm.tokenizer.decode(ids_N)]
-    return {**figures(nll, tokens, len(ids_N), texts), "context": context, "stride": stride}
+        texts = [lm.tokenizer.decode(text.ids)]
+    out = {**figures(nll, tokens, scored.num_tokens, texts), "context": context, "stride": scored.stride}
+    if text.first_token:
+        out["first_token"] = lm.tokenizer.decode(text.first_token, skip_special=False)
+    return out
 
 
 def dialogue_perplexity(

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.progress import Progress
-from jaxlm.data.config import SpecialTokens
+from jaxlm.data.config import FirstTokenOption, SpecialTokens
 from jaxlm.data.sources.spec import open_source
 from jaxlm.data.sources.types import Bitext, Dialogues
 from jaxlm.evaluation.likelihood import bitext_perplexity, dialogue_perplexity, perplexity
@@ -28,6 +28,7 @@ def evaluate(
     max_length: int | None = None,
     special_tokens: SpecialTokens = "text",
     prompt_special_tokens: SpecialTokens = "text",
+    first_token: FirstTokenOption = "auto",
     sentences: int = 0,
     translations: bool = True,
     speed: bool = False,
@@ -43,6 +44,7 @@ def evaluate(
         source_language, target_language: of the pairs, for models with many; see ``translate``.
         beam, length_penalty, max_length: of the translations; see ``translate``.
         special_tokens, prompt_special_tokens: that the data spells; see ``open_source``.
+        first_token: whether windows begin with what the tokenizer puts before a text; see ``open_source``.
         sentences: pairs to translate, the first ones; 0 is all. The loss is always over all.
         translations: False leaves out BLEU and chrF.
         speed: adds ``tokens_per_second`` of the forward pass.
@@ -53,7 +55,8 @@ def evaluate(
         ``sentences``. Invented text is marked ``"synthetic": True`` with a ``note``. JSON-safe.
     """
     source = open_source(
-        spec, "test", special_tokens=special_tokens, prompt_special_tokens=prompt_special_tokens
+        spec, "test", special_tokens=special_tokens, prompt_special_tokens=prompt_special_tokens,
+        first_token=first_token,
     )
     pairs = isinstance(source, Bitext)
     if pairs != (lm.config.kind == "seq2seq"):

@@ -9,9 +9,9 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from jaxlm.data.batches.encoding import encode_documents
+from jaxlm.data.batches.encoding import EncodedDocuments, encode_documents
 from jaxlm.data.sources.types import Bitext, Dialogues, Source
-from jaxlm.evaluation.likelihood import pair_batches, row_nll, stream, window_batches
+from jaxlm.evaluation.likelihood import StreamWindows, pair_batches, row_nll, stream
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -32,9 +32,10 @@ def tokens_per_second(
     else:
         context = context or 256
         dialogues = isinstance(source, Dialogues)
-        ids_N = encode_documents(source, first.tokenizer).ids if dialogues else stream(first, source)
-        ids_N = np.resize(ids_N, rows * context)
-        batch = next(window_batches(ids_N, context, context, rows))
+        text = encode_documents(source, first.tokenizer) if dialogues else stream(first, source)
+        ids_N = np.resize(text.ids, rows * context)
+        text = EncodedDocuments(ids_N, np.array([len(ids_N)]), first_token=text.first_token)
+        batch = next(StreamWindows(text, context).batches(rows))
     batch = jax.device_put(batch)
     best = dict.fromkeys(lms, float("inf"))
     for turn in range(rounds + 1):

@@ -27,10 +27,11 @@ from jaxlm.core.sharding import (
 )
 from jaxlm.core.tree import Params, Transform, count_params, flatten
 from jaxlm.core.untrusted import read_sealed_json, seal
+from jaxlm.data.batches.encoding import first_token_of
 from jaxlm.data.batches.loader import Loader, make_loader
 from jaxlm.data.contamination import find_contamination
 from jaxlm.data.sources.spec import Split, open_source
-from jaxlm.data.sources.types import Bitext, Preferences, Source
+from jaxlm.data.sources.types import Bitext, Mixture, Preferences, Source
 from jaxlm.data.tokenizers.from_config import tokenizer_from_config
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.model import load, model_config, model_tokenizer
@@ -77,6 +78,9 @@ class Setup:
         data = ", ".join(f"{value:,} {name}".replace("_", " ") if isinstance(value, int) else f"{name} {value:.0%}"
                          for name, value in self.loader.report().items())
         note = f" ({self.source.synthetic})" if self.source.synthetic else ""
+        sources = self.source.sources if isinstance(self.source, Mixture) else (self.source,)
+        if first := next(filter(None, (first_token_of(each, self.tokenizer) for each in sources)), ()):
+            note += f", each window after {self.tokenizer.decode(first, skip_special=False)}"
         schedules = _schedules(self.graphdef, self.like, self.mesh)
         pipeline = "".join(
             f"; pipeline{side}: {each.microbatches} microbatches x {each.repeats}, bubble {each.bubble:.1%}"
@@ -123,7 +127,7 @@ def prepare(config: Experiment, run: Path) -> Setup:
     translates = isinstance(source, Bitext)
     config = dataclasses.replace(config, model=_with_vocabulary(config.model, tokenizer, translates))
     if resuming:
-        _check_unchanged(config, run)
+        _check_unchanged(config, tokenizer, run)
     mesh = make_mesh(**mesh_sizes(config.mesh.preset, config.mesh.sizes, jax.device_count()))
     if config.mesh.compress_gradients != "none" and mesh.shape["data"] == 1:
         raise UserError("mesh.compress_gradients compresses the sum over the data axis; set mesh.data too")
@@ -197,8 +201,13 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, translates: bool)
     return dataclasses.replace(model, vocab_size=vocab_size, **specials)
 
 
-def _check_unchanged(config: Experiment, run: Path) -> None:
+def _check_unchanged(config: Experiment, tokenizer: Tokenizer, run: Path) -> None:
     stored = read_sealed_json(run / "experiment.json")
+    begun = "first_token" in stored.get("data", {}) or config.data.first_token == "never"
+    if tokenizer.first_token and not begun and config.model.kind != "seq2seq":
+        raise UserError(
+            f"{run} was trained before windows began with a first token; resume with --data.first_token never"
+        )
     try:
         # Fields that are newer than the run get their defaults.
         stored = json.loads(json.dumps(to_dict(from_dict(Experiment, stored, stored=True))))
@@ -236,7 +245,7 @@ def _check_lengths(config: Experiment, loader: Loader) -> None:
 def _open(data: DataConfig, split: Split) -> Source:
     return open_source(
         getattr(data, split), split, data.bad_rows, special_tokens=data.special_tokens,
-        prompt_special_tokens=data.prompt_special_tokens,
+        prompt_special_tokens=data.prompt_special_tokens, first_token=data.first_token,
     )
 
 

@@ -28,12 +28,15 @@ class EncodedDocuments:
         lengths: [D], the number of ids of each document; they sum to N.
         loss_mask: [N] bool, the tokens that the model is trained to predict; None: all.
         notes: sentences about rows that were left out.
+        first_token: what the model reads before each document and each window, and is not trained on; empty: nothing.
+            Documents of text begin with it.
     """
 
     ids: np.ndarray
     lengths: np.ndarray
     loss_mask: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    first_token: tuple[int, ...] = ()
 
     @classmethod
     def concatenate(cls, parts: Iterable[EncodedDocuments], notes: Iterable[str] = ()) -> EncodedDocuments:
@@ -41,14 +44,15 @@ class EncodedDocuments:
         parts = list(parts)
         loss_mask = None if parts[0].loss_mask is None else np.concatenate([part.loss_mask for part in parts])
         ids, lengths = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "lengths"))
-        return cls(ids, lengths, loss_mask, tuple(notes))
+        return cls(ids, lengths, loss_mask, tuple(notes), parts[0].first_token)
 
 
 def encode_documents(source: Source, tokenizer: Tokenizer) -> EncodedDocuments:
     """A source of a language model as ids.
 
-    Each document is followed by eos; a text file is one document without eos; a stream of given ids is cut after each
-    eos; dialogues end with the last token that the model is trained on.
+    Each document begins with the first token, unless ``source.first_token`` is "never", and is followed by eos; a text
+    file is one document without eos; a stream of given ids is cut after each eos; dialogues end with the last token
+    that the model is trained on.
 
     Raises:
         UserError: when the source is sentence pairs or a mixture, when it holds no text, when given ids are outside the
@@ -89,11 +93,30 @@ def encode_in_chunks(source: Documents | Dialogues | Preferences, tokenizer: Tok
 def _encode_texts(source: Documents, tokenizer: Tokenizer) -> Iterator[EncodedDocuments]:
     if source.append_eos and tokenizer.eos_id is None:
         raise UserError(f"the tokenizer has no eos token to end the documents of {source.spec!r} with; use another")
+    first = first_token_of(source, tokenizer)
     for texts in _batches(source.texts):
         ids, lengths = tokenizer.encode_flat(texts, source.parse_special)
         if source.append_eos:
-            ids, lengths = np.insert(ids, np.cumsum(lengths), tokenizer.eos_id), lengths + 1
-        yield EncodedDocuments(ids, lengths)
+            written = lengths > 0 if first else np.ones(len(lengths), bool)  # no end without a beginning
+            ids, lengths = np.insert(ids, np.cumsum(lengths)[written], tokenizer.eos_id), lengths + written
+        if first:
+            ids, lengths = _begin_with(first, ids, lengths)
+        yield EncodedDocuments(ids, lengths, first_token=first)
+
+
+def first_token_of(source: Source, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What stands before each document and each window of a source. Dialogues begin as their template writes."""
+    return tokenizer.first_token if getattr(source, "first_token", "never") == "auto" else ()
+
+
+def _begin_with(first: tuple[int, ...], ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Documents with the first token before each that is not empty and does not spell it itself."""
+    starts_D, size = np.cumsum(lengths) - lengths, len(first)
+    at_DxP = np.minimum(starts_D[:, None] + np.arange(size), max(len(ids) - 1, 0))
+    lacking = lengths > 0
+    if len(ids):
+        lacking &= (lengths < size) | (ids[at_DxP] != first).any(-1)
+    return np.insert(ids, np.repeat(starts_D[lacking], size), np.tile(first, lacking.sum())), lengths + size * lacking
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -134,4 +157,5 @@ def _encode_tokens(source: Tokens, tokenizer: Tokenizer) -> EncodedDocuments:
             f"{tokenizer.vocab_size:,} tokens; name the tokenizer that made the ids"
         )
     ends = np.flatnonzero(ids == tokenizer.eos_id) + 1 if tokenizer.eos_id is not None else []
-    return EncodedDocuments(ids, np.diff(np.unique([0, *ends, len(ids)])))
+    lengths = np.diff(np.unique([0, *ends, len(ids)]))
+    return EncodedDocuments(ids, lengths, first_token=first_token_of(source, tokenizer))

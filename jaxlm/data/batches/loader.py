@@ -76,7 +76,7 @@ def make_loader(
     if config.packing == "documents" or any(isinstance(each, Dialogues) for each in sources):
         parts = [PackedDocuments(each, config.seq_len, pad) for each in encoded]
     else:
-        parts = [Windows(each.ids, config.seq_len, seed, each.notes) for each in encoded]
+        parts = [Windows.of_documents(each, config.seq_len, seed) for each in encoded]
     rows = MixedRows(parts, source, seed) if isinstance(source, Mixture) else parts[0]
     return RowLoader(rows, encoded, config.batch_size, config.seq_len, seed, config.prefetch, *shard)
 

@@ -26,7 +26,13 @@ import numpy as np
 from jaxlm.core.disk import replaced_directory, room_for
 from jaxlm.core.errors import UserError
 from jaxlm.core.processes import module_command, module_environment
-from jaxlm.data.batches.encoding import EncodedDocuments, check_not_empty, encode_documents, encode_in_chunks
+from jaxlm.data.batches.encoding import (
+    EncodedDocuments,
+    check_not_empty,
+    encode_documents,
+    encode_in_chunks,
+    first_token_of,
+)
 from jaxlm.data.sources.jsonl import JsonlRows
 from jaxlm.data.sources.types import Bitext, Documents, Source, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
@@ -58,7 +64,10 @@ def encode_cached(source: Source, tokenizer: Tokenizer, directory: str) -> Encod
         (new / "notes.json").write_text(json.dumps(notes))
 
     kind = f"{type(source).__name__}{' with special tokens' if source.parse_special else ''}"
+    first = first_token_of(source, tokenizer)
+    kind += f" after {first}" if first else ""
     encoded = load_or_build(directory, f"{kind} {content} {tokenizer.fingerprint()}", build)
+    encoded = dataclasses.replace(encoded, first_token=first)
     check_not_empty(source, [encoded])
     return encoded
 

@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.config import SpecialTokens
+from jaxlm.data.config import FirstTokenOption, SpecialTokens
 from jaxlm.data.sources.dialogues import chat_row, instruct_row, preference_row
 from jaxlm.data.sources.jsonl import BadRows, JsonlRows, RowError
 from jaxlm.data.sources.slices import Slicer, parse_slice
@@ -58,7 +58,7 @@ _FORMATS = {
 
 def open_source(
     spec: str, split: Split = "train", bad_rows: BadRows = "fail", *, special_tokens: SpecialTokens = "text",
-    prompt_special_tokens: SpecialTokens = "text",
+    prompt_special_tokens: SpecialTokens = "text", first_token: FirstTokenOption = "auto",
 ) -> Source:
     """Opens a SPEC (see the module's docstring). Files of rows are read row by row when iterated; everything else is
     read into memory at once.
@@ -70,6 +70,8 @@ def open_source(
         special_tokens: whether special tokens that documents spell are characters ("text") or special tokens ("parse").
         prompt_special_tokens: the same for prompts and completions that are texts, as in ``instruct:``. Messages never
             have special tokens.
+        first_token: whether each document and each window of a stream begins with what the tokenizer puts before a text
+            ("auto"), or "never".
 
     Raises:
         UserError: when the SPEC, a file or a line is not as it should be; the message names it.
@@ -82,9 +84,11 @@ def open_source(
         raise UserError(f"unknown data source {spec!r}: write {', '.join(_FORMATS.values())}{hint}")
     if scheme == "mix":
         parts = partial(open_source, split=split, bad_rows=bad_rows, special_tokens=special_tokens,
-                        prompt_special_tokens=prompt_special_tokens)
+                        prompt_special_tokens=prompt_special_tokens, first_token=first_token)
         return _mixture(spec, rest, parts)
     source = _open_one(spec, scheme, rest, split, bad_rows)
+    if isinstance(source, Documents | Tokens):
+        source = dataclasses.replace(source, first_token=first_token)
     if isinstance(source, Documents | Dialogues | Preferences):
         parse = special_tokens if isinstance(source, Documents) else prompt_special_tokens
         return dataclasses.replace(source, parse_special=parse == "parse")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxlm.data.config import FirstTokenOption
 from jaxlm.data.sources.dialogues import Dialogue
 from jaxlm.data.sources.jsonl import JsonlRows
 
@@ -24,6 +25,7 @@ class Documents:
         append_eos: whether each text is a whole document, whose end the model should learn; a text file is a stretch of
             one stream.
         parse_special: whether the texts have the special tokens that they spell; otherwise these are characters.
+        first_token: whether each text and each window begins with what the tokenizer puts before a text.
     """
 
     spec: str
@@ -31,6 +33,7 @@ class Documents:
     append_eos: bool
     synthetic: str = ""
     parse_special: bool = False
+    first_token: FirstTokenOption = "auto"
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,13 @@ class Preferences:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One stream of token ids [N], of any integer type."""
+    """One stream of token ids [N], of any integer type. ``first_token``: whether each window begins with what the
+    tokenizer puts before a text."""
 
     spec: str
     ids: np.ndarray
     synthetic: str = ""
+    first_token: FirstTokenOption = "auto"
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,12 @@ class Tokenizer:
         begin = next(i for i in range(len(framed)) if framed[i : i + len(bare)] == bare)
         return framed[:begin], framed[begin + len(bare) :]
 
+    @property
+    def first_token(self) -> tuple[int, ...]:
+        """What ``encode_prompt`` adds before a text (Gemma, Llama: <bos>; GPT-2, Qwen: nothing; GLM: two tokens). A
+        model that was trained with it reads every document and every window of a text behind it."""
+        return tuple(self.frame[0])
+
     def encode_chat(
         self, messages: Messages, *, add_generation_prompt: bool = True, tools: Tools | None = None, **variables: Any
     ) -> list[int]:

@@ -26,9 +26,9 @@ def source(*texts: str, append_eos: bool = True) -> Documents:
 
 def test_documents_end_with_eos_and_text_does_not():
     a, b, c = TOKENIZER.encode("abc")
-    assert token_stream(source("ab", "", "c"), TOKENIZER).tolist() == [a, b, 2, 2, c, 2]
-    assert token_stream(source("ab", append_eos=False), TOKENIZER).tolist() == [a, b]
-    assert token_stream(Tokens("tokens:x", np.array([3, 2, 4])), TOKENIZER).tolist() == [3, 2, 4]
+    assert token_stream(source("ab", "", "c"), TOKENIZER).ids.tolist() == [a, b, 2, 2, c, 2]
+    assert token_stream(source("ab", append_eos=False), TOKENIZER).ids.tolist() == [a, b]
+    assert token_stream(Tokens("tokens:x", np.array([3, 2, 4])), TOKENIZER).ids.tolist() == [3, 2, 4]
 
 
 def test_stream_mistakes():

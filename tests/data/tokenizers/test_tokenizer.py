@@ -301,6 +301,6 @@ def test_books_tokenizer_reproduces_the_given_ids():
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (None, 0, 0, 4096)
     given_ids = np.load(SHARED / "data" / "books" / "valid_tokens.npy")
     source = open_source(f"text:{SHARED}/data/books/valid.txt.xz[:8%]")
-    ids = token_stream(source, tokenizer)
+    ids = token_stream(source, tokenizer).ids
     n = len(given_ids)
     assert len(ids) > n and np.array_equal(ids[:n], given_ids)
