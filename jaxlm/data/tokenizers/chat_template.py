@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.tokenizers.template_sandbox import generation_spans, render_template
+from jaxlm.data.tokenizers.templates.sandbox import generation_spans, render_template
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]

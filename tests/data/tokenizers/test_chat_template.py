@@ -8,7 +8,7 @@ import jinja2
 import pytest
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.tokenizers.template_sandbox import render_template
+from jaxlm.data.tokenizers.templates.sandbox import render_template
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 
 LLAMA3 = """{{- bos_token }}

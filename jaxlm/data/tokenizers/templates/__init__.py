@@ -1,0 +1,1 @@
+"""Chat templates: the sandbox that runs them, and what they may use."""
