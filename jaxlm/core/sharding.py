@@ -324,3 +324,17 @@ def num_shards(axis: str) -> int:
     """Into how many shards GSPMD splits a dimension with this logical axis on the mesh in use; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in _splitting(RULES[axis], mesh))
+
+
+def num_parts(axis: LogicalAxis, rows: int) -> int:
+    """Into how many parts GSPMD splits the sums of a product: those over a kernel's axis with this logical axis (or
+    these mesh axes).
+
+    Where the axes that split the kernel split the ``rows`` of the input already, it gathers the kernel instead.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or axis is None:
+        return 1
+    names = _splitting(RULES[axis] if isinstance(axis, str) else axis, mesh)
+    taken = RULES["batch"] if rows % num_shards("batch") == 0 else ()
+    return math.prod(mesh.shape[name] for name in names if name not in taken)

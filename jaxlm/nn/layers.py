@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.core import ops
 from jaxlm.core.leaves import is_leaf
-from jaxlm.core.sharding import constrain, num_shards
+from jaxlm.core.sharding import constrain, num_parts, num_shards
 from jaxlm.nn.config import StackConfig
 
 __all__ = [
@@ -60,7 +60,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(n_out), axes=axes[1:]) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.add_bias(ops.dot(x, self.kernel.get_value()))
+        axis = self.kernel.get_metadata("axes")[-2]
+        return self.add_bias(ops.dot(x, self.kernel.get_value(), num_parts(axis, x.shape[0])))
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)

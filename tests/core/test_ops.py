@@ -1,12 +1,19 @@
+import dataclasses
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxlm.compression.quantize import rtn
 from jaxlm.compression.quantize.codebook import nf4, nf4_table
+from jaxlm.compression.quantize.float8 import quantize_float8
 from jaxlm.core import ops
-from jaxlm.core.leaves import Codebook, LoRA, Observer, dequantize
+from jaxlm.core.leaves import Codebook, LoRA, LowRank, Observer, dequantize
+from jaxlm.core.sharding import make_mesh, shardings
+from tests.training.hlo import Collective, collectives
 
 # Compiled whole: op by op, each of their steps would be a program of its own.
 quantize = jax.jit(rtn.quantize, static_argnames=("bits", "group", "symmetric", "act_bits", "axis"))
@@ -254,3 +261,41 @@ def test_taps_of_gradients_measure_what_comes_back(product):
     (through, reading), back, plain = both(x)
     np.testing.assert_allclose(reading, back, rtol=1e-6)
     np.testing.assert_allclose(through, plain, rtol=1e-6)
+
+
+def static_leaf(w):
+    return dataclasses.replace(quantize(w, bits=8, act_bits=8), act_scale=jnp.full((1, 1), 3 / 127))
+
+
+SPLIT = {
+    "int8": lambda w: quantize(w, bits=8, act_bits=8),
+    "int8, asymmetric": lambda w: quantize(w, bits=8, symmetric=False, act_bits=8),
+    "int8, static": static_leaf,
+    "float8": lambda w: quantize_float8(w, act_bits=8),
+    "weights only": lambda w: quantize(w, bits=8, symmetric=False),
+    "groups": lambda w: quantize(w, bits=4, group=8, symmetric=False),
+    "nf4": nf4_leaf,
+    "int8 under an adapter": lambda w: LoRA(
+        quantize(w, bits=8, act_bits=8), normal(64, 2, seed=3), normal(2, 24, seed=4), jnp.ones((1, 1))),
+    "low rank": lambda w: LowRank(quantize(w[:, :16], bits=8, act_bits=8), normal(16, 24, seed=3)),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_devices_sum_scaled_results_in_the_dtype_of_the_input(kind):
+    """Not the int32 or float32 in which a product accumulates, which would be twice the bytes."""
+    x, leaf = normal(6, 64, dtype=jnp.bfloat16), SPLIT[kind](normal(64, 24, seed=1))
+    mesh = make_mesh(data=1, tensor=4, devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(leaf, shardings(nnx.Param(leaf, axes=("mlp", "embed")), mesh).get_value())
+        x_split = jax.device_put(x, jax.NamedSharding(mesh, jax.P(None, "tensor")))
+        program = jax.jit(partial(ops.dot, parts=4), out_shardings=jax.NamedSharding(mesh, jax.P()))
+        program = program.lower(x_split, placed).compile()
+        got = np.asarray(program(x_split, placed), np.float32)
+    found = collectives(program.as_text())
+    small = Collective("all-reduce", "f32", 6, False)  # the largest magnitude of each row
+    sums = [each for each in found if each != small and each.elements > 12]
+    assert sum(each.elements for each in sums) <= (2 if "adapter" in kind else 1) * 6 * 24
+    assert {(each.kind, each.dtype) for each in sums} == {("all-reduce", "bf16")}, found
+    want = np.asarray(dot(x, leaf), np.float32)
+    np.testing.assert_allclose(got, want, atol=4 * 2**-8 * np.abs(want).max())

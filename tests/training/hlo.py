@@ -12,7 +12,7 @@ _ARRAY = re.compile(r"([a-z]+\d+|pred)\[([\d,]*)\]")
 
 class Collective(NamedTuple):
     kind: str
-    dtype: str
+    dtype: str  # that of the program: XLA on CPU sums bfloat16 in float32, and calls that sum "promoted"
     elements: int  # of one result
     in_loop: bool  # it is not in the entry computation
 
@@ -25,6 +25,7 @@ def collectives(text: str) -> list[Collective]:
             entry = line.startswith("ENTRY")
         if match := _COLLECTIVE.search(line):
             for dtype, shape in _ARRAY.findall(match[1]):
+                dtype = "bf16" if "_promoted" in line else dtype
                 elements = math.prod(int(size) for size in shape.split(",") if size)
                 found.append(Collective(match[2], dtype, elements, not entry))
     return found

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.core import ops
 from jaxlm.core.errors import UserError
-from jaxlm.core.sharding import RULES
+from jaxlm.core.sharding import RULES, num_parts
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.layers import ACTIVATIONS, Linear, ParamKeys, truncated_normal
 from jaxlm.nn.moe.routing import Routing, apply_sorted, dispatch_in_rounds, dispatch_with_capacity, expert_capacity
@@ -30,8 +30,10 @@ class ExpertLinear(nnx.Module):
 
     def __call__(self, x: jax.Array, sizes_E: jax.Array | None) -> jax.Array:
         """Rows ``[M, I]`` sorted by expert, of which expert e has ``sizes_E[e]``; without sizes, rows ``[E, M, I]``."""
-        kernel = self.kernel.get_value()
-        return jax.vmap(ops.dot)(x, kernel) if sizes_E is None else ops.ragged_dot(x, kernel, sizes_E)
+        kernel, axis = self.kernel.get_value(), self.kernel.get_metadata("axes")[-2]
+        if sizes_E is None:
+            return jax.vmap(partial(ops.dot, parts=num_parts(axis, x.shape[1])))(x, kernel)
+        return ops.ragged_dot(x, kernel, sizes_E)
 
 
 class Experts(nnx.Module):
