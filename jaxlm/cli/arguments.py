@@ -63,7 +63,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-length", type=int, metavar="N",
-        help="tokens of a translation (default: the model's, or 128; at most 2 x source + 10)",
+        help="most tokens of a translation (default: the model's, or 2 x source + 10 and no more than 128)",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -18,6 +19,8 @@ __all__ = [
     "beam_settings", "decoder_start_token", "encode_sources", "generation_for_language", "search_translations",
     "target_language", "translate", "translate_tokens",
 ]
+
+log = logging.getLogger(__name__)
 
 _BEAM, _MAX_LENGTH = 5, 128  # where neither the caller nor the model says how many
 
@@ -63,8 +66,8 @@ def search_translations(
         generation: the settings; where they do not say how many beams, there are 5.
         beam: beams of the search.
         length_penalty: see ``jaxlm.inference.beam``.
-        max_length: tokens of a translation at most, the end token included. Default: what ``generation`` allows (128 if
-            it does not say), and at most ``2 * len(source) + 10``.
+        max_length: tokens of a translation at most, the end token included. Default: what ``generation`` allows; where
+            it does not say, ``2 * len(source) + 10`` and at most 128. The log tells of translations that end there.
         batch_size: sources in a batch.
         progress: called with the number of sources that are done.
 
@@ -73,26 +76,35 @@ def search_translations(
     """
     generation = beam_settings(generation, beam, length_penalty)
     out: list[list[Hypothesis]] = [[] for _ in sources]
-    done = 0
-    limit = _length_limit(lm.config, generation, max_length)
+    done = cut = 0
+    limit, default = _length_limit(lm.config, generation, max_length)
     for rows, found in _search_batches(lm, sources, generation, limit, batch_size):
         for i, hypotheses in zip(rows, found, strict=False):
             out[i] = hypotheses
+            ends_itself = len(hypotheses[0].tokens) + bool(generation.forced_eos_token_id) < limit(len(sources[i]))
+            cut += not ends_itself
         done += len(rows)
         if progress is not None:
             progress(done)
+    if cut and default:
+        log.warning("%d of %d translations were cut off at %s; %s", cut, len(sources), *default)
     return out
 
 
 def _length_limit(
     config: Seq2SeqConfig, generation: GenerationConfig, max_length: int | None
-) -> Callable[[int], int]:
-    """A function from the length of a source to the most tokens that its translation may have."""
-    allowed = max_length or min(generation.limits([1], _MAX_LENGTH))
-    if config.position_limit is not None:
-        allowed = min(allowed, config.position_limit)
+) -> tuple[Callable[[int], int], tuple[str, str] | None]:
+    """A function from the length of a source to the most tokens that its translation may have; where nobody asked for
+    that number, what it is and what to do."""
+    asked = max_length or generation.max_new_tokens or generation.max_length
+    allowed, most = max_length or min(generation.limits([1], _MAX_LENGTH)), config.position_limit
+    if most is not None and allowed > most:
+        return lambda length: most, (f"the {most} positions of the model", "split their sentences")
+    if asked:
+        return lambda length: allowed, None
     least = max(generation.min_new_tokens, generation.min_length)
-    return lambda length: allowed if max_length else min(allowed, max(2 * length + 10, least))
+    what = f"2 x source + 10 tokens, at most {_MAX_LENGTH}", "set max_length (--max-length) for longer ones"
+    return lambda length: min(allowed, max(2 * length + 10, least)), what
 
 
 def _search_batches(

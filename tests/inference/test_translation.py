@@ -13,6 +13,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten, unflatten
 from jaxlm.inference import beam
 from jaxlm.inference.beam import BeamScorer, finish_search, search_seq2seq
+from jaxlm.inference.generation_config import PLAIN
 from jaxlm.inference.logits_processors import LogitsProcessors
 from jaxlm.inference.translation import encode_sources, translate, translate_tokens
 from tests.inference.models import NEVER, Handle, decoder, greedy_by_full_forward, seq2seq, total_logp, with_config
@@ -74,6 +75,20 @@ def test_blank_sentences_stay_blank_and_length_is_bounded():
     done = []
     translate(lm, ["abc", "b"], beam=2, max_length=7, batch_size=1, progress=done.append)
     assert done == [1, 2]
+
+
+def test_who_asks_for_a_length_gets_it(caplog):
+    """The bound by the length of the source is for those who do not ask, and they are told."""
+    lm, source = with_config(seq2seq(), eos_id=NEVER), [[5, 2]]
+    for generation, option, length in (
+        (PLAIN, 40, 40), (PLAIN.replace(max_new_tokens=40), None, 40), (PLAIN.replace(max_length=41), None, 40),
+        (PLAIN, None, 14), (PLAIN.replace(min_new_tokens=20), None, 20),
+    ):
+        (tokens,), _ = translate_tokens(lm, source, generation, beam=1, max_length=option)
+        assert len(tokens) == length
+        said = "1 of 1 translations were cut off at 2 x source + 10 tokens" in caplog.text
+        assert said == (length < 40), caplog.text
+        caplog.clear()
 
 
 def test_mistakes_are_named():

@@ -185,7 +185,9 @@ class TranslationRequest(IgnoredFields):
     target_language: str | None = None
     beam: Int | None = Field(None, ge=1, le=MAX_BEAMS)
     length_penalty: float | None = Field(None, ge=-10, le=10)
-    max_length: Int | None = Field(None, ge=1, le=4096, description="tokens of a translation")
+    max_length: Int | None = Field(None, ge=1, le=4096, description=(
+        "most tokens of a translation; by default the model's, or 2 x source + 10 and no more than 128"
+    ))
     alternatives: Int = Field(0, ge=0, le=MAX_BEAMS - 1, description="other translations of each sentence")
 
 
