@@ -262,7 +262,9 @@ def _stops(decode: Callable[[list[int]], str], stop: Sequence[str]) -> Callable[
 def _read(graphdef, params, tokens_BxT: jax.Array, lengths_B: jax.Array):
     """``[B, T - 1]`` log-probabilities of the tokens but the first, ``[B, T]`` likeliest next tokens, and ``[B, V]``
     log-probabilities of what follows the first ``lengths`` tokens of each row."""
-    logits_BxTxV = nnx.merge(graphdef, params)(tokens_BxT).astype(jnp.float32)
+    model = nnx.merge(graphdef, params)
+    named = {"length_B": lengths_B} if model.config.rotates_by_length else {}
+    logits_BxTxV = model(tokens_BxT, **named).astype(jnp.float32)
     norm_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1)
     known_BxT = jnp.take_along_axis(logits_BxTxV[:, :-1], tokens_BxT[:, 1:, None], axis=-1)[..., 0] - norm_BxT[:, :-1]
     row_B, last_B = jnp.arange(len(lengths_B)), lengths_B - 1

@@ -108,10 +108,11 @@ def attention(graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: L
     model = nnx.merge(graphdef, params)
     inputs = _embeddings(model, tokens)
     if len(tokens) == 1:
-        return {"self": _walk(model.decoder, inputs[0], {})[1][0]}
+        return {"self": _walk(model.decoder, inputs[0], {"length_B": lengths[0][None]})[1][0]}
     real_1xS = _real(tokens[0], lengths[0])
     memory, (encoder,) = _walk(model.encoder, inputs[0], {"real_BxT": real_1xS})
-    own, cross = _walk(model.decoder, inputs[1], {"memory_mask_BxM": real_1xS}, memory)[1]
+    masks = {"memory_mask_BxM": real_1xS, "length_B": lengths[1][None]}
+    own, cross = _walk(model.decoder, inputs[1], masks, memory)[1]
     return {"self": own, "encoder": encoder, "cross": cross}
 
 
@@ -213,7 +214,7 @@ def _last_logp(model, inputs: tuple[Array, ...], tokens: Tokens, lengths: Length
         real_1xS = _real(tokens[0], lengths[0])
         memory = model.encoder(inputs[0][None], real_BxT=real_1xS)[0]
         masks = {"memory_BxMxD": memory, "memory_mask_BxM": real_1xS}
-    x_1xTxD = model.decoder(inputs[-1][None], **masks)[0]
+    x_1xTxD = model.decoder(inputs[-1][None], length_B=lengths[-1][None], **masks)[0]
     last_1x1xD = jax.lax.dynamic_slice_in_dim(x_1xTxD, lengths[-1] - 1, 1, axis=1)
     return jax.nn.log_softmax(head_logits(model, last_1x1xD)[0, 0])
 
@@ -224,18 +225,19 @@ def score_tokens(lm, tokens: Sequence[int], *, top: int = 0) -> TokenScores:
         return TokenScores([], [])
     n, padded = len(tokens) - 1, _padded(lm.config, tokens[:-1])
     targets = np.pad(np.asarray(tokens[1:], np.int32), (0, len(padded) - n))
-    logp_T, best_Txk, ids_Txk = (np.asarray(x)[:n] for x in _scores(lm.graphdef, lm.params, padded, targets))
+    logp_T, best_Txk, ids_Txk = (np.asarray(x)[:n] for x in _scores(
+        lm.graphdef, lm.params, padded, targets, np.int32(n)))
     best = [list(zip(ids[:top].tolist(), row[:top].tolist(), strict=True)) for ids, row in
             zip(ids_Txk, best_Txk, strict=True)]
     return TokenScores(logp_T.tolist(), best)
 
 
 @partial(jax.jit, static_argnames=("graphdef",))
-def _scores(graphdef, params, tokens_T: Array, targets_T: Array) -> tuple[Array, Array, Array]:
+def _scores(graphdef, params, tokens_T: Array, targets_T: Array, length: Array) -> tuple[Array, Array, Array]:
     """Of the target at each place the log-probability ``[T]``, and the likeliest tokens there ``[T, k]``: their
     log-probabilities and ids. Logits are there for a few places at a time."""
     model = nnx.merge(graphdef, params)
-    x_TxD = model.decoder(_embeddings(model, (tokens_T,))[0][None])[0][0]
+    x_TxD = model.decoder(_embeddings(model, (tokens_T,))[0][None], length_B=length[None])[0][0]
     most = min(MAX_LOGPROBS, model.config.vocab_size)
 
     def place(xs):

@@ -28,6 +28,7 @@ from jaxlm.data.sources.text_chunks import count_words_and_bytes
 from jaxlm.data.sources.types import Bitext, Dialogues, Documents, Tokens
 from jaxlm.inference.translation import decoder_start_token, generation_for_language
 from jaxlm.inference.translation import target_language as language_into
+from jaxlm.nn.models import batch_arguments
 
 _LOGITS = 1 << 26  # logits of one batch, 256 MiB
 _BUCKETS = (16, 32, 64, 128)
@@ -42,9 +43,8 @@ def row_nll(graphdef, params, batch: Batch) -> Array:
     and ``positions``, and for a translation model ``src`` ``[B, S]``.
     """
     model = nnx.merge(graphdef, params)
-    arguments = (batch["src"], batch["inputs"]) if "src" in batch else (batch["inputs"],)
-    packing = {f"{name}_BxT": batch[name] for name in ("segment_ids", "positions") if name in batch}
-    logits_BxTxV = model(*arguments, **packing).astype(jnp.float32)
+    inputs, named = batch_arguments(model.config, batch)
+    logits_BxTxV = model(*inputs, **named).astype(jnp.float32)
     target_BxT = jnp.take_along_axis(logits_BxTxV, batch["targets"][..., None], axis=-1)[..., 0]
     nll_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_BxT
     return jnp.where(batch["weights"] > 0, nll_BxT * batch["weights"], 0.0).sum(-1)

@@ -66,6 +66,12 @@ class _Model:
         return None
 
     @property
+    def rotates_by_length(self) -> bool:
+        """Whether rotations depend on the length of the whole text, so that a longer text is another one from its first
+        token on; see ``nn.positions.rotary_length``."""
+        return False
+
+    @property
     def source_vocab_size(self) -> int:
         """Rows of the embedding table of the source side."""
         return self.vocab_size
@@ -158,6 +164,10 @@ class StackConfig(_Model):
     def d_rotary(self) -> int:
         """Dimensions of a head that are rotated."""
         return int(self.d_head * self.rotary_fraction)
+
+    @property
+    def rotates_by_length(self) -> bool:
+        return self.positions == "rotary" and self.rope_scaling.method in ("dynamic", "longrope")
 
     @property
     def gated(self) -> bool:

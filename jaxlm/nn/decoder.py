@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 from flax import nnx
 
@@ -11,6 +13,7 @@ from jaxlm.nn.config import DecoderConfig, layer_groups_of
 from jaxlm.nn.embeddings import embed, head_logits, output_head
 from jaxlm.nn.layers import Embedding, ParamKeys
 from jaxlm.nn.moe.routing import Routing
+from jaxlm.nn.rereading import read_again
 from jaxlm.nn.stack import C, Stack
 
 __all__ = ["DecoderLM"]
@@ -32,11 +35,12 @@ class DecoderLM(nnx.Module):
         *,
         segment_ids_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
+        length_B: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Logits ``[B, T, V]`` in float32: ``forward`` without the routing."""
         return self.forward(
-            tokens_BxT, segment_ids_BxT=segment_ids_BxT, positions_BxT=positions_BxT, key=key
+            tokens_BxT, segment_ids_BxT=segment_ids_BxT, positions_BxT=positions_BxT, length_B=length_B, key=key
         )[0]
 
     def forward(
@@ -45,6 +49,7 @@ class DecoderLM(nnx.Module):
         *,
         segment_ids_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
+        length_B: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing | None]:
         """Logits ``[B, T, V]`` in float32, and what the routers did (None without experts).
@@ -52,11 +57,12 @@ class DecoderLM(nnx.Module):
         Args:
             segment_ids_BxT: numbers the documents that share a row; a token attends only to its own document.
             positions_BxT: the position of each token in its document; default: its slot in the row.
+            length_B: the tokens of each row that are no padding at its end, for a config that ``rotates_by_length``.
             key: for dropout; without it there is none.
         """
         x_BxTxD, routing, _ = self.decoder(
             embed(self.embed, tokens_BxT, self.config), segment_ids_BxT=segment_ids_BxT, positions_BxT=positions_BxT,
-            key=key,
+            length_B=length_B, key=key,
         )
         return head_logits(self, x_BxTxD), routing
 
@@ -66,12 +72,13 @@ class DecoderLM(nnx.Module):
         *,
         segment_ids_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
+        length_B: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Logits as of a call, and the output of each layer, ``[L, B, T, D]``."""
         x_BxTxD, _, states_LxBxTxD = self.decoder(
             embed(self.embed, tokens_BxT, self.config), segment_ids_BxT=segment_ids_BxT, positions_BxT=positions_BxT,
-            key=key, hidden_states=True,
+            length_B=length_B, key=key, hidden_states=True,
         )
         return head_logits(self, x_BxTxD), states_LxBxTxD
 
@@ -85,5 +92,7 @@ class DecoderLM(nnx.Module):
 
     def decode(self, tokens_BxT: jax.Array, cache: C) -> tuple[jax.Array, C]:
         """Appends T tokens to every row: their logits ``[B, T, V]``, and the cache with them."""
-        x_BxTxD, cache = self.decoder.decode(embed(self.embed, tokens_BxT, self.config), cache)
+        to_input = partial(embed, self.embed, config=self.config)
+        cache = read_again(self.decoder, to_input, tokens_BxT, cache)
+        x_BxTxD, cache = self.decoder.decode(to_input(tokens_BxT), cache)
         return head_logits(self, x_BxTxD), cache

@@ -14,6 +14,7 @@ from jaxlm.nn.block import LayerContext
 from jaxlm.nn.config import ModelConfig, Side, layer_groups_of
 from jaxlm.nn.decoder import DecoderLM
 from jaxlm.nn.embeddings import embed, head_logits
+from jaxlm.nn.positions import text_lengths
 from jaxlm.nn.seq2seq import Seq2Seq
 
 __all__ = ["LayerParams", "LayerPosition", "LayerState", "LayerwiseModel", "TokenBatch"]
@@ -102,4 +103,7 @@ def _start(model: DecoderLM | Seq2Seq, side: Side, batch: TokenBatch) -> tuple[j
     mask_BxS = model.source_mask(batch[0])
     if side == "encoder":
         return model.encoder.start(model.embed_source(batch[0]), real_BxT=mask_BxS)[:2]
-    return model.decoder.start(embed(model.embed, batch[1], model.config), memory_mask_BxM=mask_BxS)[:2]
+    # The first input is the start token, which may be the padding token.
+    length_B = text_lengths((batch[1] != model.config.pad_id).at[:, 0].set(True))
+    x_BxTxD = embed(model.embed, batch[1], model.config)
+    return model.decoder.start(x_BxTxD, memory_mask_BxM=mask_BxS, length_B=length_B)[:2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,27 +12,59 @@ from flax import nnx
 from jaxlm.nn.config import RopeScaling, StackConfig
 
 
-def rotary_angles(positions_BxT: jax.Array, config: StackConfig) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(
+    positions_BxT: jax.Array, config: StackConfig, length_BxT: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines ``[B, T, 1, d_rotary / 2]`` of the rotation of each pair of dimensions (arXiv:2104.09864).
 
-    Methods whose frequencies depend on the length of the text take the largest position for it. While decoding, cached
-    keys stay as they were rotated, with the frequencies of the length at that time.
+    Args:
+        positions_BxT: of the tokens; B may be 1.
+        length_BxT: tokens of the text that each token belongs to, for a config that ``rotates_by_length``; B and T may
+            be 1.
     """
     scaling, size = config.rope_scaling, config.d_rotary
-    length = jnp.max(positions_BxT) + 1
     if scaling.method == "dynamic":  # the base grows with the text (github.com/jquesnelle/yarn, "dynamic NTK")
-        stretch = scaling.factor * jnp.maximum(length / config.max_positions, 1.0) - (scaling.factor - 1)
+        longer_BxTx1 = jnp.maximum(length_BxT / config.max_positions, 1.0)[..., None]
+        stretch_BxTx1 = scaling.factor * longer_BxTx1 - (scaling.factor - 1)
         exponents = -np.arange(0, size, 2) / size
-        frequencies_K = config.rope_theta**exponents * stretch ** (exponents * size / (size - 2))
+        frequencies_BxTxK = config.rope_theta**exponents * stretch_BxTx1 ** (exponents * size / (size - 2))
     elif scaling.method == "longrope":
         long, short = (
             _frequencies(size, config.rope_theta) / np.array(factors)
             for factors in (scaling.long_factor, scaling.short_factor)
         )
-        frequencies_K = jnp.where(length > scaling.original_positions, long, short)
+        frequencies_BxTxK = jnp.where((length_BxT > scaling.original_positions)[..., None], long, short)
     else:
-        frequencies_K = _scaled(_frequencies(size, config.rope_theta), config.rope_theta, scaling)
-    return _angles(positions_BxT, frequencies_K, scaling.attention_factor)
+        frequencies_BxTxK = _scaled(_frequencies(size, config.rope_theta), config.rope_theta, scaling)
+    return _angles(positions_BxT, frequencies_BxTxK, scaling.attention_factor)
+
+
+def rotary_length(length: Any, config: StackConfig) -> Any:
+    """The shortest length of a text whose tokens are rotated as those of a text of this length; an int or an array.
+
+    With "longrope" there are two such lengths. With "dynamic" every length beyond the context of the model has
+    rotations of its own. Methods that do not depend on the length have one.
+    """
+    scaling = config.rope_scaling
+    if not config.rotates_by_length:
+        return length * 0
+    if scaling.method == "dynamic":
+        return length * (length > config.max_positions)
+    return (scaling.original_positions + 1) * (length > scaling.original_positions)
+
+
+def document_lengths(positions_BxT: jax.Array, segment_ids_BxT: jax.Array) -> jax.Array:
+    """The length of the document of each token, ``[B, T]``, where documents share rows: positions count from 0 in each,
+    and ``segment_ids`` changes from one to the next."""
+    B, T = segment_ids_BxT.shape
+    is_last_BxT = jnp.pad(segment_ids_BxT[:, 1:] != segment_ids_BxT[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    last_BxT = jax.lax.cummin(jnp.where(is_last_BxT, jnp.arange(T), T), axis=1, reverse=True)
+    return 1 + jnp.take_along_axis(jnp.broadcast_to(positions_BxT, (B, T)), last_BxT, axis=1)
+
+
+def text_lengths(counts_BxT: jax.Array) -> jax.Array:
+    """The length of each row's text, ``[B]``: up to the last token that counts (is not 0, or is true)."""
+    return jnp.max(jnp.where(counts_BxT != 0, 1 + jnp.arange(counts_BxT.shape[1]), 0), axis=1)
 
 
 def local_rotary_angles(positions_BxT: jax.Array, config: StackConfig) -> tuple[jax.Array, jax.Array]:
@@ -38,8 +72,9 @@ def local_rotary_angles(positions_BxT: jax.Array, config: StackConfig) -> tuple[
     return _angles(positions_BxT, _frequencies(config.d_rotary, config.rope_local_theta))
 
 
-def _angles(positions_BxT: jax.Array, frequencies_K, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
-    angles_BxTx1xK = positions_BxT[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies_K, jnp.float32)
+def _angles(positions_BxT: jax.Array, frequencies_xK, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    frequencies_xK = jnp.asarray(frequencies_xK, jnp.float32)[..., None, :]
+    angles_BxTx1xK = positions_BxT[..., None, None].astype(jnp.float32) * frequencies_xK
     return jnp.cos(angles_BxTx1xK) * factor, jnp.sin(angles_BxTx1xK) * factor
 
 

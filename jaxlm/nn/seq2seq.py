@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 from flax import nnx
 
@@ -10,6 +12,7 @@ from jaxlm.nn.config import Seq2SeqConfig, layer_groups_of
 from jaxlm.nn.embeddings import embed, head_logits, output_head
 from jaxlm.nn.layers import Embedding, ParamKeys
 from jaxlm.nn.moe.routing import Routing, concat_routings
+from jaxlm.nn.rereading import read_again
 from jaxlm.nn.stack import Stack
 
 __all__ = ["Seq2Seq"]
@@ -34,10 +37,11 @@ class Seq2Seq(nnx.Module):
         tgt_BxT: jax.Array,
         *,
         src_mask_BxS: jax.Array | None = None,
+        length_B: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
         """Logits ``[B, T, V]`` in float32: ``forward`` without the routing."""
-        return self.forward(src_BxS, tgt_BxT, src_mask_BxS=src_mask_BxS, key=key)[0]
+        return self.forward(src_BxS, tgt_BxT, src_mask_BxS=src_mask_BxS, length_B=length_B, key=key)[0]
 
     def forward(
         self,
@@ -45,6 +49,7 @@ class Seq2Seq(nnx.Module):
         tgt_BxT: jax.Array,
         *,
         src_mask_BxS: jax.Array | None = None,
+        length_B: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing | None]:
         """Logits ``[B, T, V]`` in float32, and what the routers did, the encoder's first (None without experts).
@@ -52,24 +57,27 @@ class Seq2Seq(nnx.Module):
         Args:
             tgt_BxT: the decoder's input, which begins with ``bos_id``.
             src_mask_BxS: false for source tokens that are padding; default: those that are ``pad_id``.
+            length_B: the tokens of each target that are no padding, for a config that ``rotates_by_length``.
             key: for dropout; without it there is none.
         """
-        x_BxTxD, routing, _ = self._encode_decode(src_BxS, tgt_BxT, src_mask_BxS, key)
+        x_BxTxD, routing, _ = self._encode_decode(src_BxS, tgt_BxT, src_mask_BxS, length_B, key)
         return head_logits(self, x_BxTxD), routing
 
     def with_hidden_states(
-        self, src_BxS: jax.Array, tgt_BxT: jax.Array, *, key: jax.Array | None = None
+        self, src_BxS: jax.Array, tgt_BxT: jax.Array, *, length_B: jax.Array | None = None,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Logits as of a call, and the output of each layer of the decoder, ``[L, B, T, D]``."""
-        x_BxTxD, _, states_LxBxTxD = self._encode_decode(src_BxS, tgt_BxT, None, key, hidden_states=True)
+        x_BxTxD, _, states_LxBxTxD = self._encode_decode(src_BxS, tgt_BxT, None, length_B, key, hidden_states=True)
         return head_logits(self, x_BxTxD), states_LxBxTxD
 
-    def _encode_decode(self, src_BxS, tgt_BxT, src_mask_BxS, key, *, hidden_states: bool = False):
+    def _encode_decode(self, src_BxS, tgt_BxT, src_mask_BxS, length_B, key, *, hidden_states: bool = False):
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         src_mask_BxS = self.source_mask(src_BxS, src_mask_BxS)
         memory_BxSxD, encoder_routing, _ = self._encode(src_BxS, src_mask_BxS, encoder_key)
         x_BxTxD, decoder_routing, states_LxBxTxD = self.decoder(
             embed(self.embed, tgt_BxT, self.config),
+            length_B=length_B,
             memory_BxMxD=memory_BxSxD,
             memory_mask_BxM=src_mask_BxS,
             key=decoder_key,
@@ -89,7 +97,9 @@ class Seq2Seq(nnx.Module):
 
     def decode(self, tokens_BxT: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Appends T target tokens to every row: their logits ``[B, T, V]``, and the cache with them."""
-        x_BxTxD, cache = self.decoder.decode(embed(self.embed, tokens_BxT, self.config), cache)
+        to_input = partial(embed, self.embed, config=self.config)
+        cache = read_again(self.decoder, to_input, tokens_BxT, cache)
+        x_BxTxD, cache = self.decoder.decode(to_input(tokens_BxT), cache)
         return head_logits(self, x_BxTxD), cache
 
     def source_mask(self, src_BxS: jax.Array, src_mask_BxS: jax.Array | None = None) -> jax.Array:

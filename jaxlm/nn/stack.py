@@ -29,7 +29,14 @@ from jaxlm.nn.config import StackConfig
 from jaxlm.nn.layers import Embedding, Norm, ParamKeys, split_key
 from jaxlm.nn.moe.routing import Routing, concat_routings
 from jaxlm.nn.pipeline import Schedule, make_schedule, num_stages, run_pipeline
-from jaxlm.nn.positions import RelativeBias, local_rotary_angles, rotary_angles, sinusoids
+from jaxlm.nn.positions import (
+    RelativeBias,
+    document_lengths,
+    local_rotary_angles,
+    rotary_angles,
+    sinusoids,
+    text_lengths,
+)
 from jaxlm.nn.remat import LAYER_INPUT, with_remat
 
 __all__ = ["C", "Stack"]
@@ -61,6 +68,7 @@ class Stack(nnx.Module):
         segment_ids_BxT: jax.Array | None = None,
         real_BxT: jax.Array | None = None,
         positions_BxT: jax.Array | None = None,
+        length_B: jax.Array | None = None,
         memory_BxMxD: jax.Array | None = None,
         memory_mask_BxM: jax.Array | None = None,
         key: jax.Array | None = None,
@@ -71,6 +79,8 @@ class Stack(nnx.Module):
         Args:
             segment_ids_BxT: a token attends only to tokens with its own id.
             real_BxT: false for padding, to which no token attends.
+            length_B: the length of each row's text, which padding follows; for a config that ``rotates_by_length``.
+                Default: that of each segment, or up to the last real token, or T.
             hidden_states: whether to return the output of each layer.
 
         Returns:
@@ -81,7 +91,7 @@ class Stack(nnx.Module):
         """
         x_BxTxD, context, keys = self.start(
             x_BxTxD, segment_ids_BxT=segment_ids_BxT, real_BxT=real_BxT, positions_BxT=positions_BxT,
-            memory_mask_BxM=memory_mask_BxM, key=key,
+            length_B=length_B, memory_mask_BxM=memory_mask_BxM, key=key,
         )
         schedule = self.schedule(num_stages())
         if schedule is not None and x_BxTxD.shape[0] % schedule.microbatches == 0:
@@ -113,7 +123,8 @@ class Stack(nnx.Module):
         return make_schedule(self.layer_groups, stages, self.config.microbatches)
 
     def start(
-        self, x_BxTxD, *, segment_ids_BxT=None, real_BxT=None, positions_BxT=None, memory_mask_BxM=None, key=None
+        self, x_BxTxD, *, segment_ids_BxT=None, real_BxT=None, positions_BxT=None, length_B=None, memory_mask_BxM=None,
+        key=None,
     ) -> tuple[jax.Array, LayerContext, list[jax.Array | None]]:
         """From the arguments of a call: the input of the first layer, the context, and a key for each layer group."""
         T = x_BxTxD.shape[1]
@@ -121,7 +132,8 @@ class Stack(nnx.Module):
         mask_spec = MaskSpec(slots, slots, segment_ids_BxT, segment_ids_BxT, real_BxT, causal=self.causal)
         mask_BxTxS = None if uses_ring(self.config, T, T) else mask_spec.mask()
         positions = slots if positions_BxT is None else positions_BxT
-        context = self._context(mask_spec, positions, mask_BxTxS, memory_mask_BxM)
+        length_BxT = self._lengths(positions, segment_ids_BxT, real_BxT, length_B)
+        context = self._context(mask_spec, positions, mask_BxTxS, memory_mask_BxM, length_BxT)
         if memory_mask_BxM is not None:
             memory_slots = jnp.arange(memory_mask_BxM.shape[1])[None]
             context = replace(context, memory_mask_spec=MaskSpec(slots, memory_slots, real_k=memory_mask_BxM))
@@ -136,7 +148,7 @@ class Stack(nnx.Module):
         """The next T slots of every row, which attend to the cache and are written to it."""
         T = x_BxTxD.shape[1]
         cache, mask_spec, mask_BxTxS, positions_BxT = cache.extend(T)
-        context = self._context(mask_spec, positions_BxT, mask_BxTxS, cache.memory_mask)
+        context = self._context(mask_spec, positions_BxT, mask_BxTxS, cache.memory_mask, cache.rotary_length_Rx1)
         x_BxTxD = self._first_input(x_BxTxD, positions_BxT, None)
         groups = []
         for group in range(len(self.layer_groups)):
@@ -150,7 +162,8 @@ class Stack(nnx.Module):
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``length`` slots."""
         config, layers = self.config, tuple(map(len, self.layer_groups))
-        return Cache.empty(layers, batch, config.n_kv_heads, length, config.d_head, config.kv_cache, config.dtype)
+        cache = Cache.empty(layers, batch, config.n_kv_heads, length, config.d_head, config.kv_cache, config.dtype)
+        return cache.with_text() if config.rotates_by_length else cache
 
     def init_pages(self, pages: int, size: int) -> PagePool:
         """An empty pool of ``pages`` pages with ``size`` slots each."""
@@ -198,14 +211,24 @@ class Stack(nnx.Module):
             memory_kv = fake_quantize_kv(*block.cross.key_value(memory_BxMxD, None), self.config.kv_cache)
         return block(x_BxTxD, context.of_layer(settings, self.config), past=past, memory=memory_kv, key=key, seen=seen)
 
-    def _context(self, mask_spec: MaskSpec, positions, mask_BxTxS, memory_mask_BxM) -> LayerContext:
+    def _lengths(self, positions, segment_ids_BxT, real_BxT, length_B) -> jax.Array | None:
+        """The length of the text of each token, ``[B or 1, T or 1]``; None where rotations do not depend on it."""
+        if not self.config.rotates_by_length:
+            return None
+        if segment_ids_BxT is not None:
+            return document_lengths(positions, segment_ids_BxT)
+        if length_B is None and real_BxT is not None:
+            length_B = text_lengths(real_BxT)
+        return jnp.max(positions, axis=1, keepdims=True) + 1 if length_B is None else length_B[:, None]
+
+    def _context(self, mask_spec: MaskSpec, positions, mask_BxTxS, memory_mask_BxM, length_BxT) -> LayerContext:
         config = self.config
         rotary, local = config.positions == "rotary", config.rope_local_theta > 0
         return LayerContext(
             mask_spec,
             mask_BxTxS,
             bias_BxHxTxS=None if self.rel is None else self.rel(mask_spec.slots_q, mask_spec.slots_k),
-            angles=rotary_angles(positions, config) if rotary else None,
+            angles=rotary_angles(positions, config, length_BxT) if rotary else None,
             local_angles=local_rotary_angles(positions, config) if rotary and local else None,
             memory_mask_Bx1xM=None if memory_mask_BxM is None else memory_mask_BxM[:, None, :],
         )

@@ -14,11 +14,10 @@ import numpy as np
 
 __all__ = ["BlockAllocator", "page_hashes"]
 
-_ROOT = b""
 
-
-def page_hashes(tokens: Sequence[int], page_size: int, parent: bytes = _ROOT) -> Iterator[bytes]:
-    """A hash for each full page of ``tokens``: of its tokens and, through ``parent``, of all tokens before it."""
+def page_hashes(tokens: Sequence[int], page_size: int, parent: bytes = b"") -> Iterator[bytes]:
+    """A hash for each full page of ``tokens``: of its tokens and, through ``parent``, of all tokens before it. The
+    ``parent`` of a first page says with what else its keys and values were computed."""
     for end in range(page_size, len(tokens) + 1, page_size):
         page = np.asarray(tokens[end - page_size : end], np.int32).tobytes()
         parent = hashlib.blake2b(parent + page, digest_size=16).digest()

@@ -60,6 +60,7 @@ class Engine:
         self._scheduler = Scheduler(
             BlockAllocator(resolved.num_pages), slots=resolved.slots, page_size=resolved.page_size,
             prefill_chunk=resolved.prefill_chunk, num_draft_tokens=resolved.num_draft_tokens,
+            rotation=resolved.rotation,
         )
         params = (lm.params,) if draft is None else (lm.params, draft.params)
         self._runner = Runner(params, lm.generation, resolved)
@@ -180,7 +181,7 @@ class Engine:
                 break
         self._stats.generated_tokens += len(tokens)
         sequence.logprob += sum(each.logprob for each in output.logprobs[: len(tokens)])
-        self._scheduler.mark_computed(sequence, len(sequence.tokens) - 1)
+        self._scheduler.mark_decoded(sequence)
         logprobs = [] if request.logprobs is None else output.logprobs[: len(tokens)]
         self._emit(sequence, tokens, logprobs, text, finish_reason, message)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from jaxlm.core.errors import UserError
 from jaxlm.nn.config import DecoderConfig, KVCache, ModelConfig
+from jaxlm.nn.positions import rotary_length
 
 __all__ = ["EngineOptions"]
 
@@ -74,6 +75,11 @@ class ResolvedOptions:
         """Pages that hold a text of ``context`` tokens."""
         return -(-self.context // self.page_size)
 
+    def rotation(self, length: int) -> tuple[int, ...]:
+        """What tells apart the rotations of texts of different lengths: cached keys and values are those of one such
+        rotation (``nn.rereading``)."""
+        return tuple(rotary_length(length, config) for config in self.configs)
+
 
 def _context(configs: Sequence[ModelConfig], asked: int | None) -> int:
     """The tokens that a text may have: the ones asked for, if the models can read them."""
@@ -84,12 +90,8 @@ def _context(configs: Sequence[ModelConfig], asked: int | None) -> int:
                 f"an engine serves decoders with attention, not a model of kind {config.kind!r}: use generate or "
                 "translate"
             )
-        # Where rotations depend on the length of the text, requests of different lengths could not share pages.
-        method = config.rope_scaling.method if config.positions == "rotary" else "none"
-        if config.positions == "learned" or method == "dynamic":
-            limits.append(config.max_positions)
-        elif method == "longrope":
-            limits.append(config.rope_scaling.original_positions)
+        if config.position_limit is not None:
+            limits.append(config.position_limit)
     if asked is None:
         return min(_CONTEXT, configs[0].max_positions, *limits)
     if asked < 2 or asked > min(limits, default=asked):

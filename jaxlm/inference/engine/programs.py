@@ -109,13 +109,14 @@ def assign_slot(state: EngineState, slot: Array, tokens_C: Array) -> EngineState
 @partial(jax.jit, static_argnames=("graphdefs",), donate_argnames=("state",))
 def prefill(
     graphdefs: GraphDefs, params: AllParams, state: EngineState, tokens_T: Array, pages_P: Array, begin: Array,
-    count: Array,
+    count: Array, length: Array,
 ) -> EngineState:
-    """Computes keys and values of ``count`` tokens of one sequence, which stand at ``begin``; decodes none."""
+    """Computes keys and values of ``count`` tokens of a sequence of ``length``, which stand at ``begin``; decodes none.
+    """
     real_1xT = (jnp.arange(tokens_T.shape[0]) < count)[None]
     pools = []
     for graphdef, each, pool in zip(graphdefs, params, state.pools, strict=True):
-        cache = PagedCache(pool, pages_P[None], begin[None], real_1xT)
+        cache = PagedCache(pool, pages_P[None], begin[None], real_1xT, length[None])
         pools.append(nnx.merge(graphdef, each).decode(tokens_T[None], cache)[1].pool)
     return constrain_state(dataclasses.replace(state, pools=tuple(pools)))
 
@@ -128,7 +129,7 @@ def decode_step(
     """Reads the last token of every sequence and chooses the next."""
     active_S = inputs.length > 0
     last_Sx1 = jnp.take_along_axis(state.history_SxC, jnp.maximum(inputs.length - 1, 0)[:, None], axis=1)
-    cache = PagedCache(state.pools[0], inputs.page_table, inputs.length - 1, active_S[:, None])
+    cache = PagedCache(state.pools[0], inputs.page_table, inputs.length - 1, active_S[:, None], inputs.length)
     logits_Sx1xV, cache = nnx.merge(graphdefs[0], params[0]).decode(last_Sx1, cache)
     logits_SxV = logits_Sx1xV[:, 0].astype(jnp.float32)
     scores_SxV = process_logits(logits_SxV, state.history_SxC, inputs.length, settings, processors)

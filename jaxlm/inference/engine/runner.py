@@ -89,7 +89,7 @@ class Runner:
                 self._run_assign_slot(0, np.zeros(options.context, np.int32))
                 for size in self._chunk_sizes:
                     no_pages_P = np.zeros(options.pages_per_sequence, np.int32)
-                    self._run_prefill(np.zeros(size, np.int32), no_pages_P, 0, 0)
+                    self._run_prefill(np.zeros(size, np.int32), no_pages_P, 0, 0, 0)
                 output = self._run_decode(self._empty_input())
             jax.block_until_ready(output)
         self._warm = True
@@ -98,12 +98,12 @@ class Runner:
         """Computes the keys and values of a chunk of a prompt."""
         sequence, begin, count = chunk
         self._place(sequence)
-        pages_P = _padded(sequence.pages, self._options.pages_per_sequence)
+        pages_P, length = _padded(sequence.pages, self._options.pages_per_sequence), len(sequence.tokens)
         with self._on_mesh():
             while count > 0:
                 size = next((size for size in self._chunk_sizes if size >= count), self._chunk_sizes[-1])
                 now = min(size, count)
-                self._run_prefill(_padded(sequence.tokens[begin : begin + now], size), pages_P, begin, now)
+                self._run_prefill(_padded(sequence.tokens[begin : begin + now], size), pages_P, begin, now, length)
                 begin, count = begin + now, count - now
 
     def decode(self, sequences: Rowlike[Sequence], num_draft_tokens: Rowlike[int]) -> list[SequenceOutput]:
@@ -158,10 +158,11 @@ class Runner:
         self._note("assign_slot")
         self._state = assign_slot(self._state, np.int32(slot), tokens_C)
 
-    def _run_prefill(self, tokens_T: np.ndarray, pages_P: np.ndarray, begin: int, count: int) -> None:
+    def _run_prefill(self, tokens_T: np.ndarray, pages_P: np.ndarray, begin: int, count: int, length: int) -> None:
         self._note(f"prefill {len(tokens_T)}")
         self._state = prefill(
-            self._graphdefs, self._params, self._state, tokens_T, pages_P, np.int32(begin), np.int32(count)
+            self._graphdefs, self._params, self._state, tokens_T, pages_P, np.int32(begin), np.int32(count),
+            np.int32(length),
         )
 
     def _run_decode(self, inputs: DecodeInput) -> DecodeOutput:

@@ -8,13 +8,16 @@ progress.
 Requests with an owner share the slots evenly instead. Owners are paths from the whole to the part, as ``(client,
 request)``: a slot goes to the client that has the fewest, and there to the request that has the fewest. Whoever has at
 least two slots more than another who waits is preempted, so that nobody waits for the texts of one who asks for many.
+
+Where a model's rotations depend on the length of the text (``nn.rereading``), a sequence that has grown beyond a length
+gives up its pages in the same way and is read anew. Pages are shared only between sequences of the same rotations.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -42,6 +45,7 @@ class Sequence:
     on_device: bool = False  # whether the devices have its tokens and settings in its slot
     num_computed: int = 0
     draft_lags: bool = False  # whether the draft has yet to read the token before the last
+    rotation: tuple[int, ...] = ()  # what its pages were computed with (``ResolvedOptions.rotation``)
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)  # of the pages that are registered
     logprob: float = 0.0  # of its new tokens together, where the request needs it
@@ -74,10 +78,12 @@ class Scheduler:
     """The sequences in slots and in the queue."""
 
     def __init__(
-        self, allocator: BlockAllocator, *, slots: int, page_size: int, prefill_chunk: int, num_draft_tokens: int
+        self, allocator: BlockAllocator, *, slots: int, page_size: int, prefill_chunk: int, num_draft_tokens: int,
+        rotation: Callable[[int], tuple[int, ...]],
     ):
+        """For the arguments see ``EngineOptions`` and ``ResolvedOptions.rotation``."""
         self.allocator, self.page_size = allocator, page_size
-        self.prefill_chunk, self.num_draft_tokens = prefill_chunk, num_draft_tokens
+        self.prefill_chunk, self.num_draft_tokens, self.rotation = prefill_chunk, num_draft_tokens, rotation
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = self.cached_tokens = 0
@@ -128,16 +134,29 @@ class Scheduler:
         """How many tokens the draft may propose for a sequence."""
         if sequence.matcher:
             return 0
-        return max(0, min(self.num_draft_tokens, sequence.request.max_new_tokens - sequence.num_generated - 1))
+        most = min(self.num_draft_tokens, sequence.request.max_new_tokens - sequence.num_generated - 1)
+        while most > 0 and self.rotation(len(sequence.tokens) + most) != sequence.rotation:
+            most -= 1
+        return max(0, most)
+
+    def mark_decoded(self, sequence: Sequence) -> None:
+        """Records that a sequence has got new tokens. All but the last are in its pages; or it must be read anew."""
+        if self.rotation(len(sequence.tokens)) == sequence.rotation:
+            self.mark_computed(sequence, len(sequence.tokens) - 1)
+        else:
+            self._release_slot(sequence)
+            self.add(sequence)
 
     def mark_computed(self, sequence: Sequence, count: int) -> None:
         """Records that the first ``count`` tokens of a sequence are in its pages, and registers the full pages, so that
         other sequences find them."""
         sequence.num_computed = count
+        if self.rotation(len(sequence.tokens) + 1) != sequence.rotation:
+            return  # its next token makes these pages useless
         final = count - (1 if self.num_draft_tokens else 0)  # the draft may lag behind by one
         registered = len(sequence.page_hashes)
-        parent = (sequence.page_hashes[-1],) if registered else ()
-        for page_hash in page_hashes(sequence.tokens[registered * self.page_size : final], self.page_size, *parent):
+        parent = sequence.page_hashes[-1] if registered else _root(sequence.rotation)
+        for page_hash in page_hashes(sequence.tokens[registered * self.page_size : final], self.page_size, parent):
             self.allocator.register(sequence.pages[len(sequence.page_hashes)], page_hash)
             sequence.page_hashes.append(page_hash)
 
@@ -162,7 +181,8 @@ class Scheduler:
 
     def _assign(self, sequence: Sequence) -> bool:
         full = sequence.tokens[: (len(sequence.tokens) - 1) // self.page_size * self.page_size]
-        hashes = list(page_hashes(full, self.page_size))
+        sequence.rotation = self.rotation(len(sequence.tokens))
+        hashes = list(page_hashes(full, self.page_size, _root(sequence.rotation)))
         found = self.allocator.acquire_prefix(hashes)
         needed = self._pages_needed(sequence) - len(found)
         if needed + len(self.running) > self.allocator.available and self.running:
@@ -222,3 +242,8 @@ def _wholes(sequence: Sequence) -> list[tuple[str, ...]]:
     """The owner of a sequence, and before it the wholes that the owner is part of, the largest first."""
     owner = sequence.request.owner
     return [owner[:depth] for depth in range(1, len(owner) + 1)]
+
+
+def _root(rotation: tuple[int, ...]) -> bytes:
+    """With what the hashes of pages begin."""
+    return repr(rotation).encode()

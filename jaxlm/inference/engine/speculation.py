@@ -60,7 +60,7 @@ def speculative_decode_step(
     position_D = jnp.arange(num_draft_tokens + 1)
     last_Sx1 = jnp.take_along_axis(state.history_SxC, jnp.maximum(inputs.length - 1, 0)[:, None], axis=1)
     real_SxD = active_S[:, None] & (position_D <= inputs.num_draft_tokens[:, None])
-    cache = PagedCache(state.pools[0], inputs.page_table, inputs.length - 1, real_SxD)
+    cache = PagedCache(state.pools[0], inputs.page_table, inputs.length - 1, real_SxD, inputs.length)
     logits_SxDxV, cache = model.decode(jnp.concatenate([last_Sx1, proposal.token_SxN], axis=1), cache)
     p_SxDxV = jax.vmap(
         lambda logits_SxV, position: distribution(logits_SxV, proposal.history_SxC, position, constrained=True),
@@ -92,7 +92,7 @@ def _propose(
     def step(carry: tuple[PagePool, Array, Array], position: Array):
         pool, token_S, history_SxC = carry
         real_S = drafting_S & (position < inputs.num_draft_tokens)
-        cache = PagedCache(pool, inputs.page_table, inputs.length + position - 1, real_S[:, None])
+        cache = PagedCache(pool, inputs.page_table, inputs.length + position - 1, real_S[:, None], inputs.length)
         logits_Sx1xV, cache = draft.decode(token_S[:, None], cache)
         q_SxV, token_S, history_SxC = propose(logits_Sx1xV[:, 0], history_SxC, position)
         return (cache.pool, token_S, history_SxC), (q_SxV, token_S)
@@ -101,7 +101,7 @@ def _propose(
     two_Sx2 = jnp.maximum(inputs.length[:, None] - jnp.array([2, 1]), 0)
     two_Sx2 = jnp.take_along_axis(state.history_SxC, two_Sx2, axis=1)
     real_Sx2 = drafting_S[:, None] & jnp.stack([inputs.draft_lags, jnp.ones_like(inputs.draft_lags)], axis=1)
-    cache = PagedCache(state.pools[1], inputs.page_table, inputs.length - 2, real_Sx2)
+    cache = PagedCache(state.pools[1], inputs.page_table, inputs.length - 2, real_Sx2, inputs.length)
     logits_Sx2xV, cache = draft.decode(two_Sx2, cache)
     q_SxV, token_S, history_SxC = propose(logits_Sx2xV[:, 1], state.history_SxC, 0)
 

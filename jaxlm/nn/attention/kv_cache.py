@@ -36,6 +36,9 @@ class Cache:
     memory: tuple[KeyValue, ...] = ()  # cross-attention keys and values, for each layer group [L, B, G, M, K] each
     memory_mask: jax.Array | None = None  # bool [B, M]
     writer: jax.Array | None = None  # int32 [B, beams, slots]; None: one beam
+    # Of a model that ``rotates_by_length`` (see ``nn.rereading``), otherwise None:
+    tokens: jax.Array | None = None  # int32 [B, beams, slots]: what each beam wrote
+    rotary_length: jax.Array | None = None  # int32 [B]: keys are rotated as those of a text of this length
 
     @classmethod
     def empty(
@@ -49,6 +52,35 @@ class Cache:
     def replace(self, **changes: Any) -> Cache:
         return replace(self, **changes)
 
+    def with_text(self) -> Cache:
+        """An empty cache that also keeps the tokens."""
+        batch, beams, slots = self.keys[0].shape[1], *self.keys[0].shape[3:5]
+        tokens = jnp.zeros((batch, beams, slots), jnp.int32)
+        return replace(self, tokens=tokens, rotary_length=jnp.zeros(batch, jnp.int32))
+
+    def append_text(self, tokens_RxT: jax.Array) -> Cache:
+        """The cache with the tokens, not yet the keys and values, of the next slots."""
+        new = tokens_RxT.reshape(*self.tokens.shape[:2], -1)
+        cache = self._own(tokens_RxT.shape[1])
+        return replace(cache, tokens=jax.lax.dynamic_update_slice(self.tokens, new, (0, 0, self.index)))
+
+    def text(self) -> jax.Array:
+        """The tokens of the past of every row, ``[B * beams, slots]``."""
+        tokens = self.tokens if self.writer is None else jnp.take_along_axis(self.tokens, self.writer, axis=1)
+        return tokens.reshape(-1, tokens.shape[-1])
+
+    def at_start(self, rotary_length_B: jax.Array) -> Cache:
+        """The cache with its text, in which every beam is about to write all slots itself."""
+        start = replace(self, index=jnp.int32(0), rotary_length=rotary_length_B)
+        return replace(start._own(self.tokens.shape[2]), tokens=self.text().reshape(self.tokens.shape))
+
+    @property
+    def rotary_length_Rx1(self) -> jax.Array | None:
+        """``rotary_length`` of every row, ``[B * beams, 1]``."""
+        if self.rotary_length is None:
+            return None
+        return jnp.repeat(self.rotary_length, self.tokens.shape[1])[:, None]
+
     def extend(self, count: int) -> tuple[Cache, MaskSpec, jax.Array, jax.Array]:
         """Makes room for ``count`` more slots.
 
@@ -59,15 +91,19 @@ class Cache:
         new_T = self.index + jnp.arange(count)
         slots_q, slots_k = jnp.tile(new_T, beams)[None], jnp.tile(jnp.arange(slots), beams)[None]
         mask = causal_mask(slots_q, slots_k) & (slots_k >= self.start[:, None])[:, None, :]
-        cache = self
-        if self.writer is not None:
-            own = jnp.arange(beams)[:, None]
-            written = jnp.broadcast_to(own, (*self.writer.shape[:2], count))
-            cache = replace(self, writer=jax.lax.dynamic_update_slice(self.writer, written, (0, 0, self.index)))
-            is_past_BxKxKxS = cache.writer[:, :, None] == own
+        cache = self._own(count)
+        if cache.writer is not None:
+            is_past_BxKxKxS = cache.writer[:, :, None] == jnp.arange(beams)[:, None]
             mask &= jnp.repeat(is_past_BxKxKxS.reshape(-1, beams, beams * slots), count, axis=1)
         positions = jnp.maximum(new_T - jnp.repeat(self.start, beams)[:, None], 0)
         return cache, MaskSpec(slots_q, slots_k), mask, positions
+
+    def _own(self, count: int) -> Cache:
+        """The cache in which every beam writes the next ``count`` slots of its past itself."""
+        if self.writer is None:
+            return self
+        own = jnp.broadcast_to(jnp.arange(self.writer.shape[1])[:, None], (*self.writer.shape[:2], count))
+        return replace(self, writer=jax.lax.dynamic_update_slice(self.writer, own, (0, 0, self.index)))
 
     def first_layer(self, group: int) -> LayerCache:
         """The cache of the first layer of a layer group."""
@@ -83,7 +119,8 @@ class Cache:
         keys, values = jax.tree.map(lambda x: jnp.repeat(x, beams, 3), (self.keys, self.values))
         batch, slots = keys[0].shape[1], keys[0].shape[4]
         writer = jnp.broadcast_to(jnp.arange(beams)[:, None], (batch, beams, slots))
-        return replace(self, keys=keys, values=values, writer=writer)
+        tokens = jax.tree.map(lambda x: jnp.repeat(x, beams, 1), self.tokens)
+        return replace(self, keys=keys, values=values, writer=writer, tokens=tokens)
 
     def grow(self, count: int) -> Cache:
         """The same content with ``count`` more slots."""
@@ -92,15 +129,15 @@ class Cache:
             return jnp.pad(x, [(0, count if i == axis else 0) for i in range(x.ndim)])
 
         keys, values = jax.tree.map(partial(longer, axis=4), (self.keys, self.values))
-        return replace(self, keys=keys, values=values, writer=jax.tree.map(partial(longer, axis=2), self.writer))
+        writer, tokens = jax.tree.map(partial(longer, axis=2), (self.writer, self.tokens))
+        return replace(self, keys=keys, values=values, writer=writer, tokens=tokens)
 
     def take(self, rows_B: jax.Array) -> Cache:
         """The cache of some of the sentences."""
         keys, values, memory = jax.tree.map(lambda x: x[:, rows_B], (self.keys, self.values, self.memory))
-        start, mask, writer = jax.tree.map(lambda x: x[rows_B], (self.start, self.memory_mask, self.writer))
-        return replace(
-            self, keys=keys, values=values, memory=memory, start=start, memory_mask=mask, writer=writer
-        )
+        names = ("start", "memory_mask", "writer", "tokens", "rotary_length")
+        arrays = jax.tree.map(lambda x: x[rows_B], {name: getattr(self, name) for name in names})
+        return replace(self, keys=keys, values=values, memory=memory, **arrays)
 
     def reorder(self, beams_BxK: jax.Array) -> Cache:
         """After ``fork``: beam k continues from the past of the given beam of its sentence."""

@@ -62,9 +62,16 @@ class PagedCache:
     table: jax.Array  # int32 [B, P]: the pages of each row, in order; 0 after the last
     index: jax.Array  # int32 [B]: the slot of each row's first new token
     real: jax.Array  # bool [B, T]
+    length: jax.Array | None = None  # int32 [B]: of each row's text; None: what has been read, the new tokens included
 
     memory: ClassVar[tuple] = ()  # only decoder-only models use pages
     memory_mask: ClassVar[None] = None
+
+    @property
+    def rotary_length_Rx1(self) -> jax.Array:
+        """As ``Cache.rotary_length_Rx1``."""
+        length_B = self.index + jnp.sum(self.real, axis=1) if self.length is None else self.length
+        return length_B[:, None]
 
     def replace(self, **changes: Any) -> PagedCache:
         return replace(self, **changes)

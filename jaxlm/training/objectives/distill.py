@@ -11,6 +11,7 @@ from jax import Array
 
 from jaxlm.core.errors import UserError
 from jaxlm.data.batches.batch import Batch
+from jaxlm.nn.models import batch_arguments
 from jaxlm.training.config import DistillConfig
 from jaxlm.training.objectives.loss import LossSums, cross_entropy
 
@@ -66,16 +67,18 @@ def distill_loss(
     translation model, over the layers of the decoder. ``batch`` is as in ``lm_loss`` or, with "src", as in
     ``seq2seq_loss``. Sums: "nll", "weight", "divergence", and "difference" where ``config.hidden`` is set.
     """
-    inputs = (batch["src"], batch["inputs"]) if "src" in batch else (batch["inputs"],)
-    packing = {f"{name}_BxT": batch[name] for name in ("segment_ids", "positions") if name in batch}
+    inputs, named = batch_arguments(model.config, batch)
+    teacher_named = batch_arguments(teacher.model.config, batch)[1]
     if config.hidden:
-        student_BxTxV, ours_LxBxTxD = model.with_hidden_states(*inputs, key=key, **packing)
-        teacher_BxTxV, theirs_LxBxTxD = jax.lax.stop_gradient(teacher.model.with_hidden_states(*inputs, **packing))
+        student_BxTxV, ours_LxBxTxD = model.with_hidden_states(*inputs, key=key, **named)
+        teacher_BxTxV, theirs_LxBxTxD = jax.lax.stop_gradient(
+            teacher.model.with_hidden_states(*inputs, **teacher_named)
+        )
         if teacher.projection_DxE is not None:
             ours_LxBxTxD = ours_LxBxTxD @ teacher.projection_DxE.astype(ours_LxBxTxD.dtype)
     else:
-        student_BxTxV = model(*inputs, key=key, **packing)
-        teacher_BxTxV = jax.lax.stop_gradient(teacher.model(*inputs, **packing))
+        student_BxTxV = model(*inputs, key=key, **named)
+        teacher_BxTxV = jax.lax.stop_gradient(teacher.model(*inputs, **teacher_named))
     weights_BxT = batch["weights"]
     objective_BxT, nll_BxT = cross_entropy(student_BxTxV, batch["targets"], label_smoothing)
     divergence_BxT = divergence(student_BxTxV, teacher_BxTxV, config.temperature)

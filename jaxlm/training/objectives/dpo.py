@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlm.data.batches.batch import Batch
+from jaxlm.nn.models import batch_arguments
 from jaxlm.training.config import DpoConfig
 from jaxlm.training.objectives.loss import LossSums, cross_entropy
 
@@ -55,5 +56,6 @@ def dpo_loss(
 
 def _log_likelihood(model: Any, batch: Batch, key: Array | None) -> Array:
     """The log-likelihood of both answers of each pair, in nats: ``[B, 2]``."""
-    _, nll_NxT = cross_entropy(model(batch["inputs"], key=key), batch["targets"])
+    inputs, named = batch_arguments(model.config, batch)
+    _, nll_NxT = cross_entropy(model(*inputs, key=key, **named), batch["targets"])
     return -jnp.sum(batch["weights"] * nll_NxT, -1).reshape(-1, 2)

@@ -19,6 +19,7 @@ from jax import Array
 from jaxlm.core.sharding import num_shards
 from jaxlm.data.batches.batch import Batch
 from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.models import batch_arguments
 from jaxlm.nn.moe.routing import Routing
 
 __all__ = ["Loss", "LossSums", "RouterWeights", "cross_entropy", "lm_loss", "make_loss", "router_loss", "seq2seq_loss"]
@@ -102,10 +103,11 @@ def router_loss(routing: Routing, weights: RouterWeights) -> Array:
 
 
 def _token_sums(
-    model, inputs: tuple[Array, ...], batch: Batch, label_smoothing: float, z_loss: float, router: RouterWeights | None,
-    **given,
+    model, batch: Batch, label_smoothing: float, z_loss: float, router: RouterWeights | None, key: Array | None
 ) -> tuple[Array, LossSums]:
-    logits_BxTxV, routing = model.forward(*inputs, **given) if router else (model(*inputs, **given), None)
+    inputs, named = batch_arguments(model.config, batch)
+    call = model.forward if router else lambda *inputs, **named: (model(*inputs, **named), None)
+    logits_BxTxV, routing = call(*inputs, key=key, **named)
     weights_BxT = batch["weights"]
     objective_BxT, nll_BxT = cross_entropy(logits_BxTxV, batch["targets"], label_smoothing, z_loss)
     sums = {"nll": jnp.sum(weights_BxT * nll_BxT), "weight": jnp.sum(weights_BxT)}
@@ -126,8 +128,7 @@ def lm_loss(
     With ``router`` the ``router_loss`` of the batch is added to the loss of each token. Where experts have a capacity
     the sums have ``"dropped"``: the share of expert choices over capacity, times the weight.
     """
-    packing = {f"{name}_BxT": batch[name] for name in ("segment_ids", "positions") if name in batch}
-    return _token_sums(model, (batch["inputs"],), batch, label_smoothing, z_loss, router, key=key, **packing)
+    return _token_sums(model, batch, label_smoothing, z_loss, router, key)
 
 
 def seq2seq_loss(
@@ -136,7 +137,7 @@ def seq2seq_loss(
 ) -> tuple[Array, LossSums]:
     """Translation loss with teacher forcing, otherwise as ``lm_loss``. ``batch``: src ``[B, S]``; inputs, targets,
     weights ``[B, T]``."""
-    return _token_sums(model, (batch["src"], batch["inputs"]), batch, label_smoothing, z_loss, router, key=key)
+    return _token_sums(model, batch, label_smoothing, z_loss, router, key)
 
 
 def make_loss(

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import jaxlm
+from jaxlm import nn
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import flatten
 from jaxlm.training.config import DpoConfig, Experiment
@@ -34,6 +35,8 @@ def pairs(rows=4):
 
 class Table:
     """Logits by a table: a model whose likelihoods are known exactly."""
+
+    config = nn.DecoderConfig()
 
     def __init__(self, table_VxV):
         self.table_VxV = table_VxV

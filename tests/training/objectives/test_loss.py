@@ -76,6 +76,8 @@ def test_extreme_logits():
 class Table:
     """A model that ignores its tokens."""
 
+    config = nn.DecoderConfig()
+
     def __init__(self, logits):
         self.logits = jnp.asarray(logits)
 
