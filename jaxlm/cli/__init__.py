@@ -129,4 +129,13 @@ def _prepare() -> None:
     logger = logging.getLogger("jaxlm")
     logger.handlers, logger.propagate = [handler], False
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs what it also raises
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _unraisable
+
+
+def _unraisable(unraisable: Any) -> None:
+    """Prints an exception that nobody can catch. Where a disk is full, Orbax closes an event loop to which TensorStore
+    still tells of other writes; that is no news beside the error that follows."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 

@@ -120,3 +120,15 @@ def test_tables(capsys):
 def test_progress_is_silent_when_there_is_little(capsys):
     ProgressBar()("reading", 1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_threads_of_a_failed_checkpoint_are_silent(monkeypatch):
+    """Beside "no space left", which is one line."""
+    seen = []
+    hook = lambda unraisable: seen.append(str(unraisable.exc_value))  # noqa: E731
+    monkeypatch.setattr(sys, "unraisablehook", hook)
+    monkeypatch.setattr(sys, "__unraisablehook__", hook)
+    cli._prepare()
+    for text in ("Event loop is closed", "something else"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert seen == ["something else"]

@@ -79,8 +79,8 @@ class TokenizerBackend(Protocol):
             UserError: when the bytes of a token depend on its neighbours.
         """
 
-    def save(self, directory: Path) -> None:
-        """Writes the files from which the backend can be read again."""
+    def files(self) -> Mapping[str, bytes]:
+        """The content of the files from which the backend can be read again, by name."""
 
 
 class FastBackend:
@@ -162,8 +162,8 @@ class FastBackend:
     def token_bytes(self) -> list[bytes | None]:
         return token_bytes(self.raw)
 
-    def save(self, directory: Path) -> None:
-        self.raw.save(str(directory / "tokenizer.json"))
+    def files(self) -> Mapping[str, bytes]:
+        return {"tokenizer.json": self.raw.to_str(pretty=True).encode()}
 
 
 def _encodes_chunks_apart(raw: tokenizers.Tokenizer) -> bool:
@@ -226,7 +226,7 @@ class PieceBackend:
             source, target: the language translated from, and the language translated into.
             special_tokens: their ids.
             unknown: the id of the unknown token.
-            files: the content of the files that the backend was read from, by name; ``save`` writes them.
+            files: the content of the files that the backend was read from, by name.
             marian: whether texts may begin with a language token such as ``>>de<<``, and texts are joined as in Marian.
         """
         self.vocabulary = source.vocabulary
@@ -280,9 +280,8 @@ class PieceBackend:
     def token_bytes(self) -> list[bytes | None]:
         raise UserError("what the tokens of this tokenizer stand for depends on their neighbours; use another")
 
-    def save(self, directory: Path) -> None:
-        for name, content in self._files.items():
-            (directory / name).write_bytes(content)
+    def files(self) -> Mapping[str, bytes]:
+        return self._files
 
 
 def add_named_tokens(raw: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:

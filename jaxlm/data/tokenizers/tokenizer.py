@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -99,16 +98,19 @@ class Tokenizer:
         with any chat template, and tokenizer.json (for Marian and M2M-100 the SentencePiece models and vocab.json)."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.backend.save(directory)
-        (directory / "tokenizer_config.json").write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        for name, content in self.files().items():
+            (directory / name).write_bytes(content)
+
+    def files(self) -> dict[str, bytes]:
+        """The content of the files that ``save`` writes, by name."""
+        config = json.dumps(self.config, indent=2) + "\n"
+        return {**self.backend.files(), "tokenizer_config.json": config.encode()}
 
     def fingerprint(self) -> str:
         """A hash of the files that ``save`` writes: tokenizers with the same fingerprint make the same ids."""
         found = hashlib.blake2b(digest_size=16)
-        with tempfile.TemporaryDirectory() as directory:
-            self.save(directory)
-            for file in sorted(Path(directory).iterdir()):
-                found.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+        for name, content in sorted(self.files().items()):
+            found.update(name.encode() + b"\0" + content + b"\0")
         return found.hexdigest()
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:

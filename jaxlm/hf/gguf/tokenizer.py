@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import UserError
@@ -38,10 +36,8 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
     Raises:
         UserError: llama.cpp has no such tokenizer, or no place for so many end tokens.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save(directory)
-        path = Path(directory) / "tokenizer.json"
-        spec = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"model": {"type": "SentencePiece"}}
+    file = tokenizer.files().get("tokenizer.json")
+    spec = json.loads(file) if file else {"model": {"type": "SentencePiece"}}
     model = spec["model"]
     if model["type"] != "BPE":
         raise UserError(f"llama.cpp has no tokenizer of the kind {model['type']}; only BPE ones are written to GGUF")
