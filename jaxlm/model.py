@@ -165,6 +165,7 @@ def load(
     adapter: str | Path | None = None,
     merge: bool = True,
     expand: bool = True,
+    stacked: bool = True,
     mesh: Mesh | None = None,
     dtype: str = "float32",
     kv_cache: KVCache | None = None,
@@ -178,6 +179,8 @@ def load(
         merge: merges adapters into the weights; without it they are kept apart, in ``LoRA`` leaves.
         expand: makes dense what this platform cannot run at speed as it is (``info["notes"]`` lists it); without it
             parameters have the representation of the file.
+        stacked: whether layers that are alike are stacked in one array. Without it decoding on CPUs is up to twice as
+            fast, and compiling takes longer (``nn.single_layers``); on other platforms they always are.
         mesh: where to put the parameters; each device reads its own part of them.
         dtype: of the parameters of a Hugging Face model.
         kv_cache: how decoding stores keys and values (``jaxlm.nn.attention.kv_cache``); None: as the model was saved.
@@ -189,7 +192,8 @@ def load(
     path, adapters = weights_of(path)
     if adapter is not None:
         adapters.append(read_adapter(local_path(adapter)))
-    config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype)
+    stacked = stacked or mesh is not None or jax.default_backend() != "cpu"
+    config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype, stacked=stacked)
     generation = read_generation(Path(info["source"]))
     notes = [*info.get("notes", ()), *generation.notes()]
     if expand:

@@ -13,6 +13,8 @@ import argparse
 from jaxlm.cli.arguments import add_generation, add_kv_cache, add_model, with_generation
 from jaxlm.cli.output import print_notes
 
+_SHORT = 128  # new tokens; a longer text is worth the longer start of layers that are not stacked
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, adapter=True)
@@ -40,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import jaxlm
 
-    lm = with_generation(jaxlm.load(args.model, adapter=args.adapter, kv_cache=args.kv_cache), args)
+    stacked = (args.max_new_tokens or 0) <= _SHORT
+    lm = with_generation(
+        jaxlm.load(args.model, adapter=args.adapter, kv_cache=args.kv_cache, stacked=stacked), args
+    )
     print_notes(lm)
     prompts = args.prompt
     if args.chat:

@@ -7,7 +7,7 @@ import functools
 import math
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
 import numpy as np
@@ -49,11 +49,21 @@ def fresh_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     if array.nbytes < _LARGE or madvise is None:
         return array
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # an older kernel refuses, and maps pages later
-        for start in range(0, array.nbytes, _LARGE):  # in parts, because no thread can start during a request
-            size = min(_LARGE, array.nbytes - start)
-            pool.submit(madvise, ctypes.c_void_p(array.ctypes.data + start), ctypes.c_size_t(size), _POPULATE_WRITE)
+    parts = [  # an older kernel refuses, and maps pages later
+        host_threads().submit(
+            madvise, ctypes.c_void_p(array.ctypes.data + start), ctypes.c_size_t(min(_LARGE, array.nbytes - start)),
+            _POPULATE_WRITE,
+        )
+        for start in range(0, array.nbytes, _LARGE)
+    ]
+    wait(parts)
     return array
+
+
+@functools.cache
+def host_threads() -> ThreadPoolExecutor:
+    """A few threads that move memory. They are started once: a model has hundreds of tensors to copy."""
+    return ThreadPoolExecutor(min(4, os.cpu_count() or 1), "jaxlm-memory")
 
 
 def on_host(array: jax.Array) -> np.ndarray:

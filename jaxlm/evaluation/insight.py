@@ -24,8 +24,9 @@ from jaxlm.core.tree import Params
 from jaxlm.inference.batching import bucket
 from jaxlm.inference.engine.requests import MAX_LOGPROBS
 from jaxlm.inference.sampling import top_k
+from jaxlm.nn.config import StackConfig
 from jaxlm.nn.embeddings import embed, head_logits
-from jaxlm.nn.stack import Stack
+from jaxlm.nn.stack import Stack, run_layer
 
 __all__ = ["Insight", "TokenScores", "attention", "attributions", "inspect_tokens", "next_tokens", "score_tokens"]
 
@@ -118,20 +119,27 @@ def attention(graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: L
 
 def _walk(stack: Stack, x_TxD: Array, masks: dict[str, Array], memory: Array | None = None):
     """Through all layers: the output ``[1, T, D]``, and the weights of their attention, then of cross-attention."""
-    x_1xTxD, view, _ = stack.start(x_TxD[None], **masks)
+    x_1xTxD, context, _ = stack.start(x_TxD[None], **masks)
     found = []
-    for i, block in enumerate(stack.layers):
+    for group, block in enumerate(stack.layers):
         graphdef, params = nnx.split(block)
-
-        def body(x, xs, graphdef=graphdef):
-            layer, traits = xs
-            seen: list[Array] = []
-            x, *_ = stack.run_layer(nnx.merge(graphdef, layer), x, view, traits, memory_BxMxD=memory, seen=seen)
-            return x, tuple(weights[0] for weights in seen)
-
-        x_1xTxD, seen = jax.lax.scan(body, x_1xTxD, (params, stack.layer_settings(i)))
+        x_1xTxD, seen = _walk_group(
+            stack.config, graphdef, params, stack.layer_settings(group), x_1xTxD, context, memory
+        )
         found.append(seen)
     return stack.finish(x_1xTxD), tuple(jnp.concatenate(each) for each in zip(*found, strict=True))
+
+
+@partial(jax.jit, static_argnums=(0, 1))  # groups that are alike are traced once
+def _walk_group(config: StackConfig, graphdef: nnx.GraphDef, params, settings, x_1xTxD, context, memory):
+    def body(x, xs):
+        layer, layer_settings = xs
+        seen: list[Array] = []
+        block = nnx.merge(graphdef, layer)
+        x, *_ = run_layer(config, block, x, context, layer_settings, memory_BxMxD=memory, seen=seen)
+        return x, tuple(weights[0] for weights in seen)
+
+    return jax.lax.scan(body, x_1xTxD, (params, settings))
 
 
 @partial(jax.jit, static_argnames=("graphdef",))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.core.host_memory import fresh_pages
+from jaxlm.core.host_memory import fresh_pages, host_threads
 
 __all__ = ["FillPart", "assemble_array", "copy_into"]
 
@@ -93,5 +92,4 @@ def copy_into(out: np.ndarray, array: np.ndarray) -> None:
             strip = slice(i, min(i + _STRIP_ROWS, end))
             out[strip] = array[strip].astype(out.dtype, copy=False)
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(rows, ends[:-1], ends[1:]))
+    list(host_threads().map(rows, ends[:-1], ends[1:]))

@@ -181,7 +181,7 @@ def _write(
 
 
 def read_model(
-    path: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32"
+    path: str | Path, *, mesh: Mesh | None = None, dtype: str = "float32", stacked: bool = True
 ) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
     """Reads a model directory, of jaxlm or of Hugging Face, or the directory of a training run.
 
@@ -189,6 +189,7 @@ def read_model(
         path: the directory.
         mesh: where the parameters of a Hugging Face directory go; each device's part is read by itself.
         dtype: the type of their dense parameters. All other parameters are as stored, compressed ones included.
+        stacked: whether layers that are alike are stacked in one array (see ``nn.single_layers``).
 
     Returns:
         (config, params, tokenizer, info). ``info`` is that of ``write_model``, with ``source`` (the directory),
@@ -204,7 +205,7 @@ def read_model(
         raise UserError(f"{path} {problem}; name a model directory or a training run")
     if not _holds_model(path):
         if (path / "experiment.json").is_file():
-            return _read_run(path, mesh, dtype)
+            return _read_run(path, mesh, dtype, stacked)
         raise UserError(f"{path} has no config.json; name a model directory or a training run")
     fields = read_json(path / "config.json")
     try:
@@ -214,6 +215,7 @@ def read_model(
     tokenizer = read_tokenizer(path, config)
     info = {name: value for name, value in jaxlm_section(fields).items() if name != "runtime"} | {"source": str(path)}
     if not _is_ours(fields):
+        config = config if stacked else nn.single_layers(config)
         config, params, facts = read_hf_model(path, fields, config, mesh=mesh, dtype=dtype)
         notes = facts["notes"] + ([] if tokenizer is None else tokenizer_notes(tokenizer.config))
         return config, params, tokenizer, info | facts | {"notes": notes}
@@ -223,6 +225,8 @@ def read_model(
         params = unpack_params(nn.abstract(config)[1], files, weights)
     except UserError as error:
         raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    if not stacked:
+        config, params = nn.unstack_layers(config, params)
     return config, params, tokenizer, info | {
         "bytes_on_disk": files.nbytes, "tensor_bytes": tensor_bytes(files.nbytes_of, weights), "weights": weights
     }
@@ -297,11 +301,11 @@ def _weights_metadata(files: TensorFiles, path: Path) -> dict[str, Any]:
 
 
 def _read_run(
-    run: Path, mesh: Mesh | None, dtype: str
+    run: Path, mesh: Mesh | None, dtype: str, stacked: bool
 ) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
     """Reads a training run: the model it exported, else its best checkpoint, else its latest."""
     if _holds_model(run / "model"):
-        return read_model(run / "model", mesh=mesh, dtype=dtype)
+        return read_model(run / "model", mesh=mesh, dtype=dtype, stacked=stacked)
     from jaxlm.checkpoint.store import Store  # imports Orbax, which nothing else here needs
 
     experiment = read_sealed_json(run / "experiment.json")
@@ -321,6 +325,8 @@ def _read_run(
         params = unflatten(like, store.restore_part(steps[0], which, flatten(like)))
     finally:
         store.close()
+    if not stacked:
+        config, params = nn.unstack_layers(config, params)
     return config, params, read_tokenizer(run, config), {"source": str(run), "step": steps[0]}
 
 

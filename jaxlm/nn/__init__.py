@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
     from jaxlm.nn.decoder import DecoderLM
     from jaxlm.nn.layerwise import LayerwiseModel
-    from jaxlm.nn.models import abstract, build, initializer
+    from jaxlm.nn.models import abstract, build, initializer, single_layers, unstack_layers
     from jaxlm.nn.recurrent import LSTMLM
     from jaxlm.nn.seq2seq import Seq2Seq
 else:  # imported at first use, so that the configuration of a model is read without Flax
@@ -31,6 +31,6 @@ else:  # imported at first use, so that the configuration of a model is read wit
         __name__,
         config="PRESETS DecoderConfig LSTMConfig ModelConfig RopeScaling Seq2SeqConfig StackConfig layer_groups_of "
         "preset",
-        decoder="DecoderLM", layerwise="LayerwiseModel", models="abstract build initializer", recurrent="LSTMLM",
-        seq2seq="Seq2Seq",
+        decoder="DecoderLM", layerwise="LayerwiseModel", recurrent="LSTMLM", seq2seq="Seq2Seq",
+        models="abstract build initializer single_layers unstack_layers",
     )

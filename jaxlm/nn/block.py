@@ -175,11 +175,15 @@ def stacked_block(
     config: StackConfig, layers: int, *, cross: bool, experts: bool, depth: int, keys: ParamKeys
 ) -> Block:
     """A Block whose every parameter is that of ``layers`` layers, stacked along a leading dimension."""
-
-    def split_block(key):
-        return nnx.split(Block(config, cross=cross, experts=experts, depth=depth, keys=ParamKeys(key)))
-
-    graphdef, state = jax.vmap(split_block)(jax.random.split(keys.next(), layers))
+    graphdef, state = _split_blocks(jax.random.split(keys.next(), layers), config, cross, experts, depth)
     for _, variable in nnx.to_flat_state(state):
         variable.set_metadata("axes", ("layers", *variable.get_metadata("axes")))
     return nnx.merge(graphdef, state)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))  # groups that are alike are traced once
+def _split_blocks(keys_L: jax.Array, config: StackConfig, cross: bool, experts: bool, depth: int):
+    def split_block(key):
+        return nnx.split(Block(config, cross=cross, experts=experts, depth=depth, keys=ParamKeys(key)))
+
+    return jax.vmap(split_block)(keys_L)

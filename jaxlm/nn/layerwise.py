@@ -16,6 +16,7 @@ from jaxlm.nn.decoder import DecoderLM
 from jaxlm.nn.embeddings import embed, head_logits
 from jaxlm.nn.positions import text_lengths
 from jaxlm.nn.seq2seq import Seq2Seq
+from jaxlm.nn.stack import run_layer
 
 __all__ = ["LayerParams", "LayerPosition", "LayerState", "LayerwiseModel", "TokenBatch"]
 
@@ -74,7 +75,7 @@ class LayerwiseModel:
         block = nnx.merge(graphdef, unflatten(like, dict(layer)))
         settings = jax.tree.map(lambda each: each[position.row], stack.layer_settings(position.layer_group))
         x_BxTxD, memory_BxMxD = state
-        x_BxTxD, *_ = stack.run_layer(block, x_BxTxD, context, settings, memory_BxMxD=memory_BxMxD)
+        x_BxTxD, *_ = run_layer(stack.config, block, x_BxTxD, context, settings, memory_BxMxD=memory_BxMxD)
         return x_BxTxD, memory_BxMxD
 
     def logits(self, params: Params, state: LayerState) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
@@ -9,14 +10,14 @@ import jax
 from flax import nnx
 
 from jaxlm.core.tree import Params
-from jaxlm.nn.config import ModelConfig
+from jaxlm.nn.config import ModelConfig, layer_groups_of
 from jaxlm.nn.decoder import DecoderLM
 from jaxlm.nn.layers import ParamKeys
 from jaxlm.nn.positions import text_lengths
 from jaxlm.nn.recurrent import LSTMLM
 from jaxlm.nn.seq2seq import Seq2Seq
 
-__all__ = ["abstract", "batch_arguments", "build", "initializer"]
+__all__ = ["abstract", "batch_arguments", "build", "initializer", "single_layers", "unstack_layers"]
 
 _MODELS = {"decoder": DecoderLM, "seq2seq": Seq2Seq, "lstm": LSTMLM}
 
@@ -61,3 +62,36 @@ def batch_arguments(
     if config.rotates_by_length and not named:
         named["length_B"] = text_lengths(batch["weights"])
     return inputs, named
+
+
+def single_layers(config: ModelConfig) -> ModelConfig:
+    """The model with a layer group for each layer, so that no layer is a part of a larger array.
+
+    XLA on CPUs copies each layer out of a stack before it multiplies with it, which is twice the memory traffic of a
+    step of decoding.
+    """
+    groups = {
+        "layer_groups" if config.kind == "decoder" else f"{side}_layer_groups": (1,) * config.side_layers(side)
+        for side in config.sides
+    }
+    return dataclasses.replace(config, **groups)
+
+
+def unstack_layers(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The model with ``single_layers``. The arrays of stacks are deleted one after the other, so that a model takes
+    hardly more memory while it is taken apart."""
+    runs = {
+        (side, "layers", group): run
+        for side in config.sides for group, run in enumerate(layer_groups_of(config, side))
+    }  # fmt: skip
+    out = []
+    for path, variable in nnx.to_flat_state(params):
+        run, stacked = runs.get(path[:3], ()), variable.get_value()
+        if len(run) < 2:
+            out.append(((*path[:2], *run, *path[3:]) if run else path, variable))
+            continue
+        for row, layer in enumerate(run):
+            alone = jax.tree.map(lambda array, row=row: array[row : row + 1], stacked)
+            out.append(((*path[:2], layer, *path[3:]), variable.replace(jax.block_until_ready(alone))))
+        jax.tree.map(lambda array: array.delete(), stacked)
+    return single_layers(config), nnx.from_flat_state(out)

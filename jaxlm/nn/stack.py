@@ -7,7 +7,7 @@ dimension. ``lax.scan`` runs the layers of a group, so that compile time does no
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ from jaxlm.nn.positions import (
 )
 from jaxlm.nn.remat import LAYER_INPUT, with_remat
 
-__all__ = ["C", "Stack"]
+__all__ = ["C", "Stack", "run_layer"]
 
 C = TypeVar("C", Cache, PagedCache)
 
@@ -189,28 +189,6 @@ class Stack(nnx.Module):
         windows = jnp.array([cycle[layer % len(cycle)] for layer in run]) if any(cycle) else None
         return LayerSettings(windows, jnp.array(run) + 1 if self.config.attention_scale_by_layer else None)
 
-    def run_layer(
-        self,
-        block: Block,
-        x_BxTxD: jax.Array,
-        context: LayerContext,
-        settings: LayerSettings,
-        *,
-        past: LayerCache | LayerPages | None = None,
-        memory_BxMxD: jax.Array | None = None,
-        memory_kv: KeyValue | None = None,
-        key: jax.Array | None = None,
-        seen: list[jax.Array] | None = None,
-    ) -> tuple[jax.Array, LayerCache | LayerPages | None, Routing | None]:
-        """One layer: what its block returns.
-
-        ``memory_BxMxD`` is the encoder's output, ``memory_kv`` the keys and values of it; one of them is enough.
-        """
-        x_BxTxD = checkpoint_name(x_BxTxD, LAYER_INPUT)
-        if memory_BxMxD is not None:
-            memory_kv = fake_quantize_kv(*block.cross.key_value(memory_BxMxD, None), self.config.kv_cache)
-        return block(x_BxTxD, context.of_layer(settings, self.config), past=past, memory=memory_kv, key=key, seen=seen)
-
     def _lengths(self, positions, segment_ids_BxT, real_BxT, length_B) -> jax.Array | None:
         """The length of the text of each token, ``[B or 1, T or 1]``; None where rotations do not depend on it."""
         if not self.config.rotates_by_length:
@@ -252,15 +230,21 @@ class Stack(nnx.Module):
         """The layers of a group: their output, their cache, and for each layer (routing, output if asked for)."""
         graphdef, params = nnx.split(self.layers[group])
         count = len(self.layer_groups[group])
+        if count == 1 and key is None and self.config.remat == "none":
+            x_BxTxD, past, routing = _traced_once(
+                _LayerFunction(self.config, graphdef), params, x_BxTxD, context, self.layer_settings(group), past,
+                memory_BxMxD, memory_kv,
+            )
+            return x_BxTxD, past, (routing, x_BxTxD[None] if hidden_states else None)
         keys = None if key is None else jax.random.split(key, count)
 
         def body(carry, xs):
             x, kv = carry
             layer, layer_params, settings, layer_key, layer_memory_kv = xs
             layer_past = None if kv is None else replace(past, keys=kv[0], values=kv[1], layer=layer)
-            x, layer_past, routing = self.run_layer(
-                nnx.merge(graphdef, layer_params), x, context, settings, past=layer_past, memory_BxMxD=memory_BxMxD,
-                memory_kv=layer_memory_kv, key=layer_key,
+            x, layer_past, routing = run_layer(
+                self.config, nnx.merge(graphdef, layer_params), x, context, settings, past=layer_past,
+                memory_BxMxD=memory_BxMxD, memory_kv=layer_memory_kv, key=layer_key,
             )
             kv = None if kv is None else (layer_past.keys, layer_past.values)
             return (x, kv), (routing, x if hidden_states else None)
@@ -284,8 +268,8 @@ class Stack(nnx.Module):
                 layer_params, (layer_settings, number) = chosen
                 layer_key = None if key is None else jax.random.fold_in(jax.random.fold_in(key, number), microbatch)
                 block = nnx.merge(graphdefs[0], layer_params)
-                x, _, routing = self.run_layer(
-                    block, x, context, layer_settings, memory_BxMxD=memory_BxMxD, key=layer_key
+                x, _, routing = run_layer(
+                    self.config, block, x, context, layer_settings, memory_BxMxD=memory_BxMxD, key=layer_key
                 )
                 return x, routing
 
@@ -296,6 +280,50 @@ class Stack(nnx.Module):
         return run_pipeline(
             stage, list(zip(params, settings, strict=True)), x_BxTxD, memory_BxMxD, context, schedule
         )
+
+
+def run_layer(
+    config: StackConfig,
+    block: Block,
+    x_BxTxD: jax.Array,
+    context: LayerContext,
+    settings: LayerSettings,
+    *,
+    past: LayerCache | LayerPages | None = None,
+    memory_BxMxD: jax.Array | None = None,
+    memory_kv: KeyValue | None = None,
+    key: jax.Array | None = None,
+    seen: list[jax.Array] | None = None,
+) -> tuple[jax.Array, LayerCache | LayerPages | None, Routing | None]:
+    """One layer of a stack: what its block returns.
+
+    ``memory_BxMxD`` is the encoder's output, ``memory_kv`` the keys and values of it; one of them is enough.
+    """
+    x_BxTxD = checkpoint_name(x_BxTxD, LAYER_INPUT)
+    if memory_BxMxD is not None:
+        memory_kv = fake_quantize_kv(*block.cross.key_value(memory_BxMxD, None), config.kv_cache)
+    return block(x_BxTxD, context.of_layer(settings, config), past=past, memory=memory_kv, key=key, seen=seen)
+
+
+@dataclass(frozen=True)
+class _LayerFunction:
+    """The only layer of a group as a function of arrays. Equal layers are equal, and ``jit`` traces one for all."""
+
+    config: StackConfig
+    graphdef: nnx.GraphDef
+
+    def __call__(self, params, x_BxTxD, context, settings, past, memory_BxMxD, memory_kv):
+        params, settings, memory_kv = jax.tree.map(partial(jnp.squeeze, axis=0), (params, settings, memory_kv))
+        x_BxTxD, past, routing = run_layer(
+            self.config, nnx.merge(self.graphdef, params), x_BxTxD, context, settings, past=past,
+            memory_BxMxD=memory_BxMxD, memory_kv=memory_kv,
+        )
+        return x_BxTxD, past, jax.tree.map(lambda each: each[None], routing)
+
+
+@partial(jax.jit, static_argnums=0)
+def _traced_once(layer: _LayerFunction, *args):
+    return layer(*args)
 
 
 def _scan_layers(body: Callable, carry: Any, xs: Any, count: int, *, unroll: bool) -> tuple[Any, Any]:

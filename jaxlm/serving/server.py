@@ -121,7 +121,7 @@ def _load(
     from jaxlm.model import load
     from jaxlm.serving.models import ModelSource
 
-    draft_model = None if draft is None else load(draft)
+    draft_model = None if draft is None else load(draft, stacked=False)
     if isinstance(models, Mapping):
         loaded = {name: lm if kv_cache is None else lm.configure(kv_cache=kv_cache) for name, lm in models.items()}
     else:
@@ -131,7 +131,8 @@ def _load(
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two models have the name {twice}: give them names, as in a={twice} b=PATH")
         loaded = {
-            source.name: load(source.path, adapter=source.adapter, kv_cache=kv_cache) for source in sources
+            source.name: load(source.path, adapter=source.adapter, kv_cache=kv_cache, stacked=False)
+            for source in sources
         }
     for name, lm in loaded.items():
         for note in lm.info.get("notes", ()):
