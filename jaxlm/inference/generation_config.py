@@ -14,6 +14,7 @@ from typing import Any, Literal
 from jaxlm.core.config import from_dict, to_dict
 from jaxlm.core.config import override as override_fields
 from jaxlm.core.errors import UserError, shown
+from jaxlm.inference.sampling import check_sampling
 from jaxlm.nn.config import ModelConfig
 
 __all__ = ["FILE", "PLAIN", "GenerationConfig"]
@@ -103,6 +104,7 @@ class GenerationConfig:
             if temperature > 0 and beam is None:
                 others["num_beams"] = 1
         others = {name: value for name, value in others.items() if value is not None}
+        check_sampling(others)
         samples = others.get("do_sample", self.do_sample)
         return self.replace(**({} if samples else {"top_k": 0, "top_p": 1.0, "min_p": 0.0}) | others)
 

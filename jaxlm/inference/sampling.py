@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,25 @@ def greedy(logits_BxV: Array) -> Array:
     return top_k(logits_BxV, 1)[1][:, 0]
 
 
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: value >= 0, "0 (greedy) or more"),
+    "top_k": (lambda value: value >= 0, "0 (off) or more"),
+    "top_p": (lambda value: 0 < value <= 1, "above 0 and at most 1 (off)"),
+    "min_p": (lambda value: 0 <= value <= 1, "between 0 (off) and 1"),
+}
+
+
+def check_sampling(settings: Mapping[str, Any]) -> None:
+    """Checks those of some settings that are fields of ``Sampling``.
+
+    Raises:
+        UserError: when a value is outside its range.
+    """
+    for name, (good, wanted) in _RANGES.items():
+        if name in settings and not good(settings[name]):
+            raise UserError(f"{name} is {settings[name]}: give a value {wanted}")
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampling:
@@ -60,14 +80,7 @@ class Sampling:
         Raises:
             UserError: when a value is outside its range.
         """
-        for name, value, good, wanted in (
-            ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-            ("top_k", top_k, top_k >= 0, "0 (off) or more"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
-            ("min_p", min_p, 0 <= min_p <= 1, "between 0 (off) and 1"),
-        ):
-            if not good:
-                raise UserError(f"{name} is {value}: give a value {wanted}")
+        check_sampling({"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p})
         real = [np.full(batch, value, np.float32) for value in (temperature, top_p, min_p)]
         return cls(real[0], np.full(batch, top_k, np.int32), real[1], real[2])
 
