@@ -127,7 +127,8 @@ def prepare(config: Experiment, run: Path) -> Setup:
     translates = isinstance(source, Bitext)
     config = dataclasses.replace(config, model=_with_vocabulary(config.model, tokenizer, translates))
     if resuming:
-        _check_unchanged(config, tokenizer, run)
+        _check_unchanged(config, run)
+        _check_first_token(config, tokenizer, run)
     mesh = make_mesh(**mesh_sizes(config.mesh.preset, config.mesh.sizes, jax.device_count()))
     if config.mesh.compress_gradients != "none" and mesh.shape["data"] == 1:
         raise UserError("mesh.compress_gradients compresses the sum over the data axis; set mesh.data too")
@@ -201,13 +202,17 @@ def _with_vocabulary(model: ModelConfig, tokenizer: Tokenizer, translates: bool)
     return dataclasses.replace(model, vocab_size=vocab_size, **specials)
 
 
-def _check_unchanged(config: Experiment, tokenizer: Tokenizer, run: Path) -> None:
-    stored = read_sealed_json(run / "experiment.json")
-    begun = "first_token" in stored.get("data", {}) or config.data.first_token == "never"
-    if tokenizer.first_token and not begun and config.model.kind != "seq2seq":
+def _check_first_token(config: Experiment, tokenizer: Tokenizer, run: Path) -> None:
+    """Checks that a run that is older than ``data.first_token`` goes on without first tokens, as it began."""
+    known = "first_token" in read_sealed_json(run / "experiment.json").get("data", {})
+    if tokenizer.first_token and not known and config.data.first_token == "auto" and config.model.kind != "seq2seq":
         raise UserError(
             f"{run} was trained before windows began with a first token; resume with --data.first_token never"
         )
+
+
+def _check_unchanged(config: Experiment, run: Path) -> None:
+    stored = read_sealed_json(run / "experiment.json")
     try:
         # Fields that are newer than the run get their defaults.
         stored = json.loads(json.dumps(to_dict(from_dict(Experiment, stored, stored=True))))

@@ -120,6 +120,7 @@ class Linear(nnx.Module):
     """logits = table[token], with a leaf of integers, and noise where a key is given."""
 
     def __init__(self):
+        self.config = nn.DecoderConfig(vocab_size=VOCABULARY)
         self.table = nnx.Param(jnp.linspace(-1, 1, VOCABULARY**2).reshape(VOCABULARY, VOCABULARY), axes=("vocab", None))
         self.shift = nnx.Param(jnp.arange(VOCABULARY), axes=("vocab",))
 
