@@ -291,13 +291,82 @@ def add_named_tokens(raw: tokenizers.Tokenizer, config: Mapping[str, Any]) -> No
         UserError: when a token cannot have its id.
     """
     for index, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        added = tokenizers.AddedToken(**{key: value for key, value in token.items() if key != "__type"})
+        added = _added_token(token)
         (raw.add_special_tokens if added.special else raw.add_tokens)([added])
         if raw.token_to_id(added.content) != int(index):
-            raise UserError(
-                f"tokenizer_config.json gives {added.content!r} the id {index}, and by the vocabulary it has "
-                f"{raw.token_to_id(added.content)}; copy all files of the tokenizer again"
-            )
+            raise UserError(_wrong_id(added.content, index, raw))
+
+
+def _wrong_id(token: str, index: int | str, raw: tokenizers.Tokenizer) -> str:
+    return (
+        f"tokenizer_config.json gives {token!r} the id {index}, and by the vocabulary it has {raw.token_to_id(token)}; "
+        "copy all files of the tokenizer again"
+    )
+
+
+def role_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The special tokens of a tokenizer_config.json that have a name, such as ``eos_token``: strings, or mappings with
+    their ``content``. A mapping in ``extra_special_tokens`` names more."""
+    found = {
+        key: value for key, value in config.items()
+        if key.endswith("_token") and value and not isinstance(value, bool)
+    }
+    extra = config.get("extra_special_tokens")
+    return found | (extra if isinstance(extra, dict) else {})
+
+
+def named_tokens(config: Mapping[str, Any]) -> list[str]:
+    """All special tokens that a tokenizer_config.json gives: those with a name, and those that are only listed."""
+    values = [*role_tokens(config).values(), *_listed_tokens(config)]
+    return [value["content"] if isinstance(value, dict) else value for value in values]
+
+
+def _listed_tokens(config: Mapping[str, Any]) -> Sequence[Any]:
+    extra = config.get("extra_special_tokens") or ()
+    return ([] if isinstance(extra, dict) else extra) or config.get("additional_special_tokens") or ()
+
+
+def add_config_tokens(raw: tokenizers.Tokenizer, config: Mapping[str, Any], most: int | None) -> None:
+    """Adds the tokens that tokenizer_config.json has and tokenizer.json lacks, and makes its special tokens special, in
+    the order of transformers.
+
+    Args:
+        raw: what tokenizer.json holds.
+        config: tokenizer_config.json.
+        most: special tokens without an id of their own are left out where they would get this id or a higher one: the
+            model has no row for them. None: nothing is known of the model.
+
+    Raises:
+        UserError: when a token of ``added_tokens_decoder`` cannot have its id.
+    """
+    known = {token.content: token for token in raw.get_added_tokens_decoder().values()}
+    decoder = {int(index): _added_token(token) for index, token in (config.get("added_tokens_decoder") or {}).items()}
+    roles = {_added_token(token).content for token in role_tokens(config).values()}
+    for index, token in sorted(decoder.items()):
+        token.special = token.special or token.content in roles
+        if token.content in known and repr(known[token.content]) == repr(token):
+            continue
+        is_new = raw.token_to_id(token.content) is None
+        raw.add_tokens([token])
+        if is_new and raw.token_to_id(token.content) != index:
+            raise UserError(_wrong_id(token.content, index, raw))
+    by_content = {token.content: token for token in decoder.values()} or known
+    for token in role_tokens(config).values():
+        given = _added_token(token)
+        _add_special(raw, by_content.get(given.content, given), most)
+    for token in _listed_tokens(config):
+        _add_special(raw, _added_token(token), most)
+
+
+def _added_token(token: Any) -> AddedToken:
+    if isinstance(token, str):
+        return AddedToken(token, special=True, normalized=False)
+    return AddedToken(**{key: value for key, value in token.items() if key != "__type"})
+
+
+def _add_special(raw: tokenizers.Tokenizer, token: AddedToken, most: int | None) -> None:
+    if most is None or raw.token_to_id(token.content) is not None or raw.get_vocab_size() < most:
+        raw.add_special_tokens([token])
 
 
 def read_vocabulary(file: Path) -> dict[str, int]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.tokenizers.backends import role_tokens
 from jaxlm.data.tokenizers.templates.sandbox import generation_spans, render_template
 
 Messages = Sequence[Mapping[str, Any]]
@@ -84,9 +85,10 @@ class ChatTemplate:
         template = self._choose(with_tools=tools is not None)
         if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
             raise UserError('a chat is a list of messages such as {"role": "user", "content": "Hello"}')
-        tokens = {key: value for key, value in self._config.items() if key.endswith("_token")}
-        tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
-        tokens = {key: value for key, value in tokens.items() if isinstance(value, str)}
+        tokens = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in role_tokens(self._config).items()
+        }
         variables = {**tokens, "documents": None, **variables, "messages": messages, "tools": tools}
         return render_template(template, variables, mark_generation)
 

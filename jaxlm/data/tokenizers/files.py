@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.untrusted import read_json_if_there
-from jaxlm.data.tokenizers.backends import FastBackend, TokenizerBackend, add_named_tokens
+from jaxlm.data.tokenizers.backends import (
+    FastBackend,
+    TokenizerBackend,
+    add_config_tokens,
+    add_named_tokens,
+    named_tokens,
+)
 
 _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # SentencePiece
 _MARIAN = ("source.spm", "target.spm", "vocab.json")
@@ -25,10 +31,20 @@ _CONVENTIONAL = {  # the names to look for when no file says which token has the
 _BY_MODEL = {  # the tokenizer class for a model_type of config.json, when no file names the class
     "t5": "T5Tokenizer", "mt5": "T5Tokenizer", "umt5": "T5Tokenizer", "mbart": "MBartTokenizer",
     "m2m_100": "NllbTokenizer", "bart": "BartTokenizer", "roberta": "RobertaTokenizer",
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
 }
 _MOST_SENTINELS = 10_000
 _ROBERTA = ("BartTokenizer", "RobertaTokenizer")
-_BYTE_LEVEL = ("GPT2Tokenizer", "CodeGenTokenizer", *_ROBERTA)
+_END_OF_TEXT = "<|endoftext|>"
+_BYTE_LEVEL: dict[str, dict[str, Any]] = {  # the classes, with the roles of tokens that they give where no file does
+    "GPT2Tokenizer": {}, "CodeGenTokenizer": {}, **dict.fromkeys(_ROBERTA, {}),
+    "Qwen2Tokenizer": {"bos_token": None, "eos_token": _END_OF_TEXT, "pad_token": _END_OF_TEXT},
+}
+_QWEN2 = (  # the regular expression with which Qwen2Tokenizer splits text
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Models whose tokenizer.json counts in transformers 5.24 where tokenizer_class says LlamaTokenizer.
+_FILE_COUNTS = ("mistral", "mixtral", "phi3", "olmo2", "qwen2")
 
 
 def find_tokenizer(directory: Path) -> str | None:
@@ -83,10 +99,12 @@ def _read(directory: Path, name: str) -> tuple[TokenizerBackend, dict[str, Any],
     if not config:
         config = {"tokenizer_class": (converted and family) or "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False}
+    if name == "merges.txt":
+        config = _BYTE_LEVEL.get(family, {}) | config
     _merge_specials(directory, config, converted)
     _merge_templates(directory, config)
     _check(directory, config)
-    backend = _backend(directory / name, family, config)
+    backend = _backend(directory / name, family, config, model)
     _name_roles(config, model, backend.vocabulary, converted)
     if isinstance(backend, FastBackend) and backend.raw.post_processor is None:
         _add_frame(backend, config, begins=name == "tokenizer.model")
@@ -123,7 +141,7 @@ def _family(directory: Path, name: str, config: Mapping[str, Any], model: Mappin
     return _BY_MODEL.get(str(model.get("model_type")), default.get(name, ""))
 
 
-def _backend(file: Path, family: str, config: Mapping[str, Any]) -> TokenizerBackend:
+def _backend(file: Path, family: str, config: dict[str, Any], model: Mapping[str, Any]) -> TokenizerBackend:
     if file.name == "merges.txt":
         return FastBackend(_byte_level(file, family, config))
     if file.suffix in (".model", ".spm"):
@@ -135,13 +153,39 @@ def _backend(file: Path, family: str, config: Mapping[str, Any]) -> TokenizerBac
             return sentencepiece.read_m2m(file.parent, config)
         return sentencepiece.convert(file, family, config)
     try:
-        return FastBackend(tokenizers.Tokenizer.from_file(str(file)))
+        raw = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{file} is not a tokenizer.json ({error}); save it again") from None
+    if family == "LlamaTokenizer" and _is_first_llama(raw):
+        if model.get("model_type") in _FILE_COUNTS:
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"  # also where it is saved with another model
+        else:
+            _split_as_llama(raw, config)
+    rows = (model.get("text_config") or model).get("vocab_size") if model else None
+    add_config_tokens(raw, config, most=(rows or 0) if model else None)
+    return FastBackend(raw)
+
+
+def _is_first_llama(raw: tokenizers.Tokenizer) -> bool:
+    """Whether a tokenizer.json is of the kind that Llama 2 was first published with: it puts a space before every
+    stretch of text between special tokens."""
+    normalizer = b"" if raw.normalizer is None else raw.normalizer.__getstate__()
+    return isinstance(raw.model, models.BPE) and b'"Prepend"' in normalizer
+
+
+def _split_as_llama(raw: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Gives such a file the pre-tokenizer and the decoder of ``LlamaTokenizer``, as transformers does since 5, and as
+    SentencePiece was used in training: there is a space before the text, and none after a special token."""
+    prefix = config.get("add_prefix_space") is not False
+    scheme = ("always" if config.get("legacy") else "first") if prefix else "never"
+    raw.normalizer = None
+    raw.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    raw.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
 
 
 def _byte_level(file: Path, family: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """A byte-level BPE tokenizer, as GPT-2's, from vocab.json and merges.txt."""
+    """A byte-level BPE tokenizer, as GPT-2's or Qwen's, from vocab.json and merges.txt."""
     if family not in _BYTE_LEVEL:
         raise UserError(
             f"{file.parent} has no tokenizer.json, and how {family} splits text is not known here; save it with "
@@ -152,13 +196,18 @@ def _byte_level(file: Path, family: str, config: Mapping[str, Any]) -> tokenizer
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{file} and vocab.json do not make a tokenizer ({error}); copy both again") from None
     prefix = bool(config.get("add_prefix_space"))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    qwen = family == "Qwen2Tokenizer"
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not qwen)
+    if qwen:
+        raw.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(tokenizers.Regex(_QWEN2), "isolated")
+        raw.pre_tokenizer = pre_tokenizers.Sequence([split, raw.pre_tokenizer])
     raw.decoder = decoders.ByteLevel()
-    names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>") if family in _ROBERTA else ("<|endoftext|>",)
+    names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>") if family in _ROBERTA else (_END_OF_TEXT,)
     add_named_tokens(raw, config)
     raw.add_special_tokens([
         AddedToken(name, special=True, normalized=False, lstrip=name == "<mask>")
-        for name in dict.fromkeys((*names, *_named_tokens(config))) if raw.token_to_id(name) is not None
+        for name in dict.fromkeys((*names, *named_tokens(config))) if qwen or raw.token_to_id(name) is not None
     ])
     if family in _ROBERTA:
         ends = [(name, raw.token_to_id(name)) for name in ("</s>", "<s>")]
@@ -168,21 +217,19 @@ def _byte_level(file: Path, family: str, config: Mapping[str, Any]) -> tokenizer
     return raw
 
 
-def _named_tokens(config: Mapping[str, Any]) -> list[str]:
-    values = [value for key, value in config.items() if key.endswith("_token") and not isinstance(value, bool)]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        values += config.get(key) or []
-    return [value["content"] if isinstance(value, dict) else value for value in values if value]
-
-
 def _merge_specials(directory: Path, config: dict[str, Any], converted: bool) -> None:
-    """Adds what older directories keep in special_tokens_map.json and added_tokens.json."""
+    """Adds what older directories keep in special_tokens_map.json and added_tokens.json. As in transformers, the first
+    replaces roles that tokenizer_config.json gives, and adds to its list of tokens without a role."""
     if "added_tokens_decoder" in config:
         return
+    listed = config.get("extra_special_tokens") or config.get("additional_special_tokens")
     for key, value in read_json_if_there(directory / "special_tokens_map.json").items():
-        config[key] = config.get(key) or value
+        if key == "extra_special_tokens" and isinstance(value, list) and not isinstance(listed, dict):
+            value = [*(listed or ()), *(token for token in value if token not in (listed or ()))]
+        if key != "additional_special_tokens" or not listed:
+            config[key] = value
     if converted and (added := read_json_if_there(directory / "added_tokens.json")):
-        special = set(_named_tokens(config))
+        special = set(named_tokens(config))
         config["added_tokens_decoder"] = {
             str(index): {"content": token, "special": token in special, "normalized": token not in special}
             for token, index in sorted(added.items(), key=lambda item: item[1])
@@ -215,7 +262,8 @@ def _name_roles(
             index = model.get(f"{role}_token_id")
             index = index[0] if isinstance(index, list) else index
             if index is None:
-                known = (name for name in conventional if (converted or not model) and name in vocabulary)
+                usual = f"{role}_token" not in config and (converted or not model)
+                known = (name for name in conventional if usual and name in vocabulary)
             else:
                 known = (token for token, other in vocabulary.items() if other == index)
             config[f"{role}_token"] = next(known, None)

@@ -17,7 +17,14 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxlm.core.errors import UserError
-from jaxlm.data.tokenizers.backends import FastBackend, PieceBackend, PieceModel, add_named_tokens, read_vocabulary
+from jaxlm.data.tokenizers.backends import (
+    FastBackend,
+    PieceBackend,
+    PieceModel,
+    add_named_tokens,
+    named_tokens,
+    read_vocabulary,
+)
 from jaxlm.data.tokenizers.languages import language_convention
 
 _SPACE = "▁"  # stands for a space in pieces
@@ -131,7 +138,8 @@ def _convert(model: Any, family: str, config: Mapping[str, Any]) -> tokenizers.T
         raw = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=fallback))
     add_named_tokens(raw, config)
     escaped = not _prefixed(model.normalizer_spec, config)  # the normaliser has replaced spaces by _SPACE
-    raw.add_special_tokens([*specials, *appended])
+    described = {token.content for token in raw.get_added_tokens_decoder().values()}
+    raw.add_special_tokens([token for token in (*specials, *appended) if token.content not in described])
     raw.add_tokens([
         AddedToken(piece, special=False, normalized=escaped and _SPACE in piece)
         for (piece, _), kind in zip(pieces, kinds, strict=False) if kind == _USER_DEFINED
@@ -224,9 +232,7 @@ def _piece_backend(
     directory: Path, names: Sequence[str], source: PieceModel, target: PieceModel, config: Mapping[str, Any],
     codes: Sequence[str] = (), marian: bool = False,
 ) -> PieceBackend:
-    listed = [*(config.get("additional_special_tokens") or ()), *(config.get("extra_special_tokens") or ())]
-    named = [config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")]
-    tokens = [token["content"] if isinstance(token, dict) else token for token in (*named, *listed) if token]
+    tokens = named_tokens(config)
     vocabulary = source.vocabulary
     for token in ("<unk>", "</s>", "<pad>"):
         if token not in vocabulary:

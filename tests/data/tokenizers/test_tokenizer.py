@@ -28,6 +28,7 @@ CORPUS = [
 BPE = Tokenizer.train(CORPUS, vocab_size=300)
 CHAR = Tokenizer.train(CORPUS, "char")
 TRICKY = "a<s> </s><pad>\ufeff \r\n\x00\u2028 😀 e\u0301 \u00a0the cat's"
+NAMED = ("<pad>", "<s>", "</s>")
 SHARED = Path(os.environ.get("JAXLM_SHARED", "shared"))
 
 
@@ -241,6 +242,39 @@ def test_vocabulary_and_merges(name, tmp_path):
     (tmp_path / "merges.txt").write_text("x y z\n")
     with pytest.raises(UserError, match=r"merges\.txt and vocab\.json do not make a tokenizer \("):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("named", ["model", "class"])
+def test_qwen_of_vocabulary_and_merges(named, tmp_path):
+    raw = json.loads(_saved(BPE, tmp_path / "own"))["model"]
+    vocabulary = {token: i for i, token in enumerate(token for token in raw["vocab"] if token not in NAMED)}
+    merges = [pair for pair in raw["merges"] if "".join(pair) in vocabulary]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n")
+    n = len(vocabulary)
+    if named == "model":
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": n + 9}))
+    else:
+        special = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+        added = {n: "<|endoftext|>", n + 1: "<|im_start|>", n + 2: "<|im_end|>"}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+            "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+            "bos_token": None,
+            "added_tokens_decoder": {str(i): special | {"content": token} for i, token in added.items()},
+        }))
+    ours = Tokenizer.load(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, n if named == "model" else n + 2, n)
+    assert ours.encode("e\u0301") == ours.encode("é"), "as NFC"
+    assert len(ours.encode("12")) == 2 and ours.decode(ours.encode("12 it'll")) == "12 it'll"
+    assert ours.encode_prompt("the<|endoftext|>") == [*ours.encode("the"), n]
+    ours.save(tmp_path / "saved")
+    assert Tokenizer.load(tmp_path / "saved").encode_prompt(TRICKY) == ours.encode_prompt(TRICKY)
+    transformers = pytest.importorskip("transformers")
+    for directory in (tmp_path, tmp_path / "saved"):
+        theirs = transformers.AutoTokenizer.from_pretrained(directory)
+        assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eos_id, ours.pad_id)
+        for text in (*CORPUS, TRICKY, "<|endoftext|> e\u0301 <|im_end|>"):
+            assert ours.encode_prompt(text) == theirs(text)["input_ids"]
 
 
 def _saved(tokenizer, directory):
