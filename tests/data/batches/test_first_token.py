@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm.core.config import to_dict
 from jaxlm.core.errors import UserError
 from jaxlm.data.batches.encoding import EncodedDocuments, encode_documents
 from jaxlm.data.batches.packing import PackedDocuments, Windows
 from jaxlm.data.batches.token_cache import encode_cached
 from jaxlm.data.calibration import calibration_batches
+from jaxlm.data.config import DataConfig
 from jaxlm.data.sources.spec import open_source
 from jaxlm.data.sources.types import Documents, Tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.evaluation.likelihood import StreamWindows
+from jaxlm.nn.config import DecoderConfig
+from jaxlm.training.config import Experiment
+from jaxlm.training.setup import _check_first_token
 
 FIRST = {"none": (), "one": (1,), "two": (1, 2)}
 
@@ -126,6 +134,21 @@ def test_calibration_windows_begin_with_it(tmp_path):
     assert rows.tolist() == [[1, *ids[:2]], [1, *ids[2:4]], [1, *ids[4:]]]
     ((rows,),) = calibration_batches(f"text:{tmp_path}/text", found, first_token="never", **options)
     assert rows.tolist() == [ids[:3], ids[3:]]
+
+
+def test_a_run_that_began_without_it_goes_on_without_it(tmp_path):
+    model = DecoderConfig(vocab_size=9, width=8, heads=2, ffn=8, layers=1)
+    experiment = Experiment(model=model, data=DataConfig(train="text:x"))
+    stored = to_dict(experiment)
+    (tmp_path / "experiment.json").write_text(json.dumps(stored))
+    _check_first_token(experiment, tokenizer(), tmp_path)
+    del stored["data"]["first_token"]
+    (tmp_path / "experiment.json").write_text(json.dumps(stored))
+    _check_first_token(experiment, tokenizer(()), tmp_path)
+    with pytest.raises(UserError, match="--data.first_token never"):
+        _check_first_token(experiment, tokenizer(), tmp_path)
+    never = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, first_token="never"))
+    _check_first_token(never, tokenizer(), tmp_path)
 
 
 def test_rows_without_room_are_an_error():
