@@ -72,6 +72,7 @@ class RecipeName:
 
 _SHARED = {
     "bits": r"w(?P<bits>\d)",
+    "a8group": r"(-g(?P<group>\d+))?",
     "group": r"(-g(?P<group>\d+)|-(?P<channel>channel))?(-(?P<sym>sym))?",
     "sparse": r"(sparse(?P<percent>\d+(\.\d+)?)|(?P<n>\d+):(?P<m>\d+))",
 }
@@ -91,7 +92,8 @@ def _sparsity(found: dict[str, str]) -> dict:
 NAMES: tuple[RecipeName, ...] = (
     RecipeName(
         "w8a8-dynamic", "int8 weights with a scale an output channel; activations rounded to int8 with a scale a "
-        "token, on the fly", "{bits}a8-dynamic", lambda f: (Quantize(int(f["bits"]), symmetric=True, act_bits=8),),
+        "token, on the fly (w4a8-dynamic-g128: a scale for each 128 inputs of an output)", "{bits}a8-dynamic{a8group}",
+        lambda f: (Quantize(int(f["bits"]), int(f["group"] or 0), symmetric=True, act_bits=8),),
     ),
     RecipeName(
         "w8a8-static", "the same, with activations rounded on one grid for all tokens, found with data", "w8a8-static",

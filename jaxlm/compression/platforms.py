@@ -101,7 +101,7 @@ def fast_on_cpu(leaf: Leaf) -> bool:
         return False
     *layers, n_out, n_in = leaf.codes.shape
     size, narrowest = n_in * n_out, min(n_in, n_out)
-    if leaf.act_bits:
+    if leaf.act_bits and leaf.scale.shape[-1] == 1:
         return narrowest >= 128 and size >= (2**15 if layers else 2**20)
     return _VNNI and leaf.scale.shape[-1] == 1 and narrowest >= 512 and size >= (2**18 if layers else 2**20)
 

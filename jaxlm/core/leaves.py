@@ -53,7 +53,7 @@ class QArray(_Coded):
     - ``zero`` is None (a symmetric grid) or int8 like ``scale``, in the range of the codes. It is an integer, so a
       zero weight is exactly representable: pruned weights survive quantization.
     - ``act_bits`` is 0 (weights are dequantized to the dtype of the activations) or 8. With 8, activations are
-      quantized to the type of the codes, int8 or float8, and products accumulate in int32 or float32; this needs
+      quantized to the type of the codes, int8 or float8, and products accumulate in int32 or float32; float8 needs
       ``group == 0``. The scale of a token is its largest magnitude; or, if given, ``act_scale``, float32
       ``[..., 1, 1]``.
     - ``axis`` is the contraction axis of the dense array: -2 for a kernel ``[in, out]``, -1 for an embedding table

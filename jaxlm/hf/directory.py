@@ -32,7 +32,7 @@ from jaxlm.data.tokenizers.files import find_tokenizer
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from jaxlm.hf.config import RUNTIME_FIELDS, jaxlm_section, read_config
 from jaxlm.hf.families.known_fields import tokenizer_notes
-from jaxlm.hf.quantized.compressed_tensors_export import to_compressed_tensors
+from jaxlm.hf.quantized.compressed_tensors_export import running_dtype, to_compressed_tensors
 from jaxlm.hf.reader import read_hf_model
 from jaxlm.hf.tensor_files import LazyTensor, TensorFiles, write_tensors, written_bytes
 from jaxlm.hf.validate import validate_sizes
@@ -146,7 +146,8 @@ def export_model(
         if compressed:
             plan = plan_export(config, merge_adapters(params), fields)
             tensors, quantization = to_compressed_tensors(plan, fields["model_type"], jnp.dtype(dtype))
-            _write_json(new / "config.json", fields | {"dtype": dtype, "quantization_config": quantization})
+            runs = {"dtype": running_dtype(quantization, dtype), "quantization_config": quantization}
+            _write_json(new / "config.json", fields | runs)
             write_tensors(new, tensors)
         else:
             family = fields | {"dtype": dtype}

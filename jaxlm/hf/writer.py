@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxlm import nn
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import QArray, dequantize, is_leaf
+from jaxlm.core.leaves import Codebook, QArray, dequantize, is_leaf
 from jaxlm.core.tree import Leaf, Params, flatten
 from jaxlm.hf.config import RUNTIME_FIELDS, from_hf_config, with_defaults
 from jaxlm.hf.families.fields import TensorSpec
@@ -201,7 +201,7 @@ class ExportPlan:
     def _scale(self, spec: TensorSpec) -> float:
         return 1.0 if spec.scale is None else spec.scale(self.hf_fields)
 
-    def quantized_matrix(self, name: str) -> QArray:
+    def quantized_matrix(self, name: str) -> QArray | Codebook:
         """A tensor of the file with codes ``[out, in]``, of NumPy arrays; all that it holds must be quantized alike."""
         slices, leaves = self.slices[name], []
         for part in slices:
@@ -214,7 +214,8 @@ class ExportPlan:
             parts = [getattr(leaf, field) for leaf in leaves]
             return None if parts[0] is None else slices[0].spec.fused.fuse(self.config, parts)
 
-        return dataclasses.replace(leaves[0], codes=fuse("codes"), scale=fuse("scale"), zero=fuse("zero"))
+        fields = ("codes", "scale") if isinstance(leaves[0], Codebook) else ("codes", "scale", "zero")
+        return dataclasses.replace(leaves[0], **{field: fuse(field) for field in fields})
 
 
 def plan_export(config: ModelConfig, params: Params, fields: Mapping[str, Any]) -> ExportPlan:

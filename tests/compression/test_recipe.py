@@ -40,6 +40,7 @@ def params():
     "name,steps,storage",
     [
         ("w8a8-dynamic", (Quantize(8, 0, True, 8),), "plain"),
+        ("w4a8-dynamic-g128", (Quantize(4, 128, True, 8),), "plain"),
         ("w8a16-rtn", (Quantize(8, 128),), "plain"),
         ("w4a16-rtn", (Quantize(4, 128, False, 0),), "plain"),
         ("w3a16-rtn-g32-sym", (Quantize(3, 32, True),), "plain"),

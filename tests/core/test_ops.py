@@ -122,6 +122,17 @@ def test_integer_dot_is_exact(rows, symmetric):
     np.testing.assert_allclose(jax.jit(ops.dot)(x, leaf), integer_reference(x, leaf), rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_activations_are_rounded_beside_weights_in_groups_too(symmetric):
+    """W4A8: the same product as in float64, of the rounded rows by the weights."""
+    x, leaf = normal(3, 300), quantize(normal(300, 20, seed=1), bits=4, group=32, symmetric=symmetric, act_bits=8)
+    largest = np.abs(np.float64(x)).max(1, keepdims=True)
+    rounded = np.round(np.float64(x) / largest * 127) / 127 * largest
+    expected = rounded @ np.asarray(dequantized(leaf), np.float64)
+    np.testing.assert_allclose(jax.jit(ops.dot)(x, leaf), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected - np.float64(x) @ np.asarray(dequantized(leaf), np.float64)).max() > 1e-2
+
+
 def test_integer_dot_of_each_row_is_its_own():
     leaf = quantize(normal(64, 8, seed=1), bits=8, act_bits=8)
     x = normal(4, 64) * jnp.array([[1.0], [1e-6], [0.0], [1e6]])

@@ -164,12 +164,12 @@ class Quantize(WeightStep):
 
     def __post_init__(self):
         check_grid(self.bits, self.group)
-        if self.act_bits not in (0, 8) or (self.act_bits and self.group):
-            raise UserError("activations are quantized to 8 bits with one weight group a channel, or not at all")
+        if self.act_bits not in (0, 8):
+            raise UserError(f"activations of {self.act_bits} bits are impossible; use 8, or 0 to leave them alone")
 
     @property
     def on_cpu(self) -> OnCpu:
-        return "faster" if self.act_bits else integers_on_cpu(self.group)
+        return "faster" if self.act_bits and not self.group else integers_on_cpu(self.group)
 
     def weight(self, dense: Leaf, axis: int) -> Leaf:
         return quantize(

@@ -7,6 +7,8 @@ scheme a linear map ``NAME`` of ``out`` times ``in`` weights is stored as
                         other; NAME.weight_shape; NAME.weight_zero_point, int32 [words, groups], packed along outputs
     int-quantized       NAME.weight int8 and NAME.weight_zero_point int8 [out, groups]
     float-quantized     NAME.weight float8_e4m3fn
+    mxfp4-pack-quantized    NAME.weight_packed, uint8 [out, in / 2]: two e2m1 codes a byte, the first in the low bits;
+                        NAME.weight_scale, uint8 [out, in / 32]: exponents of two, plus 127
     sparse-bitmask      NAME.compressed, the weights that are not zero, row by row; NAME.bitmask, uint8
                         [out, ceil(in / 8)], a bit for each weight, the lowest bit first; NAME.shape; NAME.row_offsets
     sparse-24-bitmask   the same for 2:4 sparsity: NAME.compressed is [out, in / 2], and there are no offsets
@@ -26,7 +28,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxlm.compression.quantize.codebook import E2M1
 from jaxlm.core.errors import UserError
+from jaxlm.core.leaves import Codebook
 from jaxlm.core.untrusted import Pattern
 from jaxlm.hf.quantized.compressed_tensors_scheme import FORMATS, Scheme
 from jaxlm.hf.quantized.matrix import MatrixValues, QuantizedMatrix, check_tensor, make_qarray
@@ -36,6 +40,7 @@ from jaxlm.hf.tensor_files import TensorFiles
 __all__ = ["compressed_tensors_matrices"]
 
 _FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_MX_GROUP = 32  # inputs with one exponent
 _SPARSE_FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
 _SUFFIXES = (".weight_packed", ".weight_scale", ".bitmask")  # a module with one of these tensors is quantized
 
@@ -135,6 +140,8 @@ def _matrix(files: TensorFiles, module: str, schemes: SchemeTargets) -> Quantize
         scheme = _scheme_of(module, schemes)
     else:
         scheme = _scheme_of(module, schemes)
+        if scheme.mxfp4:
+            return _mxfp4(files, module, small)
         codes = (_packed if "weight_packed" in small else _plain)(files, module, scheme)
     n_out, n_in = codes.shape
     groups = -(-n_in // scheme.group) if scheme.group else 1
@@ -231,6 +238,24 @@ def _packed(files: TensorFiles, module: str, scheme: Scheme) -> _StoredCodes:
         return _signed(_unpack(files, packed, files.read(packed), scheme.bits, shape[1]), scheme.bits)
 
     return _StoredCodes(shape, (packed, size), read)
+
+
+def _mxfp4(files: TensorFiles, module: str, small: _SmallTensors) -> QuantizedMatrix:
+    """mxfp4-pack-quantized."""
+    name = f"{module}.weight_packed"
+    n_out, pairs = check_tensor(files, name, "uint8", (None, None))
+    n_in = 2 * pairs
+    exponents = small.read("weight_scale", "uint8", (n_out, -(-n_in // _MX_GROUP)))
+    if exponents.size and exponents.max() > 254:
+        raise small.error("has 255 in it, which is no exponent")
+
+    def read() -> Codebook:
+        packed = files.read(name)
+        codes = np.stack([packed & 15, packed >> 4], -1).reshape(n_out, n_in)
+        scale = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+        return Codebook(codes, E2M1.copy(), scale, 4, _MX_GROUP, "mxfp4")
+
+    return QuantizedMatrix((name, *small.names), (n_out, n_in), ("mxfp4",), read)
 
 
 def _bitmask(files: TensorFiles, module: str) -> _StoredCodes:

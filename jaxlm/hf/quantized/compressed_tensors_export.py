@@ -22,8 +22,9 @@ from jaxlm.hf.quantized.packing import pack_int32
 from jaxlm.hf.tensor_files import LazyTensor
 from jaxlm.hf.writer import ExportPlan, ParamSlice
 
-__all__ = ["to_compressed_tensors"]
+__all__ = ["running_dtype", "to_compressed_tensors"]
 
+_MX_GROUP = 32  # inputs of MXFP4 with one exponent
 _FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 Tensors = dict[str, np.ndarray | LazyTensor]
 
@@ -51,6 +52,13 @@ def to_compressed_tensors(plan: ExportPlan, model_type: str, dtype: np.dtype) ->
     return tensors, _config(quantized, _linear_maps(plan, model_type))
 
 
+def running_dtype(quantization: Mapping[str, Any], dtype: str) -> str:
+    """The type in which transformers runs a model with this ``quantization_config``, whose dense weights are of the
+    type ``dtype``: compressed-tensors 0.20 expands MXFP4 to bfloat16, and the rest must fit."""
+    formats = [group["format"] for group in quantization.get("config_groups", {}).values()]
+    return "bfloat16" if "mxfp4-pack-quantized" in formats else dtype
+
+
 def _linear_maps(plan: ExportPlan, model_type: str) -> list[str]:
     """The names of the linear maps that transformers sees, which include the output head, tied or not."""
     names = {name for name, slices in plan.slices.items() if slices[0].path.endswith("/kernel")}
@@ -70,11 +78,12 @@ def _slice_scheme(part: ParamSlice) -> Scheme | None:
     leaf = part.leaf
     if not is_leaf(leaf):
         return None
-    if isinstance(leaf, Codebook | LowRank):
+    mxfp4 = isinstance(leaf, Codebook) and leaf.kind == "mxfp4"
+    if isinstance(leaf, Codebook | LowRank) and not mxfp4:
         what = f"a table of {2**leaf.bits} values ({leaf.kind})" if isinstance(leaf, Codebook) else "low-rank factors"
         near = "w4a16-rtn-g64" if isinstance(leaf, LowRank) or leaf.bits <= 4 else "w8a16-rtn-g64"
         raise UserError(f"{part.path} is {what}, which compressed-tensors does not have; the nearest recipe is {near}")
-    if not isinstance(leaf, QArray):
+    if not isinstance(leaf, QArray | Codebook):
         raise UserError(f"{part.path} is a {type(leaf).__name__}, which compressed-tensors does not have; merge it")
     if part.path.endswith("/table"):
         raise UserError(f"{part.path} is quantized; for compressed-tensors leave embeddings dense in the recipe")
@@ -82,6 +91,8 @@ def _slice_scheme(part: ParamSlice) -> Scheme | None:
         raise UserError(f"{part.path} is quantized; transformers reads experts dense only: leave them so in the recipe")
     if not part.spec.transposed:
         raise UserError(f"{part.path} is stored as a Conv1D in this family, which compressed-tensors does not quantize")
+    if mxfp4:
+        return Scheme(4, floats=True, group=_MX_GROUP, strategy="group")
     activations = "" if not leaf.act_bits else "dynamic" if leaf.act_scale is None else "static"
     floats = leaf.codes.dtype == _FLOAT8
     strategy = "group" if leaf.group else "channel"
@@ -97,9 +108,10 @@ def _check_groups(plan: ExportPlan, quantized: Mapping[str, Scheme]) -> None:
             common = math.gcd(*inputs.values(), group)
             power = common & -common  # the largest power of two that divides it
             near = f"-g{power}" if power >= 16 else "-channel"
+            instead = f"is w4a16-rtn{near}" if quantized[name].mxfp4 else f"ends in {near} instead of -g{group}"
             raise UserError(
                 f"{plan.slices[name][0].path} has {n_in} inputs, which are not whole groups of {group}, as "
-                f"compressed-tensors asks for; the nearest recipe ends in {near} instead of -g{group}"
+                f"compressed-tensors asks for; the nearest recipe {instead}"
             )
 
 
@@ -110,13 +122,18 @@ def _matrix(plan: ExportPlan, name: str, scheme: Scheme, dtype: np.dtype) -> Ten
     groups = n_in // scheme.group if scheme.group else 1
     half = 2 ** (scheme.bits - 1)
 
-    def lazy(shape: tuple[int, ...], dtype: Any, make: Callable[[QArray], np.ndarray]) -> LazyTensor:
+    def lazy(shape: tuple[int, ...], dtype: Any, make: Callable[[Any], np.ndarray]) -> LazyTensor:
         dtype = np.dtype(dtype)
         return LazyTensor(shape, dtype, lambda: np.ascontiguousarray(make(plan.quantized_matrix(name))).astype(dtype))
 
     def packed(codes: np.ndarray) -> np.ndarray:
         return pack_int32((codes.astype(np.int16) + half).astype(np.uint8), scheme.bits)
 
+    if scheme.mxfp4:
+        return {
+            f"{module}.weight_packed": lazy((n_out, n_in // 2), np.uint8, _e2m1_pairs),
+            f"{module}.weight_scale": lazy((n_out, groups), np.uint8, lambda leaf: np.frexp(leaf.scale)[1] + 126),
+        }
     tensors: Tensors = {f"{module}.weight_scale": lazy((n_out, groups), dtype, lambda leaf: leaf.scale)}
     if scheme.format == "pack-quantized":
         tensors[f"{module}.weight_packed"] = lazy(
@@ -135,6 +152,12 @@ def _matrix(plan: ExportPlan, name: str, scheme: Scheme, dtype: np.dtype) -> Ten
     if scheme.activations == "static":
         tensors[f"{module}.input_scale"] = LazyTensor((1,), dtype, partial(_input_scale, slices, dtype))
     return tensors
+
+
+def _e2m1_pairs(leaf: Codebook) -> np.ndarray:
+    """Two codes of e2m1 a byte, the first in the low bits."""
+    codes = leaf.codes.astype(np.uint8)
+    return codes[:, ::2] | codes[:, 1::2] << 4
 
 
 def _input_scale(slices: list[ParamSlice], dtype: np.dtype) -> np.ndarray:

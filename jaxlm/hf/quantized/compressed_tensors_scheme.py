@@ -10,20 +10,24 @@ from jaxlm.core.errors import UserError
 
 __all__ = ["FORMATS", "Scheme"]
 
-FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
+FORMATS = (
+    "pack-quantized", "int-quantized", "float-quantized", "mxfp4-pack-quantized", "naive-quantized", "mixed-precision",
+    "dense",
+)
 
 
 @dataclass(frozen=True)
 class Scheme:
     """How a linear map is quantized.
 
-    - ``bits`` is the width of a weight; ``floats`` says that weights are float8_e4m3fn, else they are integers.
+    - ``bits`` is the width of a weight; ``floats`` says that weights are floats, float8_e4m3fn or the 4 bits of MXFP4,
+      else they are integers.
     - ``symmetric``: there are no zero points.
     - ``group`` inputs share a scale; 0 is one scale an output, or one for the whole matrix.
     - ``rows`` outputs share a scale.
     - ``strategy`` is what compressed-tensors calls this sharing: "tensor", "channel", "group" or "block".
     - ``activations`` are "" (not quantized), "dynamic" (a scale for each token) or "static" (one fixed scale). They are
-      8 bits wide and of the same kind as the weights.
+      8 bits wide and of the same kind as the weights; beside weights of MXFP4 there are none.
     """
 
     bits: int
@@ -35,8 +39,14 @@ class Scheme:
     activations: str = ""
 
     @property
+    def mxfp4(self) -> bool:
+        return self.floats and self.bits == 4
+
+    @property
     def format(self) -> str:
         """The format in which matrices of this scheme are written."""
+        if self.mxfp4:
+            return "mxfp4-pack-quantized"
         if self.floats:
             return "float-quantized"
         return "int-quantized" if self.activations else "pack-quantized"
@@ -46,6 +56,7 @@ class Scheme:
         kind = "float" if self.floats else "int"
         weights = {"num_bits": self.bits, "type": kind, "symmetric": self.symmetric, "strategy": self.strategy}
         weights |= {"group_size": self.group or None, "dynamic": False}
+        weights |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"} if self.mxfp4 else {}
         inputs = None
         if self.activations:
             dynamic = self.activations == "dynamic"
@@ -69,13 +80,16 @@ class Scheme:
         weights = fields["weights"]
         bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
         floats, symmetric = kind == "float", weights.get("symmetric", True)
-        if type(bits) is not int or not 1 <= bits <= 8 or kind not in ("int", "float") or (floats and bits != 8):
+        known = type(bits) is int and (bits in (4, 8) if floats else 1 <= bits <= 8)
+        if kind not in ("int", "float") or not known:
             raise UserError(f"config_groups: {name} has weights of the type {kind!r} in {bits!r} bits; not supported")
         if type(symmetric) is not bool or (floats and not symmetric):
             raise UserError(f"config_groups: {name} has symmetric = {symmetric!r}, which is not supported there")
         if weights.get("dynamic"):
             raise UserError(f"config_groups: {name} quantizes weights dynamically, which is not supported")
         group, rows, strategy = _sharing(name, weights)
+        if floats and bits == 4 and (group, strategy) != (32, "group"):
+            raise UserError(f"config_groups: {name} has 4-bit floats, which are read as MXFP4 only, in groups of 32")
         return cls(bits, floats, symmetric, group, rows, strategy, _activations(name, fields, kind, group))
 
 
@@ -106,10 +120,10 @@ def _activations(name: str, fields: Mapping[str, Any], kind: str, group: int) ->
     plain = all(isinstance(each, str | bool | None) for each in how)
     found = {("token", True): "dynamic", ("tensor", False): "static"}.get(how) if plain else None
     alike = given.get("num_bits", 8) == 8 and given.get("type", "int") == kind and given.get("symmetric", True) is True
-    if found is None or not alike or group:
+    if found is None or not alike or (group and kind == "float"):
         raise UserError(
             f"config_groups: {name} quantizes input_activations in a way that is not supported: only symmetric ones of "
-            "8 bits, of the type of the weights, with a scale for each token or one fixed scale, and beside weights "
+            "8 bits, of the type of the weights, with a scale for each token or one fixed scale; floats beside weights "
             "with one scale an output"
         )
     return found

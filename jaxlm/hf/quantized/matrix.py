@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.leaves import QArray, expand_groups
+from jaxlm.core.leaves import Codebook, QArray, expand_groups
 from jaxlm.hf.tensor_files import TensorFiles
 
 __all__ = [
     "MatrixValues", "QuantizedMatrix", "QuantizedTensorFiles", "check_tensor", "dequantize_matrix", "make_qarray",
 ]
 
-MatrixValues = QArray | np.ndarray  # codes, or float values [out, in]
+MatrixValues = QArray | Codebook | np.ndarray  # codes, or float values [out, in]
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class QuantizedMatrix:
 
     - ``stored_names`` are the names of the tensors that store it.
     - ``shape`` is that of the dense weight, ``(out, in)``.
-    - ``stack_key`` says how it is quantized. Matrices can be stacked as one QArray where their keys are equal; None is
+    - ``stack_key`` says how it is quantized. Matrices can be stacked as one leaf where their keys are equal; None is
       for a matrix that can only be read dense.
-    - ``read`` gives a QArray of NumPy arrays, or float values ``[out, in]``.
+    - ``read`` gives a QArray or Codebook of NumPy arrays, or float values ``[out, in]``.
     - ``dense_reason`` says why it can only be read dense, where somebody should know.
     - ``note`` says what else somebody should know.
     """
@@ -113,10 +113,11 @@ class QuantizedTensorFiles(Mapping[str, np.ndarray]):
 
 def dequantize_matrix(matrix: MatrixValues) -> np.ndarray:
     """The dense values ``[..., out, in]`` of a matrix, in NumPy."""
-    if not isinstance(matrix, QArray):
+    if isinstance(matrix, np.ndarray):
         return matrix
-    codes, n_in = matrix.codes.astype(np.float32), matrix.codes.shape[-1]
-    if matrix.zero is not None:
+    n_in = matrix.codes.shape[-1]
+    codes = matrix.table[matrix.codes] if isinstance(matrix, Codebook) else matrix.codes.astype(np.float32)
+    if isinstance(matrix, QArray) and matrix.zero is not None:
         codes -= expand_groups(matrix.zero, matrix.group, n_in).astype(np.float32)
     return codes * expand_groups(matrix.scale, matrix.group, n_in)
 
@@ -135,7 +136,8 @@ def check_tensor(files: TensorFiles, name: str, kinds: str, shape: tuple[int | N
     """The shape of a tensor, which is checked.
 
     Args:
-        kinds: NumPy's letters for the kinds of types that are allowed, where "V" is float8 and bfloat16; or "int32".
+        kinds: NumPy's letters for the kinds of types that are allowed, where "V" is float8 and bfloat16; or "int32", or
+            "uint8".
         shape: the shape it must have; None stands for any size.
 
     Raises:
@@ -143,7 +145,7 @@ def check_tensor(files: TensorFiles, name: str, kinds: str, shape: tuple[int | N
     """
     found, dtype = files.shape(name), files.dtype(name)
     fits = len(found) == len(shape) and all(size in (None, each) for each, size in zip(found, shape, strict=True))
-    if not fits or (dtype != np.int32 if kinds == "int32" else dtype.kind not in kinds):
+    if not fits or (dtype != np.dtype(kinds) if kinds in ("int32", "uint8") else dtype.kind not in kinds):
         expected = " x ".join("?" if size is None else str(size) for size in shape)
         raise UserError(
             f"{files.path_of(name)}: tensor {name!r} is {dtype}{list(found)}, which this layout cannot be (it should "

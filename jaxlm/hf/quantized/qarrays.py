@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlm.core.leaves import QArray
+from jaxlm.core.leaves import Codebook, QArray
 from jaxlm.hf.families.fields import TensorSpec
 from jaxlm.hf.quantized.matrix import QuantizedMatrix, dequantize_matrix
 from jaxlm.nn.config import DecoderConfig, ModelConfig, layer_groups_of
@@ -49,7 +49,7 @@ def split_layer_groups(config: ModelConfig, quantization: Mapping[tuple[str, int
 def stack_matrices(
     config: ModelConfig, hf_fields: Mapping[str, Any], path: str, lead: tuple[int, ...],
     matrices: Sequence[tuple[TensorSpec, QuantizedMatrix]],
-) -> QArray:
+) -> QArray | Codebook:
     """The parameter at ``path`` of matrices with one ``stack_key``, in the order of its leading dimensions ``lead``
     (layers, experts). ``hf_fields`` are those of config.json, defaults included."""
     leaves = [_slice(config, hf_fields, spec, matrix.read()) for spec, matrix in matrices]
@@ -63,10 +63,13 @@ def dense_slice(config: ModelConfig, spec: TensorSpec, matrix: QuantizedMatrix) 
     return values if spec.fused is None else spec.fused.extract(config, values)
 
 
-def _slice(config: ModelConfig, hf_fields: Mapping[str, Any], spec: TensorSpec, matrix: QArray) -> QArray:
+def _slice(
+    config: ModelConfig, hf_fields: Mapping[str, Any], spec: TensorSpec, matrix: QArray | Codebook
+) -> QArray | Codebook:
     """The parameter that a matrix holds, in codes."""
     scale = 1.0 if spec.scale is None else spec.scale(hf_fields)
-    parts = {"codes": matrix.codes, "scale": matrix.scale * np.float32(scale), "zero": matrix.zero}
+    parts = {"codes": matrix.codes, "scale": matrix.scale * np.float32(scale)}
+    parts |= {"zero": matrix.zero} if isinstance(matrix, QArray) else {}
     if spec.fused is not None:
         parts = {name: None if part is None else spec.fused.extract(config, part) for name, part in parts.items()}
     return dataclasses.replace(matrix, **parts)

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 import jaxlm
 from jaxlm import nn
 from jaxlm.compression.prune.scores import magnitude, n_of_m
+from jaxlm.compression.quantize.codebook import E2M1, TableQuantize
 from jaxlm.compression.quantize.rtn import quantize
 from jaxlm.core.errors import UserError
 from jaxlm.core.leaves import Codebook, LowRank, QArray, dequantize_tree
@@ -45,6 +46,8 @@ CASES = {
     "w8a8": Scheme(8, activations="dynamic"),
     "w8a8-static": Scheme(8, activations="static"),
     "fp8": Scheme(8, floats=True, activations="dynamic"),
+    "mxfp4": Scheme(4, floats=True, group=32, strategy="group"),
+    "w4a8-group": Scheme(4, group=16, strategy="group", activations="dynamic"),
 }
 CONFIG = DecoderConfig(vocab_size=40, width=32, heads=4, kv_heads=2, layers=3, ffn=48, max_positions=64)
 TOKENS = np.random.default_rng(1).integers(0, 40, (2, 9))
@@ -83,7 +86,8 @@ def test_what_the_package_writes_is_read(name, tmp_path):
     leaf = matrix.read()
     np.testing.assert_array_equal(dequantize_matrix(leaf), weight)
     assert set(matrix.stored_names) == set(files)
-    assert leaf.codes.dtype == (ml_dtypes.float8_e4m3fn if CASES[name].floats else np.int8)
+    codes = np.uint8 if name == "mxfp4" else ml_dtypes.float8_e4m3fn if CASES[name].floats else np.int8
+    assert leaf.codes.dtype == codes
     if CASES[name].activations == "static":
         np.testing.assert_array_equal(leaf.act_scale, [[0.125]])
 
@@ -149,6 +153,8 @@ RECIPES = {
     "w8a8": lambda leaf: quantize(leaf, bits=8, act_bits=8),
     "w8a8-static": static,
     "fp8": float8,
+    "mxfp4": lambda leaf: leaf if leaf.shape[-2] % 32 else TableQuantize("mxfp4", 32).weight(leaf, -2),
+    "w4a8-group": lambda leaf: quantize(leaf, bits=4, group=16, act_bits=8),
 }
 
 
@@ -224,6 +230,7 @@ def test_pruned_models_are_masks_and_values(prune, layout, tmp_path):
 @pytest.mark.parametrize(("fn", "message"), [
     (lambda leaf: quantize(leaf, bits=4, group=20), "32 inputs, .*-channel"),
     (lambda leaf: quantize(leaf, bits=4, group=24), "32 inputs, .* 24"),
+    (lambda leaf: TableQuantize("mxfp4", 32).weight(leaf, -2), "48 inputs, .* 32, .*w4a16-rtn-g16"),
     (lambda leaf: Codebook(jnp.zeros(leaf.shape, jnp.uint8).swapaxes(-1, -2), jnp.zeros((*leaf.shape[:-2], 16)), None,
                            4, 0, "nf4"), r"nf4.*w4a16-rtn-g64"),
     (lambda leaf: LowRank(leaf[..., :2], jnp.zeros((*leaf.shape[:-2], 2, leaf.shape[-1]))), "low-rank factors"),
@@ -303,7 +310,9 @@ def test_configurations_that_make_no_sense_are_refused(written, tmp_path):
 # The package ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["int4-group", "int4-symmetric", "int5-channel", "w8a8", "w8a8-static", "mixed"])
+@pytest.mark.parametrize("name", [
+    "int4-group", "int4-symmetric", "int5-channel", "w8a8", "w8a8-static", "w4a8-group", "mxfp4", "mixed",
+])
 def test_transformers_reads_what_we_write(name, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -314,13 +323,20 @@ def test_transformers_reads_what_we_write(name, tmp_path):
         small = on_kernels(RECIPES["w8a8"], small, "/layers/1/")
     else:
         small = on_kernels(RECIPES[name], model())
+    if name == "mxfp4":  # transformers runs it in bfloat16; compared in float32, of the same values
+        small = small.replace(params=jax.tree.map(
+            lambda array: array.astype(jnp.bfloat16).astype(jnp.float32) if array.dtype == jnp.float32 else array,
+            small.params,
+        ))
     path = small.export(tmp_path / "m", format="compressed-tensors")
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(report.values())
     with torch.no_grad():
-        logits = theirs(torch.tensor(TOKENS)).logits.numpy()
+        logits = theirs(torch.tensor(TOKENS)).logits.float().numpy()
+        if name == "mxfp4":
+            logits = torch.nn.Module.float(theirs)(torch.tensor(TOKENS)).logits.numpy()
     # The package spreads integer activations over 255 steps a token, jaxlm over 254: some are rounded differently.
-    rounded = name in ("w8a8", "w8a8-static", "mixed")
+    rounded = name in ("w8a8", "w8a8-static", "w4a8-group", "mixed")
     np.testing.assert_allclose(logits, small(TOKENS), atol=0.2 if rounded else 1e-4)
 
 
@@ -341,13 +357,16 @@ def main():
         zero = torch.tensor(rng.integers(low, high, (16, groups)), dtype=torch.int8)
         zero = torch.zeros_like(zero) if scheme.symmetric else zero
         codes = torch.tensor(rng.integers(low, high, (16, 64)), dtype=torch.float32)
+        if scheme.mxfp4:
+            scale = torch.tensor(2.0 ** rng.integers(-5, 5, (16, groups)), dtype=torch.float32)
+            codes = torch.tensor(rng.choice(E2M1, (16, 64)))
         spread = [each.float().repeat_interleave(64 // groups, 1) for each in (scale, zero)]
         state = {"weight": (codes - spread[1]) * spread[0], "weight_scale": scale, "weight_zero_point": zero}
         state = compressor.compress(state, theirs)
         tensors = dict(state)
         if scheme.activations == "static":
             tensors["input_scale"] = torch.tensor([0.125])
-        weight = compressor.decompress(state, theirs)["weight"]
+        weight = compressor.decompress(state, theirs)["weight"].float()
         out[name] = {
             "tensors": {part: _entry(tensor) for part, tensor in tensors.items()}, "weight": _entry(weight),
         }
