@@ -33,7 +33,7 @@ class Server:
     def __init__(self, options: argparse.Namespace):
         command = [
             sys.executable, "-m", "jaxlm", "serve", f"m={options.model}", "--port", "0", "--slots", str(options.slots),
-            "--queue", str(options.queue),
+            "--queue", str(options.queue), "--client-places", str(options.slots + options.queue),
         ]
         begin = time.monotonic()
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
