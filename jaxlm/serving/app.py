@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ class _Api:
     def __init__(
         self, models: Sequence[ServedModel], metrics: Metrics, limits: RequestLimits, description: dict[str, Any]
     ):
-        self._models, self._metrics, self._limits, self._description = models, metrics, limits, description
+        self._models, self._metrics, self._limits = models, metrics, limits
+        self._description = json.dumps(description, separators=(",", ":")).encode()
         self._bodies = BodyReader(limits.max_bytes)
 
     async def chat(self, request: Request) -> Response:
@@ -167,7 +169,7 @@ class _Api:
         return PlainTextResponse(self._metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
-        return JSONResponse(self._description)
+        return Response(self._description, media_type="application/json")
 
     def _caller(self, request: Request) -> Caller:
         return Caller(request.state.client, self._limits.timeout)

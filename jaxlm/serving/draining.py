@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import signal
 import socket
@@ -44,6 +45,8 @@ class DrainingServer(uvicorn.Server):
         ))
         self._app, self._drain, self._ready = app, drain, ready
         self._draining: asyncio.Task[None] | None = None
+        self._returning: asyncio.Task[None] | None = None
+        self._seen_requests = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -64,6 +67,9 @@ class DrainingServer(uvicorn.Server):
         if counter % 10 == 0:  # a second
             for connection in list(self.server_state.connections):
                 connection.check()
+        if counter % 50 == 0 and self._seen_requests != self.server_state.total_requests:
+            self._seen_requests = self.server_state.total_requests
+            self._returning = asyncio.create_task(asyncio.to_thread(_return_memory))
         return await super().on_tick(counter)
 
     async def _finish_requests(self) -> None:
@@ -75,3 +81,12 @@ class DrainingServer(uvicorn.Server):
             _log.warning("%d requests did not finish within %g s", self._app.open_requests, self._drain)
             self.force_exit = True
         self.should_exit = True
+
+
+def _return_memory() -> None:
+    """Gives memory that large requests had back to the system; glibc would keep most of it."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError):  # other systems
+        return
+    trim(0)

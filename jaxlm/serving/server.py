@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -96,8 +97,11 @@ def serve(
             )
         address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         server = DrainingServer(app, drain, lambda: ready(address) if ready else None, timeout)
+        gc.collect()
+        gc.freeze()  # what is there to stay is not looked at again while requests wait
         asyncio.run(server.serve(sockets=[listener]))
     finally:
+        gc.unfreeze()
         listener.close()
 
 

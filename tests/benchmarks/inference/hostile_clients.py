@@ -6,7 +6,7 @@ The model is by default one of 6 M random parameters with a context of 2,048 tok
 The normal client sends a request of 8 tokens every 0.2 seconds, each through a new connection: alone first, and then
 beside each attacker in turn. An attacker is one function below; it runs in a process of its own that gives way to
 others, and has an address of its own (127.0.0.2, which Linux has). Memory is that of the server's processes together,
-before the first attacker, once everything has been used, and five seconds after each one.
+before the first attacker, once everything has been used, and six seconds after each one.
 
 A request may take 2 seconds, none may fail, and the memory may be 10% more at the end.
 """
@@ -376,10 +376,10 @@ def run(server: Server, options: argparse.Namespace) -> list[str]:
     alone = asyncio.run(use_normally(server.url, options.seconds))
     before = server.memory()
     print(f"{'attacker':<18} median s  worst s  MiB after, of {before:.0f}  answers to the attacker")
-    print(f"{'(none)':<18} {alone['median']:8.3f} {alone['worst']:8.3f}")
+    print(f"{'(none)':<18} {alone['median']:8.3f} {alone['worst']:8.3f}", flush=True)
     for name in options.only or [each.__name__ for each in ATTACKERS]:
         found = under_attack(name, server, options.seconds)
-        time.sleep(5)
+        time.sleep(6)
         after = server.memory()
         print(
             f"{name:<18} {found['median']:8.3f} {found['worst']:8.3f} {after:10.0f}  {found['answers']} "
