@@ -26,6 +26,7 @@ import numpy as np
 from jaxlm.core.disk import replaced_directory, room_for
 from jaxlm.core.errors import UserError
 from jaxlm.core.processes import module_command, module_environment
+from jaxlm.core.untrusted import parse_json, read_json, seal, unseal
 from jaxlm.data.batches.encoding import (
     EncodedDocuments,
     check_not_empty,
@@ -40,6 +41,7 @@ from jaxlm.data.tokenizers.tokenizer import Tokenizer
 _VERSION = 1  # of the format; a part of the names of entries
 _BYTES_PER_WORKER = 1 << 23  # of rows: the least that is worth a process
 _FILES = {"ids": "ids", "lengths": "lengths", "loss_mask": "learned"}  # attribute of EncodedDocuments -> file
+_KINDS = {"ids": "iu", "lengths": "iu", "loss_mask": "b"}  # attribute -> NumPy's letters for what its type can be
 
 
 def encode_cached(source: Source, tokenizer: Tokenizer, directory: str) -> EncodedDocuments:
@@ -137,26 +139,36 @@ def write_arrays(parts: Iterable[EncodedDocuments], directory: Path, prefix: str
                     types[name] = str(array.dtype)
                 files[name].write(np.ascontiguousarray(array))
     sizes = {name: (directory / f"{prefix}{name}").stat().st_size for name in types}
-    (directory / f"{prefix}about.json").write_text(json.dumps({"types": types, "sizes": sizes}))
+    _write_about(directory / f"{prefix}about.json", types, sizes)
+
+
+def _write_about(path: Path, types: dict[str, str], sizes: dict[str, int]) -> None:
+    path.write_text(json.dumps(seal({"version": 2, "types": types, "sizes": sizes})))
 
 
 def _read(entry: Path) -> EncodedDocuments | None:
     """An entry; None if it is missing or incomplete."""
     try:
-        about = json.loads((entry / "about.json").read_text())
+        about = read_json(entry / "about.json")
+        about = unseal(about, required="version" in about)
         notes = entry / "notes.json"
-        notes = json.loads(notes.read_text()) if notes.exists() else ()
-        if any((entry / name).stat().st_size != size for name, size in about["sizes"].items()):
+        notes = parse_json(notes.read_text(encoding="utf-8")) if notes.exists() else []
+        types, sizes = about["types"], about["sizes"]
+        if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
             return None
-    except (OSError, ValueError):
+        arrays = {}
+        for attribute, name in _FILES.items():
+            if name in types:
+                dtype, file = np.dtype(str(types[name])), entry / name
+                if dtype.kind not in _KINDS[attribute] or file.stat().st_size != sizes[name]:
+                    return None
+                arrays[attribute] = np.memmap(file, dtype, "r") if sizes[name] else np.zeros(0, dtype)
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):  # damaged, or begun and not finished
         return None
-    types, sizes = about["types"], about["sizes"]
-    arrays = {
-        attribute: np.memmap(entry / name, types[name], "r") if sizes[name] else np.zeros(0, types[name])
-        for attribute, name in _FILES.items() if name in types
-    }
     empty = {"ids": np.zeros(0, np.int32), "lengths": np.zeros(0, np.int64)}
-    return EncodedDocuments(**{**empty, **arrays, "notes": tuple(notes)})
+    found = EncodedDocuments(**{**empty, **arrays, "notes": tuple(notes)})
+    fits = found.loss_mask is None or len(found.loss_mask) == len(found.ids)
+    return found if fits and int(found.lengths.sum()) == len(found.ids) else None
 
 
 def _encode_in_workers(source: Source, tokenizer: Tokenizer, new: Path, workers: int) -> list[str]:
@@ -208,7 +220,7 @@ def _join(new: Path, workers: int) -> None:
         for remaining in new.glob(f"{k}.*"):
             remaining.unlink()
     shutil.rmtree(new / "tokenizer")
-    (new / "about.json").write_text(json.dumps({"types": types, "sizes": sizes}))
+    _write_about(new / "about.json", types, sizes)
 
 
 def _work() -> None:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import mmap
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import numpy as np
 
 from jaxlm.core.disk import replaced_file
 from jaxlm.core.errors import UserError
+from jaxlm.core.untrusted import parse_json
 from jaxlm.data.sources.slices import Slicer
 from jaxlm.data.sources.text_files import is_compressed, read_bytes, readable
 
@@ -154,15 +156,15 @@ def _parse_line(line: bytes, first: bool) -> Mapping[str, Any]:
     if len(line) > _MAX_LINE:
         raise RowError(f"longer than {_MAX_LINE >> 20} MiB", "end each row in a newline")
     try:
-        row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+        row = parse_json(line.decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"invalid UTF-8 (byte 0x{line[error.start]:02x})", "convert the file to UTF-8") from None
     except json.JSONDecodeError as error:
         if b"\r" in line.strip():
             raise RowError("several rows separated by a bare \\r", "end each row in \\n") from None
         raise RowError(f"not JSON ({error.msg})", "write one object a line") from None
-    except RecursionError:
-        raise RowError("nested too deeply") from None
+    except ValueError as error:
+        raise RowError(str(error)) from None
     if not isinstance(row, dict):
         raise RowError("not an object", "write one object a line")
     if b"\\ud" in line or b"\\uD" in line:
@@ -191,17 +193,18 @@ def _index(path: Path) -> _Index:
         stamp = [stat.st_size, stat.st_mtime_ns]
         try:
             array = np.load(saved, mmap_mode="r", allow_pickle=False)
-            if array.dtype == np.int64 and array.ndim == 1 and len(array) >= 4 and array[:2].tolist() == stamp:
-                return _Index(stat.st_size, array[2:4].tobytes().hex(), array[4:])
-        except (OSError, ValueError, EOFError):
+            if array.dtype == np.int64 and array.ndim == 1 and len(array) >= 5 and array[:2].tolist() == stamp:
+                if array[2] == zlib.crc32(array[3:]):
+                    return _Index(stat.st_size, array[3:5].tobytes().hex(), array[5:])
+        except Exception:  # NumPy raises all kinds
             pass  # there is none, or it is damaged
         if not stat.st_size:
             raise UserError(f"{path} is empty; name a file with text in it")
         with open(path, "rb") as file:
             index = _scan(iter(lambda: file.read(_BLOCK), b""), stat.st_size)
     if stat.st_size >= _MIN_BYTES_TO_INDEX:
-        content_hash = np.frombuffer(bytes.fromhex(index.content_hash), np.int64)
-        _save(saved, np.concatenate([np.array(stamp, np.int64), content_hash, index.starts]))
+        content = np.concatenate([np.frombuffer(bytes.fromhex(index.content_hash), np.int64), index.starts])
+        _save(saved, np.concatenate([np.array([*stamp, zlib.crc32(content)], np.int64), content]))
     return index
 
 

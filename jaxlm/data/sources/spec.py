@@ -131,7 +131,7 @@ def _tokens(spec: str, path: str, slicer: Slicer) -> Tokens:
         ids = np.load(Path(path).expanduser(), mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check the path") from None
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # NumPy raises all kinds
         raise UserError(f"{path} is not a plain .npy file of numbers ({error}); save it with numpy.save") from None
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
         what = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive"

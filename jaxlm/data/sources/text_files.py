@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.sources.compressed import DecompressedFile
 
-_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+_COMPRESSED = (".gz", ".xz")
 
 
 def is_compressed(path: Path) -> bool:
     """Whether ``read_bytes`` decompresses the file."""
-    return path.suffix in _OPENERS
+    return path.suffix in _COMPRESSED
 
 
 @contextmanager
@@ -41,8 +42,12 @@ def read_bytes(name: str | Path) -> bytes:
         UserError: when the file cannot be read or is empty.
     """
     path = Path(name).expanduser()
-    with readable(path), _OPENERS.get(path.suffix, open)(path, "rb") as file:
-        data = file.read()
+    with readable(path):
+        if is_compressed(path):
+            with DecompressedFile(path) as file:
+                data = b"".join(file.parts())
+        else:
+            data = path.read_bytes()
     if not data:
         raise UserError(f"{path} is empty; name a file with text in it")
     return data

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.sources.compressed import DecompressedFile
 from jaxlm.data.sources.text_files import decode, split_lines
 
 _SPLITS: Mapping[str, Sequence[tuple[str, str]]] = {  # (archive, file of a language in it)
@@ -28,7 +29,7 @@ _SPLITS: Mapping[str, Sequence[tuple[str, str]]] = {  # (archive, file of a lang
     "valid": (("dev.tgz", "newstest2013.{language}"),),
     "test": (("test-full.tgz", "newstest2014-deen-{side}.{language}.sgm"),),
 }
-_SEGMENT = re.compile(r"<seg\b[^>]*>(.*?)</seg>", re.DOTALL)
+_SEGMENT = re.compile(r"<seg\b[^<>]*>")
 
 
 def read(body: str, split: str) -> tuple[list[str], list[str]]:
@@ -67,7 +68,7 @@ def _members(archive: Path, names: list[str]) -> list[list[str]]:
     """The sentences of some files of an archive, in whatever folder they lie."""
     found: dict[str, list[str]] = {}
     try:
-        with tarfile.open(archive, "r|*") as tar:
+        with DecompressedFile(archive) as file, tarfile.open(fileobj=file, mode="r|") as tar:
             for member in tar:
                 name = Path(member.name).name
                 if member.isfile() and name in names and name not in found:
@@ -87,4 +88,6 @@ def _members(archive: Path, names: list[str]) -> list[list[str]]:
 
 def _segments(text: str) -> list[str]:
     """The sentences of an SGML file (it is not XML)."""
-    return [html.unescape(" ".join(segment.split())) for segment in _SEGMENT.findall(text)]
+    # Cut first: an expression for both ends would search to the end of the file for each that is missing.
+    begins = ((part, _SEGMENT.search(part)) for part in text.split("</seg>")[:-1])
+    return [html.unescape(" ".join(part[begin.end() :].split())) for part, begin in begins if begin]

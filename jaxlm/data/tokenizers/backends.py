@@ -18,6 +18,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 
 from jaxlm.core.errors import UserError
 from jaxlm.core.untrusted import read_json
+from jaxlm.data.tokenizers.limits import check_ids, library_errors
 from jaxlm.data.tokenizers.token_bytes import token_bytes
 
 EACH_CHARACTER = r"[\s\S]"  # splits a text into characters
@@ -92,6 +93,7 @@ class FastBackend:
         raw.encode_special_tokens = True
         self.raw = raw
         self.vocabulary = self.target_vocabulary = raw.get_vocab(with_added_tokens=True)
+        check_ids(self.vocabulary)
         self._added = raw.get_added_tokens_decoder()
         special = [(index, token) for index, token in self._added.items() if token.special]
         self.special_tokens = {token.content: index for index, token in special}
@@ -127,15 +129,20 @@ class FastBackend:
         return raw, marks, {raw.token_to_id(mark): index for index, mark in marks.items()}
 
     def encode(self, texts: Sequence[str], target: bool = False) -> Iterable[Sequence[int]]:
-        return (encoding.ids for encoding in self.raw.encode_batch_fast(list(texts), add_special_tokens=False))
+        with library_errors():
+            encodings = self.raw.encode_batch_fast(list(texts), add_special_tokens=False)
+        return (encoding.ids for encoding in encodings)
 
     def encode_framed(self, texts: Sequence[str]) -> Iterable[Sequence[int]] | None:
         if self.raw.post_processor is None:
             return None
-        return (encoding.ids for encoding in self.raw.encode_batch_fast(list(texts)))
+        with library_errors():
+            encodings = self.raw.encode_batch_fast(list(texts))
+        return (encoding.ids for encoding in encodings)
 
     def encode_parsing_special(self, texts: Sequence[str]) -> Iterable[tuple[Sequence[int], Offsets]]:
-        encodings = self._parsing_special.encode_batch(list(texts), add_special_tokens=False)
+        with library_errors():
+            encodings = self._parsing_special.encode_batch(list(texts), add_special_tokens=False)
         return ((encoding.ids, encoding.offsets) for encoding in encodings)
 
     def encode_parsing_spans(self, text: str, spans: Offsets) -> tuple[Sequence[int], Offsets]:
@@ -148,13 +155,15 @@ class FastBackend:
             marked += start - at
             bounds += [(marked, start), (marked := marked + len(mark), end)]
             at = end
-        encoding = raw.encode("".join([*parts, text[at:]]), add_special_tokens=False)
+        with library_errors():
+            encoding = raw.encode("".join([*parts, text[at:]]), add_special_tokens=False)
         bounds.append((marked + len(text) - at, len(text)))
         places = np.interp(np.array(encoding.offsets).reshape(-1), *zip(*bounds, strict=True)).astype(int)
         return [index_of.get(i, i) for i in encoding.ids], list(map(tuple, places.reshape(-1, 2).tolist()))
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return self.raw.decode(list(ids), skip_special_tokens=skip_special)
+        with library_errors():
+            return self.raw.decode(list(ids), skip_special_tokens=skip_special)
 
     def unknown_characters(self, texts: Sequence[str]) -> set[str]:
         return set().union(*texts) - self.vocabulary.keys() if isinstance(self.raw.model, models.WordLevel) else set()
@@ -168,14 +177,13 @@ class FastBackend:
 
 def _encodes_chunks_apart(raw: tokenizers.Tokenizer) -> bool:
     """Whether texts are split by GPT-2's pattern or into characters, and nothing reads across the splits."""
-    spec = json.loads(raw.to_str())
-    pre_tokenizer = spec["pre_tokenizer"] or {}
+    pre_tokenizer = json.loads(raw.pre_tokenizer.__getstate__()) if raw.pre_tokenizer else {}
     gpt2 = (
         pre_tokenizer.get("type") == "ByteLevel" and pre_tokenizer["use_regex"]
         and not pre_tokenizer["add_prefix_space"]
     )
     characters = pre_tokenizer.get("type") == "Split" and pre_tokenizer["pattern"] == {"Regex": EACH_CHARACTER}
-    local = spec["normalizer"] is None and all(token["special"] for token in spec["added_tokens"])
+    local = raw.normalizer is None and all(token.special for token in raw.get_added_tokens_decoder().values())
     return local and (gpt2 or characters)
 
 
@@ -378,4 +386,8 @@ def read_vocabulary(file: Path) -> dict[str, int]:
     content = read_json(file)
     if not all(type(i) is int and 0 <= i < 1 << 31 for i in content.values()):
         raise UserError(f"{file} does not map tokens to ids; copy it again")
+    try:
+        check_ids(content)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     return content

@@ -10,14 +10,16 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxlm.core.errors import UserError
-from jaxlm.core.untrusted import read_json_if_there
+from jaxlm.core.untrusted import parse_json, read_json_if_there
 from jaxlm.data.tokenizers.backends import (
     FastBackend,
     TokenizerBackend,
     add_config_tokens,
     add_named_tokens,
     named_tokens,
+    read_vocabulary,
 )
+from jaxlm.data.tokenizers.limits import check_charsmaps, library_errors
 
 _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # SentencePiece
 _MARIAN = ("source.spm", "target.spm", "vocab.json")
@@ -153,9 +155,12 @@ def _backend(file: Path, family: str, config: dict[str, Any], model: Mapping[str
             return sentencepiece.read_m2m(file.parent, config)
         return sentencepiece.convert(file, family, config)
     try:
-        raw = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
+        data = file.read_bytes()
+        check_charsmaps(parse_json(data))
+    except (OSError, ValueError) as error:
         raise UserError(f"{file} is not a tokenizer.json ({error}); save it again") from None
+    with library_errors(f"{file} is not a tokenizer.json"):
+        raw = tokenizers.Tokenizer.from_buffer(data)
     if family == "LlamaTokenizer" and _is_first_llama(raw):
         if model.get("model_type") in _FILE_COUNTS:
             config["tokenizer_class"] = "PreTrainedTokenizerFast"  # also where it is saved with another model
@@ -163,7 +168,10 @@ def _backend(file: Path, family: str, config: dict[str, Any], model: Mapping[str
             _split_as_llama(raw, config)
     rows = (model.get("text_config") or model).get("vocab_size") if model else None
     add_config_tokens(raw, config, most=(rows or 0) if model else None)
-    return FastBackend(raw)
+    try:
+        return FastBackend(raw)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _is_first_llama(raw: tokenizers.Tokenizer) -> bool:
@@ -191,10 +199,9 @@ def _byte_level(file: Path, family: str, config: Mapping[str, Any]) -> tokenizer
             f"{file.parent} has no tokenizer.json, and how {family} splits text is not known here; save it with "
             "transformers, which writes one"
         )
-    try:
+    read_vocabulary(file.with_name("vocab.json"))  # checks what the library does not
+    with library_errors(f"{file} and vocab.json do not make a tokenizer"):
         raw = tokenizers.Tokenizer(models.BPE.from_file(str(file.with_name("vocab.json")), str(file)))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{file} and vocab.json do not make a tokenizer ({error}); copy both again") from None
     prefix = bool(config.get("add_prefix_space"))
     qwen = family == "Qwen2Tokenizer"
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not qwen)

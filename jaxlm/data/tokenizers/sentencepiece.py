@@ -9,7 +9,7 @@ unknown piece come from the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from jaxlm.data.tokenizers.backends import (
     read_vocabulary,
 )
 from jaxlm.data.tokenizers.languages import language_convention
+from jaxlm.data.tokenizers.limits import library_errors
 
 _SPACE = "▁"  # stands for a space in pieces
 _BPE, _UNIGRAM = 2, 1  # trainer_spec.model_type
@@ -53,17 +54,8 @@ def convert(file: Path, family: str, config: Mapping[str, Any]) -> FastBackend:
             f"{file}: which ids {family or 'a class that no file names'} gives to pieces is not known here; save the "
             "tokenizer with transformers, which writes a tokenizer.json"
         )
-    return FastBackend(_guarded(file, lambda: _convert(read_model(file), family, config)))
-
-
-def _guarded(file: Path, make: Callable[[], Any]) -> Any:
-    try:
-        return make()
-    except UserError:
-        raise
-    except Exception as error:  # tokenizers and protobuf raise all kinds
-        line = " ".join(str(error).split())
-        raise UserError(f"{file} cannot be used as a SentencePiece model ({line}); copy it again") from None
+    with library_errors(f"{file} cannot be used as a SentencePiece model"):  # protobuf's errors are of all kinds too
+        return FastBackend(_convert(read_model(file), family, config))
 
 
 def read_model(file: Path) -> Any:

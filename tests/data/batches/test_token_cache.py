@@ -119,7 +119,18 @@ def exits(row) -> str:
     os._exit(3)
 
 
+def other_about(place: Path, change) -> None:
+    about = json.loads((place / "about.json").read_text())
+    change(about)
+    (place / "about.json").write_text(json.dumps(about))
+
+
 @pytest.mark.parametrize("damage", [lambda place: (place / "ids").write_bytes(b"x"),
+                                    lambda place: (place / "about.json").write_text("[" * 100_000),
+                                    lambda place: (place / "about.json").write_text('{"types": 3}'),
+                                    lambda place: (place / "notes.json").write_text('{"a": 3}'),
+                                    lambda place: other_about(place, lambda about: about["types"].update(ids="int16")),
+                                    lambda place: other_about(place, lambda about: about.pop("checksum")),
                                     lambda place: (place / "about.json").write_text("{"),
                                     lambda place: (place / "lengths").unlink()])
 def test_what_is_not_whole_is_made_again(damage):

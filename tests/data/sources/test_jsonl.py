@@ -24,7 +24,8 @@ BAD = [  # line, what is said of it
     (b'{"text": "\xe4"}', "invalid UTF-8 (byte 0xe4)"),
     (b'{"text": "b"}\r{"text": "c"}', "several rows separated by a bare \\r"),
     (b'{"text": "\\ud83d"}', "half of a surrogate pair, which is not a character"),
-    (b'{"text": ' + b"[" * 50_000, "nested too deeply"),
+    (b'{"text": ' + b"[" * 50_000, "nested more than 100 deep"),
+    (b'{"text": "b", "n": ' + b"9" * 5000 + b"}", "a number has thousands of digits"),
     (b'{"text": "' + b"x" * 3000 + b'"}', "longer than 0 MiB"),
 ]
 
@@ -91,7 +92,7 @@ def test_the_index_is_kept_and_believed_only_where_it_fits(monkeypatch):
     write("x", numbered(40))
     first = rows("x")
     kept = np.load("x.index.npy")
-    assert kept[4:].tolist() == [0, *np.cumsum([len(line) + 1 for line in numbered(39)])]
+    assert kept[5:].tolist() == [0, *np.cumsum([len(line) + 1 for line in numbered(39)])]
     with monkeypatch.context() as patch:
         patch.setattr(jsonl, "_scan", lambda *_: pytest.fail("scanned again"))
         again = rows("x")
@@ -102,7 +103,9 @@ def test_the_index_is_kept_and_believed_only_where_it_fits(monkeypatch):
     changed = rows("x")
     assert list(changed) == [json.loads(line)["text"] for line in numbered(41)[1:]]
     assert changed.content_key != first.content_key
-    for damage in (b"", b"\x93NUMPY", kept.tobytes()):
+    kept = np.load("x.index.npy")
+    np.save("y.npy", kept + (np.arange(len(kept)) == 7))  # another number is not believed
+    for damage in (b"", b"\x93NUMPY", kept.tobytes(), open("y.npy", "rb").read()):
         open("x.index.npy", "wb").write(damage)
         assert list(rows("x")) == list(changed)
 

@@ -6,6 +6,7 @@ import gzip
 import lzma
 import re
 import sys
+import tracemalloc
 import types
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.sources import compressed
 from jaxlm.data.sources.slices import parse_slice
 from jaxlm.data.sources.spec import open_source
 from jaxlm.data.sources.text_chunks import count_words_and_bytes, text_chunks
@@ -182,6 +184,32 @@ def test_damaged_archives():
         for damaged in (whole[: len(whole) // 2], b"plain text"):
             open(name, "wb").write(damaged)
             assert bad(f"text:{name}").startswith(f"{name} is damaged or not a {name[1:]} file (")
+
+
+@pytest.mark.parametrize(("spec", "name"), [
+    ("text:{}", "x.gz"), ("text:{}", "x.xz"), ("jsonl:{}", "x.jsonl.gz"), ("bitext:{},{}", "x.gz"),
+])
+def test_what_expands_without_limit_is_refused(spec, name):
+    write(name, bytes(1 << 25))
+    tracemalloc.start()
+    assert bad(spec.format(name, name)).startswith(f"{name} expands to more than 200 times its size")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    tracemalloc.stop()
+
+
+def test_what_shrinks_well_is_read():
+    write("small.gz", b"a" * (1 << 23))  # a thousand times smaller, and harmless
+    assert len(open_source("text:small.gz").texts[0]) == 1 << 23
+    write("x.xz", TEXT)
+    whole = open("x.xz", "rb").read()
+    open("x.xz", "wb").write(whole + bytes(8) + whole)  # two streams with zeros between them
+    assert open_source("text:x.xz").texts == (TEXT * 2,)
+
+
+def test_an_xz_file_takes_no_more_memory_than_is_usual(monkeypatch):
+    write("x.xz", TEXT)
+    monkeypatch.setattr(compressed, "_XZ_MEMORY", 1 << 20)  # it says that it takes eight MiB
+    assert bad("text:x.xz").startswith("x.xz is damaged or not a .xz file (Memory usage limit")
 
 
 def test_invalid_utf8_names_file_and_line():

@@ -267,6 +267,7 @@ def test_damaged_vocabularies_are_named(tmp_path):
         (b"{", r"vocab\.json cannot be read as JSON \("), (b"[1]", r"vocab\.json does not hold a JSON object"),
         (b'{"a": -1}', r"vocab\.json does not map tokens to ids"), (b'{"a": 1}', r"vocab\.json has no <unk>"),
         (b'{"<unk>": "x"}', r"vocab\.json does not map tokens to ids"),
+        (b'{"<unk>": 2000000000}', r"vocab\.json: the tokenizer gives '<unk>' the id 2000000000, and has 1 tokens"),
     ):
         with pytest.raises(UserError, match=problem):
             Tokenizer.load(write(tmp_path, files | {"vocab.json": content}))

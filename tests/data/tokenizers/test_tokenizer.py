@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import os
@@ -159,6 +160,43 @@ def test_mistakes(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match=r"tokenizer_config\.json cannot be read as JSON \("):
         Tokenizer.load(tmp_path)
+
+
+def change(directory, fn):
+    """Rewrites the tokenizer.json of ``BPE`` with a change."""
+    BPE.save(directory)
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    fn(spec)
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+
+
+@pytest.mark.parametrize("index", [2**31, 10**6])
+def test_an_id_far_above_the_number_of_tokens_is_refused(tmp_path, index):
+    """Lists of all ids would fill the memory."""
+    change(tmp_path, lambda spec: spec["model"]["vocab"].update({"the": index}))
+    with pytest.raises(UserError, match=rf"tokenizer\.json: the tokenizer gives 'the' the id {index}, and has \d+ tok"):
+        Tokenizer.load(tmp_path)
+    change(tmp_path, lambda spec: spec["model"]["vocab"].update({"the": 20_000}))  # some published ones have holes
+    assert Tokenizer.load(tmp_path).vocab_size == 20_001
+
+
+def test_a_file_that_claims_a_large_table_is_refused(tmp_path):
+    table = base64.b64encode(b"\xff\xff\xff\x7f" + bytes(100)).decode()
+    part = {"type": "Precompiled", "precompiled_charsmap": table}
+    for normalizer in (part, {"type": "Sequence", "normalizers": [part]}):
+        change(tmp_path, lambda spec, normalizer=normalizer: spec.update(normalizer=normalizer))
+        with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer\.json \(its precompiled_charsmap is"):
+            Tokenizer.load(tmp_path)
+
+
+def test_an_expression_that_takes_too_long_is_an_error_of_one_line(tmp_path):
+    """The library's own limit ends it."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}
+    change(tmp_path, lambda spec: spec.update(pre_tokenizer=split))
+    tokenizer = Tokenizer.load(tmp_path)
+    for encode in (tokenizer.encode, tokenizer.encode_prompt, lambda text: tokenizer.encode_batch([text])):
+        with pytest.raises(UserError, match="^the tokenizer fails \\(.*; copy it again"):
+            encode("a" * 60)
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, CHAR], ids=["bpe", "char"])
