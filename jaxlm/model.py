@@ -195,7 +195,8 @@ def load(
     stacked = stacked or mesh is not None or jax.default_backend() != "cpu"
     config, params, tokenizer, info = read_model(path, mesh=mesh, dtype=dtype, stacked=stacked)
     generation = read_generation(Path(info["source"]))
-    notes = [*info.get("notes", ()), *generation.notes()]
+    notes = info.get("notes")
+    notes = [*(map(str, notes) if isinstance(notes, list) else ()), *generation.notes()]
     if expand:
         params, placed = lower_for_platform(params, jax.default_backend())
         notes += placed
@@ -208,7 +209,8 @@ def load(
                 notes.append(f"{count} quantized tensors are dense with the adapter merged into them")
             params = merge_adapters(params)
     recipe = Recipe.from_json(info["recipe"]) if "recipe" in info else None
-    if recipe is None and (trained_for := info.get("training", {}).get("recipe")):
+    training = info.get("training")
+    if recipe is None and isinstance(training, dict) and (trained_for := training.get("recipe")):
         notes.append(f"trained to be compressed by {trained_for}, and validated so: these are the weights before")
     lm = LM(config, nn.initializer(config)[0], params, tokenizer, generation, info | {"notes": notes}, recipe)
     return lm if kv_cache is None else lm.configure(kv_cache=kv_cache)

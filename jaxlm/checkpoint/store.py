@@ -31,6 +31,7 @@ __all__ = ["Store"]
 
 log = logging.getLogger(__name__)
 _VERSION = 2  # of the JSON
+_ORBAX_FILE = "_CHECKPOINT_METADATA"
 
 
 class Store:
@@ -50,11 +51,24 @@ class Store:
     ):
         self.directory = Path(directory).absolute()
         self.keep_latest, self.keep_best, self.metric_mode = keep_latest, keep_best, metric_mode
+        self._leave_out_unreadable(read_only)
         with room_for(str(self.directory)):
             self._manager = _Manager(self.directory, options=ocp.CheckpointManagerOptions(
                 preservation_policy=_Keep(self._kept), read_only=read_only, cleanup_tmp_directories=not read_only
             ))
         self._scores = {step: score for step in self.steps() if (score := self._score_of(step)) is not None}
+
+    def _leave_out_unreadable(self, read_only: bool) -> None:
+        """Sets aside the checkpoints because of which Orbax would open none at all."""
+        unreadable = [step for step in self.directory.glob("*") if step.name.isdigit() and not _orbax_opens(step)]
+        if unreadable and read_only:
+            raise UserError(f"{unreadable[0] / _ORBAX_FILE} is damaged; move {unreadable[0]} away")
+        if jax.process_index() == 0:
+            for step in unreadable:
+                log.warning("checkpoint %s is damaged (%s)", step.name, _ORBAX_FILE)
+                _move_aside(step)
+        if not read_only and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("jaxlm.checkpoint.store.open")
 
     def save(self, step: int, state: Any, data_state: dict[str, Any], score: float | None = None) -> None:
         """Begins to write a checkpoint; returns as soon as the arrays are copied to the host.
@@ -206,9 +220,7 @@ class Store:
     def _set_aside(self, steps: list[int]) -> None:
         if jax.process_index() == 0:
             for step in steps:
-                aside = self.directory / f"{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.directory / str(step)).rename(aside)
+                _move_aside(self.directory / str(step))
         if steps and jax.process_count() > 1:
             multihost_utils.sync_global_devices("jaxlm.checkpoint.store")
         self._manager.reload()
@@ -233,6 +245,20 @@ class _Keep(checkpoint_managers.PreservationPolicy):
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         kept = self.kept(sorted(info.step for info in checkpoints))
         return [info.step in kept for info in checkpoints]
+
+
+def _move_aside(step: Path) -> None:
+    aside = step.with_name(f"{step.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    step.rename(aside)
+
+
+def _orbax_opens(step: Path) -> bool:
+    """Whether Orbax, when it opens the directory, can read its own file about a checkpoint."""
+    try:
+        return bool(ocp.path.step.Metadata(int(step.name), step).commit_timestamp)
+    except Exception:
+        return False
 
 
 def _stored(state: Any) -> dict[str, Any]:

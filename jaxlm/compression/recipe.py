@@ -109,7 +109,9 @@ class Recipe:
                 fields = dict(fields)
                 steps.append(step_class(fields.pop("kind"))(**fields))
             return Recipe(tuple(steps), data["storage"], data["name"])
-        except (KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a compression recipe of this version: {error}") from None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 __all__ = ["UserError", "shown"]
 
+_LONGEST = 2000  # characters of a message
 _REPR = reprlib.Repr()
 _REPR.maxstring = 80
 
@@ -15,8 +16,18 @@ class UserError(ValueError):
     """A mistake outside the program: a bad option, a missing or damaged file, an impossible mesh.
 
     The message is one line that says what is wrong and what to do. The command line prints it and exits with status 2;
-    code that uses the library catches it like any ``ValueError``.
+    code that uses the library catches it like any ``ValueError``. The middle of a message of more than 2,000 characters
+    is left out: it comes from a file.
     """
+
+    def __init__(self, *args: Any):
+        super().__init__(*map(_shortened, args))
+
+
+def _shortened(message: Any) -> Any:
+    if not isinstance(message, str) or len(message) <= _LONGEST:
+        return message
+    return f"{message[: _LONGEST * 3 // 4]} [...] {message[-_LONGEST // 5 :]}"
 
 
 def shown(value: Any) -> str:

@@ -78,10 +78,11 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: as ``read_json``, and when the checksum is wrong.
     """
+    fields = read_json(path)
     try:
-        return unseal(read_json(path), required=False)
-    except UserError:
-        raise
+        if not fields:
+            raise ValueError("it is empty")
+        return unseal(fields, required=False)
     except ValueError as error:
         raise UserError(
             f"{path} was damaged or changed since it was written ({error}); restore it, or remove its {_CHECKSUM!r} to "

@@ -310,10 +310,13 @@ def _read_run(
     from jaxlm.checkpoint.store import Store  # imports Orbax, which nothing else here needs
 
     experiment = read_sealed_json(run / "experiment.json")
-    if experiment.get("lora", {}).get("rank"):
+    lora, evaluation, training = (
+        each if isinstance(each := experiment.get(name), dict) else {} for name in ("lora", "eval", "train")
+    )
+    if lora.get("rank"):
         raise UserError(f"{run} trains adapters and has not written them yet; let it finish")
     config = from_dict(ModelConfig, experiment.get("model"), stored=True)
-    mode = "min" if experiment.get("eval", {}).get("metric", "loss") == "loss" else "max"
+    mode = "min" if evaluation.get("metric", "loss") == "loss" else "max"
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run} holds no checkpoint yet; let it train until it has one")
     store = Store(run / "checkpoints", metric_mode=mode, read_only=True)
@@ -322,7 +325,7 @@ def _read_run(
         if not steps:
             raise UserError(f"{run} holds no checkpoint yet; let it train until it has one")
         like = nn.abstract(config)[1]
-        which = "average" if experiment.get("train", {}).get("ema") else "params"
+        which = "average" if training.get("ema") else "params"
         params = unflatten(like, store.restore_part(steps[0], which, flatten(like)))
     finally:
         store.close()

@@ -27,19 +27,23 @@ from tensorboardX import SummaryWriter
 from jaxlm.core.disk import replaced_file, room_for
 from jaxlm.core.sharding import bytes_per_device
 from jaxlm.core.tree import Params, count_params
+from jaxlm.core.untrusted import parse_json
 from jaxlm.training.state import TrainState
 
 __all__ = ["Throughput", "MetricsWriter", "peak_memory_bytes", "read_metrics", "state_report"]
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    """The rows of a ``metrics.jsonl``, up to one that is damaged, such as a last line cut short by a kill."""
     rows = []
-    for line in Path(path).read_text().splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
