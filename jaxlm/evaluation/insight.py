@@ -8,10 +8,10 @@ tokens are, for norms make much of small vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,22 @@ from jaxlm.inference.engine.requests import MAX_LOGPROBS
 from jaxlm.inference.sampling import top_k
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.embeddings import embed, head_logits
+from jaxlm.nn.models import initializer
 from jaxlm.nn.stack import Stack, run_layer
 
-__all__ = ["Insight", "TokenScores", "attention", "attributions", "inspect_tokens", "next_tokens", "score_tokens"]
+__all__ = [
+    "Insight", "Slices", "TokenScores", "attention", "attributions", "inspect_slices", "inspect_tokens", "next_tokens",
+    "score_slices", "score_tokens",
+]
 
 _AVERAGED = 4096  # embeddings that the average token is the mean of
 _CHUNK = 64  # tokens whose logits are there at a time
+_SLICE = 128  # tokens that are scored at a time
 
+T = TypeVar("T")
+# Work in slices, for whoever has to do other things between them. Each slice is a call of a compiled function, with its
+# static arguments by name; its result is sent back. What the generator returns is the result of all.
+Slices = Generator[partial, Any, T]
 Method = Literal["integrated_gradients", "gradient_x_input"]
 Tokens = tuple[Array, ...]  # of one text: (tokens [T],), or (source [S], decoder inputs [T])
 Lengths = tuple[Array | int, ...]  # how many of each are real; the others are at the right
@@ -75,15 +84,22 @@ def inspect_tokens(
         steps: points on the path of integrated gradients.
         top: next tokens to list.
     """
+    return _all(inspect_slices(lm, inputs, token=token, method=method, steps=steps, top=top))
+
+
+def inspect_slices(
+    lm, inputs: Sequence[Sequence[int]], *, token: int | None, method: Method, steps: int, top: int
+) -> Slices[Insight]:
+    """``inspect_tokens`` in slices, each about as long as a forward and a backward pass."""
     lengths = tuple(np.int32(len(row)) for row in inputs)
-    padded = tuple(jnp.array(_padded(lm.config, row)) for row in inputs)
-    logp_V = np.asarray(next_tokens(lm.graphdef, lm.params, padded, lengths))
+    padded = tuple(_padded(lm.config, row) for row in inputs)
+    logp_V = np.asarray((yield partial(_next_tokens, lm.params, padded, lengths, graphdef=lm.graphdef)))
     best = np.argsort(-logp_V, kind="stable")[:top]
     token = int(best[0]) if token is None else token
-    scores, total = attributions(
-        lm.graphdef, lm.params, padded, lengths, np.int32(token), method=method, steps=steps
+    scores, total = yield from _attribution_slices(
+        lm.graphdef, lm.params, padded, lengths, np.int32(token), method, steps
     )
-    weights = attention(lm.graphdef, lm.params, padded, lengths)
+    weights = yield partial(_attention, lm.params, padded, lengths, graphdef=lm.graphdef)
     source, target = int(lengths[0]), int(lengths[-1])
     real = {"self": (target, target), "encoder": (source, source), "cross": (target, source)}
     return Insight(
@@ -100,12 +116,26 @@ def _padded(config, row: Sequence[int]) -> np.ndarray:
     return np.pad(np.asarray(row, np.int32), (0, max(size, len(row)) - len(row)), constant_values=config.pad_id)
 
 
-@partial(jax.jit, static_argnames=("graphdef",))
+def _all(slices: Slices[T]) -> T:
+    """Does all slices, one after the other."""
+    found = None
+    while True:
+        try:
+            found = slices.send(found)()
+        except StopIteration as end:
+            return end.value
+
+
 def attention(graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: Lengths) -> dict[str, Array]:
     """Attention weights ``[L, H, T, S]`` of every layer and head, rows summing to 1, before any dropout.
 
     "self" are the decoder's; a translation model also has "encoder", and "cross" from the decoder to the source.
     """
+    return _attention(params, tokens, lengths, graphdef=graphdef)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _attention(params: Params, tokens: Tokens, lengths: Lengths, *, graphdef: nnx.GraphDef) -> dict[str, Array]:
     model = nnx.merge(graphdef, params)
     inputs = _embeddings(model, tokens)
     if len(tokens) == 1:
@@ -142,16 +172,19 @@ def _walk_group(config: StackConfig, graphdef: nnx.GraphDef, params, settings, x
     return jax.lax.scan(body, x_1xTxD, (params, settings))
 
 
-@partial(jax.jit, static_argnames=("graphdef",))
 def next_tokens(graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: Lengths) -> Array:
     """Log-probabilities ``[V]`` of the token after the last one."""
+    return _next_tokens(params, tokens, lengths, graphdef=graphdef)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _next_tokens(params: Params, tokens: Tokens, lengths: Lengths, *, graphdef: nnx.GraphDef) -> Array:
     model = nnx.merge(graphdef, params)
     return _last_logp(model, _embeddings(model, tokens), tokens, lengths)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "method", "steps"))
 def attributions(
-    graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: Lengths, token: Array, *, method: Method,
+    graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: Lengths, token: Array | int, *, method: Method,
     steps: int = 32,
 ) -> tuple[tuple[Array, ...], Array]:
     """How much each token adds to the log-probability of ``token`` as the next one, float32 ``[T]`` for each input, and
@@ -160,28 +193,75 @@ def attributions(
     Integrated gradients are taken at the points of Gauss-Legendre quadrature on the way from the baseline. Gradients
     are those of the dense weights that compressed ones stand for.
     """
-    model = nnx.merge(graphdef, dequantize_tree(params))
-    inputs = _embeddings(model, tokens)
-    average = _average(model, len(tokens))
-    baseline = tuple(jnp.broadcast_to(row_D, x.shape) for row_D, x in zip(average, inputs, strict=True))
+    return _all(_attribution_slices(graphdef, params, tokens, lengths, np.int32(token), method, steps))
 
-    def logp(inputs: tuple[Array, ...]) -> Array:
-        return _last_logp(model, inputs, tokens, lengths)[token]
 
-    total = logp(inputs) - logp(baseline)
+def _attribution_slices(
+    graphdef: nnx.GraphDef, params: Params, tokens: Tokens, lengths: Lengths, token: Array, method: Method, steps: int
+) -> Slices[tuple[tuple[Array, ...], Array]]:
+    inputs = (params, tokens, lengths, token)
+    total = yield partial(_rise, *inputs, graphdef=graphdef)
     if method == "gradient_x_input":
-        return jax.tree.map(_dot, jax.grad(logp)(inputs), inputs), total
+        return (yield partial(_gradient_x_input, *inputs, graphdef=graphdef)), total
     at, weight = np.polynomial.legendre.leggauss(steps)
-    difference = jax.tree.map(jnp.subtract, inputs, baseline)
+    scores = tuple(np.zeros(len(row), np.float32) for row in tokens)
+    for where, share in zip((at + 1) / 2, weight / 2, strict=True):
+        scores = yield partial(_add_point, *inputs, scores, np.float32(where), np.float32(share), graphdef=graphdef)
+    return scores, total
 
-    def add(sums, point):
-        where, share = point
-        here = jax.tree.map(lambda b, d: b + where.astype(b.dtype) * d, baseline, difference)
-        return jax.tree.map(lambda s, g: s + share * g.astype(jnp.float32), sums, jax.grad(logp)(here)), None
 
-    points = (np.float32((at + 1) / 2), np.float32(weight / 2))
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), inputs)
-    return jax.tree.map(_dot, jax.lax.scan(add, start, points)[0], difference), total
+@dataclass(frozen=True)
+class _Path:
+    """The way of the embeddings from the baseline to the text, and the log-probability of a token on it."""
+
+    model: Any
+    tokens: Tokens
+    lengths: Lengths
+    token: Array
+
+    @property
+    def end(self) -> tuple[Array, ...]:
+        return _embeddings(self.model, self.tokens)
+
+    @property
+    def begin(self) -> tuple[Array, ...]:
+        average = _average(self.model, len(self.tokens))
+        return tuple(jnp.broadcast_to(row_D, x.shape) for row_D, x in zip(average, self.end, strict=True))
+
+    def logp(self, inputs: tuple[Array, ...]) -> Array:
+        return _last_logp(self.model, inputs, self.tokens, self.lengths)[self.token]
+
+
+def _path(graphdef: nnx.GraphDef, params: Params, *rest: Any) -> _Path:
+    return _Path(nnx.merge(graphdef, dequantize_tree(params)), *rest)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _rise(params: Params, tokens: Tokens, lengths: Lengths, token: Array, *, graphdef: nnx.GraphDef) -> Array:
+    """The log-probability of the token less that at the baseline."""
+    path = _path(graphdef, params, tokens, lengths, token)
+    return path.logp(path.end) - path.logp(path.begin)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _gradient_x_input(
+    params: Params, tokens: Tokens, lengths: Lengths, token: Array, *, graphdef: nnx.GraphDef
+) -> tuple[Array, ...]:
+    path = _path(graphdef, params, tokens, lengths, token)
+    return jax.tree.map(_dot, jax.grad(path.logp)(path.end), path.end)
+
+
+@partial(jax.jit, static_argnames=("graphdef",))
+def _add_point(
+    params: Params, tokens: Tokens, lengths: Lengths, token: Array, scores: tuple[Array, ...], where: Array,
+    share: Array, *, graphdef: nnx.GraphDef,
+) -> tuple[Array, ...]:
+    """The scores with the gradient at one point of the path."""
+    path = _path(graphdef, params, tokens, lengths, token)
+    begin = path.begin
+    difference = jax.tree.map(jnp.subtract, path.end, begin)
+    here = jax.tree.map(lambda b, d: b + where.astype(b.dtype) * d, begin, difference)
+    return jax.tree.map(lambda s, g, d: s + share * _dot(g, d), scores, jax.grad(path.logp)(here), difference)
 
 
 def _dot(a_TxD: Array, b_TxD: Array) -> Array:
@@ -229,23 +309,53 @@ def _last_logp(model, inputs: tuple[Array, ...], tokens: Tokens, lengths: Length
 
 def score_tokens(lm, tokens: Sequence[int], *, top: int = 0) -> TokenScores:
     """Log-probabilities of the tokens of a text given those before, with up to 20 alternatives each."""
+    return _all(score_slices(lm, tokens, top=top))
+
+
+def score_slices(lm, tokens: Sequence[int], *, top: int) -> Slices[TokenScores]:
+    """``score_tokens`` in slices of up to 128 tokens, whose keys and values are cached in full precision. A text whose
+    rotations go by its length is one slice."""
     if len(tokens) < 2:
         return TokenScores([], [])
-    n, padded = len(tokens) - 1, _padded(lm.config, tokens[:-1])
-    targets = np.pad(np.asarray(tokens[1:], np.int32), (0, len(padded) - n))
-    logp_T, best_Txk, ids_Txk = (np.asarray(x)[:n] for x in _scores(
-        lm.graphdef, lm.params, padded, targets, np.int32(n)))
+    n, config = len(tokens) - 1, lm.config
+    padded = _padded(config, tokens[:-1])
+    size = len(padded) if config.rotates_by_length else min(_SLICE, len(padded))
+    length = -(-n // size) * size
+    tokens_T, targets_T = (np.full(length, config.pad_id, np.int32) for _ in range(2))
+    tokens_T[:n], targets_T[:n] = tokens[:-1], tokens[1:]
+    graphdef, cache, found = lm.graphdef, None, []
+    if not config.rotates_by_length:
+        if config.kv_cache != "full":
+            graphdef, _ = initializer(replace(config, kv_cache="full"))
+        cache = yield partial(_empty_cache, lm.params, length=bucket(length), graphdef=graphdef)
+    for begin in range(0, length, size):
+        rows = tokens_T[begin : begin + size], targets_T[begin : begin + size]
+        cache, *scores = yield partial(_scores, lm.params, cache, *rows, np.int32(n), graphdef=graphdef)
+        found.append([np.asarray(x) for x in scores])
+    logp_T, best_Txk, ids_Txk = (np.concatenate(each)[:n] for each in zip(*found, strict=True))
     best = [list(zip(ids[:top].tolist(), row[:top].tolist(), strict=True)) for ids, row in
             zip(ids_Txk, best_Txk, strict=True)]
     return TokenScores(logp_T.tolist(), best)
 
 
-@partial(jax.jit, static_argnames=("graphdef",))
-def _scores(graphdef, params, tokens_T: Array, targets_T: Array, length: Array) -> tuple[Array, Array, Array]:
-    """Of the target at each place the log-probability ``[T]``, and the likeliest tokens there ``[T, k]``: their
-    log-probabilities and ids. Logits are there for a few places at a time."""
+@partial(jax.jit, static_argnames=("graphdef", "length"))
+def _empty_cache(params: Params, *, graphdef: nnx.GraphDef, length: int) -> Any:
+    return nnx.merge(graphdef, params).init_cache(1, length)
+
+
+@partial(jax.jit, static_argnames=("graphdef",), donate_argnames=("cache",))
+def _scores(
+    params: Params, cache: Any, tokens_T: Array, targets_T: Array, length: Array, *, graphdef: nnx.GraphDef
+) -> tuple[Any, Array, Array, Array]:
+    """The cache with more tokens; without one, the text has ``length`` tokens. And of the target at each place the
+    log-probability ``[T]``, and the likeliest tokens there ``[T, k]``: their log-probabilities and ids. Logits are
+    there for a few places at a time."""
     model = nnx.merge(graphdef, params)
-    x_TxD = model.decoder(_embeddings(model, (tokens_T,))[0][None], length_B=length[None])[0][0]
+    x_1xTxD = _embeddings(model, (tokens_T,))[0][None]
+    if cache is None:
+        x_1xTxD = model.decoder(x_1xTxD, length_B=length[None])[0]
+    else:
+        x_1xTxD, cache = model.decoder.decode(x_1xTxD, cache)
     most = min(MAX_LOGPROBS, model.config.vocab_size)
 
     def place(xs):
@@ -254,4 +364,4 @@ def _scores(graphdef, params, tokens_T: Array, targets_T: Array, length: Array) 
         values, ids = top_k(logp_V[None], most)
         return logp_V[target], values[0], ids[0]
 
-    return jax.lax.map(place, (x_TxD, targets_T), batch_size=_CHUNK)
+    return cache, *jax.lax.map(place, (x_1xTxD[0], targets_T), batch_size=_CHUNK)

@@ -147,13 +147,13 @@ class _Api:
             served = self._available(request, body.model, translates=True)
             rows = await encode_sentences(served, body)
         work = translate(served, body, rows, self._caller(request))
-        return _json(await cancel_on_disconnect(request, self._within_timeout(work)))
+        return await _long_json(await cancel_on_disconnect(request, self._within_timeout(work)))
 
     async def inspect(self, request: Request) -> Response:
         async with self._bodies.read(request, InspectionRequest) as body:
             served = find_model(self._models, body.model)
         work = inspect(served, body, self._caller(request))
-        return _json(await cancel_on_disconnect(request, self._within_timeout(work)))
+        return await _long_json(await cancel_on_disconnect(request, self._within_timeout(work)))
 
     async def models(self, request: Request) -> Response:
         return _json(ModelList(data=[served.card for served in self._models]))
@@ -184,7 +184,7 @@ class _Api:
         events = await cancel_on_disconnect(request, job.submit())
         if job.body.stream:
             return EventStreamResponse(job.stream(events))
-        return _json(await cancel_on_disconnect(request, job.complete(events)))
+        return await _long_json(await cancel_on_disconnect(request, job.complete(events)))
 
     async def _within_timeout(self, work: Coroutine[Any, Any, T]) -> T:
         try:
@@ -200,6 +200,11 @@ def _page(name: str) -> Callable[[Request], Response]:
 
 def _json(body: BaseModel, status: int = 200) -> Response:
     return Response(body.model_dump_json(), status, media_type="application/json")
+
+
+async def _long_json(body: BaseModel) -> Response:
+    """The response with a body that may have megabytes, which are written in a thread."""
+    return await asyncio.to_thread(_json, body)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

@@ -21,7 +21,7 @@ from jaxlm.core.processes import module_command, module_environment
 from jaxlm.inference.engine.constraints import LIMITS, MAX_FORCED, Constraint, Grammar, GrammarCompiler, refusal
 from jaxlm.serving.protocol.errors import grammars_busy, invalid_field
 
-__all__ = ["MAX_BYTES", "GrammarQueue"]
+__all__ = ["MAX_BYTES", "GrammarQueue", "give_way"]
 
 MAX_BYTES = 1 << 17  # of a constraint
 _SECONDS = 2  # of computation that a new constraint may take
@@ -37,7 +37,7 @@ class GrammarQueue:
         """``compiler`` gives the compiler of the model's engine of now."""
         self._compiler = compiler
         self._trials = _Trials()
-        self._thread = ThreadPoolExecutor(1, f"jaxlm-grammars-{name}", _give_way)
+        self._thread = ThreadPoolExecutor(1, f"jaxlm-grammars-{name}", give_way)
         self._waiting = 0
 
     async def compile(self, constraint: Constraint) -> Grammar:
@@ -75,7 +75,7 @@ class GrammarQueue:
         self._trials.close()
 
 
-def _give_way() -> None:
+def give_way() -> None:
     """Lets the model's thread go first, where threads have priorities."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from jaxlm.inference.translation import Hypothesis, generation_for_language, search_translations
 from jaxlm.model import LM
 from jaxlm.serving.protocol.requests import MAX_SENTENCES
-from jaxlm.serving.worker import Worker, run_into
+from jaxlm.serving.slices import run_into
+from jaxlm.serving.worker import Worker
 
 __all__ = ["TranslationJob", "TranslationWorker"]
 

@@ -1,7 +1,8 @@
 """The thread of a model: all computation with it happens there, and results come back through asyncio.
 
-A worker has a single thread because a device does one thing at a time. The thread alternates between the engine's
-steps, which serve all requests together, and at most one other job, so that neither waits long for the other.
+A worker has a single thread because a device does one thing at a time. Other jobs than the engine's steps come in
+slices. While the engine has something to do, they get a quarter of the time, and their programs are compiled in another
+thread; so no request waits long for them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jaxlm.core.errors import UserError
+from jaxlm.evaluation.insight import Slices
 from jaxlm.inference.engine.constraints import Constraint
 from jaxlm.inference.engine.engine import Engine
 from jaxlm.inference.engine.requests import Event, Request
@@ -30,11 +32,13 @@ from jaxlm.serving.protocol.errors import (
     request_timeout,
     too_many_choices,
 )
+from jaxlm.serving.slices import SliceQueue, run_into
 
-__all__ = ["Caller", "EngineWorker", "GenerationStream", "Worker", "run_into"]
+__all__ = ["Caller", "EngineWorker", "GenerationStream", "Worker"]
 
 T = TypeVar("T")
 _log = logging.getLogger("jaxlm.serving")
+_STEPS_SHARE = 3  # seconds of steps for a second of slices, while there are steps to do
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Caller:
 
 
 class Worker:
-    """Runs jobs one after the other in a thread.
+    """Runs jobs slice by slice in a thread.
 
     Attributes:
         name: of the model.
@@ -68,8 +72,9 @@ class Worker:
         self._in_use_by: Counter[str] = Counter()  # by client, without zeros
         self._mean_seconds = 1.0  # of recent requests
         self._calls: deque[Callable[[], None]] = deque()  # short calls; all of them run before the next step
-        self._jobs: deque[tuple[Future, Callable[[], Any]]] = deque()
+        self._owed = 0.0  # seconds of steps that come before the next slice
         self._changed = threading.Condition()
+        self._slices = SliceQueue(name, self._changed)
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name=f"jaxlm-{name}", daemon=True)
 
@@ -84,6 +89,7 @@ class Worker:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()
+        self._slices.close()
 
     def check_capacity(self, client: str, count: int = 1) -> None:
         """Call it before any work is spent on a request.
@@ -122,14 +128,13 @@ class Worker:
         """Seconds after which a client should try again."""
         return min(max(1, round(self._mean_seconds)), 60)
 
-    async def run(self, job: Callable[[], T], client: str) -> T:
-        """The result of ``job``, called in the thread. A job that is cancelled before its turn is not called."""
+    async def run(self, slices: Slices[T], client: str) -> T:
+        """The result of slices, each of which is called in the thread. Those that are left are not, when this is
+        cancelled."""
         self.acquire(1, client)
         begin, future = time.monotonic(), Future()
         try:
-            with self._changed:
-                self._jobs.append((future, job))
-                self._changed.notify()
+            self._slices.add(future, slices)
             return await asyncio.wrap_future(future)
         finally:
             self.release(1, client, time.monotonic() - begin)
@@ -143,21 +148,17 @@ class Worker:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._calls or self._jobs or self._busy)
+                self._changed.wait_for(lambda: self._closed or self._calls or self._slices or self._busy)
                 if self._closed:
                     return
                 calls, self._calls = self._calls, deque()
             for function in calls:
                 run_into(Future(), function)
-            self._run_next_job()
+            if self._owed <= 0 or not self._busy:
+                self._owed = _STEPS_SHARE * self._slices.run_next()
+            begin = time.monotonic()
             self._step()
-
-    def _run_next_job(self) -> None:
-        with self._changed:
-            if not self._jobs:
-                return
-            future, job = self._jobs.popleft()
-        run_into(future, job)
+            self._owed = max(0.0, self._owed - (time.monotonic() - begin))
 
     @property
     def _busy(self) -> bool:
@@ -166,19 +167,6 @@ class Worker:
 
     def _step(self) -> None:
         """Called between jobs."""
-
-
-def run_into(future: Future, job: Callable[[], Any]) -> None:
-    """Calls ``job`` and puts its result or error into ``future``, unless that is cancelled."""
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(job())
-    except (UserError, ApiError) as error:
-        future.set_exception(error)
-    except Exception:
-        _log.exception("a job failed")
-        future.set_exception(internal_error())
 
 
 class EngineWorker(Worker):

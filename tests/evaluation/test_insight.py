@@ -79,7 +79,9 @@ def test_gradient_x_input_is_the_slope_of_scaling_a_token(case):
         assert float(scores[which][place]) == pytest.approx(slope, rel=0.02, abs=2e-3)
 
 
-def test_scores_are_the_log_probabilities_of_the_full_forward_pass():
+@pytest.mark.parametrize("tokens_in_a_slice", [128, 3])
+def test_scores_are_the_log_probabilities_of_the_full_forward_pass(monkeypatch, tokens_in_a_slice):
+    monkeypatch.setattr(insight, "_SLICE", tokens_in_a_slice)
     lm = decoder()
     logits = full_logits(lm, TOKENS).astype(np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -157,6 +157,13 @@ def too_many_choices(count: int, limit: int) -> ApiError:
     return ApiError(400, f"the request asks for {count} choices, and the most is {limit}: ask for fewer", param="n")
 
 
+def too_many_logprobs(tokens: int, top: int, limit: int) -> ApiError:
+    return ApiError(
+        400, f"the response may have {tokens:,} tokens with {top} alternatives each, and at most {limit:,} "
+        "log-probabilities fit into one: ask for fewer alternatives, choices, or tokens", param="logprobs",
+    )
+
+
 # What the server cannot do now
 
 

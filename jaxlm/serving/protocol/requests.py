@@ -22,6 +22,7 @@ MAX_PROMPT_TOKENS = 1 << 20
 MAX_SENTENCES = 64
 MAX_BEAMS = 16
 MAX_INSPECTED_TOKENS = 256
+MAX_RESPONSE_LOGPROBS = 1 << 17  # log-probabilities in a response: of its tokens and of their alternatives
 MAX_INSPECTED_CHARACTERS = 64 * MAX_INSPECTED_TOKENS
 
 # JSON has one kind of number, so 2.0 is accepted as an integer.

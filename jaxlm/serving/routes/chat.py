@@ -22,7 +22,7 @@ from jaxlm.serving.protocol.responses import (
     ChoiceLogprobs,
     Usage,
 )
-from jaxlm.serving.routes.generation import choice_count, engine_request, top_logprob
+from jaxlm.serving.routes.generation import check_collected_logprobs, choice_count, engine_request, top_logprob
 from jaxlm.serving.worker import Caller, GenerationStream
 
 __all__ = ["ChatCompletionJob"]
@@ -58,6 +58,7 @@ class ChatCompletionJob:
         most = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         request = engine_request(self.served, body, self.prompt, max_tokens=most, logprobs=logprobs)
+        check_collected_logprobs(body, [request])
         return await self.served.worker.submit([request], self.caller)
 
     async def complete(self, events: GenerationStream) -> ChatCompletion:
@@ -69,10 +70,8 @@ class ChatCompletionJob:
         finally:
             events.close()
         written = sum(len(event.tokens) for each in found.values() for event in each)
-        return ChatCompletion(
-            **self._head, choices=[self._choice(index, each) for index, each in found.items()],
-            usage=Usage.of(len(self.prompt), written),
-        )
+        choices = await asyncio.to_thread(lambda: [self._choice(index, each) for index, each in found.items()])
+        return ChatCompletion(**self._head, choices=choices, usage=Usage.of(len(self.prompt), written))
 
     async def stream(self, events: GenerationStream) -> AsyncIterator[ChatCompletionChunk]:
         """The response in parts; the usage comes last, if the request asks for it."""

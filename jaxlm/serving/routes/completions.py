@@ -6,15 +6,16 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 
-from jaxlm.evaluation.insight import TokenScores, score_tokens
+from jaxlm.evaluation.insight import TokenScores, score_slices
 from jaxlm.inference.engine.requests import Event, Request
 from jaxlm.serving.models import ServedModel
 from jaxlm.serving.protocol.errors import context_length_exceeded, invalid_field, too_many_choices
 from jaxlm.serving.protocol.requests import MAX_CHOICES, CompletionRequest
 from jaxlm.serving.protocol.responses import Completion, CompletionChoice, CompletionLogprobs, Usage
 from jaxlm.serving.routes.generation import (
+    check_collected_logprobs,
+    check_logprobs,
     choice_count,
     engine_request,
     finite_logprob,
@@ -64,6 +65,8 @@ class CompletionJob:
             raise invalid_field("prompt", f"the prompt has token {unknown}, and the vocabulary has {vocabulary} tokens")
         if (longest := max(map(len, self.prompts))) > served.context:
             raise context_length_exceeded(served.name, served.context, longest, param="prompt")
+        if body.echo:
+            check_logprobs(sum(map(len, self.prompts)) * self.n, body.logprobs)
 
     def _requests(self) -> list[Request]:
         if self.body.max_tokens == 0:
@@ -78,18 +81,19 @@ class CompletionJob:
     async def submit(self) -> GenerationStream | None:
         """Gives the requests to the engine; None if nothing is to be generated."""
         requests = self._requests()
+        check_collected_logprobs(self.body, requests)
         return await self.served.worker.submit(requests, self.caller) if requests else None
 
     async def complete(self, events: GenerationStream | None) -> Completion:
         """The whole response."""
-        choices: dict[int, CompletionChoice] = {}
+        parts: dict[int, list[CompletionChoice]] = {}
         usage = Usage.of(sum(map(len, self.prompts)), 0)
         async for chunk in self._chunks(events):
             for part in chunk.choices:
-                before = choices.get(part.index)
-                choices[part.index] = part if before is None else _joined(before, part)
+                parts.setdefault(part.index, []).append(part)
             usage = chunk.usage or usage
-        return Completion(**self._head, choices=[choices[i] for i in sorted(choices)], usage=usage)
+        choices = await asyncio.to_thread(lambda: [_joined(parts[i]) for i in sorted(parts)])
+        return Completion(**self._head, choices=choices, usage=usage)
 
     async def stream(self, events: GenerationStream | None) -> AsyncIterator[Completion]:
         """The response in parts; the usage comes last, if the request asks for it."""
@@ -118,8 +122,9 @@ class CompletionJob:
         for number, prompt in enumerate(self.prompts):
             text, logprobs = self._prompt_text(number), None
             if self.body.logprobs is not None:
-                job = partial(score_tokens, self.served.lm, prompt, top=self.body.logprobs)
-                logprobs = self._prompt_logprobs(prompt, await self.served.worker.run(job, self.caller.client))
+                slices = score_slices(self.served.lm, prompt, top=self.body.logprobs)
+                scored = await self.served.worker.run(slices, self.caller.client)
+                logprobs = await asyncio.to_thread(self._prompt_logprobs, prompt, scored)
             for i in range(self.n):
                 yield CompletionChoice(
                     index=number * self.n + i, text=text, logprobs=logprobs,
@@ -161,19 +166,22 @@ class CompletionJob:
         )
 
 
-def _joined(a: CompletionChoice, b: CompletionChoice) -> CompletionChoice:
-    """Two consecutive parts of a choice as one."""
-    logprobs = a.logprobs
-    if a.logprobs is not None and b.logprobs is not None:
-        begin = a.logprobs.text_offset[-1] + len(a.logprobs.tokens[-1]) if a.logprobs.tokens else 0
-        shifted = b.logprobs.model_copy(update={"text_offset": [begin + at for at in b.logprobs.text_offset]})
-        fields = {
-            name: None if (first := getattr(a.logprobs, name)) is None else [*first, *getattr(shifted, name)]
-            for name in CompletionLogprobs.model_fields
-        }
-        logprobs = CompletionLogprobs(**fields)
+def _joined(parts: Sequence[CompletionChoice]) -> CompletionChoice:
+    """Consecutive parts of a choice as one."""
+    logprobs = None
+    if parts[0].logprobs is not None:
+        logprobs = CompletionLogprobs(top_logprobs=None if parts[0].logprobs.top_logprobs is None else [])
+        end = 0
+        for part in (part.logprobs for part in parts if part.logprobs is not None):
+            logprobs.tokens += part.tokens
+            logprobs.token_logprobs += part.token_logprobs
+            logprobs.text_offset += [end + at for at in part.text_offset]
+            if logprobs.top_logprobs is not None:
+                logprobs.top_logprobs += part.top_logprobs
+            end += sum(map(len, part.tokens))
+    finish_reason = next((part.finish_reason for part in reversed(parts) if part.finish_reason), None)
     return CompletionChoice(
-        index=a.index, text=a.text + b.text, logprobs=logprobs, finish_reason=b.finish_reason or a.finish_reason
+        index=parts[0].index, text="".join(part.text for part in parts), logprobs=logprobs, finish_reason=finish_reason
     )
 
 

@@ -11,8 +11,13 @@ from pydantic import BaseModel
 from jaxlm.inference.engine.constraints import Constraint
 from jaxlm.inference.engine.requests import Request
 from jaxlm.serving.models import ServedModel
-from jaxlm.serving.protocol.errors import context_length_exceeded, request_timeout
-from jaxlm.serving.protocol.requests import GenerationRequest, JsonObjectFormat, JsonSchemaFormat
+from jaxlm.serving.protocol.errors import context_length_exceeded, request_timeout, too_many_logprobs
+from jaxlm.serving.protocol.requests import (
+    MAX_RESPONSE_LOGPROBS,
+    GenerationRequest,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+)
 from jaxlm.serving.protocol.responses import TopLogprob
 from jaxlm.serving.worker import GenerationStream
 
@@ -80,6 +85,24 @@ def _constraint(body: GenerationRequest) -> Constraint | None:
         case JsonSchemaFormat(json_schema=described):
             return Constraint(json=described.schema_)
     return None
+
+
+def check_logprobs(tokens: int, top: int | None) -> None:
+    """For a response with that many tokens and ``top`` alternatives each (None: without log-probabilities).
+
+    Raises:
+        ApiError: when they are too many for one response.
+    """
+    if top is not None and tokens * (top + 1) > MAX_RESPONSE_LOGPROBS:
+        raise too_many_logprobs(tokens, top, MAX_RESPONSE_LOGPROBS)
+
+
+def check_collected_logprobs(body: GenerationRequest, requests: Sequence[Request]) -> None:
+    """``check_logprobs`` of what the requests generate, if it is not streamed."""
+    if not body.stream:
+        for request in requests[:1]:
+            tokens = sum(each.n * each.max_new_tokens for each in requests)
+            check_logprobs(tokens, request.logprobs)
 
 
 def choice_count(body: GenerationRequest) -> int:

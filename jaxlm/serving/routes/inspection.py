@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+import asyncio
 
 import numpy as np
 
 from jaxlm.core.errors import UserError
-from jaxlm.evaluation.insight import inspect_tokens
+from jaxlm.evaluation.insight import Insight, inspect_slices
 from jaxlm.inference.translation import decoder_start_token, generation_for_language
 from jaxlm.serving.models import ServedModel
 from jaxlm.serving.protocol.errors import invalid_field
@@ -37,12 +37,14 @@ async def inspect(served: ServedModel, body: InspectionRequest, caller: Caller) 
         raise invalid_field("token", f"token is {body.token}, and the vocabulary has {vocabulary} tokens")
     if body.target is not None and not served.translates:
         raise invalid_field("target", f"{served.name} does not translate: remove the target")
-    return await served.worker.run(partial(_inspect, served, body), caller.client)
+    inputs = await asyncio.to_thread(_inputs, served, body)
+    slices = inspect_slices(served.lm, inputs, token=body.token, method=body.method, steps=body.steps, top=body.top)
+    return await asyncio.to_thread(_inspection, served, body, inputs, await served.worker.run(slices, caller.client))
 
 
-def _inspect(served: ServedModel, body: InspectionRequest) -> Inspection:
-    inputs = _inputs(served, body)
-    insight = inspect_tokens(served.lm, inputs, token=body.token, method=body.method, steps=body.steps, top=body.top)
+def _inspection(
+    served: ServedModel, body: InspectionRequest, inputs: list[list[int]], insight: Insight
+) -> Inspection:
     texts = [[token_text(served, token) for token in row] for row in inputs]
     scores = np.concatenate(insight.scores).round(5)
     return Inspection(
