@@ -342,7 +342,7 @@ def _rounded_dot(x_MxI: jax.Array, w: QArray, parts: int = 1) -> jax.Array:
     if w.scale.shape[-1] > 1:
         codes_MxI, scale_Mx1 = _round_rows(x_MxI, w)
         rounded_MxI = (codes_MxI.astype(jnp.float32) * scale_Mx1).astype(x_MxI.dtype)
-        return _weight_only_dot(rounded_MxI, dataclasses.replace(w, act_bits=0, act_scale=None))
+        return _sum_of_parts(_weight_only_dot, rounded_MxI, dataclasses.replace(w, act_bits=0, act_scale=None), parts)
     rows, integer = x_MxI.shape[0], jnp.issubdtype(w.codes.dtype, jnp.integer)
     x_MxI = jnp.concatenate([x_MxI, x_MxI]) if rows == 1 and integer else x_MxI
     codes_MxI, scale_Mx1 = _round_rows(x_MxI, w)

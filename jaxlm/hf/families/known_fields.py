@@ -135,6 +135,7 @@ def _unread_scaling(path: str, given: Any) -> list[str]:
     if nested:
         return [name for key in nested for name in _unread_scaling(f"{path}.{key}", given[key])]
     kind = given.get("rope_type", given.get("type", "default"))
-    read = _table()["rope"].get({"su": "longrope"}.get(kind, kind), ())
+    kind = "longrope" if kind == "su" else kind
+    read = _table()["rope"].get(kind, ()) if isinstance(kind, str) else ()
     read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", *read}
     return [f"{path}.{name}" for name, value in given.items() if value is not None and name not in read]

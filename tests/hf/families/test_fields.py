@@ -54,6 +54,7 @@ HARMLESS = [
     ("llama", {"layer_types": ["full_attention"] * 3, "is_causal": True, "sliding_window": None}, ""),
     ("llama", {"rope_scaling": {"type": "default", "mrope_section": [1]}}, "rope_scaling.mrope_section"),
     ("gpt_neox", {"rope_theta": 7.0, "partial_rotary_factor": 1.0}, "rope_theta, partial_rotary_factor"),
+    ("llama", {"rope_scaling": {"type": "default"}, "rope_parameters": {"type": [], "x": 1}}, "rope_parameters.x"),
     ("gpt_neox", {"custom_pipeline": {"text-generation": {}}}, "custom_pipeline"),
     ("phi3", {"attention_bias": False, "mlp_bias": False, "lm_head_bias": False, "full_attn_mod": 1},
      "attention_bias, mlp_bias, lm_head_bias, full_attn_mod"),
