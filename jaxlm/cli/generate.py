@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, adapter=True)
     add_kv_cache(parser)
     parser.add_argument("--prompt", metavar="TEXT", action="append", required=True,
-                        help="the text to continue; may be repeated")
+                        help="the text to continue, with the special tokens that it spells; may be repeated")
     parser.add_argument("--chat", action="store_true", help="prompts are messages of a user, for the chat template")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: a system message before each prompt")
     parser.add_argument("--max-new-tokens", type=int, metavar="N",

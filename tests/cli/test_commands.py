@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlm.cli import presets
 from jaxlm.core import sharding
+from jaxlm.core.errors import UserError
 from jaxlm.nn.config import PRESETS, DecoderConfig, Seq2SeqConfig
 from tests.cli.commands import save_model
 
@@ -202,6 +203,25 @@ def test_the_kv_cache_is_an_option(jaxlm_command, decoder, translator, tmp_path)
     assert jaxlm_command("translate", translator, *options, "int8")[::2] == (0, "")
     status, _, err = jaxlm_command("translate", translator, *options, "int7")
     assert status == 2 and "--kv-cache" in err and "'int7'" in err
+
+
+def test_special_tokens_of_data_are_an_option(jaxlm_command, decoder, monkeypatch):
+    seen = []
+
+    def see(*_, **options):
+        seen.append((options["special_tokens"], options.get("prompt_special_tokens")))
+        raise UserError("seen")
+
+    monkeypatch.setattr("jaxlm.evaluation.scoring.evaluate", see)
+    monkeypatch.setattr("jaxlm.compress", see)
+    evaluate = "evaluate", decoder, "--data", "text:x"
+    compress = "compress", decoder, "--recipe", "w4a16-gptq", "--calibrate", "text:x", "--out", "y"
+    for words in (
+        evaluate, (*evaluate, "--special-tokens", "parse"), (*evaluate, "--prompt-special-tokens", "parse"),
+        compress, (*compress, "--special-tokens", "parse"),
+    ):
+        assert jaxlm_command(*words)[0] == 2
+    assert seen == [("text", "text"), ("parse", "text"), ("text", "parse"), ("text", None), ("parse", None)]
 
 
 def test_export_and_inspect_what_is_foreign(jaxlm_command, small, tmp_path):

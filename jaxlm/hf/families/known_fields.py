@@ -61,7 +61,10 @@ def without_aliases(fields: Mapping[str, Any]) -> dict[str, Any]:
     transformers: ``num_hidden_layers`` of a BART is its ``encoder_layers``."""
     aliases = _table()[fields["model_type"]]["aliases"]
     renamed = {aliases[name]: value for name, value in fields.items() if name in aliases and value is not None}
-    return {name: value for name, value in fields.items() if name not in aliases} | renamed
+    out = {name: value for name, value in fields.items() if name not in aliases} | renamed
+    if "num_layers" in renamed and out.get("num_decoder_layers") is None:  # of a T5, which copies it before
+        out["num_decoder_layers"] = fields.get("num_layers", _read(fields["model_type"])["num_layers"])
+    return out
 
 
 def check_architecture(fields: Mapping[str, Any], expected: str) -> None:

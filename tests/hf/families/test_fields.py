@@ -136,7 +136,23 @@ def test_the_fields_that_count_are_those_of_transformers():
     assert from_hf_config({k: v for k, v in phi.items() if v is not None}).rope_scaling.original_positions == 4096
     assert from_hf_config(phi | {"original_max_position_embeddings": 8}).rope_scaling.original_positions == 8
 
-    assert from_hf_config(config_of("bart") | {"num_hidden_layers": 1}).encoder_layers == 1
+    for where in ("rope_scaling", "rope_parameters"):
+        inside = {where: {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.25}}
+        assert from_hf_config(neox | {"rotary_pct": 0.5} | inside).rotary_fraction == 0.25
+        short = {name: value for name, value in phi.items() if value is not None and name != "rope_parameters"}
+        assert from_hf_config(short | {where: long}).rope_scaling.original_positions == 4096
+
+    for case in ("bart", "marian", "mbart", "m2m_100"):
+        config = from_hf_config(config_of(case) | {"encoder_layers": 2, "decoder_layers": 2, "num_hidden_layers": 1})
+        assert (config.encoder_layers, config.decoder_layers) == (1, 2)
+    for given, layers in (
+        ({"num_layers": 2}, (2, 2)), ({"num_layers": 2, "num_hidden_layers": 3}, (3, 2)),
+        ({"num_hidden_layers": 3}, (3, 6)),
+        ({"num_layers": 2, "num_hidden_layers": 3, "num_decoder_layers": 4}, (3, 4)),
+    ):
+        t5 = {name: value for name, value in config_of("t5").items() if "layers" not in name}
+        config = from_hf_config(t5 | given)
+        assert (config.encoder_layers, config.decoder_layers) == layers
     assert from_hf_config(config_of("mixtral") | {"num_experts": 3}).experts == 3
     assert from_hf_config(config_of("t5") | {"dense_act_fn": "tanh"}).activation == "tanh"
     gated = {"feed_forward_proj": "gated-gelu", "dense_act_fn": None, "is_gated_act": None}
