@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from jaxlm.serving.access import client_network
 __all__ = ["Connection", "ConnectionLimits"]
 
 _PROGRESS = 1 << 16  # bytes that a client must read within ``ConnectionLimits.waiting`` seconds
+_SEND_BUFFER = 1 << 17  # bytes of the system's buffer; it would grow to megabytes for a client that reads nothing
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self.network = client_network(self.client[0] if self.client else "")
+        if (accepted := transport.get_extra_info("socket")) is not None:
+            accepted.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         others = [each for each in self.connections if each is not self]
         if not self._make_room([each for each in others if each.network == self.network], self._limits.of_client):
             self._refuse(b"429 Too Many Requests")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -253,8 +254,9 @@ def test_an_engine_that_fails_is_made_anew(lms, engine):
 
 
 def test_a_server_that_drains_ends_what_runs_and_refuses_the_rest(lms, engine, monkeypatch):
+    goes_on, step, steps = threading.Event(), engine.step, itertools.count()
+    monkeypatch.setattr(engine, "step", lambda: (next(steps) < 3 or goes_on.wait(60)) and step())
     with other(lms, engine, queue=4) as server:
-        slow_down(monkeypatch, engine, 0.02)
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=120) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -262,6 +264,7 @@ def test_a_server_that_drains_ends_what_runs_and_refuses_the_rest(lms, engine, m
             refused = post(server, BODY)
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
             assert httpx.get(f"{server.url}/health").status_code == 503
+            goes_on.set()
             assert list(lines)[-2] == "data: [DONE]"
 
 
