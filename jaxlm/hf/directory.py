@@ -247,7 +247,7 @@ def read_model_config(path: Path) -> ModelConfig:
             raise UserError(f"{file}: {error}") from None
     if not (path / "experiment.json").is_file():
         raise UserError(f"{path} has no config.json; name a model directory or a training run")
-    return from_dict(ModelConfig, read_sealed_json(path / "experiment.json").get("model"), stored=True)
+    return _run_config(path, read_sealed_json(path / "experiment.json"))
 
 
 def _is_ours(fields: Mapping[str, Any]) -> bool:
@@ -301,6 +301,16 @@ def _weights_metadata(files: TensorFiles, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: the weights do not belong to this config.json; copy both again") from None
 
 
+def _run_config(run: Path, experiment: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of the model of a training run."""
+    try:
+        config = from_dict(ModelConfig, experiment.get("model"), stored=True)
+        validate_sizes(config)
+        return config
+    except UserError as error:
+        raise UserError(f"{run / 'experiment.json'}: {error}") from None
+
+
 def _read_run(
     run: Path, mesh: Mesh | None, dtype: str, stacked: bool
 ) -> tuple[ModelConfig, Params, Tokenizer | None, dict[str, Any]]:
@@ -315,7 +325,7 @@ def _read_run(
     )
     if lora.get("rank"):
         raise UserError(f"{run} trains adapters and has not written them yet; let it finish")
-    config = from_dict(ModelConfig, experiment.get("model"), stored=True)
+    config = _run_config(run, experiment)
     mode = "min" if evaluation.get("metric", "loss") == "loss" else "max"
     if not (run / "checkpoints").is_dir():
         raise UserError(f"{run} holds no checkpoint yet; let it train until it has one")
