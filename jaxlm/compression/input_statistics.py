@@ -16,7 +16,8 @@ __all__ = ["group_by_input", "observe_inputs", "replace_idle_experts", "second_m
 # The kernels of a layer in the order in which they run; those of one entry have the same input.
 _ORDER = (
     ("attn/q", "attn/k", "attn/v"), ("attn/o",), ("cross/k", "cross/v"), ("cross/q",), ("cross/o",),
-    ("mlp/gate", "mlp/up"), ("mlp/experts/gate", "mlp/experts/up"), ("mlp/down",), ("mlp/experts/down",),
+    ("mlp/gate", "mlp/up"), ("mlp/experts/gate", "mlp/experts/up"), ("mlp/shared/gate", "mlp/shared/up"),
+    ("mlp/down",), ("mlp/experts/down",), ("mlp/shared/down",),
 )
 
 

@@ -28,7 +28,7 @@ _ROLES: tuple[tuple[Role, re.Pattern], ...] = tuple(
     (role, re.compile(pattern)) for role, pattern in (
         ("table", r"(src_)?embed/table|(en|de)coder/pos/table"),
         ("writer", r".*/(o|down)/(kernel|bias)"),  # the stream is its last axis
-        ("reader", r".*/(q|k|v|gate|up|router)/kernel|head/kernel"),  # the stream is its last axis but one
+        ("reader", r".*/(q|k|v|gate|up|router|shared_gate)/kernel|head/kernel"),  # the stream is its last axis but one
         ("norm", r".*/((attn|cross|mlp)(_out)?|final|embed)_norm/(scale|bias)"),
     )
 )

@@ -25,7 +25,7 @@ from jaxlm.nn.config import ModelConfig
 __all__ = ["LAYER_KERNELS", "LayerStep", "ModelStep", "Step", "WeightStep", "apply_step"]
 
 # The kernels of the layers. Embeddings, head and norms stay dense unless the target of a step says otherwise.
-LAYER_KERNELS = r"(.*/)?layers/\d+/((attn|cross|mlp|mlp/experts)/[a-z]+|input|recurrent)/kernel"
+LAYER_KERNELS = r"(.*/)?layers/\d+/((attn|cross|mlp|mlp/experts|mlp/shared)/[a-z]+|input|recurrent)/kernel"
 
 Data = Literal["needed", "of use", ""]
 OnCpu = Literal["faster", "faster with jax 0.12", "as dense"]

@@ -171,11 +171,10 @@ def _find_sources(
 
 def _stored_shape(config: ModelConfig, spec: TensorSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in the file of a tensor that makes a (part of a) parameter of this shape."""
-    stored = shape[::-1] if spec.transposed else shape
+    stored = list(spec.stored(shape))
     if spec.fused is not None:
-        outputs = (sum(spec.fused.sizes(config)),)
-        stored = outputs + stored[1:] if spec.transposed else stored[:-1] + outputs
-    return (1, *stored) if spec.as_row else stored
+        stored[spec.output_axis] = sum(spec.fused.sizes(config))
+    return (1, *stored) if spec.as_row else tuple(stored)
 
 
 def _quantization_by_layer(
@@ -231,12 +230,11 @@ class _Loader:
         """Writes ``index`` of the part of a parameter that a tensor fills, which has this shape, into ``out``."""
         spec, name, files = tensor.spec, self.files.name_of(tensor), self.files.files
         index = tuple(slice(*each.indices(size)) for each, size in zip(index, shape, strict=True))
-        stored = index[::-1] if spec.transposed else index
-        axis = 0 if spec.transposed else len(shape) - 1  # of the outputs
+        stored, axis = spec.stored(index), spec.output_axis % len(shape)
         if (matrix := self.files.matrix(tensor)) is not None:
             array = dense_slice(self.config, spec, matrix)
             array = (array if outputs_first(path, spec) else array.T)[stored]
-        elif spec.fused is not None and spec.fused.by_head:
+        elif spec.fused is not None and spec.fused.run is not None:
             fused = np.moveaxis(files.read_slice(name, ()), axis, 0)
             array = np.moveaxis(spec.fused.extract(self.config, fused), 0, axis)[stored]
         else:
@@ -245,7 +243,7 @@ class _Loader:
             stored = (*stored[:axis], outputs, *stored[axis + 1 :])
             array = files.read_slice(name, (slice(0, 1), *stored) if spec.as_row else stored)
             array = array[0] if spec.as_row else array
-        array = array.T if spec.transposed else array
+        array = spec.stored_array(array)
         scale = 1.0 if spec.scale is None else spec.scale(self.hf_fields)
         if scale != 1.0 or spec.offset:
             array = array.astype(np.float32) * np.float32(scale) + np.float32(spec.offset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxlm.core.config import to_dict
 from jaxlm.core.errors import UserError
-from jaxlm.nn.config import LSTMConfig, ModelConfig, Seq2SeqConfig
+from jaxlm.nn.config import LSTMConfig, ModelConfig, Seq2SeqConfig, StackConfig
 
 __all__ = ["MAX_LAYERS", "MAX_VALUE", "layer_count_fields", "validate_sizes"]
 
@@ -40,6 +40,8 @@ def validate_sizes(config: ModelConfig) -> None:
         raise UserError(
             f"experts_per_token is {config.experts_per_token}, which is not between 1 and experts = {config.experts}"
         )
+    if config.experts and config.n_group != 1:
+        _check_groups(config)
     if config.positions == "rotary" and (config.d_rotary % 2 or config.d_rotary > config.d_head):
         raise UserError(
             f"{config.d_rotary} of the {config.d_head} dimensions of a head are rotated, which is an odd number or "
@@ -49,6 +51,17 @@ def validate_sizes(config: ModelConfig) -> None:
     for factors in (scaling.short_factor, scaling.long_factor):
         if scaling.method == "longrope" and len(factors) != config.d_rotary // 2:
             raise UserError(f"rope_scaling has {len(factors)} factors instead of {config.d_rotary // 2}")
+
+
+def _check_groups(config: StackConfig) -> None:
+    size, rest = divmod(config.experts, max(config.n_group, 1))
+    if config.n_group < 1 or rest or size < 2:
+        raise UserError(f"n_group is {config.n_group}; the {config.experts} experts make no such groups of 2 or more")
+    if not 1 <= config.topk_group <= config.n_group or config.experts_per_token > config.topk_group * size:
+        raise UserError(
+            f"topk_group is {config.topk_group}: a token goes to {config.experts_per_token} experts of as many of the "
+            f"{config.n_group} groups of {size} experts"
+        )
 
 
 def _check_counts(config: ModelConfig) -> None:

@@ -37,6 +37,13 @@ __all__ = ["ExportPlan", "ParamSlice", "plan_export", "simplest_hf_config", "to_
 # A model without these parameters computes the same with them at zero, so a family that always has them can hold it.
 _ADDABLE = ("qkv_bias", "out_bias", "mlp_bias", "norm_bias", "logits_bias")
 
+# Fields that do not matter without experts.
+_EXPERT_FIELDS = (
+    "experts_per_token", "expert_ffn", "expert_renormalize", "expert_bias", "scale_expert_inputs", "router_scores",
+    "router_bias", "correction_bias", "n_group", "topk_group", "routed_scaling_factor", "shared_expert_ffn",
+    "shared_expert_gate", "dense_layers",
+)
+
 
 def simplest_hf_config(config: ModelConfig, *, exact: bool = True) -> dict[str, Any] | None:
     """``to_hf_config`` for the first family that the model can be written as, plain families first; None if there is
@@ -125,8 +132,14 @@ def _canonical(config: StackConfig) -> StackConfig:
         changes |= {"max_positions": 0, "position_offset": 0}
     if config.experts:
         changes["expert_ffn"] = config.d_expert
+        if not config.shared_expert_ffn:
+            changes["shared_expert_gate"] = False
+        if config.n_group == 1:
+            changes["topk_group"] = 1
     else:
-        changes |= {name: getattr(blank, name) for name in ("experts_per_token", "expert_ffn", "expert_renormalize")}
+        changes |= {name: getattr(blank, name) for name in _EXPERT_FIELDS}
+    if config.activation != "clamped_swiglu":
+        changes |= {name: getattr(blank, name) for name in ("swiglu_alpha", "swiglu_limit")}
     if isinstance(config, Seq2SeqConfig):
         changes |= {"decoder_heads": config.decoder.heads, "decoder_ffn": config.decoder.d_ffn}
     return dataclasses.replace(config, **changes)
@@ -176,9 +189,9 @@ class ExportPlan:
     def dense_tensor(self, name: str, dtype: np.dtype) -> LazyTensor:
         """A tensor of the file, dense, which is made when it is written."""
         spec, shape = self.slices[name][0].spec, self.slices[name][0].shape
-        stored = list(shape[::-1] if spec.transposed else shape)
+        stored = list(spec.stored(shape))
         if spec.fused is not None:
-            stored[0 if spec.transposed else -1] = sum(spec.fused.sizes(self.config))
+            stored[spec.output_axis] = sum(spec.fused.sizes(self.config))
         return LazyTensor((1, *stored) if spec.as_row else tuple(stored), dtype, lambda: self._dense(name, dtype))
 
     def _dense(self, name: str, dtype: np.dtype) -> np.ndarray:
@@ -187,14 +200,14 @@ class ExportPlan:
         if spec.fused is None:
             array = self._stored(slices[0])
         else:
-            axis = 0 if spec.transposed else len(slices[0].shape) - 1
+            axis = spec.output_axis
             parts = [np.moveaxis(self._stored(each), axis, 0) for each in slices]
             array = np.moveaxis(spec.fused.fuse(self.config, parts), 0, axis)
         return (array[None] if spec.as_row else array).astype(dtype)
 
     def _stored(self, part: ParamSlice) -> np.ndarray:
         """A part as the file stores it: transposed, scaled and offset."""
-        array = part.dense().T if part.spec.transposed else part.dense()
+        array = part.spec.stored_array(part.dense())
         scale = self._scale(part.spec)
         return (array - part.spec.offset) / scale if scale != 1.0 or part.spec.offset else array
 

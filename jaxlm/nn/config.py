@@ -7,7 +7,8 @@ import itertools
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "swiglu", "geglu", "geglu_tanh", "reglu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "swiglu", "geglu", "geglu_tanh", "reglu",
+                     "clamped_swiglu"]
 Positions = Literal["rotary", "sinusoidal", "sinusoidal_t2t", "learned", "relative", "none"]
 KVCache = Literal["full", "int8", "int4", "fp8"]
 NormPosition = Literal["pre", "post", "output", "sandwich"]
@@ -103,6 +104,8 @@ class StackConfig(_Model):
     norm_eps: float = 1e-5
     embed_norm: bool = False  # a norm right after the embedding
     activation: Activation = "swiglu"
+    swiglu_alpha: float = 1.702  # clamped_swiglu: (up + 1) * gate * sigmoid(alpha * gate), up and gate at most limit
+    swiglu_limit: float = 7.0
     positions: Positions = "rotary"
     max_positions: int = 2048  # rows of a learned table; the advertised context elsewhere
     position_offset: int = 0  # rows skipped at the start of a learned or sinusoidal table
@@ -119,13 +122,24 @@ class StackConfig(_Model):
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     attention_scale_by_layer: bool = False  # logits are also divided by the layer's number, counted from 1
     attention_softcap: float = 0.0  # 0: off; c * tanh(logits / c) (arXiv:2408.00118)
+    attention_sinks: bool = False  # a learned logit of each query head, whose value is 0 (gpt-oss)
     ring_min_keys: int = 8192  # the fewest keys for which split sequences use ring attention (``nn.attention.ring``)
     logit_softcap: float = 0.0
     windows: tuple[int, ...] = ()  # sliding windows, cycled over layers; 0 is full attention
     experts: int = 0  # of mixture-of-experts MLPs (``nn.moe.layer``); 0: dense MLPs
     experts_per_token: int = 2
     expert_ffn: int = 0  # 0: d_ffn
-    expert_renormalize: bool = True  # the weights of a token's experts sum to 1
+    expert_renormalize: bool = True  # the weights of a token's experts sum to 1: as softmax after the choice
+    expert_bias: bool = False  # of the linear maps of experts
+    scale_expert_inputs: bool = False  # the weights multiply what experts read, not what they write (Llama 4)
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"  # of all experts
+    router_bias: bool = False
+    correction_bias: bool = False  # added to the scores for the choice alone (arXiv:2408.15664)
+    n_group: int = 1  # groups of experts; a token goes to experts of topk_group groups (arXiv:2405.04434, 2412.19437)
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0  # multiplies the weights
+    shared_expert_ffn: int = 0  # channels of the experts that all tokens go to, together (arXiv:2401.06066); 0: none
+    shared_expert_gate: bool = False  # their output is multiplied by a sigmoid of the input (Qwen 2)
     expert_routing: Literal["dropless", "capacity"] = "dropless"  # see ``nn.moe.routing``
     capacity_factor: float = 1.25  # slots of an expert, as a multiple of its even share of a group's tokens
     dense_layers: tuple[int, ...] = ()  # layers with a dense MLP in a model with experts
@@ -171,7 +185,7 @@ class StackConfig(_Model):
 
     @property
     def gated(self) -> bool:
-        return self.activation in ("swiglu", "geglu", "geglu_tanh", "reglu")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh", "reglu", "clamped_swiglu")
 
     @property
     def context_length(self) -> int:

@@ -15,7 +15,7 @@ from jaxlm.core.sharding import constrain, num_parts, num_shards
 from jaxlm.nn.config import StackConfig
 
 __all__ = [
-    "ACTIVATIONS", "Embedding", "Linear", "Mlp", "Norm", "ParamKeys", "gelu", "softcap", "split_key",
+    "ACTIVATIONS", "Embedding", "Linear", "Mlp", "Norm", "ParamKeys", "gated_product", "gelu", "softcap", "split_key",
     "truncated_normal",
 ]
 
@@ -149,19 +149,34 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class Mlp(nnx.Module):
-    """The feed-forward layer: ``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (arXiv:2002.05202)."""
+def gated_product(config: StackConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """From the outputs of ``gate`` and ``up`` to the input of ``down``: ``act(gate) * up`` (arXiv:2002.05202)."""
+    if config.activation == "clamped_swiglu":  # gpt-oss
+        limit, alpha = config.swiglu_limit, config.swiglu_alpha
 
-    def __init__(self, config: StackConfig, *, keys: ParamKeys, scale: float):
-        width, ffn, bias = config.width, config.d_ffn, config.mlp_bias
-        self.act = ACTIVATIONS[config.activation]
+        def clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
+            gate = jnp.minimum(gate, limit)
+            return (jnp.clip(up, -limit, limit) + 1) * gate * jax.nn.sigmoid(alpha * gate)
+
+        return clamped
+    act = ACTIVATIONS[config.activation]
+    return lambda gate, up: act(gate) * up
+
+
+class Mlp(nnx.Module):
+    """The feed-forward layer: ``down(act(up(x)))``, or gated ``down(gated_product(gate(x), up(x)))``."""
+
+    def __init__(self, config: StackConfig, *, keys: ParamKeys, scale: float, ffn: int = 0):
+        """``ffn`` is the number of channels; 0: that of the configuration."""
+        width, ffn, bias = config.width, ffn or config.d_ffn, config.mlp_bias
+        self.act = gated_product(config) if config.gated else ACTIVATIONS[config.activation]
         self.ffn_dropout = config.ffn_dropout
         self.gate = Linear(width, ffn, ("embed", "mlp"), bias=bias, keys=keys) if config.gated else None
         self.up = Linear(width, ffn, ("embed", "mlp"), bias=bias, keys=keys)
         self.down = Linear(ffn, width, ("mlp", "embed"), bias=bias, keys=keys, scale=scale)
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        h = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
+        h = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x), self.up(x))
         return self.down(ops.dropout(h, self.ffn_dropout, key))
 
 

@@ -88,16 +88,40 @@ def mlp(config, x, weights):
 
 def moe(config, x, weights):
     """One token and one expert at a time."""
-    act, out = ACTIVATIONS[GATES[config.activation]], np.zeros_like(x)
+    out = np.zeros_like(x)
     for t, row in enumerate(x):
-        p = np.exp(row @ weights["mlp/router/kernel"])
-        p /= p.sum()
-        chosen = np.argsort(-p)[: config.experts_per_token]
-        share = p[chosen] / (p[chosen].sum() if config.expert_renormalize else 1)
+        logits = row @ weights["mlp/router/kernel"] + weights.get("mlp/router/bias", 0)
+        p = 1 / (1 + np.exp(-logits)) if config.router_scores == "sigmoid" else np.exp(logits) / np.exp(logits).sum()
+        ranking = p + weights.get("mlp/router/correction_bias", 0)
+        if config.n_group > 1:
+            groups = ranking.reshape(config.n_group, -1)
+            kept = np.argsort(-np.sort(groups, -1)[:, -2:].sum(-1))[: config.topk_group]
+            ranking = np.where(np.isin(np.arange(config.n_group), kept)[:, None], groups, -np.inf).reshape(-1)
+        chosen = np.argsort(-ranking)[: config.experts_per_token]
+        share = p[chosen] / (p[chosen].sum() if config.expert_renormalize else 1) * config.routed_scaling_factor
         for weight, e in zip(share, chosen, strict=True):
-            gate, up, down = (weights[f"mlp/experts/{name}/kernel"][e] for name in ("gate", "up", "down"))
-            out[t] += weight * (act(row @ gate) * (row @ up)) @ down
+            of_expert = {
+                k.replace("mlp/experts/", ""): v[e] for k, v in weights.items() if k.startswith("mlp/experts/")
+            }
+            if config.scale_expert_inputs:
+                out[t] += gated_mlp(config, weight * row, of_expert)
+            else:
+                out[t] += weight * gated_mlp(config, row, of_expert)
+        if config.shared_expert_ffn:
+            shared = {k.replace("mlp/shared/", ""): v for k, v in weights.items() if k.startswith("mlp/shared/")}
+            gate = 1 / (1 + np.exp(-row @ weights["mlp/shared_gate/kernel"])) if config.shared_expert_gate else 1
+            out[t] += gate * gated_mlp(config, row, shared)
     return out
+
+
+def gated_mlp(config, x, weights):
+    gate, up = (x @ weights[f"{name}/kernel"] + weights.get(f"{name}/bias", 0) for name in ("gate", "up"))
+    if config.activation == "clamped_swiglu":
+        gate, up = np.minimum(gate, config.swiglu_limit), np.clip(up, -config.swiglu_limit, config.swiglu_limit)
+        h = (up + 1) * gate / (1 + np.exp(-config.swiglu_alpha * gate))
+    else:
+        h = ACTIVATIONS[GATES[config.activation]](gate) * up
+    return h @ weights["down/kernel"] + weights.get("down/bias", 0)
 
 
 def rotate(x, position, theta, fraction):
@@ -144,5 +168,6 @@ def attention(config, x, weights, number, window, relative):
                 logit = cap(a @ b * scale, config.attention_softcap)
                 logits.append(logit + (relative[bucket(config, t - s), head] if relative is not None else 0))
             p = np.exp(np.array(logits) - max(logits))
-            out[t, head] = (p / p.sum()) @ v[keys, group]
+            sink = np.exp(weights["attn/sinks"][head] - max(logits)) if config.attention_sinks else 0
+            out[t, head] = (p / (p.sum() + sink)) @ v[keys, group]
     return linear(out.reshape(T, -1), weights, "attn/o")

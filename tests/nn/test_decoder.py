@@ -46,6 +46,18 @@ VARIANTS = {
     "gemma3": dict(norm_position="sandwich", qk_norm="head", windows=(3, 0), rope_theta=1e4, rope_local_theta=50.0),
     "mixtral": dict(experts=5, experts_per_token=2, expert_ffn=12),
     "qwen3-moe": dict(experts=4, experts_per_token=3, expert_renormalize=False, dense_layers=(1,), scan_layers=False),
+    "deepseek-moe": dict(
+        experts=6, expert_ffn=12, router_scores="sigmoid", correction_bias=True, n_group=3, topk_group=2,
+        routed_scaling_factor=1.7, shared_expert_ffn=20, dense_layers=(0,),
+    ),
+    "llama4-moe": dict(
+        experts=4, router_scores="sigmoid", expert_renormalize=False, scale_expert_inputs=True, shared_expert_ffn=12,
+        shared_expert_gate=True,
+    ),
+    "gpt-oss": dict(
+        experts=4, activation="clamped_swiglu", swiglu_limit=0.5, expert_bias=True, router_bias=True,
+        attention_sinks=True, windows=(3, 0),
+    ),
 }
 
 
@@ -106,7 +118,7 @@ def assert_decoded_alike(got, want, kv_cache, noise=2e-5):
         *((name, "full") for name in ("llama", "gpt2", "post-norm", "relative", "gemma", "neox", "qwen3-moe")),
         ("gemma", "int8"), ("gemma3", "int4"), ("neox", "fp8"),
         *(pytest.param(name, "full", marks=pytest.mark.slow) for name in (
-            "t2t", "no-bias-norm", "scaled-by-layer", "olmo2", "gemma3", "mixtral")),
+            "t2t", "no-bias-norm", "scaled-by-layer", "olmo2", "gemma3", "mixtral", "gpt-oss")),
         pytest.param("relative", "int4", marks=pytest.mark.slow),
     ],
 )

@@ -26,12 +26,20 @@ B, T, D, F, E, K = 8, 6, 8, 12, 4, 2
 CONFIG = nn.DecoderConfig(width=D, ffn=F, experts=E, experts_per_token=K, activation="swiglu", capacity_factor=0.5)
 CAPACITY = dataclasses.replace(CONFIG, expert_routing="capacity", capacity_factor=0.7)
 
+GROUPS = dataclasses.replace(
+    CONFIG, router_scores="sigmoid", correction_bias=True, n_group=2, topk_group=1, routed_scaling_factor=1.5,
+    expert_bias=True, shared_expert_ffn=10, shared_expert_gate=True,
+)
+
 
 @functools.cache
 def moe(config):
     """A layer whose router prefers some experts, and its input."""
     graphdef, params = nnx.split(Moe(config, keys=ParamKeys(jax.random.key(0)), scale=1.0))
     rng = np.random.default_rng(0)
+    for path, leaf in nnx.to_flat_state(params):
+        if "bias" in path[-1]:
+            leaf.value = jnp.asarray(rng.normal(0, 0.5, leaf.get_value().shape), jnp.float32)
     params["router"]["kernel"].value = jnp.asarray(rng.normal(0, 1, (D, E)) + [1, 0, 0, -1], jnp.float32)
     return graphdef, params, jnp.asarray(rng.normal(0.5, 1, (B, T, D)), jnp.float32)
 
@@ -90,8 +98,11 @@ def test_router_losses():
     ("config", "sizes"),
     [
         (CONFIG, dict(data=1, expert=4)), (CAPACITY, dict(data=1, fsdp=2, expert=2)),
+        (GROUPS, dict(data=1, fsdp=2, expert=2)),
         *(pytest.param(*each, marks=pytest.mark.slow) for each in [
             (CONFIG, dict(data=2, expert=2, tensor=2)), (CONFIG, dict(data=1, fsdp=2)),
+            (GROUPS, dict(data=1, expert=2, tensor=2)),
+            (dataclasses.replace(CAPACITY, scale_expert_inputs=True), dict(data=1, expert=2, sequence=2)),
             (CAPACITY, dict(data=1, expert=2, sequence=2))]),
     ],
     ids=lambda value: getattr(value, "expert_routing", None) or "-".join(value),

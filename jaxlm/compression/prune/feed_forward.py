@@ -68,6 +68,8 @@ def prune_ffn(
     changes = {"ffn": remaining(config.d_ffn, share, "channels", multiple)}
     if config.experts:
         changes["expert_ffn"] = remaining(config.d_expert, share, "channels", multiple)
+        if config.shared_expert_ffn:
+            changes["shared_expert_ffn"] = remaining(config.shared_expert_ffn, share, "channels", multiple)
     if isinstance(config, Seq2SeqConfig) and config.decoder_ffn:
         changes["decoder_ffn"] = remaining(config.decoder_ffn, share, "channels", multiple)
     return dataclasses.replace(config, **changes), replace_leaves(params, new)
@@ -111,6 +113,8 @@ def prune_experts(
     leaves = dense_leaves(config, params, "pruning experts")
     if not config.experts:
         raise UserError("this model has no experts to prune")
+    if config.n_group > 1:
+        raise UserError("the experts of this model are in groups of equal size (n_group), which pruning would not keep")
     left = remaining(config.experts, share, "experts")
     if left < config.experts_per_token:
         raise UserError(f"{left} experts would be left and each token goes to {config.experts_per_token}; prune fewer")
@@ -121,7 +125,8 @@ def prune_experts(
         score = importance(f"{prefix}/down/kernel", down, False, mean_squares, None, None)
         score = (_channel_scores(leaves, prefix) if score is None else score).sum(-1)
         kept = top_indices(score if loads is None else score * data_of(loads, router), left)
-        new[router] = select(leaves[router], kept, -1)
+        for path in (each for each in leaves if each.startswith(router.removesuffix("kernel"))):
+            new[path] = select(leaves[path], kept, -1)
         for path in (each for each in leaves if each.startswith(f"{prefix}/")):
-            new[path] = select(leaves[path], kept, -3)
+            new[path] = select(leaves[path], kept, -2 if path.endswith("/bias") else -3)
     return dataclasses.replace(config, experts=left), replace_leaves(params, new)

@@ -65,6 +65,8 @@ def prune_heads(
         _keep_heads(new, prefix, query, kv, size, config.qk_norm == "width", means, grams, damping)
         side = prefix.split("/")[0]
         counts[side] = (query.shape[-1], kv.shape[-1])
+        if (sinks := f"{prefix}/sinks") in leaves:
+            new[sinks] = select(leaves[sinks], query, -1)
         if (table := f"{side}/rel/table") in leaves and prefix.endswith("/attn"):
             new[table] = select(leaves[table], query[0], -1)
     return _with_heads(config, size, counts), replace_leaves(params, new)

@@ -67,10 +67,11 @@ def scale_mappings(config: ModelConfig, side: str, params: LayerParams) -> list[
             add([f"{part}/{each}" for each in ("qkv" if part == "attn" else "q")], f"{part}_norm")
         add([f"{part}/o"], f"{part}/v", heads)
     if pre_norm:
-        add(["mlp/gate", "mlp/up", "mlp/router", "mlp/experts/gate", "mlp/experts/up"], "mlp_norm")
-    if config.gated or config.activation == "relu":
-        add(["mlp/down"], "mlp/up")
-        add(["mlp/experts/down"], "mlp/experts/up")
+        inner = [f"mlp/{part}{name}" for part in ("", "experts/", "shared/") for name in ("gate", "up")]
+        add(["mlp/router", "mlp/shared_gate", *inner], "mlp_norm")
+    if config.activation != "clamped_swiglu" and (config.gated or config.activation == "relu"):
+        for part in ("", "experts/", "shared/"):
+            add([f"mlp/{part}down"], f"mlp/{part}up")
     return found
 
 

@@ -35,27 +35,28 @@ class FusedSlice:
 
     - ``index`` is the position of the parameter among the fused ones.
     - ``sizes`` gives the number of outputs of each, for our configuration.
-    - ``by_head`` says that they lie side by side within each head, as in GPT-NeoX.
+    - ``run`` gives the number of outputs of one parameter after which those of the next follow, where they take turns:
+      the size of a head in GPT-NeoX.
     """
 
     index: int
     sizes: Callable[[Any], tuple[int, ...]]
-    by_head: bool = False
+    run: Callable[[Any], int] | None = None
 
     def extract(self, config: ModelConfig, fused: np.ndarray) -> np.ndarray:
         """The parameter ``[outputs, ...]`` from the stored tensor ``[all outputs, ...]``."""
         sizes = self.sizes(config)
-        if self.by_head:
-            heads = fused.reshape(-1, len(sizes), config.d_head, *fused.shape[1:])
-            return heads[:, self.index].reshape(-1, *fused.shape[1:])
+        if self.run is not None:
+            runs = fused.reshape(-1, len(sizes), self.run(config), *fused.shape[1:])
+            return runs[:, self.index].reshape(-1, *fused.shape[1:])
         start = sum(sizes[: self.index])
         return fused[start : start + sizes[self.index]]
 
     def fuse(self, config: ModelConfig, params: Sequence[np.ndarray]) -> np.ndarray:
         """The stored tensor from all of its parameters, in the order of their indices: undoes ``extract``."""
-        if self.by_head:
-            heads = np.stack([param.reshape(-1, config.d_head, *param.shape[1:]) for param in params], 1)
-            return heads.reshape(-1, *heads.shape[3:])
+        if self.run is not None:
+            runs = np.stack([param.reshape(-1, self.run(config), *param.shape[1:]) for param in params], 1)
+            return runs.reshape(-1, *runs.shape[3:])
         return np.concatenate(params)
 
 
@@ -65,7 +66,8 @@ class TensorSpec:
 
     - ``name`` is the tensor's name, or a function that gives it for our configuration. Each ``{}`` in the name is a
       number: first the layer's, then the expert's.
-    - ``transposed``: the file stores the matrix ``[out, in]``, as torch does.
+    - ``transposed``: the file stores the matrix ``[out, in]``, as torch does, or those of all experts ``[experts, out,
+      in]``.
     - ``fused`` is set where the parameter is a slice of the stored tensor.
     - ``as_row``: the file stores the vector as a matrix of one row.
     - ``scale`` gets the fields of config.json, defaults included.
@@ -82,6 +84,19 @@ class TensorSpec:
 
     def name_for(self, config: ModelConfig) -> str:
         return self.name if isinstance(self.name, str) else self.name(config)
+
+    def stored(self, dimensions: tuple) -> tuple:
+        """The dimensions of a parameter in the order in which the file has them, and the other way round."""
+        return (*dimensions[:-2], *dimensions[:-3:-1]) if self.transposed else dimensions
+
+    def stored_array(self, array: np.ndarray) -> np.ndarray:
+        """A parameter as the file has it, and the other way round."""
+        return array.swapaxes(-1, -2) if self.transposed else array
+
+    @property
+    def output_axis(self) -> int:
+        """The dimension of the stored tensor that counts outputs."""
+        return -2 if self.transposed else -1
 
 
 @dataclass(frozen=True)
@@ -215,13 +230,13 @@ def norm(path: str, hf_module: str, **options: Any) -> dict[str, TensorSpec]:
 
 
 def fused_linear(
-    paths: Sequence[str], hf_module: str, sizes: Callable[[Any], tuple[int, ...]], *, by_head: bool = False,
-    **options: Any,
+    paths: Sequence[str], hf_module: str, sizes: Callable[[Any], tuple[int, ...]], *,
+    run: Callable[[Any], int] | None = None, **options: Any,
 ) -> dict[str, TensorSpec]:
     """Several linear maps of the same input that are stored as one tensor; see ``FusedSlice``."""
     tensors: dict[str, TensorSpec] = {}
     for index, path in enumerate(paths):
-        tensors |= linear(path, hf_module, fused=FusedSlice(index, sizes, by_head), **options)
+        tensors |= linear(path, hf_module, fused=FusedSlice(index, sizes, run), **options)
     return tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.core.errors import UserError
@@ -16,6 +17,7 @@ __all__ = ["rope", "rope_with_local_base"]
 def rope(
     theta: float = 10000.0, *, base: str = "rope_theta", fraction: str = "partial_rotary_factor",
     whole: float | None = None, context: int = 2048, original: int | None = None,
+    scaling: Mapping[str, Any] | None = None,
 ) -> ConfigField:
     """Rotary positions: ``rope_theta`` and ``rope_scaling``, or the ``rope_parameters`` of transformers 5.
 
@@ -27,13 +29,15 @@ def rope(
         context: the default of the context length.
         original: the default of the context length of pretraining, if the family has one. Outside ``rope_scaling`` it
             counts before the one inside.
+        scaling: the default of ``rope_parameters``.
     """
+    default_scaling = scaling
     names = {base: None, fraction: whole, "rope_parameters": None, "rope_scaling": None}
     names |= {"max_position_embeddings": context, "original_max_position_embeddings": original}
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
         scaling = _object("rope_scaling", fields["rope_scaling"])
-        scaling = scaling or _object("rope_parameters", fields["rope_parameters"])
+        scaling = scaling or _object("rope_parameters", fields["rope_parameters"]) or dict(default_scaling or {})
         given_theta = scaling.pop("rope_theta", fields[base])
         rotated = scaling.pop("partial_rotary_factor", fields[fraction])
         rotated = (whole or 1.0) if rotated is None else rotated
@@ -47,7 +51,8 @@ def rope(
         }
 
     def to_hf(config: StackConfig) -> dict[str, Any]:
-        out = {base: config.rope_theta, "rope_scaling": _scaling_to_hf(config.rope_scaling)}
+        unscaled = {"rope_type": "default"} if default_scaling else None
+        out = {base: config.rope_theta, "rope_scaling": _scaling_to_hf(config.rope_scaling) or unscaled}
         if original:
             out["original_max_position_embeddings"] = config.rope_scaling.original_positions or config.max_positions
         return out | ({} if whole is None else {fraction: config.rotary_fraction})

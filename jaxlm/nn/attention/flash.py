@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxlm.nn.attention.masks import MASKED_LOGIT
 from jaxlm.nn.attention.quantized_kv import KVArray, QuantizedKV, query_key_scores, weighted_values
-from jaxlm.nn.attention.softmax import online_softmax_update
+from jaxlm.nn.attention.softmax import add_sinks, online_softmax_update, sinks_gradient
 from jaxlm.nn.layers import softcap
 
 __all__ = ["flash_attend", "uses_flash"]
@@ -37,14 +37,16 @@ def flash_attend(
     mask_BxTxS: jax.Array | None,
     bias_BxHxTxS: jax.Array | None = None,
     *,
+    sinks_H: jax.Array | None = None,
     cap: float = 0.0,
     causal: bool = False,
 ) -> jax.Array:
     """Softmax attention ``[B, G, R, T, K]``; each of the G key heads is read by R query heads.
 
-    Queries come scaled. Mask and bias are as for ``nn.attention.layer.attend``. ``causal`` promises that the mask hides
-    every key after the query of the same number. A query that attends to nothing gets some mean of the values. The
-    backward pass computes the logits again (section 3.1 of the paper). Quantized keys and values have no gradient.
+    Queries come scaled. Mask, bias and sinks are as for ``nn.attention.layer.attend``. ``causal`` promises that the
+    mask hides every key after the query of the same number. A query that attends to nothing gets some mean of the
+    values. The backward pass computes the logits again (section 3.1 of the paper). Quantized keys and values have no
+    gradient.
     """
     T, S = q_BxGxRxTxK.shape[3], k_BxGxSxK.shape[2]
     sizes = _block_size(T), _block_size(S)
@@ -57,7 +59,11 @@ def flash_attend(
         mask_BxTxS = _padded(_padded(mask_BxTxS, more_T, 1), more_S, 2)
     if bias_BxHxTxS is not None:
         bias_BxHxTxS = _padded(_padded(bias_BxHxTxS, more_T, 2), more_S, 3)
-    return _flash(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, cap, causal, sizes)[:, :, :, :T]
+    sinks_1xGxRx1 = None if sinks_H is None else sinks_H.reshape(1, *q_BxGxRxTxK.shape[1:3], 1)
+    out_BxGxRxTxK = _flash(
+        q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, sinks_1xGxRx1, cap, causal, sizes
+    )
+    return out_BxGxRxTxK[:, :, :, :T]
 
 
 def _block_size(length: int) -> int:
@@ -128,12 +134,14 @@ def _logits(
     return logits_BxGxRxTxS, capped_BxGxRxTxS
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _flash(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, cap, causal, sizes):
-    return _forward(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, cap, causal, sizes)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _flash(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, sinks_1xGxRx1, cap, causal, sizes):
+    return _forward(
+        q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, sinks_1xGxRx1, cap, causal, sizes
+    )[0]
 
 
-def _forward(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, cap, causal, sizes):
+def _forward(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, sinks_1xGxRx1, cap, causal, sizes):
     B, G, R, T, K = q_BxGxRxTxK.shape
     t, s = sizes  # queries and keys of a block
 
@@ -153,14 +161,16 @@ def _forward(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, cap, c
 
     sums = jnp.full((B, G, R, T), MASKED_LOGIT), jnp.zeros((B, G, R, T)), jnp.zeros((B, G, R, T, K))
     pairs = _visible_pairs(T, k_BxGxSxK.shape[2], sizes, causal)
-    top_BxGxRxT, total_BxGxRxT, out_BxGxRxTxK = _for_each_pair(visit, sums, pairs)
+    sums = add_sinks(*_for_each_pair(visit, sums, pairs), sinks_1xGxRx1)
+    top_BxGxRxT, total_BxGxRxT, out_BxGxRxTxK = sums
     out_BxGxRxTxK = (out_BxGxRxTxK / total_BxGxRxT[..., None]).astype(q_BxGxRxTxK.dtype)
-    inputs = q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS
+    inputs = q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, sinks_1xGxRx1
     return out_BxGxRxTxK, (*inputs, out_BxGxRxTxK, top_BxGxRxT, total_BxGxRxT)
 
 
 def _backward(cap, causal, sizes, residuals, dout_BxGxRxTxK):
-    q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, out_BxGxRxTxK, top_BxGxRxT, total_BxGxRxT = residuals
+    q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, sinks_1xGxRx1, *outputs = residuals
+    out_BxGxRxTxK, top_BxGxRxT, total_BxGxRxT = outputs
     if isinstance(k_BxGxSxK, QuantizedKV):
         raise NotImplementedError("quantized keys and values have no gradient")
     t, s = sizes
@@ -197,7 +207,8 @@ def _backward(cap, causal, sizes, residuals, dout_BxGxRxTxK):
     pairs = _visible_pairs(q_BxGxRxTxK.shape[3], k_BxGxSxK.shape[2], sizes, causal)
     gradients = _for_each_pair(visit, zeros, pairs)
     dq, dk, dv, dbias = jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, inputs)
-    return dq, dk, dv, None, dbias
+    dsinks = sinks_gradient(sinks_1xGxRx1, top_BxGxRxT, total_BxGxRxT, delta_BxGxRxT, (0, 3))
+    return dq, dk, dv, None, dbias, dsinks
 
 
 def _plus_bias_block(dbias_BxHxTxS, dlogits_BxGxRxtxs, pair: tuple):

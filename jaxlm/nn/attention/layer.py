@@ -36,6 +36,7 @@ def attend(
     cap: float = 0.0,
     dropout_rate: float = 0.0,
     key: jax.Array | None = None,
+    sinks_H: jax.Array | None = None,
     causal: bool = False,
     seen: list[jax.Array] | None = None,
 ) -> jax.Array:
@@ -46,6 +47,7 @@ def attend(
     Args:
         mask_BxTxS: true where a query attends to a key. Mask and bias may have size 1 in B.
         cap: logits become ``cap * tanh(logits / cap)``; 0 is off.
+        sinks_H: a further logit of each query head, whose value is 0.
         causal: promises that the mask hides every key after the query of the same number.
         seen: gets the attention weights ``[B, H, T, S]`` appended.
 
@@ -57,7 +59,9 @@ def attend(
     q_BxGxRxTxK = (q_BxTxHxK * scale).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     # Dropout and ``seen`` need the weights as a whole. GSPMD gathers sequences that are split over devices.
     if uses_flash(T, S) and seen is None and (key is None or not dropout_rate) and num_shards("length") == 1:
-        out = flash_attend(q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, cap=cap, causal=causal)
+        out = flash_attend(
+            q_BxGxRxTxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS, sinks_H=sinks_H, cap=cap, causal=causal
+        )
         return out.reshape(B, H, T, K).transpose(0, 2, 1, 3)
     scores_BxGxQxS = query_key_scores(q_BxGxRxTxK.reshape(B, G, -1, K), k_BxGxSxK)
     logits_BxHxTxS = softcap(scores_BxGxQxS.reshape(B, H, T, S), cap)
@@ -65,7 +69,10 @@ def attend(
         logits_BxHxTxS += bias_BxHxTxS
     if mask_BxTxS is not None:
         logits_BxHxTxS = jnp.where(mask_BxTxS[:, None], logits_BxHxTxS, MASKED_LOGIT)
-    weights_BxHxTxS = jax.nn.softmax(logits_BxHxTxS, -1)
+    if sinks_H is not None:
+        sinks_BxHxTx1 = jnp.broadcast_to(sinks_H[:, None, None], (*logits_BxHxTxS.shape[:3], 1))
+        logits_BxHxTxS = jnp.concatenate([logits_BxHxTxS, sinks_BxHxTx1.astype(jnp.float32)], -1)
+    weights_BxHxTxS = jax.nn.softmax(logits_BxHxTxS, -1)[..., :S]
     if seen is not None:
         seen.append(weights_BxHxTxS)
     weights_BxHxTxS = ops.dropout(weights_BxHxTxS, dropout_rate, key)
@@ -86,6 +93,7 @@ class Attention(nnx.Module):
         self.v = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, keys=keys)
         self.o = Linear(q_size, width, ("heads", "embed"), bias=config.out_bias, keys=keys, scale=scale)
         sizes = {"none": None, "head": (K, K), "width": (q_size, kv_size)}[config.qk_norm]
+        self.sinks = nnx.Param(jnp.zeros(config.heads), axes=("heads",)) if config.attention_sinks else None
         self.q_norm, self.k_norm = (None, None) if sizes is None else (Norm(size, config) for size in sizes)
 
     def query(self, x_BxTxD: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Array:
@@ -148,13 +156,13 @@ class Attention(nnx.Module):
         if mask_spec is not None and uses_ring(self.config, T, k_BxGxSxK.shape[2]):
             out = ring_attend(
                 q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, mask_spec, bias_BxHxTxS, scale=self._scale,
-                cap=self.config.attention_softcap,
+                cap=self.config.attention_softcap, sinks_H=self._sinks_H,
             )
         else:
             out = attend(
                 q_BxTxHxK.reshape(k_BxGxSxK.shape[0], -1, H, K), k_BxGxSxK, v_BxGxSxK, mask_BxTxS, bias_BxHxTxS,
                 scale=self._scale, cap=self.config.attention_softcap, dropout_rate=self.config.attention_dropout,
-                key=key, causal=mask_spec is not None and mask_spec.causal, seen=seen,
+                key=key, sinks_H=self._sinks_H, causal=mask_spec is not None and mask_spec.causal, seen=seen,
             )
         return self.o(out.reshape(B, T, -1))
 
@@ -163,10 +171,15 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """From ``query`` and a pool of pages to the output ``[B, T, D]``."""
         out_BxTxHxK = attend_pages(
-            q_BxTxHxK, past, mask_spec, bias_BxHxTxS, scale=self._scale, cap=self.config.attention_softcap
+            q_BxTxHxK, past, mask_spec, bias_BxHxTxS, scale=self._scale, cap=self.config.attention_softcap,
+            sinks_H=self._sinks_H,
         )
         return self.o(out_BxTxHxK.reshape(*q_BxTxHxK.shape[:2], -1))
 
     @property
     def _scale(self) -> float:
         return self.config.attention_scale or self.config.d_head**-0.5
+
+    @property
+    def _sinks_H(self) -> jax.Array | None:
+        return None if self.sinks is None else self.sinks.get_value()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxlm.nn.attention.masks import MASKED_LOGIT, MaskSpec, causal_mask, window_mask
 from jaxlm.nn.attention.quantized_kv import KVArray, empty_kv, query_key_scores, weighted_values
-from jaxlm.nn.attention.softmax import online_softmax_update
+from jaxlm.nn.attention.softmax import add_sinks, online_softmax_update
 from jaxlm.nn.config import KVCache
 from jaxlm.nn.layers import softcap
 
@@ -138,7 +138,7 @@ class LayerPages:
 
 def attend_pages(
     q_BxTxHxK: jax.Array, past: LayerPages, mask_spec: MaskSpec, bias_BxHxTxS: jax.Array | None = None, *, scale: float,
-    cap: float = 0.0,
+    cap: float = 0.0, sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """``nn.attention.layer.attend`` over the pages of each row, causal: ``[B, T, H, K]``.
 
@@ -146,12 +146,13 @@ def attend_pages(
     last one and, in layers with a window, none before the window. Only these pages are copied out of the pool. On CPU
     the rows take turns, so that each reads only its own pages; elsewhere they run together.
     """
-    attend = partial(_attend_rows, q_BxTxHxK, past, mask_spec, bias_BxHxTxS, scale, cap)
+    attend = partial(_attend_rows, q_BxTxHxK, past, mask_spec, bias_BxHxTxS, sinks_H, scale, cap)
     return jax.lax.platform_dependent(cpu=partial(attend, one_by_one=True), default=partial(attend, one_by_one=False))
 
 
 def _attend_rows(
-    q_BxTxHxK, past: LayerPages, mask_spec: MaskSpec, bias_BxHxTxS, scale: float, cap: float, *, one_by_one: bool
+    q_BxTxHxK, past: LayerPages, mask_spec: MaskSpec, bias_BxHxTxS, sinks_H, scale: float, cap: float, *,
+    one_by_one: bool,
 ) -> jax.Array:
     T, H, K = q_BxTxHxK.shape[1:]
     _, _, size, G, _ = past.keys.shape
@@ -188,7 +189,8 @@ def _attend_rows(
             mask_spec.window > 0, jnp.maximum(slots_T[0] - mask_spec.window + 1, 0) // span, 0
         )
         sums = (jnp.full((H, T), MASKED_LOGIT), jnp.zeros((H, T)), jnp.zeros((H, T, K)))
-        _, total_HxT, out_HxTxK = jax.lax.fori_loop(first, -(-end // span), attend_span, sums)
+        sums = jax.lax.fori_loop(first, -(-end // span), attend_span, sums)
+        _, total_HxT, out_HxTxK = add_sinks(*sums, None if sinks_H is None else sinks_H[:, None])
         out_HxTxK = out_HxTxK / jnp.where(total_HxT > 0, total_HxT, 1)[..., None]
         return out_HxTxK.transpose(1, 0, 2).astype(q_TxHxK.dtype)
 

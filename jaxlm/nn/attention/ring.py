@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlm.core.sharding import num_shards
 from jaxlm.nn.attention.masks import MASKED_LOGIT, MaskSpec
-from jaxlm.nn.attention.softmax import online_softmax_update
+from jaxlm.nn.attention.softmax import add_sinks, online_softmax_update, sinks_gradient
 from jaxlm.nn.config import StackConfig
 from jaxlm.nn.layers import softcap
 
@@ -65,19 +65,20 @@ _ROWS = P(None, None, None, AXIS)  # [B, G, R, T, ...]
 
 def ring_attend(
     q_BxTxHxK: jax.Array, k_BxGxSxK: jax.Array, v_BxGxSxK: jax.Array, mask_spec: MaskSpec,
-    bias_BxHxTxS: jax.Array | None = None, *, scale: float, cap: float = 0.0,
+    bias_BxHxTxS: jax.Array | None = None, *, scale: float, cap: float = 0.0, sinks_H: jax.Array | None = None,
 ) -> jax.Array:
     """``nn.attention.layer.attend`` around a ring: a device holds one shard of keys, values and logits at a time.
 
     The backward pass goes around the ring once more and computes the logits again (arXiv:2205.14135, appendix B.2). The
     bias covers all keys and is split by queries.
     """
-    return _ring(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, mask_spec, scale, cap)
+    sinks_1xGxRx1 = None if sinks_H is None else sinks_H.reshape(1, k_BxGxSxK.shape[1], -1, 1)
+    return _ring(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, sinks_1xGxRx1, mask_spec, scale, cap)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _ring(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, mask_spec, scale, cap):
-    return _forward(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, mask_spec, scale, cap)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _ring(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, sinks_1xGxRx1, mask_spec, scale, cap):
+    return _forward(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, sinks_1xGxRx1, mask_spec, scale, cap)[0]
 
 
 def _split(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, mask_spec: MaskSpec) -> tuple[_Queries, _Keys]:
@@ -133,7 +134,7 @@ def _with_dbias_of_shard(dbias_BxHxTxS: jax.Array | None, part: jax.Array | None
     return jax.lax.dynamic_update_slice_in_dim(dbias_BxHxTxS, part, keys.shard[0] * size, 3)
 
 
-def _forward(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, mask_spec: MaskSpec, scale, cap):
+def _forward(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, sinks_1xGxRx1, mask_spec: MaskSpec, scale, cap):
     queries, keys = _split(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, mask_spec)
 
     def around(queries: _Queries, keys: _Keys):
@@ -153,13 +154,16 @@ def _forward(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, mask_spec: MaskSpec,
         sums = jnp.full(rows, MASKED_LOGIT), jnp.zeros(rows), jnp.zeros((*rows, K))
         carry = (keys, *attend_to(keys, *sums))
         (_, top, total, out), _ = jax.lax.scan(next_shard, carry, length=jax.lax.axis_size(AXIS) - 1)
-        return out / total[..., None], top, total
+        return top, total, out
 
-    out_BxGxRxTxK, top_BxGxRxT, total_BxGxRxT = jax.shard_map(
+    sums = jax.shard_map(
         around, in_specs=(_specs(queries, _QUERIES), _specs(keys, _KEYS)), out_specs=(_ROWS,) * 3, axis_names=_MANUAL,
         check_vma=False,
     )(queries, keys)
-    residuals = q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, mask_spec, out_BxGxRxTxK, top_BxGxRxT, total_BxGxRxT
+    top_BxGxRxT, total_BxGxRxT, out_BxGxRxTxK = add_sinks(*sums, sinks_1xGxRx1)
+    out_BxGxRxTxK /= total_BxGxRxT[..., None]
+    inputs = q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, sinks_1xGxRx1, mask_spec
+    residuals = *inputs, out_BxGxRxTxK, top_BxGxRxT, total_BxGxRxT
     return _heads_last(out_BxGxRxTxK).astype(q_BxTxHxK.dtype), residuals
 
 
@@ -175,7 +179,8 @@ def _heads_last(x_BxGxRxTxK: jax.Array) -> jax.Array:
 
 
 def _backward(scale, cap, residuals, dout_BxTxHxK):
-    q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, mask_spec, out_BxGxRxTxK, top_BxGxRxT, total_BxGxRxT = residuals
+    q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, sinks_1xGxRx1, mask_spec, *outputs = residuals
+    out_BxGxRxTxK, top_BxGxRxT, total_BxGxRxT = outputs
     queries, keys = _split(q_BxTxHxK, k_BxGxSxK, v_BxGxSxK, bias_BxHxTxS, mask_spec)
     B, T, H, K = dout_BxTxHxK.shape
     dout_BxTxGxRxK = dout_BxTxHxK.astype(jnp.float32).reshape(B, T, k_BxGxSxK.shape[1], -1, K)
@@ -219,7 +224,8 @@ def _backward(scale, cap, residuals, dout_BxTxHxK):
         around, in_specs=specs, out_specs=(_QUERIES.q_BxTxHxK, _KEYS.k_BxGxSxK, _KEYS.v_BxGxSxK, dbias_spec),
         axis_names=_MANUAL, check_vma=False,
     )(queries, keys, dout_BxGxRxTxK, delta_BxGxRxTx1, top_BxGxRxT, total_BxGxRxT)
-    return *gradients, None
+    delta_BxGxRxT = delta_BxGxRxTx1[..., 0]
+    return *gradients, sinks_gradient(sinks_1xGxRx1, top_BxGxRxT, total_BxGxRxT, delta_BxGxRxT, (0, 3)), None
 
 
 _ring.defvjp(_forward, _backward)

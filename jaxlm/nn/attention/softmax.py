@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-__all__ = ["online_softmax_update"]
+__all__ = ["add_sinks", "online_softmax_update", "sinks_gradient"]
 
 
 def online_softmax_update(
@@ -30,3 +30,24 @@ def online_softmax_update(
     highest = jnp.maximum(top, jnp.max(logits, -1))
     weights, rescale = jnp.exp(logits - highest[..., None]), jnp.exp(top - highest)
     return highest, rescale * total + jnp.sum(weights, -1), rescale[..., None] * out + mix(weights)
+
+
+def add_sinks(
+    top: jax.Array, total: jax.Array, out: jax.Array, sinks: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sums of ``online_softmax_update`` with attention sinks: a further logit ``[...]``, whose value is 0 (gpt-oss;
+    arXiv:2309.17453, section 3.2). Without sinks, the sums as they are."""
+    if sinks is None:
+        return top, total, out
+    logits = jnp.broadcast_to(sinks.astype(jnp.float32), top.shape)[..., None]
+    return online_softmax_update(top, total, out, logits, lambda weights: jnp.zeros_like(out))
+
+
+def sinks_gradient(
+    sinks: jax.Array | None, top: jax.Array, total: jax.Array, delta: jax.Array, axes: tuple[int, ...]
+) -> jax.Array | None:
+    """The gradient of sinks, which are 1 in the dimensions ``axes``; ``delta`` is the sum of output times gradient."""
+    if sinks is None:
+        return None
+    weights = jnp.exp(sinks.astype(jnp.float32) - top) / total
+    return -jnp.sum(weights * delta, axes, keepdims=True).astype(sinks.dtype)

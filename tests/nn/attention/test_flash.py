@@ -50,16 +50,17 @@ def test_blocks_are_attention(monkeypatch, kind, T, S):
         "all": None, "causal": causal, "keys": random.random((B, 1, S)) < 0.7, "nothing": np.zeros((B, T, S), bool),
         "everything": causal & (random.random((B, T, S)) < 0.7) | np.eye(T, S, dtype=bool)[None],
     }[kind]
-    wanted = (0, 1, 2, 3) if kind == "everything" else (0, 1, 2)
+    sinks = jnp.linspace(-1.0, 2.0, H)
+    wanted = (0, 1, 2, 3, 4) if kind == "everything" else (0, 1, 2)
     hidden = T == S and kind in ("causal", "everything")
 
     def value(how, hidden):
-        def sums(q, k, v, bias):
+        def sums(q, k, v, bias, sinks):
             out = how(q, k, v, None if mask is None else jnp.asarray(mask), bias if 3 in wanted else None, scale=0.3,
-                      cap=2.0 if 3 in wanted else 0.0, causal=hidden)
+                      cap=2.0 if 3 in wanted else 0.0, sinks_H=sinks if 4 in wanted else None, causal=hidden)
             return jnp.sum(jnp.sin(out)), out
 
-        return jax.jit(jax.value_and_grad(sums, wanted, has_aux=True))(q, k, v, bias)
+        return jax.jit(jax.value_and_grad(sums, wanted, has_aux=True))(q, k, v, bias, sinks)
 
     assert flash.uses_flash(T, S)
     want = plain(monkeypatch, value, attention.attend, False)

@@ -76,10 +76,13 @@ def test_rows_together_and_rows_in_turn_are_one(queries, window):
     k, v = (x[1][table].reshape(3, 40, 2, 8).swapaxes(1, 2) for x in pool)
     mask = causal_mask(slots, np.arange(40)[None])
     mask = mask if window is None else mask & window_mask(slots, np.arange(40)[None], window)
-    want = jax.jit(lambda q: attend(q, k, v, mask, bias, scale=0.3, cap=2.0))(q)
+    sinks = None if window is None else jnp.linspace(-1.0, 2.0, 4)
+    want = jax.jit(lambda q: attend(q, k, v, mask, bias, scale=0.3, cap=2.0, sinks_H=sinks))(q)
     for one_by_one in (True, False):
         attend_rows = partial(_attend_rows, one_by_one=one_by_one)
-        got = jax.jit(lambda q, bias, attend_rows=attend_rows: attend_rows(q, past, mask_spec, bias, 0.3, 2.0))(q, bias)
+        got = jax.jit(
+            lambda q, bias, attend_rows=attend_rows: attend_rows(q, past, mask_spec, bias, sinks, 0.3, 2.0)
+        )(q, bias)
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 

@@ -56,16 +56,19 @@ def test_a_ring_is_attention(kind):
     }[kind]
     if kind != "everything":
         bias = None
+    sinks = None if bias is None else jnp.linspace(-1.0, 2.0, q.shape[2])
 
     def value(how):
-        def sums(q, k, v, bias):
-            return jnp.sum(jnp.sin(how(q, k, v, bias)))
+        def sums(q, k, v, bias, sinks):
+            return jnp.sum(jnp.sin(how(q, k, v, bias=bias, sinks_H=sinks)))
 
-        return jax.jit(jax.value_and_grad(sums, (0, 1, 2) if bias is None else (0, 1, 2, 3)))(q, k, v, bias)
+        return jax.jit(jax.value_and_grad(sums, (0, 1, 2) if bias is None else (0, 1, 2, 3, 4)))(q, k, v, bias, sinks)
 
-    want = value(lambda q, k, v, bias: attend(q, k, v, mask_spec.mask(), bias, scale=0.3, cap=2.0))
+    want = value(lambda q, k, v, bias, sinks_H: attend(
+        q, k, v, mask_spec.mask(), bias, scale=0.3, cap=2.0, sinks_H=sinks_H))
     with jax.set_mesh(make_mesh(data=1, sequence=4, tensor=2)):
-        close(value(lambda q, k, v, bias: ring_attend(q, k, v, mask_spec, bias, scale=0.3, cap=2.0)), want)
+        close(value(lambda q, k, v, bias, sinks_H: ring_attend(
+            q, k, v, mask_spec, bias, scale=0.3, cap=2.0, sinks_H=sinks_H)), want)
 
 
 def test_what_goes_around():
