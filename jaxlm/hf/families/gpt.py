@@ -1,4 +1,4 @@
-"""The tables of GPT-2 and GPT-NeoX."""
+"""The tables of GPT-2, GPT-NeoX and gpt-oss."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from jaxlm.hf.families.fields import (
     require_value,
     write_only,
 )
-from jaxlm.hf.families.llama import INV_FREQ
+from jaxlm.hf.families.layer_fields import interleaved_sliding_window
+from jaxlm.hf.families.llama import INV_FREQ, LAYER, LLAMA_TENSORS, fused_expert_tensors, llama_fields
 from jaxlm.hf.families.rope_fields import rope
 from jaxlm.nn.config import DecoderConfig
 
-__all__ = ["GPT2", "GPT_NEOX"]
+__all__ = ["GPT2", "GPT_NEOX", "GPT_OSS"]
 
 _LAYER = "transformer.h.{}"
 
@@ -90,7 +91,7 @@ GPT_NEOX = Family(
     ),
     tensors={
         "embed/table": TensorSpec("gpt_neox.embed_in.weight"),
-        **fused_qkv("gpt_neox.layers.{}.attention.query_key_value", by_head=True),
+        **fused_qkv("gpt_neox.layers.{}.attention.query_key_value", run=lambda config: config.d_head),
         **linear("decoder/layers/attn/o", "gpt_neox.layers.{}.attention.dense"),
         **linear("decoder/layers/mlp/up", "gpt_neox.layers.{}.mlp.dense_h_to_4h"),
         **linear("decoder/layers/mlp/down", "gpt_neox.layers.{}.mlp.dense_4h_to_h"),
@@ -102,4 +103,31 @@ GPT_NEOX = Family(
     prefix="gpt_neox.",
     head="embed_out.weight",
     unused_tensors=(r".*attention\.(masked_)?bias", INV_FREQ),
+)
+
+GPT_OSS = Family(
+    config_class=DecoderConfig,
+    architecture="GptOssForCausalLM",
+    fields=(
+        *llama_fields(kv_heads=8, head_dim=64, eps=1e-5, context=131072),
+        rope(150000.0, context=131072, scaling={
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 4096,
+        }),
+        interleaved_sliding_window(128, 2),
+        renamed("attention_bias", "qkv_bias", "out_bias", default=True),
+        renamed("num_local_experts", "experts", default=128),
+        renamed("num_experts_per_tok", "experts_per_token", default=4),
+        renamed("swiglu_alpha", "swiglu_alpha", default=1.702, cast=float),
+        renamed("swiglu_limit", "swiglu_limit", default=7.0, cast=float),
+        # transformers has one activation for the experts, whatever hidden_act says
+        ConfigField({}, lambda fields: {"activation": "clamped_swiglu"}, lambda config: {"hidden_act": "silu"}),
+        constant(attention_sinks=True, expert_bias=True, router_bias=True),
+    ),
+    tensors=LLAMA_TENSORS | {"decoder/layers/attn/sinks": TensorSpec(f"{LAYER}.self_attn.sinks")}
+    | linear("decoder/layers/mlp/router", f"{LAYER}.mlp.router")
+    | fused_expert_tensors(
+        "mlp.experts.gate_up_proj", "mlp.experts.down_proj", transposed=False, bias="_bias", run=lambda config: 1
+    ),
+    unused_tensors=(INV_FREQ,),
 )

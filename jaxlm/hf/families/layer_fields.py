@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import operator
+from collections.abc import Callable
 from typing import Any
 
 from jaxlm.core.errors import UserError, shown
@@ -11,8 +13,8 @@ from jaxlm.hf.validate import MAX_LAYERS
 from jaxlm.nn.config import StackConfig
 
 __all__ = [
-    "full_attention", "interleaved_sliding_window", "sliding_window", "sliding_window_from_layer", "sparse_moe_layers",
-    "switchable_sliding_window",
+    "first_dense_layers", "full_attention", "interleaved_sliding_window", "sliding_window", "sliding_window_from_layer",
+    "sparse_moe_layers", "switchable_sliding_window",
 ]
 
 
@@ -51,21 +53,28 @@ def switchable_sliding_window() -> ConfigField:
     )
 
 
-def sliding_window_from_layer() -> ConfigField:
-    """A window in the layers from ``max_window_layers`` on, or in those that ``layer_types`` names (Qwen)."""
-    names = {
-        "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
-        "num_hidden_layers": REQUIRED,
-    }
+def sliding_window_from_layer(
+    *, first: int = 28, switch: bool = True, has_window: Callable[[int, int], bool] = operator.ge
+) -> ConfigField:
+    """A window in the layers from ``max_window_layers`` on, or in those that ``layer_types`` names (Qwen).
+
+    Args:
+        first: the default of ``max_window_layers``.
+        switch: whether the family has ``use_sliding_window``, which is false where it is absent.
+        has_window: another rule, of a layer and ``max_window_layers``, for files without ``layer_types``.
+    """
+    names = {"sliding_window": 4096, "max_window_layers": first, "layer_types": None, "num_hidden_layers": REQUIRED}
+    names |= {"use_sliding_window": False} if switch else {}
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
-        if not _uses_window(fields):
+        if not _uses_window({"use_sliding_window": True, **fields}):
             return {"windows": ()}
-        kinds = ["sliding_attention" if i >= fields["max_window_layers"] else "full_attention" for i in _layers(fields)]
+        start = fields["max_window_layers"]
+        kinds = ["sliding_attention" if has_window(i, start) else "full_attention" for i in _layers(fields)]
         return {"windows": _windows(fields, kinds)}
 
     def to_hf(config: StackConfig) -> dict[str, Any]:
-        return {"use_sliding_window": any(config.windows), **_layer_types(config)}
+        return ({"use_sliding_window": any(config.windows)} if switch else {}) | _layer_types(config)
 
     return ConfigField(names, from_hf, to_hf)
 
@@ -100,6 +109,19 @@ def sparse_moe_layers() -> ConfigField:
         return {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
 
     return ConfigField(names, from_hf, to_hf)
+
+
+def first_dense_layers(default: int) -> ConfigField:
+    """The layers before ``first_k_dense_replace`` have a dense MLP, the others experts (DeepSeek)."""
+
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        count = fields["first_k_dense_replace"] or 0
+        return {"dense_layers": tuple(i for i in _layers(fields) if i < count)}
+
+    return ConfigField(
+        {"first_k_dense_replace": default, "num_hidden_layers": REQUIRED}, from_hf,
+        lambda config: {"first_k_dense_replace": len(config.dense_layers)},
+    )
 
 
 def _uses_window(fields: HfFields) -> bool:

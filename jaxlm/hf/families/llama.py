@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jaxlm.hf.families.fields import (
     GATED_ACTIVATIONS,
     REQUIRED,
     ConfigField,
     Family,
+    FusedSlice,
     TensorSpec,
     choice,
     constant,
@@ -23,8 +25,8 @@ from jaxlm.hf.families.rope_fields import rope
 from jaxlm.nn.config import DecoderConfig
 
 __all__ = [
-    "ATTENTION_BIAS", "INV_FREQ", "LAYER", "LLAMA", "LLAMA_TENSORS", "MISTRAL", "MIXTRAL", "QK_NORM_TENSORS",
-    "expert_tensors", "llama_fields",
+    "ATTENTION_BIAS", "EXPERT_TENSORS", "INV_FREQ", "LAYER", "LLAMA", "LLAMA_TENSORS", "MISTRAL", "MIXTRAL",
+    "QK_NORM_TENSORS", "expert_tensors", "fused_expert_tensors", "llama_fields", "projections",
 ]
 
 LAYER = "model.layers.{}"
@@ -32,7 +34,7 @@ INV_FREQ = r".*rotary_emb\.inv_freq"  # rotary frequencies, which old releases o
 ATTENTION_BIAS = renamed("attention_bias", "qkv_bias", "out_bias", default=False)
 
 
-def _projections(path: str, hf_module: str, names: str) -> dict[str, TensorSpec]:
+def projections(path: str, hf_module: str, names: str) -> dict[str, TensorSpec]:
     """Linear maps ``path/NAME``, stored as ``hf_module.NAME_proj``, for each of ``names``."""
     return {
         key: tensor
@@ -43,8 +45,8 @@ def _projections(path: str, hf_module: str, names: str) -> dict[str, TensorSpec]
 
 LLAMA_TENSORS = {
     "embed/table": TensorSpec("model.embed_tokens.weight"),
-    **_projections("attn", "self_attn", "q k v o"),
-    **_projections("mlp", "mlp", "gate up down"),
+    **projections("attn", "self_attn", "q k v o"),
+    **projections("mlp", "mlp", "gate up down"),
     **norm("decoder/layers/attn_norm", f"{LAYER}.input_layernorm"),
     **norm("decoder/layers/mlp_norm", f"{LAYER}.post_attention_layernorm"),
     **norm("decoder/final_norm", "model.norm"),
@@ -62,6 +64,25 @@ def expert_tensors(router: str, experts: str, hf_names: Mapping[str, str]) -> di
     for name, hf_name in hf_names.items():
         tensors |= linear(f"decoder/layers/mlp/experts/{name}", f"{LAYER}.{experts}.{{}}.{hf_name}")
     return tensors
+
+
+def fused_expert_tensors(
+    gate_up: str, down: str, *, transposed: bool, bias: str = "", run: Callable[[Any], int] | None = None
+) -> dict[str, TensorSpec]:
+    """The experts of a layer in two tensors: ``gate_up`` holds gates and ups side by side, or in turn after each
+    ``run`` outputs. ``bias`` ends the names of biases."""
+    tensors: dict[str, TensorSpec] = {}
+    for name, index in (("gate", 0), ("up", 1), ("down", None)):
+        stored = f"{LAYER}.{down if index is None else gate_up}"
+        fused = None if index is None else FusedSlice(index, lambda config: (config.d_expert, config.d_expert), run)
+        path = f"decoder/layers/mlp/experts/{name}"
+        tensors[f"{path}/kernel"] = TensorSpec(stored, transposed=transposed, fused=fused)
+        if bias:
+            tensors[f"{path}/bias"] = TensorSpec(stored + bias, fused=fused)
+    return tensors
+
+
+EXPERT_TENSORS = expert_tensors("mlp.gate", "mlp.experts", {name: f"{name}_proj" for name in ("gate", "up", "down")})
 
 
 def llama_fields(

@@ -10,11 +10,12 @@ from __future__ import annotations
 from jaxlm.hf.families.bart import BART, M2M_100, MARIAN, MBART
 from jaxlm.hf.families.fields import Family
 from jaxlm.hf.families.gemma import GEMMA2, GEMMA3
-from jaxlm.hf.families.gpt import GPT2, GPT_NEOX
+from jaxlm.hf.families.gpt import GPT2, GPT_NEOX, GPT_OSS
 from jaxlm.hf.families.llama import LLAMA, MISTRAL, MIXTRAL
-from jaxlm.hf.families.olmo import OLMO2
+from jaxlm.hf.families.mixtures import DOTS1, GLM4_MOE, MINIMAX_M2
+from jaxlm.hf.families.olmo import OLMO2, OLMOE
 from jaxlm.hf.families.phi import PHI3
-from jaxlm.hf.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from jaxlm.hf.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from jaxlm.hf.families.t5 import T5
 
 __all__ = ["FAMILIES", "markdown"]
@@ -26,12 +27,18 @@ FAMILIES: dict[str, Family] = {
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
     "qwen2": QWEN2,
+    "qwen2_moe": QWEN2_MOE,
     "qwen3": QWEN3,
     "qwen3_moe": QWEN3_MOE,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
     "phi3": PHI3,
     "olmo2": OLMO2,
+    "olmoe": OLMOE,
+    "glm4_moe": GLM4_MOE,
+    "dots1": DOTS1,
+    "minimax_m2": MINIMAX_M2,
+    "gpt_oss": GPT_OSS,
     "marian": MARIAN,
     "m2m_100": M2M_100,
     "t5": T5,

@@ -45,6 +45,7 @@ _LONG = dict(original_max_position_embeddings=16, factor=4.0)
 _YARN = _LONG | dict(beta_fast=8.0, beta_slow=2.0)
 _FACTORS = dict(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 3.0, 4.0])
 _EXPERTS = dict(num_experts=4, moe_intermediate_size=24)
+_ROUTED = dict(n_routed_experts=8, moe_intermediate_size=24, num_experts_per_tok=3)
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": dict(model_type="llama", **_LLAMA),
@@ -97,6 +98,14 @@ CASES: dict[str, dict[str, Any]] = {
         model_type="qwen3_moe", **_LLAMA, **_EXPERTS, num_experts_per_tok=3, decoder_sparse_step=2, attention_bias=True,
         use_sliding_window=True, sliding_window=5, head_dim=12,
     ),
+    "qwen2_moe": dict(
+        model_type="qwen2_moe", **_LLAMA, **_EXPERTS, num_experts_per_tok=2, shared_expert_intermediate_size=20,
+        mlp_only_layers=[1], use_sliding_window=True, sliding_window=5, max_window_layers=2,
+    ),
+    "qwen2_moe-plain": dict(
+        model_type="qwen2_moe", **_LLAMA, **_EXPERTS, num_experts_per_tok=3, shared_expert_intermediate_size=20,
+        norm_topk_prob=True, qkv_bias=False, decoder_sparse_step=2, tie_word_embeddings=True,
+    ),
     "gemma2": dict(
         model_type="gemma2", **_LLAMA, head_dim=12, query_pre_attn_scalar=20, sliding_window=4, attention_bias=True,
         final_logit_softcapping=3.0, attn_logit_softcapping=2.0,
@@ -123,6 +132,29 @@ CASES: dict[str, dict[str, Any]] = {
     ),
     "olmo2": dict(model_type="olmo2", **_LLAMA, attention_bias=True),
     "olmo2-tied": dict(model_type="olmo2", **(_LLAMA | {"num_key_value_heads": None}), tie_word_embeddings=True),
+    "olmoe": dict(
+        model_type="olmoe", **_LLAMA, num_experts=5, num_experts_per_tok=2, attention_bias=True, norm_topk_prob=True
+    ),
+    "glm4_moe": dict(
+        model_type="glm4_moe", **_LLAMA, **_ROUTED, n_group=4, topk_group=2, n_shared_experts=2, attention_bias=True,
+        use_qk_norm=True, routed_scaling_factor=2.5, head_dim=12,
+    ),
+    "glm4_moe-plain": dict(
+        model_type="glm4_moe", **_LLAMA, **_ROUTED, norm_topk_prob=False, first_k_dense_replace=0,
+        **_rope("default", partial_rotary_factor=1.0),
+    ),
+    "dots1": dict(
+        model_type="dots1", **_LLAMA, **_ROUTED, n_group=2, n_shared_experts=1, attention_bias=True, sliding_window=5,
+        max_window_layers=1, first_k_dense_replace=1, norm_topk_prob=True, routed_scaling_factor=1.5,
+    ),
+    "minimax_m2": dict(
+        model_type="minimax_m2", **_LLAMA, num_local_experts=5, num_experts_per_tok=2, head_dim=12,
+        **_rope("default", partial_rotary_factor=0.5),
+    ),
+    "gpt_oss": dict(
+        model_type="gpt_oss", **_LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=12, sliding_window=5,
+        swiglu_limit=0.5, swiglu_alpha=1.3, **_rope("yarn", **_YARN),
+    ),
     "marian": dict(model_type="marian", **_MARIAN, scale_embedding=True, activation_function="swish"),
     "marian-two-vocabularies": dict(
         model_type="marian", **(_MARIAN | dict(pad_token_id=50, decoder_start_token_id=50)), decoder_vocab_size=53,

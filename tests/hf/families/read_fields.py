@@ -89,8 +89,8 @@ def _configuration_reads(config: ast.ClassDef, rope: dict[str, ast.FunctionDef])
         return reads
     convert = own.get("convert_rope_params_to_dict")
     inherited = _self_reads(rope["standardize_rope_params"])
-    if convert is None:
-        return reads | inherited | _self_reads(rope["convert_rope_params_to_dict"])
+    if convert is None or _calls_super(convert):
+        return inherited | _self_reads(rope["convert_rope_params_to_dict"]) | reads
     # What the conversion sets, standardizing no longer takes from the fields that all families have.
     for node in ast.walk(convert):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".setdefault"):
@@ -178,7 +178,7 @@ def _self_reads(*methods: ast.FunctionDef) -> dict[str, Any]:
     """What methods of a configuration take out of ``kwargs`` or ask ``self`` for."""
     found = {}
     for node in itertools.chain(*map(ast.walk, methods)):
-        found = _lookups(node, ("kwargs",), ("self",)) | found
+        found = _lookups(node, ("kwargs",), ("self",), ("pop", "get", "setdefault")) | found
     return found
 
 
@@ -193,14 +193,16 @@ def _config_reads(*nodes: ast.AST) -> dict[str, Any]:
     return found
 
 
-def _lookups(node: ast.AST, mappings: tuple[str, ...], objects: tuple[str, ...]) -> dict[str, Any]:
-    """``MAPPING.pop("NAME", DEFAULT)``, ``MAPPING.get(...)``, ``getattr(OBJECT, "NAME", DEFAULT)`` and ``hasattr``."""
+def _lookups(
+    node: ast.AST, mappings: tuple[str, ...], objects: tuple[str, ...], methods: tuple[str, ...] = ("pop", "get")
+) -> dict[str, Any]:
+    """``MAPPING.METHOD("NAME", DEFAULT)``, ``getattr(OBJECT, "NAME", DEFAULT)`` and ``hasattr``."""
     if not isinstance(node, ast.Call):
         return {}
     called, arguments = ast.unparse(node.func), node.args
     if called in ("getattr", "hasattr") and arguments and ast.unparse(arguments[0]) in objects:
         arguments = arguments[1:]
-    elif called not in [f"{each}.{method}" for each in mappings for method in ("pop", "get")]:
+    elif called not in [f"{each}.{method}" for each in mappings for method in methods]:
         return {}
     if not arguments or not isinstance(arguments[0], ast.Constant):
         return {}

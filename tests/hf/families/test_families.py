@@ -62,7 +62,7 @@ def marked(slow):
 
 SLOW = {
     "llama-biased", "llama-dynamic", "llama-yarn", "llama-yarn-mscale", "gpt2-by-layer", "bart-untied", "marian-untied",
-    "m2m_100-untied", "mistral-full", "olmo2-tied",
+    "m2m_100-untied", "mistral-full", "olmo2-tied", "qwen2_moe-plain", "glm4_moe-plain",
 }
 # Every way of decoding: rotary, learned, relative, sinusoidal positions, windows, experts, two vocabularies, and by the
 # length of the text. The others decode as one of these; that they compute what transformers does is in their logits.
