@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxlm.core.errors import UserError
+from jaxlm.core.errors import UserError, shown
 
 __all__ = [
     "MAX_DEPTH", "Pattern", "json_checksum", "parse_json", "read_json", "read_json_if_there", "read_sealed_json",
@@ -123,11 +123,11 @@ class Pattern:
         UserError: the text is not a regular expression.
     """
 
-    def __init__(self, text: str, source: str, shown: str = ""):
-        """``source`` says in errors where the expression is from, and ``shown`` is what is written there."""
+    def __init__(self, text: str, source: str, written: str = ""):
+        """``source`` says in errors where the expression is from, and ``written`` is what is there, if not ``text``."""
         import regex  # takes 15 ms, and most models have no expressions
 
-        self._named, self._left = f"{_short(shown or text)} in {source}", _PATTERN_SECONDS
+        self._named, self._left = f"{shown(written or text)} in {source}", _PATTERN_SECONDS
         try:
             if len(text) > _MAX_PATTERN:
                 raise ValueError
@@ -160,7 +160,3 @@ class Pattern:
             raise UserError(f"{self._named} takes too long to match; {remedy}") from None
         finally:
             self._left -= time.thread_time() - start
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")

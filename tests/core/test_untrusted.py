@@ -48,6 +48,12 @@ def test_sealed_fields_come_back_or_are_refused(tmp_path):
     assert read_sealed_json(tmp_path / "x.json") == plain
 
 
+def test_messages_stay_short():
+    message = str(UserError(f"x.json: {'a' * 10**5} is no token; copy it again"))
+    assert len(message) < 2100 and message.startswith("x.json: a") and message.endswith("is no token; copy it again")
+    assert str(UserError("short")) == "short"
+
+
 def test_patterns_match_as_those_of_python_and_end():
     assert Pattern(r".*\.(q|k)_proj", "x").match("layers.1.q_proj.weight")
     assert not Pattern(r".*\.(q|k)_proj", "x").fullmatch("layers.1.q_proj.weight")

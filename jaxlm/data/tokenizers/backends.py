@@ -315,12 +315,11 @@ def _wrong_id(token: str, index: int | str, raw: tokenizers.Tokenizer) -> str:
 def role_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     """The special tokens of a tokenizer_config.json that have a name, such as ``eos_token``: strings, or mappings with
     their ``content``. A mapping in ``extra_special_tokens`` names more."""
-    found = {
-        key: value for key, value in config.items()
-        if key.endswith("_token") and value and not isinstance(value, bool)
-    }
+    found = {key: value for key, value in config.items() if key.endswith("_token")}
     extra = config.get("extra_special_tokens")
-    return found | (extra if isinstance(extra, dict) else {})
+    found |= extra if isinstance(extra, dict) else {}
+    contents = {key: value.get("content") if isinstance(value, dict) else value for key, value in found.items()}
+    return {key: value for key, value in found.items() if contents[key] and isinstance(contents[key], str)}
 
 
 def named_tokens(config: Mapping[str, Any]) -> list[str]:

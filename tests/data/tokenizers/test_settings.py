@@ -7,6 +7,7 @@ import json
 import pytest
 
 from jaxlm.core.errors import UserError
+from jaxlm.data.tokenizers.backends import role_tokens
 from jaxlm.data.tokenizers.tokenizer import Tokenizer
 from tests.data.tokenizers.pieces import LLAMA, write
 
@@ -122,3 +123,11 @@ def test_what_special_tokens_map_says_comes_first_where_it_is_read(llama, tmp_pa
     lists = {"additional_special_tokens": ["<a>"], "extra_special_tokens": ["<b>"]}
     tokenizer = load(tmp_path, llama, {"additional_special_tokens": ["<c>"]}, special_tokens_map=lists)
     assert [token for token in tokenizer.backend.special_tokens if len(token) == 3 and token != "<s>"] == ["<c>", "<b>"]
+
+
+def test_what_names_no_token_is_none():
+    config = {
+        "a_token": {"a": 1}, "b_token": 3, "c_token": {"content": "<c>"}, "add_bos_token": True, "d_token": "<d>",
+        "extra_special_tokens": {"e": "<e>", "f": {}, "g": ["<g>"]},
+    }
+    assert role_tokens(config) == {"c_token": {"content": "<c>"}, "d_token": "<d>", "e": "<e>"}
