@@ -50,6 +50,7 @@ def input_norm(config: StackConfig, path: str) -> str | None:
         side = "decoder" if path == "head/kernel" else "encoder"
         return None if config.norm_position == "post" else f"{side}/final_norm"
     layer, part = re.match(r"(.*/layers/\d+)/(attn|cross|mlp)/", path).groups()
+    part = "attn" if part == "mlp" and config.parallel and config.shared_norm else part
     return f"{layer}/{part}_norm" if normed_inputs(config) else None
 
 
@@ -109,6 +110,27 @@ def learned_positions(config: ModelConfig, params: Params) -> tuple[ModelConfig,
     new = {f"{side}/pos/table": jnp.asarray(table, jnp.float32) for side in sides}
     params = replace_leaves(params, flatten(params) | new, dict.fromkeys(new, ("positions", "embed")))
     return dataclasses.replace(config, positions="learned"), params
+
+
+def learned_scales(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
+    """The model with a scale of ones in norms that have none, for what folds something into scales; other models as
+    they are.
+
+    Raises:
+        UserError: when the norms without scales are elsewhere than before attention, MLP and head.
+    """
+    if config.norm_scale:
+        return config, params
+    if config.norm_position != "pre" or config.qk_norm != "none" or config.embed_norm or len(config.sides) > 1:
+        raise UserError("only in decoders with norm_position 'pre' and no others can norms get scales (norm_scale)")
+    leaves = flatten(params)
+    ones = {"decoder/final_norm/scale": jnp.ones(config.width)}
+    for path, kernel in leaves.items():
+        if role(path) == "reader" and "/layers/" in path:
+            ones[f"{input_norm(config, path)}/scale"] = jnp.ones((len(kernel), config.width))
+    axes = {path: ("layers", "norm")[-each.ndim :] for path, each in ones.items()}
+    config = dataclasses.replace(config, norm_scale=True, norm_bias=False)
+    return config, replace_leaves(params, leaves | ones, axes)
 
 
 def multiply_rows(row: jax.Array, kernel: jax.Array) -> jax.Array:

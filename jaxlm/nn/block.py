@@ -33,6 +33,7 @@ class LayerSettings(NamedTuple):
 
     window: jax.Array | None = None  # 0: full attention; None: no layer of the stack has a window
     number: jax.Array | None = None  # from 1; None where it does not matter
+    rotary: jax.Array | None = None  # false in layers without rotary positions; None: all layers are alike
 
 
 @jax.tree_util.register_dataclass
@@ -49,21 +50,23 @@ class LayerContext:
     memory_mask_Bx1xM: jax.Array | None = None
     memory_mask_spec: MaskSpec | None = None
     logit_divisor: jax.Array | None = None  # of self-attention; None: 1
+    query_scale_BxTx1x1: jax.Array | None = None  # of self-attention; None: 1
 
     def of_layer(self, settings: LayerSettings, config: StackConfig) -> LayerContext:
         """The context of one layer: with the mask and angles of its window."""
-        context = replace(self, logit_divisor=settings.number)
-        window = settings.window
+        angles, window = self.angles, settings.window
+        if self.local_angles is not None and window is not None:
+            angles = jax.tree.map(partial(jnp.where, window > 0), self.local_angles, angles)
+        if settings.rotary is not None:
+            angles = tuple(jnp.where(settings.rotary, each, still) for each, still in zip(angles, (1, 0), strict=True))
+        context = replace(self, logit_divisor=settings.number, angles=angles)
         if window is None:
             return context
         mask, mask_spec = self.mask_BxTxS, replace(self.mask_spec, window=window)
         if mask is not None or not uses_ring(config, mask_spec.slots_q.shape[1], mask_spec.slots_k.shape[1]):
             near = window_mask(mask_spec.slots_q, mask_spec.slots_k, window)
             mask = near if mask is None else mask & near
-        angles = self.angles
-        if self.local_angles is not None:
-            angles = jax.tree.map(partial(jnp.where, window > 0), self.local_angles, angles)
-        return replace(context, mask_spec=mask_spec, mask_BxTxS=mask, angles=angles)
+        return replace(context, mask_spec=mask_spec, mask_BxTxS=mask)
 
 
 class Block(nnx.Module):
@@ -76,7 +79,7 @@ class Block(nnx.Module):
     - ``output``: x + N(f(x)) (OLMo 2, arXiv:2501.00656)
     - ``sandwich``: x + N'(f(N(x))) (Gemma 2, arXiv:2408.00118)
 
-    ``parallel`` layers are x + attention(N(x)) + mlp(N'(x)).
+    ``parallel`` layers are x + attention(N(x)) + mlp(N'(x)), where N' is N with ``shared_norm``.
     """
 
     def __init__(self, config: StackConfig, *, cross: bool, experts: bool, depth: int, keys: ParamKeys):
@@ -91,7 +94,8 @@ class Block(nnx.Module):
         self.cross_norm = Norm(config.width, config) if cross else None
         self.cross_out_norm = Norm(config.width, config) if cross and sandwich else None
         self.mlp = (Moe if experts else Mlp)(config, keys=keys, scale=scale)
-        self.mlp_norm = Norm(config.width, config)
+        shared = config.parallel and config.shared_norm
+        self.mlp_norm = None if shared else Norm(config.width, config)
         self.mlp_out_norm = Norm(config.width, config) if sandwich else None
 
     def __call__(
@@ -117,11 +121,13 @@ class Block(nnx.Module):
         """
         rate, keys = self.config.dropout, iter(split_key(key, 6))
         if self.config.parallel:
-            y_BxTxD, past = self._self_attention(self.attn_norm(x_BxTxD), context, past, next(keys), seen)
+            h_BxTxD = self.attn_norm(x_BxTxD)
+            y_BxTxD, past = self._self_attention(h_BxTxD, context, past, next(keys), seen)
             y_BxTxD = dropout(y_BxTxD, rate, next(keys))
-            z_BxTxD, routing = self._feed_forward(self.mlp_norm(x_BxTxD), next(keys))
+            h_BxTxD = h_BxTxD if self.mlp_norm is None else self.mlp_norm(x_BxTxD)
+            z_BxTxD, routing = self._feed_forward(h_BxTxD, next(keys))
             y_BxTxD += dropout(z_BxTxD, rate, next(keys))
-            return constrain(x_BxTxD + y_BxTxD, ACTIVATION_AXES), past, routing
+            return constrain(x_BxTxD + self._multiplied(y_BxTxD), ACTIVATION_AXES), past, routing
         y_BxTxD, past = self._self_attention(self._input(x_BxTxD, self.attn_norm), context, past, next(keys), seen)
         x_BxTxD = self._residual(x_BxTxD, y_BxTxD, self.attn_norm, self.attn_out_norm, next(keys))
         if self.cross is not None:
@@ -135,6 +141,8 @@ class Block(nnx.Module):
         q_BxTxHxK, k_BxGxTxK, v_BxGxTxK = self.attn.query_key_value(h_BxTxD, context.angles)
         if context.logit_divisor is not None:
             q_BxTxHxK = q_BxTxHxK / context.logit_divisor.astype(q_BxTxHxK.dtype)
+        if context.query_scale_BxTx1x1 is not None:
+            q_BxTxHxK = q_BxTxHxK * context.query_scale_BxTx1x1.astype(q_BxTxHxK.dtype)
         kind, bias = self.config.kv_cache, context.bias_BxHxTxS
         if past is None:
             k_BxGxTxK, v_BxGxTxK = fake_quantize_kv(k_BxGxTxK, v_BxGxTxK, kind)
@@ -167,8 +175,13 @@ class Block(nnx.Module):
         position = self.config.norm_position
         if position in ("output", "sandwich"):
             y_BxTxD = (norm if out_norm is None else out_norm)(y_BxTxD)
-        x_BxTxD = constrain(x_BxTxD + dropout(y_BxTxD, self.config.dropout, key), ACTIVATION_AXES)
+        y_BxTxD = self._multiplied(dropout(y_BxTxD, self.config.dropout, key))
+        x_BxTxD = constrain(x_BxTxD + y_BxTxD, ACTIVATION_AXES)
         return norm(x_BxTxD) if position == "post" else x_BxTxD
+
+    def _multiplied(self, y_BxTxD: jax.Array) -> jax.Array:
+        factor = self.config.residual_multiplier
+        return y_BxTxD if factor == 1.0 else y_BxTxD * jnp.asarray(factor, y_BxTxD.dtype)
 
 
 def stacked_block(

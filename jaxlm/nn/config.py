@@ -7,10 +7,13 @@ import itertools
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh", "swiglu", "geglu", "geglu_tanh", "reglu",
-                     "clamped_swiglu"]
+Activation = Literal[
+    "gelu", "gelu_tanh", "relu", "relu2", "silu", "tanh", "xielu", "swiglu", "geglu", "geglu_tanh", "reglu",
+    "clamped_swiglu",
+]
 Positions = Literal["rotary", "sinusoidal", "sinusoidal_t2t", "learned", "relative", "none"]
 KVCache = Literal["full", "int8", "int4", "fp8"]
+QKNorm = Literal["none", "head", "each_head", "width"]
 NormPosition = Literal["pre", "post", "output", "sandwich"]
 Remat = Literal["none", "full", "dots", "offload", "offload_dots"]
 Side = Literal["encoder", "decoder"]
@@ -100,6 +103,8 @@ class StackConfig(_Model):
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_position: NormPosition = "pre"  # see ``nn.block.Block``
     parallel: bool = False  # attention and MLP read the same input (arXiv:2204.06745, section 2.1)
+    shared_norm: bool = False  # they read it through one norm (parallel layers only)
+    norm_scale: bool = True  # whether norms have a learned scale (OLMo, arXiv:2402.00838, section 2.1, has none)
     norm_bias: bool = True  # LayerNorm only
     norm_eps: float = 1e-5
     embed_norm: bool = False  # a norm right after the embedding
@@ -113,18 +118,27 @@ class StackConfig(_Model):
     rope_local_theta: float = 0.0  # in layers with a window, without scaling; 0: as in the others (arXiv:2503.19786)
     rope_scaling: RopeScaling = RopeScaling()
     rotary_fraction: float = 1.0  # the share of each head's dimensions that is rotated, from the first on
+    rope_interleaved: bool = False  # rotates neighbouring dimensions instead of the halves of a head (``nn.positions``)
+    nope_layers: tuple[int, ...] = ()  # layers without rotary positions (arXiv:2501.18795)
     relative_buckets: int = 32  # T5 (arXiv:1910.10683, section 2.1)
     relative_max_distance: int = 128
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: Literal["none", "head", "width"] = "none"  # of queries and keys (arXiv:2302.05442): each head, or all
+    clip_qkv: float = 0.0  # queries, keys and values are clipped to [-c, c]; 0: off
+    qk_norm: QKNorm = "none"  # of queries and keys (arXiv:2302.05442): see ``nn.attention.layer``
+    qk_norm_after_rope: bool = False
     attention_scale: float = 0.0  # 0: 1 / sqrt(head_dim)
     attention_scale_by_layer: bool = False  # logits are also divided by the layer's number, counted from 1
+    attention_temperature: float = 0.0  # 0: off; t: queries times 1 + t * log(1 + position // temperature_interval)
+    temperature_interval: int = 8192
     attention_softcap: float = 0.0  # 0: off; c * tanh(logits / c) (arXiv:2408.00118)
     attention_sinks: bool = False  # a learned logit of each query head, whose value is 0 (gpt-oss)
     ring_min_keys: int = 8192  # the fewest keys for which split sequences use ring attention (``nn.attention.ring``)
     logit_softcap: float = 0.0
+    embedding_multiplier: float = 1.0  # of embeddings, besides ``embed_scale``
+    residual_multiplier: float = 1.0  # of what attention and MLP add to the residual stream
+    logits_multiplier: float = 1.0
     windows: tuple[int, ...] = ()  # sliding windows, cycled over layers; 0 is full attention
     experts: int = 0  # of mixture-of-experts MLPs (``nn.moe.layer``); 0: dense MLPs
     experts_per_token: int = 2

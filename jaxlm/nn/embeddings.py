@@ -27,7 +27,8 @@ class HasHead(Protocol):
 def embed(table: Embedding, tokens_BxT: jax.Array, config: StackConfig) -> jax.Array:
     """The embeddings of tokens ``[B, T, D]``, scaled if the model does so."""
     x_BxTxD = table(tokens_BxT, jnp.dtype(config.dtype))
-    return x_BxTxD * jnp.asarray(config.width**0.5, x_BxTxD.dtype) if config.embed_scale else x_BxTxD
+    factor = (config.width**0.5 if config.embed_scale else 1.0) * config.embedding_multiplier
+    return x_BxTxD if factor == 1.0 else x_BxTxD * jnp.asarray(factor, x_BxTxD.dtype)
 
 
 def output_head(config: StackConfig, *, keys: ParamKeys) -> tuple[Linear | None, nnx.Param | None]:
@@ -42,4 +43,6 @@ def head_logits(model: HasHead, x_BxTxD: jax.Array) -> jax.Array:
     logits_BxTxV = model.embed.logits(x_BxTxD) if model.head is None else model.head(x_BxTxD)
     logits_BxTxV = constrain(logits_BxTxV.astype(jnp.float32), ("batch", "length", "vocab"))
     logits_BxTxV = logits_BxTxV if model.logits_bias is None else logits_BxTxV + model.logits_bias.get_value()
+    if model.config.logits_multiplier != 1.0:
+        logits_BxTxV = logits_BxTxV * model.config.logits_multiplier
     return softcap(logits_BxTxV, model.config.logit_softcap)

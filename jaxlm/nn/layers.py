@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -70,11 +71,13 @@ class Linear(nnx.Module):
 class Norm(nnx.Module):
     """RMSNorm (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450) over the last dimension, computed in float32."""
 
-    def __init__(self, width: int, config: StackConfig):
+    def __init__(self, width: int, config: StackConfig, heads: int = 0):
+        """``heads`` is the number of heads that have a scale of their own, ``[heads, width]``; they have no bias."""
         self.eps = config.norm_eps
         self.centered = config.norm == "layernorm"
-        self.scale = nnx.Param(jnp.ones(width), axes=("norm",))
-        has_bias = self.centered and config.norm_bias
+        shape, axes = ((heads, width), ("norm", "norm")) if heads else ((width,), ("norm",))
+        self.scale = nnx.Param(jnp.ones(shape), axes=axes) if config.norm_scale else None
+        has_bias = self.centered and config.norm_bias and config.norm_scale and not heads
         self.bias = nnx.Param(jnp.zeros(width), axes=("norm",)) if has_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -82,7 +85,8 @@ class Norm(nnx.Module):
         if self.centered:
             y = y - jnp.mean(y, -1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
-        y = y * self.scale.get_value()
+        if self.scale is not None:
+            y = y * self.scale.get_value()
         if self.bias is not None:
             y = y + self.bias.get_value()
         return y.astype(x.dtype)
@@ -140,6 +144,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv:2109.08668
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
     "swiglu": jax.nn.silu,
@@ -163,13 +168,33 @@ def gated_product(config: StackConfig) -> Callable[[jax.Array, jax.Array], jax.A
     return lambda gate, up: act(gate) * up
 
 
+class Xielu(nnx.Module):
+    """xIELU (arXiv:2411.13010): ``a x^2 + x / 2`` for positive x, else ``b (exp(x) - 1 - x) + x / 2``.
+
+    It is ``a = softplus(positive)`` and ``b = 1/2 + softplus(negative)``; both are learned, and 0.8 at first.
+    """
+
+    def __init__(self):
+        self.positive = nnx.Param(jnp.full(1, np.log(np.expm1(0.8)), jnp.float32), axes=("norm",))
+        self.negative = nnx.Param(jnp.full(1, np.log(np.expm1(0.3)), jnp.float32), axes=("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        a = jax.nn.softplus(self.positive.get_value()).astype(x.dtype)
+        b = (0.5 + jax.nn.softplus(self.negative.get_value())).astype(x.dtype)
+        # Both branches are computed everywhere: exp must not overflow where the other one counts, nor its gradient.
+        return 0.5 * x + jnp.where(x > 0, a * jnp.square(x), b * (jnp.expm1(jnp.minimum(x, 0)) - x))
+
+
 class Mlp(nnx.Module):
     """The feed-forward layer: ``down(act(up(x)))``, or gated ``down(gated_product(gate(x), up(x)))``."""
 
     def __init__(self, config: StackConfig, *, keys: ParamKeys, scale: float, ffn: int = 0):
         """``ffn`` is the number of channels; 0: that of the configuration."""
         width, ffn, bias = config.width, ffn or config.d_ffn, config.mlp_bias
-        self.act = gated_product(config) if config.gated else ACTIVATIONS[config.activation]
+        if config.activation == "xielu":
+            self.act = Xielu()
+        else:
+            self.act = gated_product(config) if config.gated else ACTIVATIONS[config.activation]
         self.ffn_dropout = config.ffn_dropout
         self.gate = Linear(width, ffn, ("embed", "mlp"), bias=bias, keys=keys) if config.gated else None
         self.up = Linear(width, ffn, ("embed", "mlp"), bias=bias, keys=keys)

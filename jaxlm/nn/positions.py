@@ -114,13 +114,26 @@ def frequency_divisors(config: StackConfig) -> np.ndarray | None:
     return (frequencies_K / _scaled(frequencies_K, config.rope_theta, config.rope_scaling)).astype(np.float32)
 
 
-def rotate(x_BxTxHxK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs ``(i, i + R/2)`` of the first R dimensions: the half-split convention of Llama checkpoints."""
+def rotate(x_BxTxHxK: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False) -> jax.Array:
+    """Rotates pairs of the first R dimensions: ``(i, i + R/2)``, the half-split convention of Llama checkpoints, or if
+    ``interleaved`` the pairs ``(2i, 2i + 1)`` of GPT-J and of the paper (arXiv:2104.09864)."""
     half = cos.shape[-1]
     x = x_BxTxHxK.astype(jnp.float32)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    rotated = [a * cos - b * sin, b * cos + a * sin]
+    rest = x[..., 2 * half :]
+    if interleaved:
+        pairs = x[..., : 2 * half].reshape(*x.shape[:-1], half, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        rotated = [jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(*x.shape[:-1], 2 * half)]
+    else:
+        a, b = x[..., :half], x[..., half : 2 * half]
+        rotated = [a * cos - b * sin, b * cos + a * sin]
     return jnp.concatenate(rotated + [rest] * (rest.shape[-1] > 0), -1).astype(x_BxTxHxK.dtype)
+
+
+def query_scales(positions_BxT: jax.Array, config: StackConfig) -> jax.Array:
+    """By what queries are multiplied so that attention stays sharp over long texts, ``[B, T, 1, 1]`` (Llama 4)."""
+    intervals = jnp.floor(positions_BxT[..., None, None] / config.temperature_interval)
+    return 1 + config.attention_temperature * jnp.log1p(intervals)
 
 
 def sinusoids(positions_BxT: jax.Array, config: StackConfig) -> jax.Array:

@@ -33,6 +33,7 @@ from jaxlm.nn.positions import (
     RelativeBias,
     document_lengths,
     local_rotary_angles,
+    query_scales,
     rotary_angles,
     sinusoids,
     text_lengths,
@@ -187,7 +188,15 @@ class Stack(nnx.Module):
         """The settings of the layers of a group, ``[layers]`` each."""
         run, cycle = self.layer_groups[group], self.config.windows
         windows = jnp.array([cycle[layer % len(cycle)] for layer in run]) if any(cycle) else None
-        return LayerSettings(windows, jnp.array(run) + 1 if self.config.attention_scale_by_layer else None)
+        return LayerSettings(
+            windows,
+            jnp.array(run) + 1 if self.config.attention_scale_by_layer else None,
+            jnp.array([layer not in self.config.nope_layers for layer in run]) if self._has_nope_layers else None,
+        )
+
+    @property
+    def _has_nope_layers(self) -> bool:
+        return self.config.positions == "rotary" and bool(self.config.nope_layers)
 
     def _lengths(self, positions, segment_ids_BxT, real_BxT, length_B) -> jax.Array | None:
         """The length of the text of each token, ``[B or 1, T or 1]``; None where rotations do not depend on it."""
@@ -209,6 +218,7 @@ class Stack(nnx.Module):
             angles=rotary_angles(positions, config, length_BxT) if rotary else None,
             local_angles=local_rotary_angles(positions, config) if rotary and local else None,
             memory_mask_Bx1xM=None if memory_mask_BxM is None else memory_mask_BxM[:, None, :],
+            query_scale_BxTx1x1=query_scales(positions, config) if config.attention_temperature else None,
         )
 
     def _first_input(self, x_BxTxD: jax.Array, positions: jax.Array, key: jax.Array | None) -> jax.Array:

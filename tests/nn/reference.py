@@ -12,6 +12,7 @@ ACTIVATIONS = {
     "gelu": lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
     "silu": lambda x: x / (1 + np.exp(-x)),
 }
 GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
@@ -19,7 +20,7 @@ GATES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": 
 
 def decoder_logits(config, weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
     """Logits ``[T, V]``; ``weights`` maps parameter paths to float64 arrays, layers stacked in layer_groups."""
-    scale = np.sqrt(config.width) if config.embed_scale else 1.0
+    scale = (np.sqrt(config.width) if config.embed_scale else 1.0) * config.embedding_multiplier
     x = weights["embed/table"][tokens] * scale
     positions = np.arange(len(tokens)) + config.position_offset
     if config.positions == "learned":
@@ -44,12 +45,14 @@ def decoder_logits(config, weights: dict[str, np.ndarray], tokens: list[int]) ->
                 ("mlp", lambda h, p=layer: (moe if "mlp/router/kernel" in p else mlp)(config, h, p)),
             ]
             if config.parallel:
-                x = x + sum(inner(norm(config, x, layer, f"{name}_norm")) for name, inner in parts)
+                norms = ["attn_norm", "attn_norm" if config.shared_norm else "mlp_norm"]
+                added = sum(inner(norm(config, x, layer, name)) for name, (_, inner) in zip(norms, parts, strict=True))
+                x = x + config.residual_multiplier * added
                 parts = []
             for name, inner in parts:
                 match config.norm_position:
                     case "pre":
-                        x = x + inner(norm(config, x, layer, f"{name}_norm"))
+                        x = x + config.residual_multiplier * inner(norm(config, x, layer, f"{name}_norm"))
                     case "post":
                         x = norm(config, x + inner(x), layer, f"{name}_norm")
                     case "output":
@@ -61,7 +64,7 @@ def decoder_logits(config, weights: dict[str, np.ndarray], tokens: list[int]) ->
     if config.norm_position != "post":
         x = norm(config, x, weights, "decoder/final_norm")
     logits = x @ (weights["embed/table"].T if config.tie_embeddings else weights["head/kernel"])
-    return cap(logits + weights.get("logits_bias", 0), config.logit_softcap)
+    return cap((logits + weights.get("logits_bias", 0)) * config.logits_multiplier, config.logit_softcap)
 
 
 def cap(x, c):
@@ -71,7 +74,7 @@ def cap(x, c):
 def norm(config, x, weights, name):
     if config.norm == "layernorm":
         x = x - x.mean(-1, keepdims=True)
-    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * weights[f"{name}/scale"]
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * weights.get(f"{name}/scale", 1)
     return x + weights.get(f"{name}/bias", 0)
 
 
@@ -80,10 +83,17 @@ def linear(x, weights, name):
 
 
 def mlp(config, x, weights):
-    act = ACTIVATIONS[GATES.get(config.activation, config.activation)]
     up = linear(x, weights, "mlp/up")
+    if config.activation == "xielu":
+        return linear(xielu(up, weights["mlp/act/positive"], weights["mlp/act/negative"]), weights, "mlp/down")
+    act = ACTIVATIONS[GATES.get(config.activation, config.activation)]
     hidden = act(linear(x, weights, "mlp/gate")) * up if config.gated else act(up)
     return linear(hidden, weights, "mlp/down")
+
+
+def xielu(x, positive, negative):
+    a, b = np.log1p(np.exp(positive)), 0.5 + np.log1p(np.exp(negative))
+    return x / 2 + np.where(x > 0, a * x**2, b * (np.exp(np.minimum(x, 0)) - 1 - x))
 
 
 def moe(config, x, weights):
@@ -124,14 +134,15 @@ def gated_mlp(config, x, weights):
     return h @ weights["down/kernel"] + weights.get("down/bias", 0)
 
 
-def rotate(x, position, theta, fraction):
-    size = int(len(x) * fraction)
+def rotate(x, position, theta, config):
+    size = int(len(x) * config.rotary_fraction)
     half = size // 2
     out = x.copy()
     for i in range(half):
         angle = position * theta ** (-2 * i / size)
-        pair = complex(x[i], x[i + half]) * complex(np.cos(angle), np.sin(angle))
-        out[i], out[i + half] = pair.real, pair.imag
+        a, b = (2 * i, 2 * i + 1) if config.rope_interleaved else (i, i + half)
+        pair = complex(x[a], x[b]) * complex(np.cos(angle), np.sin(angle))
+        out[a], out[b] = pair.real, pair.imag
     return out
 
 
@@ -150,9 +161,25 @@ def attention(config, x, weights, number, window, relative):
     q, k, v = (linear(x, weights, f"attn/{name}") for name in "qkv")
     if config.qk_norm == "width":
         q, k = norm(config, q, weights, "attn/q_norm"), norm(config, k, weights, "attn/k_norm")
+    if config.clip_qkv:
+        q, k, v = (np.clip(each, -config.clip_qkv, config.clip_qkv) for each in (q, k, v))
     q, k, v = (each.reshape(T, -1, K) for each in (q, k, v))
-    if config.qk_norm == "head":
-        q, k = norm(config, q, weights, "attn/q_norm"), norm(config, k, weights, "attn/k_norm")
+
+    def head_norms(q, k):
+        if config.qk_norm not in ("head", "each_head"):
+            return q, k
+        return norm(config, q, weights, "attn/q_norm"), norm(config, k, weights, "attn/k_norm")
+
+    q, k = (q, k) if config.qk_norm_after_rope else head_norms(q, k)
+    if config.positions == "rotary" and number not in config.nope_layers:
+        q, k = (
+            np.array([[rotate(row, t, theta, config) for row in rows] for t, rows in enumerate(each)])
+            for each in (q, k)
+        )
+    q, k = head_norms(q, k) if config.qk_norm_after_rope else (q, k)
+    if config.attention_temperature:
+        steps = np.arange(T) // config.temperature_interval
+        q = q * (1 + config.attention_temperature * np.log(1 + steps))[:, None, None]
     out = np.zeros((T, config.heads, K))
     for head in range(config.heads):
         group = head // (config.heads // config.n_kv_heads)
@@ -161,8 +188,6 @@ def attention(config, x, weights, number, window, relative):
             logits = []
             for s in keys:
                 a, b = q[t, head], k[s, group]
-                if config.positions == "rotary":
-                    a, b = (rotate(y, at, theta, config.rotary_fraction) for y, at in ((a, t), (b, s)))
                 scale = config.attention_scale or K**-0.5
                 scale /= number + 1 if config.attention_scale_by_layer else 1
                 logit = cap(a @ b * scale, config.attention_softcap)

@@ -44,6 +44,15 @@ VARIANTS = {
     ),
     "olmo2": dict(norm_position="output", qk_norm="width", activation="silu", scan_layers=False),
     "gemma3": dict(norm_position="sandwich", qk_norm="head", windows=(3, 0), rope_theta=1e4, rope_local_theta=50.0),
+    "cohere": dict(
+        norm="layernorm", norm_bias=False, parallel=True, shared_norm=True, activation="relu2", rope_interleaved=True,
+        rotary_fraction=0.5, nope_layers=(1,), windows=(3, 0), qk_norm="each_head", qk_norm_after_rope=True, head_dim=8,
+        logits_multiplier=0.5, residual_multiplier=0.6,
+    ),
+    "olmo": dict(
+        norm="layernorm", norm_scale=False, clip_qkv=0.5, activation="xielu", embedding_multiplier=3.0,
+        residual_multiplier=0.4, attention_temperature=0.7, temperature_interval=2,
+    ),
     "mixtral": dict(experts=5, experts_per_token=2, expert_ffn=12),
     "qwen3-moe": dict(experts=4, experts_per_token=3, expert_renormalize=False, dense_layers=(1,), scan_layers=False),
     "deepseek-moe": dict(
@@ -115,7 +124,8 @@ def assert_decoded_alike(got, want, kv_cache, noise=2e-5):
 @pytest.mark.parametrize(
     "name, kv_cache",
     [
-        *((name, "full") for name in ("llama", "gpt2", "post-norm", "relative", "gemma", "neox", "qwen3-moe")),
+        *((name, "full") for name in (
+            "llama", "gpt2", "post-norm", "relative", "gemma", "neox", "cohere", "olmo", "qwen3-moe")),
         ("gemma", "int8"), ("gemma3", "int4"), ("neox", "fp8"),
         *(pytest.param(name, "full", marks=pytest.mark.slow) for name in (
             "t2t", "no-bias-norm", "scaled-by-layer", "olmo2", "gemma3", "mixtral", "gpt-oss")),

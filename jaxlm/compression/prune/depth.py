@@ -88,20 +88,22 @@ def _with_layers(config: ModelConfig, kept: list[int], counts: tuple[int, ...], 
     other = 0
     if isinstance(config, Seq2SeqConfig):
         other = config.encoder_layers if side == "decoder" else config.decoder_layers
-    cycle, dense = config.windows or (0,), set(config.dense_layers)
-    kinds = [(cycle[layer % len(cycle)], layer in dense) for layer in kept]
-    others = [(cycle[layer % len(cycle)], layer in dense) for layer in range(other)]
+    cycle, dense, nope = config.windows or (0,), set(config.dense_layers), set(config.nope_layers)
+    kinds = [(cycle[layer % len(cycle)], layer in dense, layer in nope) for layer in kept]
+    others = [(cycle[layer % len(cycle)], layer in dense, layer in nope) for layer in range(other)]
     longer, shorter = sorted((kinds, others), key=len, reverse=True)
     if longer[: len(shorter)] != shorter:
         raise UserError(
-            "without these layers those of encoder and decoder would have different windows or experts; drop others"
+            "without these layers those of encoder and decoder would differ in windows, experts or positions; "
+            "drop others"
         )
-    windows = tuple(window for window, _ in longer)
+    windows = tuple(window for window, _, _ in longer)
     if windows == tuple(cycle[i % len(cycle)] for i in range(len(windows))):
         windows = config.windows
     changes = {
         f"{prefix}layers": len(kept), "windows": windows,
-        "dense_layers": tuple(i for i, (_, is_dense) in enumerate(longer) if is_dense),
+        "dense_layers": tuple(i for i, (_, is_dense, _) in enumerate(longer) if is_dense),
+        "nope_layers": tuple(i for i, (_, _, is_nope) in enumerate(longer) if is_nope),
     }
     runs = tuple(len(list(run)) for _, run in itertools.groupby(kinds, lambda kind: config.experts > 0 and not kind[1]))
     explicit = config.side_layer_groups(side)

@@ -17,7 +17,7 @@ from jaxlm.compression.prune.units import InputData, importance, keep_inputs, re
 from jaxlm.compression.residual_stream import Leaves, dense_leaves, replace_leaves
 from jaxlm.core.errors import UserError
 from jaxlm.core.tree import Params
-from jaxlm.nn.config import ModelConfig, Seq2SeqConfig, StackConfig
+from jaxlm.nn.config import ModelConfig, QKNorm, Seq2SeqConfig, StackConfig
 
 __all__ = ["head_size", "prune_heads"]
 
@@ -62,7 +62,7 @@ def prune_heads(
     new, counts = dict(leaves), {}
     for prefix, score_LxGxR in scores.items():
         query, kv = _chosen_heads(score_LxGxR, share, by)
-        _keep_heads(new, prefix, query, kv, size, config.qk_norm == "width", means, grams, damping)
+        _keep_heads(new, prefix, query, kv, size, config.qk_norm, means, grams, damping)
         side = prefix.split("/")[0]
         counts[side] = (query.shape[-1], kv.shape[-1])
         if (sinks := f"{prefix}/sinks") in leaves:
@@ -129,11 +129,14 @@ def _head_scores(
 
 
 def _keep_heads(
-    new: Leaves, prefix: str, query: jax.Array, kv: jax.Array, size: int, normed: bool, means: InputData | None,
+    new: Leaves, prefix: str, query: jax.Array, kv: jax.Array, size: int, qk_norm: QKNorm, means: InputData | None,
     grams: InputData | None, damping: float,
 ) -> None:
-    """Cuts one attention down to the heads with these indices, in place. ``normed``: queries and keys have a norm over
-    all heads together."""
+    """Cuts one attention down to the heads with these indices, in place."""
+    normed = qk_norm == "width"
+    if qk_norm == "each_head":
+        for name, heads in (("q", query), ("k", kv)):
+            new[f"{prefix}/{name}_norm/scale"] = select(new[f"{prefix}/{name}_norm/scale"], heads, -2)
 
     def features(heads):
         return (heads[..., None] * size + jnp.arange(size)).reshape(*heads.shape[:-1], -1)

@@ -16,6 +16,7 @@ from jaxlm.compression.residual_stream import (
     dense_leaves,
     input_norm,
     learned_positions,
+    learned_scales,
     multiply_rows,
     normed_inputs,
     replace_leaves,
@@ -62,7 +63,7 @@ def prune_width(
     """
     dense_leaves(config, params, "pruning the width")
     size = head_size(config)
-    config, params = learned_positions(config, params)
+    config, params = learned_scales(*learned_positions(config, params))
     leaves = flatten(params)
     left = remaining(config.width, share, "channels of the width", multiple)
     kept = top_indices(_scores(config, leaves, mean_squares, grams), left)

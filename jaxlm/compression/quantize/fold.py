@@ -62,13 +62,17 @@ def scale_mappings(config: ModelConfig, side: str, params: LayerParams) -> list[
 
     heads = (config.n_kv_heads, config.heads // config.n_kv_heads, config.d_head)
     pre_norm = config.norm_position in ("pre", "sandwich")
+    into_mlp = [f"mlp/{part}{name}" for part in ("", "experts/", "shared/") for name in ("gate", "up")]
+    into_mlp = ["mlp/router", "mlp/shared_gate", *into_mlp]
+    shared = config.parallel and config.shared_norm
     for part in ("attn", "cross"):
         if pre_norm:
-            add([f"{part}/{each}" for each in ("qkv" if part == "attn" else "q")], f"{part}_norm")
-        add([f"{part}/o"], f"{part}/v", heads)
-    if pre_norm:
-        inner = [f"mlp/{part}{name}" for part in ("", "experts/", "shared/") for name in ("gate", "up")]
-        add(["mlp/router", "mlp/shared_gate", *inner], "mlp_norm")
+            readers = [f"{part}/{each}" for each in ("qkv" if part == "attn" else "q")]
+            add(readers + into_mlp if shared and part == "attn" else readers, f"{part}_norm")
+        if not config.clip_qkv:
+            add([f"{part}/o"], f"{part}/v", heads)
+    if pre_norm and not shared:
+        add(into_mlp, "mlp_norm")
     if config.activation != "clamped_swiglu" and (config.gated or config.activation == "relu"):
         for part in ("", "experts/", "shared/"):
             add([f"mlp/{part}down"], f"mlp/{part}up")

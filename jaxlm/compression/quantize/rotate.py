@@ -22,6 +22,7 @@ from jaxlm.compression.residual_stream import (
     dense_leaves,
     input_norm,
     learned_positions,
+    learned_scales,
     multiply_rows,
     replace_leaves,
     role,
@@ -97,7 +98,9 @@ def fuse_norms(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params
             embedding), when the bias of a norm has no kernel bias to go to (experts), and when queries and keys have a
             LayerNorm.
     """
-    leaves = dense_leaves(config, params, "fusing norms")
+    dense_leaves(config, params, "fusing norms")
+    config, params = learned_scales(config, params)
+    leaves = flatten(params)
     centred = config.norm == "layernorm"
     if config.norm_position != "pre" or config.embed_norm:
         where = "after the embedding" if config.norm_position == "pre" else f"in {config.norm_position} position"
@@ -168,8 +171,10 @@ def rotate(config: ModelConfig, params: Params, key: jax.Array) -> tuple[ModelCo
     Logits differ by rounding only (in float32, by less than 1e-4 for logits of order 10).
 
     Raises:
-        UserError: as ``fuse_norms``.
+        UserError: as ``fuse_norms``, and when values are clipped.
     """
+    if config.clip_qkv:
+        raise UserError("clip_qkv clips values, which a rotation would change; this model cannot be rotated")
     config, params = fuse_norms(config, params)
     config, params = learned_positions(config, params)
     key_stream, key_heads = jax.random.split(key)

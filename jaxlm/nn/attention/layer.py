@@ -81,7 +81,11 @@ def attend(
 
 
 class Attention(nnx.Module):
-    """Self-attention, or cross-attention when keys and values come from elsewhere."""
+    """Self-attention, or cross-attention when keys and values come from elsewhere.
+
+    ``qk_norm`` of the configuration is over all heads together ("width") or over each head, with one scale for all
+    heads ("head") or one for each ("each_head").
+    """
 
     def __init__(self, config: StackConfig, *, keys: ParamKeys, scale: float):
         """``scale`` shrinks the initial output projection; see ``Linear``."""
@@ -92,9 +96,12 @@ class Attention(nnx.Module):
         self.k = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, keys=keys)
         self.v = Linear(width, kv_size, ("embed", "kv_heads"), bias=config.qkv_bias, keys=keys)
         self.o = Linear(q_size, width, ("heads", "embed"), bias=config.out_bias, keys=keys, scale=scale)
-        sizes = {"none": None, "head": (K, K), "width": (q_size, kv_size)}[config.qk_norm]
+        sizes = {
+            "none": (None, None), "head": ((K,), (K,)), "width": ((q_size,), (kv_size,)),
+            "each_head": ((K, config.heads), (K, config.n_kv_heads)),
+        }[config.qk_norm]
+        self.q_norm, self.k_norm = (size and Norm(size[0], config, *size[1:]) for size in sizes)
         self.sinks = nnx.Param(jnp.zeros(config.heads), axes=("heads",)) if config.attention_sinks else None
-        self.q_norm, self.k_norm = (None, None) if sizes is None else (Norm(size, config) for size in sizes)
 
     def query(self, x_BxTxD: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         """``[B, T, H, K]``, with the model's norm of queries; rotated by ``angles``, if given."""
@@ -103,7 +110,7 @@ class Attention(nnx.Module):
     def key_value(self, x_BxSxD: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, jax.Array]:
         """Keys and values ``[B, G, S, K]``; keys with the model's norm, and rotated by ``angles``, if given."""
         k_BxSxGxK = self._positioned(self.k(x_BxSxD), self.k_norm, angles)
-        return k_BxSxGxK.swapaxes(1, 2), self._heads(self.v(x_BxSxD)).swapaxes(1, 2)
+        return k_BxSxGxK.swapaxes(1, 2), self._heads(self._clipped(self.v(x_BxSxD))).swapaxes(1, 2)
 
     def query_key_value(
         self, x_BxTxD: jax.Array, angles: tuple[jax.Array, jax.Array] | None
@@ -123,17 +130,24 @@ class Attention(nnx.Module):
         ends = list(itertools.accumulate(kernel.shape[1] for kernel in kernels))
         products = jnp.split(ops.dot(x_BxTxD, jnp.concatenate(kernels, 1)), ends[:-1], -1)
         q_BxTxN, k_BxTxN, v_BxTxN = (each.add_bias(y) for each, y in zip(maps, products, strict=True))
-        k_BxTxGxK, v_BxTxGxK = self._positioned(k_BxTxN, self.k_norm, angles), self._heads(v_BxTxN)
+        k_BxTxGxK = self._positioned(k_BxTxN, self.k_norm, angles)
+        v_BxTxGxK = self._heads(self._clipped(v_BxTxN))
         return self._positioned(q_BxTxN, self.q_norm, angles), k_BxTxGxK.swapaxes(1, 2), v_BxTxGxK.swapaxes(1, 2)
 
     def _positioned(
         self, x_BxTxN: jax.Array, norm: Norm | None, angles: tuple[jax.Array, jax.Array] | None
     ) -> jax.Array:
         """Normalised, split into heads and rotated: ``[B, T, heads, K]``."""
-        x_BxTxN = norm(x_BxTxN) if self.config.qk_norm == "width" else x_BxTxN
-        x_BxTxHxK = self._heads(x_BxTxN)
-        x_BxTxHxK = norm(x_BxTxHxK) if self.config.qk_norm == "head" else x_BxTxHxK
-        return x_BxTxHxK if angles is None else rotate(x_BxTxHxK, *angles)
+        by_head, after = self.config.qk_norm in ("head", "each_head"), self.config.qk_norm_after_rope
+        x_BxTxHxK = self._heads(self._clipped(norm(x_BxTxN) if self.config.qk_norm == "width" else x_BxTxN))
+        x_BxTxHxK = norm(x_BxTxHxK) if by_head and not after else x_BxTxHxK
+        if angles is not None:
+            x_BxTxHxK = rotate(x_BxTxHxK, *angles, interleaved=self.config.rope_interleaved)
+        return norm(x_BxTxHxK) if by_head and after else x_BxTxHxK
+
+    def _clipped(self, x: jax.Array) -> jax.Array:
+        limit = self.config.clip_qkv
+        return jnp.clip(x, -limit, limit) if limit else x
 
     def _heads(self, x_BxTxN: jax.Array) -> jax.Array:
         return x_BxTxN.reshape(*x_BxTxN.shape[:2], -1, self.config.d_head)
