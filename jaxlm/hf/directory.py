@@ -36,6 +36,7 @@ from jaxlm.hf.quantized.compressed_tensors_export import running_dtype, to_compr
 from jaxlm.hf.reader import read_hf_model
 from jaxlm.hf.tensor_files import LazyTensor, TensorFiles, write_tensors, written_bytes
 from jaxlm.hf.validate import validate_sizes
+from jaxlm.hf.wrappers import text_fields
 from jaxlm.hf.writer import plan_export, simplest_hf_config, to_hf_config, to_hf_tensors
 from jaxlm.inference.generation_config import FILE as GENERATION_FILE
 from jaxlm.inference.generation_config import PLAIN, GenerationConfig
@@ -208,8 +209,8 @@ def read_model(
         if (path / "experiment.json").is_file():
             return _read_run(path, mesh, dtype, stacked)
         raise UserError(f"{path} has no config.json; name a model directory or a training run")
-    fields = read_json(path / "config.json")
     try:
+        fields, wrapper = text_fields(read_json(path / "config.json"))
         config = _config(fields)
     except UserError as error:
         raise UserError(f"{path / 'config.json'}: {error}") from None
@@ -217,7 +218,7 @@ def read_model(
     info = {name: value for name, value in jaxlm_section(fields).items() if name != "runtime"} | {"source": str(path)}
     if not _is_ours(fields):
         config = config if stacked else nn.single_layers(config)
-        config, params, facts = read_hf_model(path, fields, config, mesh=mesh, dtype=dtype)
+        config, params, facts = read_hf_model(path, fields, config, mesh=mesh, dtype=dtype, wrapper=wrapper)
         notes = facts["notes"] + ([] if tokenizer is None else tokenizer_notes(tokenizer.config))
         return config, params, tokenizer, info | facts | {"notes": notes}
     files = TensorFiles(path)
@@ -242,7 +243,7 @@ def read_model_config(path: Path) -> ModelConfig:
     file = next((file for file in (path / "config.json", path / "model/config.json") if file.is_file()), None)
     if file is not None:
         try:
-            return _config(read_json(file))
+            return _config(text_fields(read_json(file))[0])
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
     if not (path / "experiment.json").is_file():

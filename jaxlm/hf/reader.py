@@ -28,15 +28,17 @@ from jaxlm.hf.families.known_fields import config_notes
 from jaxlm.hf.quantized.layouts import open_weights
 from jaxlm.hf.quantized.matrix import QuantizedMatrix, QuantizedTensorFiles
 from jaxlm.hf.quantized.qarrays import dense_slice, outputs_first, split_layer_groups, stack_matrices
-from jaxlm.hf.tensor_map import HfTensor, split_layer_path, tensors_of_param
+from jaxlm.hf.tensor_map import HfTensor, buffers_of, split_layer_path, tensors_of_param
 from jaxlm.hf.validate import layer_count_fields
+from jaxlm.hf.wrappers import Wrapper
 from jaxlm.nn.config import ModelConfig
 
 __all__ = ["read_hf_model"]
 
 
 def read_hf_model(
-    directory: Path, fields: Mapping[str, Any], config: ModelConfig, *, mesh: Mesh | None = None, dtype: str = "float32"
+    directory: Path, fields: Mapping[str, Any], config: ModelConfig, *, mesh: Mesh | None = None,
+    dtype: str = "float32", wrapper: Wrapper | None = None,
 ) -> tuple[ModelConfig, Params, dict[str, Any]]:
     """Reads the weights of a directory.
 
@@ -50,6 +52,7 @@ def read_hf_model(
         config: the configuration that ``hf.config.read_config`` made of them.
         mesh: where the parameters go; None leaves them on the default device.
         dtype: the type of dense parameters.
+        wrapper: what the model is the text model of; its other parts are left out, with a note.
 
     Returns:
         The configuration (untied where the file has an output head that differs from its embedding), the parameters,
@@ -65,7 +68,9 @@ def read_hf_model(
         count = getattr(config, name)
         if count > len(files):  # a claim that no file can meet, found before the layers are listed and traced
             raise UserError(f"{directory / 'config.json'}: {name} is {count}, but the files hold {len(files)} tensors")
-    named = _FamilyFiles(family, files)
+    named = _FamilyFiles(family, files, wrapper)
+    if left_out := sorted({part for name in files if (part := named.other_part(name))}):
+        notes.append(f"left out: {', '.join(left_out)}; only the text model is read")
     config = _untied(family, config, named)
     like, sources = _find_sources(family, config, named)
     if files.matrices and (split := split_layer_groups(config, _quantization_by_layer(named, sources))) != config:
@@ -88,15 +93,21 @@ def read_hf_model(
 class _FamilyFiles:
     """The tensors of a model under the names of its family: files may lack the family's prefix, or use aliases."""
 
-    def __init__(self, family: Family, files: QuantizedTensorFiles):
-        self.files = files
+    def __init__(self, family: Family, files: QuantizedTensorFiles, wrapper: Wrapper | None):
+        self.files, self.wrapper = files, wrapper
         self.prefix = family.prefix
         self.lacks_prefix = bool(self.prefix) and not any(name.startswith(self.prefix) for name in files)
 
     def name(self, name: str, aliases: tuple[str, ...] = ()) -> str:
         """The one of several names that the files have; the first if they have none."""
         options = [each.removeprefix(self.prefix) if self.lacks_prefix else each for each in (name, *aliases)]
+        if self.wrapper is not None:
+            options = [stored for each in options for stored in self.wrapper.names(each)]
         return next((each for each in options if each in self.files), options[0])
+
+    def other_part(self, name: str) -> str | None:
+        """The part of a multimodal model, besides its text model, that a tensor belongs to; None if there is none."""
+        return None if self.wrapper is None else self.wrapper.other_part(name)
 
     def name_of(self, tensor: HfTensor) -> str:
         return self.name(tensor.name, tensor.spec.aliases)
@@ -135,7 +146,8 @@ def _find_sources(
     that is wrong: the sizes in a config.json are only claims.
 
     Raises:
-        UserError: a tensor is missing or of another shape, or the files have one that the model does not need.
+        UserError: a tensor is missing or of another shape, or the files have one that the model does not need, or a
+            buffer of another value.
     """
     like = nn.abstract(config)[1]
     sources: dict[str, list[HfTensor]] = {}
@@ -157,12 +169,21 @@ def _find_sources(
                 files.files.raw.check_floats(name)
             sources[path].append(tensor)
             needed.add(name)
+    for each, value in buffers_of(family, config).items():
+        name = files.name(each)
+        if name in files.files:
+            found = np.asarray(files.files.raw.read_floats(name), np.float32)
+            if found.size != 1 or not math.isclose(found.item(), value, rel_tol=0.01):  # a bfloat16 is 0.4% off
+                raise UserError(f"{files.files.path_of(name)}: tensor {name!r} is not {value}, as in all such models")
+            needed.add(name)
     unused = [re.compile(pattern) for pattern in family.unused_tensors]
     if config.tie_embeddings:
-        unused.append(re.compile(re.escape(family.head)))
+        unused.append(re.compile(rf"(language_model\.)?{re.escape(family.head)}"))
     for name in files.files:
         full = files.prefix + name if files.lacks_prefix else name
-        if name not in needed and not any(each.fullmatch(full) or each.fullmatch(name) for each in unused):
+        if name in needed or files.other_part(name):
+            continue
+        if not any(each.fullmatch(full) or each.fullmatch(name) for each in unused):
             raise UserError(
                 f"{files.files.path_of(name)}: tensor {name!r} has no place in a model of this config.json"
             )
@@ -234,7 +255,7 @@ class _Loader:
         if (matrix := self.files.matrix(tensor)) is not None:
             array = dense_slice(self.config, spec, matrix)
             array = (array if outputs_first(path, spec) else array.T)[stored]
-        elif spec.fused is not None and spec.fused.run is not None:
+        elif spec.fused is not None and spec.fused.turns is not None:
             fused = np.moveaxis(files.read_slice(name, ()), axis, 0)
             array = np.moveaxis(spec.fused.extract(self.config, fused), 0, axis)[stored]
         else:

@@ -199,7 +199,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         if math.prod(entry.shape) == 0:
             return np.zeros(entry.shape, dtype)[index]
         tensor = np.ndarray(entry.shape, dtype, buffer=self._maps[entry.path], offset=entry.start)
-        part = tensor[index]
+        part = tensor[(*index, ...)]  # with the dots a view also of a tensor without dimensions
         if part.size:
             begin = tensor.__array_interface__["data"][0]
             start, stop = (address - begin for address in np.lib.array_utils.byte_bounds(part))

@@ -10,7 +10,7 @@ from jaxlm.core.errors import UserError
 from jaxlm.hf.families.fields import Family, TensorSpec
 from jaxlm.nn.config import ModelConfig, layer_groups_of
 
-__all__ = ["HfTensor", "split_layer_path", "tensors_of_param"]
+__all__ = ["HfTensor", "buffers_of", "split_layer_path", "tensors_of_param"]
 
 _LAYERS = re.compile(r"(.*?)layers/(\d+)/(.*)")
 
@@ -52,6 +52,12 @@ def tensors_of_param(family: Family, config: ModelConfig, path: str, shape: tupl
         else:
             for expert in range(shape[1]):
                 yield HfTensor(spec, name.format(layer, expert), (i, expert), layer)
+
+
+def buffers_of(family: Family, config: ModelConfig) -> dict[str, float]:
+    """The numbers that a file of the family has besides parameters, by the full names of their tensors."""
+    layers = config.num_layers if family.buffers else 0
+    return {name.format(layer): value for name, value in family.buffers.items() for layer in range(layers)}
 
 
 def split_layer_path(path: str) -> tuple[str, str]:

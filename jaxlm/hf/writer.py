@@ -21,7 +21,7 @@ from jaxlm.hf.config import RUNTIME_FIELDS, from_hf_config, with_defaults
 from jaxlm.hf.families.fields import TensorSpec
 from jaxlm.hf.families.registry import FAMILIES
 from jaxlm.hf.tensor_files import LazyTensor
-from jaxlm.hf.tensor_map import split_layer_path, tensors_of_param
+from jaxlm.hf.tensor_map import buffers_of, split_layer_path, tensors_of_param
 from jaxlm.nn.config import (
     DecoderConfig,
     LSTMConfig,
@@ -180,11 +180,16 @@ class ExportPlan:
     - ``config`` is the configuration of the model as one of the family.
     - ``hf_fields`` are the fields of config.json, defaults included.
     - ``slices`` maps the names of tensors to what they hold, in the order in which it lies side by side.
+    - ``buffers`` are the numbers in the file that are no parameters (``Family.buffers``).
     """
 
     config: ModelConfig
     hf_fields: Mapping[str, Any]
     slices: Mapping[str, list[ParamSlice]]
+    buffers: Mapping[str, float]
+
+    def buffer_tensors(self, dtype: np.dtype) -> dict[str, np.ndarray]:
+        return {name: np.asarray(value, dtype) for name, value in self.buffers.items()}
 
     def dense_tensor(self, name: str, dtype: np.dtype) -> LazyTensor:
         """A tensor of the file, dense, which is made when it is written."""
@@ -244,7 +249,7 @@ def plan_export(config: ModelConfig, params: Params, fields: Mapping[str, Any]) 
             slices.setdefault(tensor.name, []).append(part)
     for parts in slices.values():
         parts.sort(key=lambda part: part.spec.fused.index if part.spec.fused else 0)
-    return ExportPlan(target, with_defaults(fields), slices)
+    return ExportPlan(target, with_defaults(fields), slices, buffers_of(family, target))
 
 
 def _locate(
@@ -264,10 +269,11 @@ def _locate(
 
 def to_hf_tensors(
     config: ModelConfig, params: Params, fields: Mapping[str, Any], dtype: Any = np.float32
-) -> dict[str, LazyTensor]:
+) -> dict[str, LazyTensor | np.ndarray]:
     """The tensors of the file by name, each made when it is written. Compressed leaves are written dense.
 
     ``fields`` are those of ``to_hf_config``.
     """
     plan = plan_export(config, params, fields)
-    return {name: plan.dense_tensor(name, np.dtype(dtype)) for name in plan.slices}
+    tensors = {name: plan.dense_tensor(name, np.dtype(dtype)) for name in plan.slices}
+    return tensors | plan.buffer_tensors(np.dtype(dtype))

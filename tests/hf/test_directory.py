@@ -29,7 +29,9 @@ from jaxlm.training.config import Experiment
 
 TOKENIZER = Tokenizer.train(["the cat sat on the mat"], "char")
 CONFIGS = [
-    DecoderConfig(vocab_size=24, width=32, heads=4, layers=3, layer_groups=(2, 1), windows=(4, 0)),
+    DecoderConfig(
+        vocab_size=24, width=32, heads=4, layers=3, layer_groups=(2, 1), windows=(4, 0), attention_softcap=9.0
+    ),  # which no family has
     Seq2SeqConfig(vocab_size=24, width=16, heads=2, encoder_layers=1, decoder_layers=2, tie_embeddings=False),
     LSTMConfig(vocab_size=24, width=16),
 ]

@@ -94,7 +94,7 @@ def _with_layers(config: ModelConfig, kept: list[int], counts: tuple[int, ...], 
     longer, shorter = sorted((kinds, others), key=len, reverse=True)
     if longer[: len(shorter)] != shorter:
         raise UserError(
-            "without these layers those of encoder and decoder would differ in windows, experts or positions; "
+            "without these layers those of encoder and decoder would have different windows, experts or positions; "
             "drop others"
         )
     windows = tuple(window for window, _, _ in longer)

@@ -173,9 +173,9 @@ def rotate(config: ModelConfig, params: Params, key: jax.Array) -> tuple[ModelCo
     Raises:
         UserError: as ``fuse_norms``, and when values are clipped.
     """
+    config, params = fuse_norms(config, params)
     if config.clip_qkv:
         raise UserError("clip_qkv clips values, which a rotation would change; this model cannot be rotated")
-    config, params = fuse_norms(config, params)
     config, params = learned_positions(config, params)
     key_stream, key_heads = jax.random.split(key)
     stream = _random_hadamard(key_stream, config.width)

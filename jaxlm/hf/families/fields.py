@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,29 +35,26 @@ class FusedSlice:
 
     - ``index`` is the position of the parameter among the fused ones.
     - ``sizes`` gives the number of outputs of each, for our configuration.
-    - ``run`` gives the number of outputs of one parameter after which those of the next follow, where they take turns:
-      the size of a head in GPT-NeoX.
+    - ``turns`` gives how often they take turns: in GPT-NeoX and Falcon each key/value head has its queries, its key and
+      its value side by side. None: each lies in one piece.
     """
 
     index: int
     sizes: Callable[[Any], tuple[int, ...]]
-    run: Callable[[Any], int] | None = None
+    turns: Callable[[Any], int] | None = None
 
     def extract(self, config: ModelConfig, fused: np.ndarray) -> np.ndarray:
         """The parameter ``[outputs, ...]`` from the stored tensor ``[all outputs, ...]``."""
-        sizes = self.sizes(config)
-        if self.run is not None:
-            runs = fused.reshape(-1, len(sizes), self.run(config), *fused.shape[1:])
-            return runs[:, self.index].reshape(-1, *fused.shape[1:])
-        start = sum(sizes[: self.index])
-        return fused[start : start + sizes[self.index]]
+        sizes, turns = self.sizes(config), 1 if self.turns is None else self.turns(config)
+        start, size = sum(sizes[: self.index]) // turns, sizes[self.index] // turns
+        by_turn = fused.reshape(turns, -1, *fused.shape[1:])
+        return by_turn[:, start : start + size].reshape(-1, *fused.shape[1:])
 
     def fuse(self, config: ModelConfig, params: Sequence[np.ndarray]) -> np.ndarray:
         """The stored tensor from all of its parameters, in the order of their indices: undoes ``extract``."""
-        if self.run is not None:
-            runs = np.stack([param.reshape(-1, self.run(config), *param.shape[1:]) for param in params], 1)
-            return runs.reshape(-1, *runs.shape[3:])
-        return np.concatenate(params)
+        turns = 1 if self.turns is None else self.turns(config)
+        by_turn = np.concatenate([param.reshape(turns, -1, *param.shape[1:]) for param in params], 1)
+        return by_turn.reshape(-1, *by_turn.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -111,6 +108,7 @@ class Family:
     - ``prefix`` starts the tensor names, except in files that were saved from the base model alone.
     - ``head`` is the tensor of the output head. A file whose head differs from its embedding has untied embeddings.
     - ``unused_tensors`` are regular expressions of tensor names that the model does not need.
+    - ``buffers`` are numbers that all models of the family have in the file, by tensor name, ``{}`` for the layer.
     """
 
     config_class: type[ModelConfig]
@@ -120,12 +118,13 @@ class Family:
     prefix: str = ""
     head: str = "lm_head.weight"
     unused_tensors: tuple[str, ...] = ()
+    buffers: Mapping[str, float] = field(default_factory=dict)
 
 
 # transformers' name of an activation -> our name.
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu", "tanh": "tanh", "silu": "silu", "swish": "silu",
+    "relu": "relu", "relu2": "relu2", "tanh": "tanh", "silu": "silu", "swish": "silu",
 }
 GATED_ACTIVATIONS = {
     "silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh",
@@ -200,6 +199,20 @@ def write_only(hf_name: str, name: str, default: Any) -> ConfigField:
     return ConfigField({hf_name: default}, lambda fields: {}, lambda config: {hf_name: getattr(config, name)})
 
 
+def unread(hf_name: str) -> ConfigField:
+    """A field that transformers' configuration class overwrites."""
+    return ConfigField({hf_name: None}, lambda fields: {}, lambda config: {})
+
+
+def reciprocal(hf_name: str, name: str, default: float = 1.0) -> ConfigField:
+    """A divisor in config.json that is a factor here."""
+
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        return {name: 1.0 / (default if fields[hf_name] is None else fields[hf_name])}
+
+    return ConfigField({hf_name: default}, from_hf, lambda config: {hf_name: 1.0 / getattr(config, name)})
+
+
 def zero_if_null(hf_name: str, name: str, default: Any = None) -> ConfigField:
     """A number that is 0 in our configuration where config.json has null."""
     return ConfigField(
@@ -231,12 +244,12 @@ def norm(path: str, hf_module: str, **options: Any) -> dict[str, TensorSpec]:
 
 def fused_linear(
     paths: Sequence[str], hf_module: str, sizes: Callable[[Any], tuple[int, ...]], *,
-    run: Callable[[Any], int] | None = None, **options: Any,
+    turns: Callable[[Any], int] | None = None, **options: Any,
 ) -> dict[str, TensorSpec]:
     """Several linear maps of the same input that are stored as one tensor; see ``FusedSlice``."""
     tensors: dict[str, TensorSpec] = {}
     for index, path in enumerate(paths):
-        tensors |= linear(path, hf_module, fused=FusedSlice(index, sizes, run), **options)
+        tensors |= linear(path, hf_module, fused=FusedSlice(index, sizes, turns), **options)
     return tensors
 
 

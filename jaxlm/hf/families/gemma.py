@@ -1,4 +1,4 @@
-"""The tables of Gemma: 2, and the language model of Gemma 3."""
+"""The tables of Gemma: 1, 2, and the language model of Gemma 3."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxlm.hf.families.fields import (
+    GATED_ACTIVATIONS,
     ConfigField,
     Family,
     TensorSpec,
@@ -14,7 +15,7 @@ from jaxlm.hf.families.fields import (
     require_value,
     zero_if_null,
 )
-from jaxlm.hf.families.layer_fields import interleaved_sliding_window
+from jaxlm.hf.families.layer_fields import full_attention, interleaved_sliding_window
 from jaxlm.hf.families.llama import (
     ATTENTION_BIAS,
     INV_FREQ,
@@ -26,7 +27,7 @@ from jaxlm.hf.families.llama import (
 from jaxlm.hf.families.rope_fields import rope, rope_with_local_base
 from jaxlm.nn.config import DecoderConfig
 
-__all__ = ["GEMMA2", "GEMMA3"]
+__all__ = ["GEMMA", "GEMMA2", "GEMMA3"]
 
 
 def _one_plus_norms(tensors: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -68,6 +69,24 @@ def _gemma_fields(logit_softcap: float | None, context: int) -> tuple[ConfigFiel
         constant(norm_position="sandwich", embed_scale=True),
     )
 
+
+GEMMA = Family(
+    config_class=DecoderConfig,
+    architecture="GemmaForCausalLM",
+    fields=(
+        *llama_fields(
+            default_act="gelu_pytorch_tanh", kv_heads=16, head_dim=256, context=8192, tied=True,
+            activations={"gelu_pytorch_tanh": "geglu_tanh", **GATED_ACTIVATIONS, "gelu": "geglu_tanh"},
+        ),
+        ATTENTION_BIAS,
+        rope(context=8192),
+        full_attention(),
+        require_value("use_bidirectional_attention", False),
+        constant(norm_position="pre", embed_scale=True),
+    ),
+    tensors=_one_plus_norms(LLAMA_TENSORS),
+    unused_tensors=(INV_FREQ,),
+)
 
 GEMMA2 = Family(
     config_class=DecoderConfig,

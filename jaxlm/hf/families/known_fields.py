@@ -9,13 +9,16 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlm.core.errors import UserError, shown
 
-__all__ = ["FILE", "check_architecture", "check_unknown", "config_notes", "tokenizer_notes", "without_aliases"]
+__all__ = [
+    "FILE", "check_architecture", "check_unknown", "config_notes", "default_fields", "tokenizer_notes",
+    "without_aliases",
+]
 
 FILE = Path(__file__).with_name("read_fields.json")
 
@@ -54,6 +57,13 @@ def _table() -> Mapping[str, Any]:
 def _read(model_type: str) -> Mapping[str, Any]:
     """The fields that transformers reads, each with its default."""
     return _table()["every"] | _table()[model_type]["fields"]
+
+
+def default_fields(model_type: str) -> dict[str, Any]:
+    """The values that transformers takes for fields that a config.json of this ``model_type`` leaves out; of a model
+    that is not supported none."""
+    fields = _table().get(model_type, {}).get("fields", {})
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def without_aliases(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +122,7 @@ def config_notes(fields: Mapping[str, Any], known: Mapping[str, Any]) -> list[st
     quiet = {*known, *_HARMLESS, *_read(fields["model_type"]), *table["aliases"]}
     names = [name for name, value in fields.items() if value is not None and name not in quiet]
     for key in ("rope_scaling", "rope_parameters"):
-        names += _unread_scaling(key, fields.get(key))
+        names += _unread_scaling(key, fields.get(key), table.get("rope", ()))
     return _notes("config.json", names)
 
 
@@ -131,14 +141,15 @@ def _notes(file: str, names: list[str]) -> list[str]:
     return [f"{file}: {', '.join(said)}: without effect, as transformers does not read them either"]
 
 
-def _unread_scaling(path: str, given: Any) -> list[str]:
+def _unread_scaling(path: str, given: Any, own: Collection[str]) -> list[str]:
+    """``own`` are the names that the code of the family itself reads."""
     if not isinstance(given, dict):
         return []
     nested = [name for name in given if name.endswith("_attention")]  # by the type of layer
     if nested:
-        return [name for key in nested for name in _unread_scaling(f"{path}.{key}", given[key])]
+        return [name for key in nested for name in _unread_scaling(f"{path}.{key}", given[key], own)]
     kind = given.get("rope_type", given.get("type", "default"))
     kind = "longrope" if kind == "su" else kind
     read = _table()["rope"].get(kind, ()) if isinstance(kind, str) else ()
-    read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", *read}
+    read = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", *read, *own}
     return [f"{path}.{name}" for name, value in given.items() if value is not None and name not in read]

@@ -13,8 +13,9 @@ from jaxlm.hf.validate import MAX_LAYERS
 from jaxlm.nn.config import StackConfig
 
 __all__ = [
-    "first_dense_layers", "full_attention", "interleaved_sliding_window", "sliding_window", "sliding_window_from_layer",
-    "sparse_moe_layers", "switchable_sliding_window",
+    "first_dense_layers", "full_attention", "interleaved_sliding_window", "nope_layers", "sliding_window",
+    "sliding_window_from_layer", "sliding_window_or_nope", "sliding_windows", "sparse_moe_layers",
+    "switchable_sliding_window",
 ]
 
 
@@ -40,6 +41,17 @@ def sliding_window(default: int | None) -> ConfigField:
         {"sliding_window": default, "layer_types": None}, from_hf,
         lambda config: {"sliding_window": config.windows[0] if config.windows else None},
     )
+
+
+def sliding_windows(default: int) -> ConfigField:
+    """A window in all layers, or in those that ``layer_types`` names (Ministral)."""
+    names = {"sliding_window": default, "layer_types": None, "num_hidden_layers": REQUIRED}
+
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        kind = "full_attention" if fields["sliding_window"] is None else "sliding_attention"
+        return {"windows": _windows(fields, [kind for _ in _layers(fields)])}
+
+    return ConfigField(names, from_hf, _layer_types)
 
 
 def switchable_sliding_window() -> ConfigField:
@@ -93,6 +105,55 @@ def interleaved_sliding_window(default: int, period: int, period_field: str = ""
         return {"windows": _windows(fields, kinds)}
 
     return ConfigField(names, from_hf, _layer_types)
+
+
+def sliding_window_or_nope(period: int, *, rope_without_window: bool = False) -> ConfigField:
+    """A window with rotary positions in the layers that ``layer_types`` names, by default all but each ``period``-th;
+    no positions in the others (Cohere 2, arXiv:2501.18795).
+
+    ``rope_without_window``: a model without a window has rotary positions in all layers (EXAONE 4).
+    """
+    names = {"sliding_window": 4096, "layer_types": None, "num_hidden_layers": REQUIRED}
+    names |= {"sliding_window_pattern": period}
+
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        window, kinds, layers = fields["sliding_window"], fields["layer_types"], _layers(fields)
+        if window is None and rope_without_window:
+            _check_layer_types(kinds, "full_attention")
+            return {"windows": (), "nope_layers": ()}
+        if kinds is None:
+            every = fields["sliding_window_pattern"] or period
+            kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in layers]
+        windows = _windows(fields, kinds)
+        return {"windows": windows, "nope_layers": tuple(i for i in layers if not windows or not windows[i])}
+
+    return ConfigField(names, from_hf, _layer_types)
+
+
+def nope_layers(interval: int) -> ConfigField:
+    """Layers without rotary positions: those with 0 in ``no_rope_layers``, or each ``no_rope_layer_interval``-th. Where
+    there is a window, it is in these, or in those that ``layer_types`` names (SmolLM 3)."""
+    names = {
+        "no_rope_layers": None, "no_rope_layer_interval": interval, "use_sliding_window": False,
+        "sliding_window": None, "layer_types": None, "num_hidden_layers": REQUIRED,
+    }
+
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        layers, rotary = _layers(fields), fields["no_rope_layers"]
+        if rotary is None:
+            rotary = [(i + 1) % fields["no_rope_layer_interval"] for i in layers]
+        if len(rotary) < len(layers):
+            raise UserError(f"no_rope_layers names {len(rotary)} layers and num_hidden_layers is {len(layers)}")
+        nope = tuple(i for i in layers if not rotary[i])
+        windowed = nope if _uses_window(fields) else ()
+        kinds = ["sliding_attention" if i in windowed else "full_attention" for i in layers]
+        return {"windows": _windows(fields, kinds), "nope_layers": nope}
+
+    def to_hf(config: StackConfig) -> dict[str, Any]:
+        rotary = [int(i not in config.nope_layers) for i in range(config.layers)]
+        return {"no_rope_layers": rotary, "use_sliding_window": any(config.windows), **_layer_types(config)}
+
+    return ConfigField(names, from_hf, to_hf)
 
 
 def sparse_moe_layers() -> ConfigField:

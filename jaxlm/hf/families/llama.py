@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxlm.hf.families.fields import (
     GATED_ACTIVATIONS,
@@ -67,14 +67,14 @@ def expert_tensors(router: str, experts: str, hf_names: Mapping[str, str]) -> di
 
 
 def fused_expert_tensors(
-    gate_up: str, down: str, *, transposed: bool, bias: str = "", run: Callable[[Any], int] | None = None
+    gate_up: str, down: str, *, transposed: bool, bias: str = "", turns: Callable[[Any], int] | None = None
 ) -> dict[str, TensorSpec]:
-    """The experts of a layer in two tensors: ``gate_up`` holds gates and ups side by side, or in turn after each
-    ``run`` outputs. ``bias`` ends the names of biases."""
+    """The experts of a layer in two tensors: ``gate_up`` holds gates and ups side by side, in as many ``turns``
+    (``FusedSlice``). ``bias`` ends the names of biases."""
     tensors: dict[str, TensorSpec] = {}
     for name, index in (("gate", 0), ("up", 1), ("down", None)):
         stored = f"{LAYER}.{down if index is None else gate_up}"
-        fused = None if index is None else FusedSlice(index, lambda config: (config.d_expert, config.d_expert), run)
+        fused = None if index is None else FusedSlice(index, lambda config: (config.d_expert, config.d_expert), turns)
         path = f"decoder/layers/mlp/experts/{name}"
         tensors[f"{path}/kernel"] = TensorSpec(stored, transposed=transposed, fused=fused)
         if bias:
@@ -87,13 +87,18 @@ EXPERT_TENSORS = expert_tensors("mlp.gate", "mlp.experts", {name: f"{name}_proj"
 
 def llama_fields(
     *, act: str = "hidden_act", default_act: str = "silu", eps: float = 1e-6, kv_heads: int | None = None,
-    head_dim: int | None = None, context: int = 2048, tied: bool = False,
+    head_dim: int | None | Literal[False] = None, context: int = 2048, tied: bool = False,
+    activations: Mapping[str, str] = GATED_ACTIVATIONS, norm: Literal["rmsnorm", "layernorm"] = "rmsnorm",
+    eps_field: str = "rms_norm_eps", attention_dropout: float = 0.0,
 ) -> tuple[ConfigField, ...]:
     """The fields that all descendants of Llama have under the same names.
 
     Args:
         act: the name of the field with the activation.
-        default_act, eps, kv_heads, head_dim, context, tied: defaults of the fields.
+        default_act, eps, kv_heads, head_dim, context, tied, attention_dropout: defaults of the fields. ``head_dim`` is
+            False where heads always share the width.
+        activations: what the names of activations mean: gated ones, or those of MLPs without a gate.
+        norm, eps_field: the kind of norms, and the name of the field with their epsilon.
     """
     return (
         renamed("vocab_size", "vocab_size"),
@@ -102,13 +107,13 @@ def llama_fields(
         renamed("num_hidden_layers", "layers"),
         renamed("num_attention_heads", "heads"),
         optional_size("num_key_value_heads", "kv_heads", "n_kv_heads", kv_heads),
-        optional_size("head_dim", "head_dim", "d_head", head_dim),
-        choice(act, "activation", GATED_ACTIVATIONS, default_act),
+        *([] if head_dim is False else [optional_size("head_dim", "head_dim", "d_head", head_dim)]),
+        choice(act, "activation", activations, default_act),
         renamed("max_position_embeddings", "max_positions", default=context),
-        renamed("rms_norm_eps", "norm_eps", default=eps, cast=float),
-        renamed("attention_dropout", "attention_dropout", default=0.0, cast=float),
+        renamed(eps_field, "norm_eps", default=eps, cast=float),
+        renamed("attention_dropout", "attention_dropout", default=attention_dropout, cast=float),
         renamed("tie_word_embeddings", "tie_embeddings", default=tied),
-        constant(norm="rmsnorm", positions="rotary"),
+        constant(norm=norm, positions="rotary"),
     )
 
 

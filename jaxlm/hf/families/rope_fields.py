@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlm.core.errors import UserError
-from jaxlm.hf.families.fields import ConfigField, HfFields
+from jaxlm.hf.families.fields import REQUIRED, ConfigField, HfFields
 from jaxlm.hf.validate import MAX_VALUE
 from jaxlm.nn.config import RopeScaling, StackConfig
 
-__all__ = ["rope", "rope_with_local_base"]
+__all__ = ["rope", "rope_with_alpha", "rope_with_local_base", "rope_with_temperature"]
 
 
 def rope(
@@ -60,16 +60,59 @@ def rope(
     return ConfigField(names, from_hf, to_hf)
 
 
-def rope_with_local_base(theta: float, local_theta: float, *, context: int) -> ConfigField:
-    """Rotary positions as ``rope`` reads them, with another base in layers that have a sliding window (Gemma 3)."""
+def rope_with_temperature(theta: float, *, context: int, parameters: dict[str, Any]) -> ConfigField:
+    """Rotary positions as ``rope`` reads them, and queries that grow with their position by ``llama_4_scaling_beta``
+    (Ministral 3)."""
+    plain = rope(theta, context=context, scaling=parameters)
+
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        given = fields["rope_scaling"] or fields["rope_parameters"] or parameters
+        found = plain.from_hf(fields)
+        beta = given.get("llama_4_scaling_beta") or 0.0
+        interval = given.get("original_max_position_embeddings") or fields["max_position_embeddings"]
+        return found | {"attention_temperature": float(beta), "temperature_interval": interval}
+
+    def to_hf(config: StackConfig) -> dict[str, Any]:
+        out, growth = plain.to_hf(config), {"llama_4_scaling_beta": config.attention_temperature}
+        growth["original_max_position_embeddings"] = config.temperature_interval
+        return out | {"rope_scaling": out["rope_scaling"] | growth}
+
+    return ConfigField(plain.hf_defaults, from_hf, to_hf)
+
+
+def rope_with_alpha(*, context: int = 2048) -> ConfigField:
+    """Rotary positions as ``rope`` reads them; scaling by ``alpha`` is a larger base (Hunyuan)."""
+    plain = rope(context=context)
+    names = {**plain.hf_defaults, "head_dim": None, "hidden_size": REQUIRED, "num_attention_heads": REQUIRED}
+
+    def from_hf(fields: HfFields) -> dict[str, Any]:
+        given = _object("rope_scaling", fields["rope_scaling"])
+        given = given or _object("rope_parameters", fields["rope_parameters"])
+        alpha = given.get("alpha")
+        if not alpha or given.get("rope_type", given.get("type")) != "dynamic":
+            return plain.from_hf(fields)
+        size = fields["head_dim"] or fields["hidden_size"] // fields["num_attention_heads"]
+        found = plain.from_hf({**fields, "rope_scaling": None, "rope_parameters": given | {"rope_type": "default"}})
+        return found | {"rope_theta": found["rope_theta"] * _positive("alpha", alpha) ** (size / (size - 2))}
+
+    return ConfigField(names, from_hf, plain.to_hf)
+
+
+def rope_with_local_base(
+    theta: float, local_theta: float, *, context: int, local_base: str | None = "rope_local_base_freq"
+) -> ConfigField:
+    """Rotary positions as ``rope`` reads them, with another base in layers that have a sliding window (Gemma 3).
+
+    ``local_base`` is the name of that base outside ``rope_parameters``; None: the family has it only inside (OLMo 3).
+    """
     plain = rope(theta, context=context)
-    names = {**plain.hf_defaults, "rope_local_base_freq": None}
+    names = {**plain.hf_defaults, **({local_base: None} if local_base else {})}
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
         given = _object("rope_parameters", fields["rope_parameters"])
         if not {"full_attention", "sliding_attention"} & set(given):
-            base = fields["rope_local_base_freq"] or local_theta
-            return plain.from_hf(fields) | {"rope_local_theta": _positive("rope_local_base_freq", base)}
+            base = fields.get(local_base) or local_theta
+            return plain.from_hf(fields) | {"rope_local_theta": _positive(str(local_base), base)}
         full, sliding = (_object(name, given.get(name)) for name in ("full_attention", "sliding_attention"))
         full |= _object("rope_scaling", fields["rope_scaling"])
         flat = {**fields, "rope_scaling": None}
@@ -79,7 +122,11 @@ def rope_with_local_base(theta: float, local_theta: float, *, context: int) -> C
         return plain.from_hf({**flat, "rope_parameters": full}) | {"rope_local_theta": local["rope_theta"]}
 
     def to_hf(config: StackConfig) -> dict[str, Any]:
-        return plain.to_hf(config) | {"rope_local_base_freq": config.rope_local_theta}
+        if local_base:
+            return plain.to_hf(config) | {local_base: config.rope_local_theta}
+        full = {"rope_theta": config.rope_theta, **(_scaling_to_hf(config.rope_scaling) or {"rope_type": "default"})}
+        local = {"rope_theta": config.rope_local_theta or config.rope_theta, "rope_type": "default"}
+        return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
 
     return ConfigField(names, from_hf, to_hf)
 

@@ -43,7 +43,7 @@ def to_compressed_tensors(plan: ExportPlan, model_type: str, dtype: np.dtype) ->
     if not quantized:
         return _sparse(plan, dtype)
     _check_groups(plan, quantized)
-    tensors: Tensors = {}
+    tensors: Tensors = dict(plan.buffer_tensors(dtype))
     for name in plan.slices:
         if name in quantized:
             tensors |= _matrix(plan, name, quantized[name], dtype)
@@ -209,7 +209,7 @@ def _sparse(plan: ExportPlan, dtype: np.dtype) -> tuple[Tensors, dict[str, Any]]
         raise UserError("nothing in this model is quantized or pruned; compress it first, or export it as it is")
     structured = all(two_of_four for two_of_four, _ in masked.values())
     layout = "sparse-24-bitmask" if structured else "sparse-bitmask"
-    tensors: Tensors = {}
+    tensors: Tensors = dict(plan.buffer_tensors(dtype))
     for name in plan.slices:
         dense = plan.dense_tensor(name, dtype)
         tensors |= _masked(name, dense.make(), structured) if name in masked else {name: dense}

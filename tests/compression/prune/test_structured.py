@@ -46,7 +46,7 @@ def features(heads, size):
     return (np.asarray(heads)[..., None] * size + np.arange(size)).reshape(*np.shape(heads)[:-1], -1)
 
 
-@pytest.mark.parametrize("name", some("gpt2", "olmo2", slow="llama gemma seq2seq-post-norm seq2seq-relative"))
+@pytest.mark.parametrize("name", some("gpt2", "olmo2", "cohere", slow="llama gemma seq2seq-post-norm seq2seq-relative"))
 def test_heads_of_zeros_go_and_nothing_changes(name):
     config, params = make(name)
     size, groups = config.d_head, config.n_kv_heads
@@ -219,7 +219,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name,side,layers", [
-    ("gemma3", "decoder", [0, 2]), ("seq2seq-pre-norm", "decoder", [0, 2]),
+    ("gemma3", "decoder", [0, 2]), ("cohere", "decoder", [0]), ("seq2seq-pre-norm", "decoder", [0, 2]),
     pytest.param("llama", "decoder", [1], marks=SLOW), pytest.param("gemma", "decoder", [0], marks=SLOW),
     pytest.param("qwen3-moe", "decoder", [1], marks=SLOW), pytest.param("qwen3-moe", "decoder", [0], marks=SLOW),
     pytest.param("seq2seq-rotary", "encoder", [0], marks=SLOW),

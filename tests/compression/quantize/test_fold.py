@@ -58,6 +58,10 @@ def test_what_cannot_be_folded_is_not():
     assert producers() == ["attn_norm", "attn/v", "mlp_norm", "mlp/up"]
     assert producers(norm_position="post") == producers(norm_position="output") == ["attn/v", "mlp/up"]
     assert producers(activation="gelu") == ["attn_norm", "attn/v", "mlp_norm"]
+    assert producers(clip_qkv=1.0) == ["attn_norm", "mlp_norm", "mlp/up"]
+    shared = scale_mappings(dataclasses.replace(config, parallel=True, shared_norm=True), "decoder", layer)[0]
+    readers = ("attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up")
+    assert shared.producer == "attn_norm" and shared.kernels == tuple(f"{name}/kernel" for name in readers)
 
 
 @pytest.mark.parametrize("name", some("decoder", slow="relu moe seq2seq"))

@@ -49,6 +49,17 @@ def test_the_logits_stay_as_they_were(name):
     assert new_config.norm == "rmsnorm" and not new_config.tie_embeddings
 
 
+@pytest.mark.parametrize("name,changes", [
+    ("olmo", dict(clip_qkv=0.0)), pytest.param("cohere", dict(qk_norm="none"), marks=pytest.mark.slow),
+])
+def test_norms_without_scales_get_some_and_shared_norms_are_fused_into_all_that_read_them(name, changes):
+    config, params = make(name, **changes)
+    new_config, new = rotate(config, params, jax.random.key(3))
+    assert_whole(new_config, new)
+    want = logits(config, params)
+    np.testing.assert_allclose(logits(new_config, new), want, atol=1e-5 * float(jnp.abs(want).max()) + 2e-5)
+
+
 @pytest.mark.parametrize("name", some("gpt2", slow="mixtral"))
 def test_norms_are_fused_in_the_basis_that_there_is(name):
     config, params = make(name)
@@ -69,6 +80,7 @@ def test_what_else_cannot_be_rotated_is_refused():
         (dict(norm="layernorm", qk_norm="head"), "queries and keys"),
         (dict(norm="layernorm", experts=4), "experts have no biases"),
         (dict(embed_norm=True), "after the embedding"),
+        (dict(clip_qkv=1.0), "clip_qkv"),
     ):
         config, params = make("llama", **changes)
         with pytest.raises(UserError, match=reason):

@@ -24,8 +24,20 @@ _LLAMA = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=128, **_IDS,
 )
+_TWO = _LLAMA | {"num_hidden_layers": 2}
 _GPT2 = dict(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=4, **_IDS)
 _NEOX = {name: value for name, value in _LLAMA.items() if name != "num_key_value_heads"}
+_VISION = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+)
+_OPT = dict(
+    vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, ffn_dim=48, max_position_embeddings=64,
+    num_attention_heads=4, **_IDS,
+)
+_FALCON = dict(
+    vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=48,
+    max_position_embeddings=128, **_IDS,
+)
 _BART = dict(
     vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4,
     decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=40, max_position_embeddings=64,
@@ -155,6 +167,90 @@ CASES: dict[str, dict[str, Any]] = {
         model_type="gpt_oss", **_LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=12, sliding_window=5,
         swiglu_limit=0.5, swiglu_alpha=1.3, **_rope("yarn", **_YARN),
     ),
+    "olmo": dict(model_type="olmo", **_TWO, clip_qkv=0.7, attention_bias=True),
+    "olmo3": dict(
+        model_type="olmo3", **_TWO, sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "yarn", "rope_theta": 1e4, **_YARN},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "granite": dict(
+        model_type="granite", **_TWO, embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.2,
+        logits_scaling=2.5, attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
+    ),
+    "smollm3": dict(
+        model_type="smollm3", **_TWO, no_rope_layers=[1, 0], use_sliding_window=True, sliding_window=4, mlp_bias=True,
+    ),
+    "arcee": dict(
+        model_type="arcee", **_TWO, head_dim=12, mlp_bias=True, attention_bias=True, **_rope("yarn", **_YARN)
+    ),
+    "seed_oss": dict(model_type="seed_oss", **_TWO, head_dim=12, attention_out_bias=True, mlp_bias=True),
+    "ernie4_5": dict(model_type="ernie4_5", **_TWO, head_dim=12, use_bias=True),
+    "cohere": dict(
+        model_type="cohere", **_TWO, use_qk_norm=True, attention_bias=True, logit_scale=0.4, tie_word_embeddings=False,
+    ),
+    "cohere2": dict(
+        model_type="cohere2", **_TWO, sliding_window=4, layer_types=["sliding_attention", "full_attention"],
+        logit_scale=0.4,
+    ),
+    "glm": dict(model_type="glm", **_TWO, head_dim=12, partial_rotary_factor=0.5),
+    "glm4": dict(model_type="glm4", **_TWO, head_dim=8, attention_bias=False),
+    "stablelm": dict(model_type="stablelm", **_TWO, use_qkv_bias=True, qk_layernorm=True, partial_rotary_factor=0.5),
+    "stablelm-parallel": dict(
+        model_type="stablelm", **_TWO, use_parallel_residual=True, partial_rotary_factor=0.25, tie_word_embeddings=True,
+    ),
+    "starcoder2": dict(model_type="starcoder2", **_TWO, sliding_window=5, norm_epsilon=1e-3),
+    "nemotron": dict(model_type="nemotron", **_TWO, head_dim=12, attention_bias=True, mlp_bias=True),
+    "hunyuan_v1_dense": dict(
+        model_type="hunyuan_v1_dense", **_TWO, head_dim=12, attention_bias=True,
+        **_rope("dynamic", alpha=8.0, factor=1.0),
+    ),
+    "exaone4": dict(
+        model_type="exaone4", **_TWO, head_dim=12, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "exaone4-full": dict(
+        model_type="exaone4", **_TWO, sliding_window=None, layer_types=["full_attention"] * 2, tie_word_embeddings=True,
+    ),
+    "ministral": dict(
+        model_type="ministral", **_TWO, head_dim=12, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "ministral3": dict(
+        model_type="ministral3", **_TWO, head_dim=12, **_rope(
+            "yarn", **(_YARN | {"original_max_position_embeddings": 6}), llama_4_scaling_beta=0.5,
+        ),
+    ),
+    "apertus": dict(
+        model_type="apertus", **_TWO, attention_bias=True,
+        **_rope("llama3", **_LONG, low_freq_factor=1.0, high_freq_factor=4.0),
+    ),
+    "gemma": dict(model_type="gemma", **_TWO, head_dim=12, attention_bias=True),
+    "phi": dict(model_type="phi", **_TWO, qk_layernorm=True),
+    "gptj": dict(
+        model_type="gptj", vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, **_IDS
+    ),
+    "opt": dict(model_type="opt", **_OPT),
+    "opt-post-norm": dict(
+        model_type="opt", **_OPT, do_layer_norm_before=False, enable_bias=False, layer_norm_elementwise_affine=False,
+        tie_word_embeddings=False, activation_function="gelu",
+    ),
+    "falcon": dict(model_type="falcon", **_FALCON),
+    "falcon-serial": dict(
+        model_type="falcon", **_FALCON, multi_query=False, parallel_attn=False, bias=True, tie_word_embeddings=False
+    ),
+    "falcon-grouped": dict(model_type="falcon", **_FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "gemma3": dict(
+        model_type="gemma3", image_token_index=60, mm_tokens_per_image=4, **_IDS, vision_config=_VISION,
+        text_config=dict(model_type="gemma3_text", **_TWO, head_dim=12, query_pre_attn_scalar=20, sliding_window=4),
+    ),
+    "mistral3": dict(
+        model_type="mistral3", image_token_index=60, **_IDS, tie_word_embeddings=False,
+        vision_config=_VISION | dict(head_dim=8), text_config=dict(
+            model_type="ministral3", **_TWO, head_dim=12, **_rope("yarn", **_YARN, llama_4_scaling_beta=0.5)
+        ),
+    ),
     "marian": dict(model_type="marian", **_MARIAN, scale_embedding=True, activation_function="swish"),
     "marian-two-vocabularies": dict(
         model_type="marian", **(_MARIAN | dict(pad_token_id=50, decoder_start_token_id=50)), decoder_vocab_size=53,
@@ -176,10 +272,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# Numbers that transformers keeps as tensors though they are the same in all models.
+_BUFFERS = {"act_fn.beta": 0.5, "act_fn.eps": -1e-6}
+
+
 def weights(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
     """Random float32 tensors, which depend only on their names."""
 
     def tensor(name: str, shape: list[int]) -> np.ndarray:
+        if not shape:
+            return np.array(next(value for end, value in _BUFFERS.items() if name.endswith(end)), np.float32)
         rng = np.random.default_rng(zlib.crc32(name.encode()))
         return (rng.normal(0, 0.25, shape) + ("norm" in name and name.endswith("weight"))).astype(np.float32)
 
@@ -202,7 +304,7 @@ def transformers_model(name: str, directory: Path):
 
     fields = dict(CASES[name])
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-    kind = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    kind = auto_class(config.is_encoder_decoder, "text_config" in fields)
     model = kind.from_config(config)
     if name == "t5-untied":  # transformers ties the head unless the file has both tensors
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -213,6 +315,15 @@ def transformers_model(name: str, directory: Path):
         shapes = {key: shape for key, shape in shapes.items() if "embed_positions" not in key}
     save_file(weights(shapes), file, metadata={"format": "pt"})
     return kind.from_pretrained(directory).eval().float()
+
+
+def auto_class(seq2seq: bool, multimodal: bool = False):
+    """The class of transformers that opens models of a kind."""
+    import transformers
+
+    if multimodal:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
 
 
 def outputs(model) -> dict[str, Any]:

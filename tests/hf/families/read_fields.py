@@ -20,7 +20,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ SHARED = (
     "cache_utils.py", "generation/utils.py", "masking_utils.py", "modeling_utils.py",
     "integrations/heterogeneity/configuration_utils.py",
 )
+ROPE_FIELDS = ("original_max_position_embeddings", "partial_rotary_factor", "rope_theta", "rope_type", "type")
 ROPE = "modeling_rope_utils.py"  # for the families with rotary positions
 
 
@@ -47,8 +48,9 @@ def read_fields(source: Path) -> dict[str, Any]:
     rope = _definitions(rope_tree)["RotaryEmbeddingConfigMixin"]
     methods = {*_methods(base), *_methods(rope), *_class_attributes(base), *_class_attributes(rope)}
 
-    def without_methods(fields: dict[str, Any], names: set[str]) -> dict[str, Any]:
-        return {name: fields[name] for name in sorted(fields) if name not in names and not name.startswith("_")}
+    def without_methods(fields: dict[str, Any], names: set[str], declared: Collection[str] = ()) -> dict[str, Any]:
+        private = {name for name in fields if name.startswith("_") and name not in declared}
+        return {name: fields[name] for name in sorted(fields) if name not in names | private}
 
     every = _config_reads(*(_parse(source / file) for file in SHARED)) | _self_reads(_methods(base)["__post_init__"])
     every = without_methods(every | _declared(base), methods | {"rope_parameters", "rope_theta"})
@@ -64,8 +66,10 @@ def read_fields(source: Path) -> dict[str, Any]:
         reads = _config_reads(*code) | _configuration_reads(config, _methods(rope))
         reads = {name: value for name, value in reads.items() if name not in every}
         reads = dict.fromkeys(renamed.values()) | reads | declared
-        fields = without_methods(reads, {*(methods - {"rope_scaling"}), *_methods(config), *aliases})
+        fields = without_methods(reads, {*(methods - {"rope_scaling"}), *_methods(config), *aliases}, declared)
         table[model_type] = {"fields": fields, "aliases": aliases}
+        own_rope = _rope_parameters(*_reached(modeling, family.architecture)) - set(ROPE_FIELDS)
+        table[model_type] |= {"rope": sorted(own_rope)} if own_rope else {}
     return table
 
 
@@ -107,14 +111,19 @@ def _rope_reads(tree: ast.Module) -> dict[str, list[str]]:
     )
     found = {}
     for kind, function in zip(kinds.keys, kinds.values, strict=True):
-        names = set()
-        for node in ast.walk(functions[ast.unparse(function)]):
-            if isinstance(node, ast.Subscript) and "rope_parameters" in ast.unparse(node.value):
-                names.add(_constant(node.slice))
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("rope_parameters.get", "_dict.get")):
-                names.add(_constant(node.args[0]))
-        found[_constant(kind)] = sorted(names - {None})
+        found[_constant(kind)] = sorted(_rope_parameters(functions[ast.unparse(function)]))
     return found
+
+
+def _rope_parameters(*nodes: ast.AST) -> set[str]:
+    """The fields of ``rope_parameters`` that code reads."""
+    names = set()
+    for node in itertools.chain(*map(ast.walk, nodes)):
+        if isinstance(node, ast.Subscript) and "rope_parameters" in ast.unparse(node.value):
+            names.add(_constant(node.slice))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("rope_parameters.get", "_dict.get")):
+            names.add(_constant(node.args[0]))
+    return names - {None}
 
 
 def _tokenizer_reads(source: Path) -> list[str]:

@@ -19,9 +19,20 @@ from jaxlm.core.tree import flatten, map_params
 from jaxlm.core.untrusted import read_json
 from jaxlm.hf.directory import read_model
 from jaxlm.hf.families.registry import FAMILIES
+from jaxlm.hf.wrappers import WRAPPERS
 from jaxlm.inference.decoding import generate_tokens
 from jaxlm.inference.translation import translate_tokens
-from tests.hf.families.families import BEAMS, CASES, GOLDEN, STEPS, inputs, outputs, transformers_model, weights
+from tests.hf.families.families import (
+    BEAMS,
+    CASES,
+    GOLDEN,
+    STEPS,
+    auto_class,
+    inputs,
+    outputs,
+    transformers_model,
+    weights,
+)
 
 
 def directory(path, name):
@@ -38,8 +49,13 @@ def logits(lm, fields):
     return np.asarray(lm(source, target) if lm.config.kind == "seq2seq" else lm(source))
 
 
+def text_type(fields):
+    """The ``model_type`` of a model, or of the text model in it."""
+    return fields.get("text_config", fields)["model_type"]
+
+
 def test_every_family_has_a_case():
-    assert {case["model_type"] for case in CASES.values()} == set(FAMILIES)
+    assert {case["model_type"] for case in CASES.values()} == {*FAMILIES, *WRAPPERS}
     assert {path.stem for path in GOLDEN.iterdir()} == set(CASES)
 
 
@@ -62,12 +78,14 @@ def marked(slow):
 
 SLOW = {
     "llama-biased", "llama-dynamic", "llama-yarn", "llama-yarn-mscale", "gpt2-by-layer", "bart-untied", "marian-untied",
-    "m2m_100-untied", "mistral-full", "olmo2-tied", "qwen2_moe-plain", "glm4_moe-plain",
+    "m2m_100-untied", "mistral-full", "olmo2-tied", "qwen2_moe-plain", "glm4_moe-plain", "stablelm-parallel",
+    "exaone4-full", "opt-post-norm", "falcon-serial", "falcon-grouped",
 }
 # Every way of decoding: rotary, learned, relative, sinusoidal positions, windows, experts, two vocabularies, and by the
 # length of the text. The others decode as one of these; that they compute what transformers does is in their logits.
 DECODING = {
-    "llama", "gpt2", "gemma3_text-scaled", "phi3-longrope", "qwen3_moe-sparse", "t5", "marian-two-vocabularies",
+    "llama", "gpt2", "gemma3_text-scaled", "cohere2", "ministral3", "phi3-longrope", "qwen3_moe-sparse", "t5",
+    "marian-two-vocabularies",
 }
 
 
@@ -77,7 +95,7 @@ def test_logits_are_those_of_transformers_and_exports_are_the_model(case, tmp_pa
     found = logits(lm, golden["config"])
     np.testing.assert_allclose(found[:, ::4], golden["logits"], atol=1e-4)
 
-    model_type = golden["config"]["model_type"]
+    model_type = text_type(golden["config"])
     exported = lm.export(tmp_path / "ours", format=model_type)
     assert read_json(exported / "config.json")["model_type"] == model_type
     config, params, *_ = read_model(exported)
@@ -113,8 +131,8 @@ def test_transformers_agrees_and_reads_what_we_export(tmp_path, name):
 
     lm = jaxlm.load(tmp_path / "theirs")
     np.testing.assert_allclose(logits(lm, golden["config"]), expected, atol=1e-4)
-    exported = lm.export(tmp_path / "ours", format=golden["config"]["model_type"])
-    again = type(model).from_pretrained(exported).eval()
+    exported = lm.export(tmp_path / "ours", format=text_type(golden["config"]))
+    again = auto_class(lm.config.kind == "seq2seq").from_pretrained(exported).eval()
     source, target = map(torch.from_numpy, inputs(golden["config"]))
     with torch.no_grad():
         both = {"decoder_input_ids": target} if lm.config.kind == "seq2seq" else {}

@@ -16,6 +16,7 @@ from jaxlm.hf.config import from_hf_config, read_config, with_defaults
 from jaxlm.hf.families.fields import REQUIRED
 from jaxlm.hf.families.known_fields import FILE, config_notes
 from jaxlm.hf.families.registry import FAMILIES
+from jaxlm.hf.wrappers import text_fields
 from tests.hf.families.families import CASES, GOLDEN, weights
 from tests.hf.families.read_fields import read_fields, text, transformers_source
 
@@ -71,6 +72,7 @@ def config_of(case):
 
 
 def notes_on(fields):
+    fields, _ = text_fields(fields)
     return config_notes(fields, with_defaults(fields))
 
 
