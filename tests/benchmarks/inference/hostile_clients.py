@@ -275,11 +275,12 @@ async def inspections(attack: Attack) -> None:
 
 
 async def echoes(attack: Attack) -> None:
-    """The most log-probabilities of many long prompts."""
+    """As many log-probabilities of long prompts as there may be, and ten times as many."""
     rng = random.Random(0)
-    prompts = [[rng.randrange(100, 500) for _ in range(2000)] for _ in range(64)]
-    body = {"model": "m", "prompt": prompts, "echo": True, "logprobs": 20, "max_tokens": 0}
-    await attack.keep_posting(2, "/v1/completions", lambda i: body)
+    prompts = [[rng.randrange(100, 500) for _ in range(2000)] for _ in range(30)]
+    body = {"model": "m", "echo": True, "logprobs": 20, "max_tokens": 0}
+    bodies = [json.dumps(body | {"prompt": prompts[:count]}).encode() for count in (3, 30)]
+    await attack.keep_posting(8, "/v1/completions", lambda i: bodies[i % 8 == 0])
 
 
 async def no_max_tokens(attack: Attack) -> None:
@@ -289,7 +290,7 @@ async def no_max_tokens(attack: Attack) -> None:
 
 async def many_choices(attack: Attack) -> None:
     """As many choices as there may be, with all log-probabilities."""
-    body = CHAT | {"n": 64, "logprobs": True, "top_logprobs": 20, "max_tokens": 200}
+    body = CHAT | {"n": 64, "logprobs": True, "top_logprobs": 20, "max_tokens": 96}
     await attack.keep_posting(4, "/v1/chat/completions", lambda i: body)
 
 
