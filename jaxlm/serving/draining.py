@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import FrameType
 
@@ -46,6 +47,7 @@ class DrainingServer(uvicorn.Server):
         self._app, self._drain, self._ready = app, drain, ready
         self._draining: asyncio.Task[None] | None = None
         self._returning: asyncio.Task[None] | None = None
+        self._threads: ThreadPoolExecutor | None = None  # of ``asyncio.to_thread``
         self._seen_requests = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -69,8 +71,17 @@ class DrainingServer(uvicorn.Server):
                 connection.check()
         if counter % 50 == 0 and self._seen_requests != self.server_state.total_requests:
             self._seen_requests = self.server_state.total_requests
-            self._returning = asyncio.create_task(asyncio.to_thread(_return_memory))
+            self._returning = asyncio.create_task(self._return_memory())
         return await super().on_tick(counter)
+
+    async def _return_memory(self) -> None:
+        """Gives memory that large requests had back to the system. glibc would keep it: until it is told, or for a
+        thread until that ends."""
+        before, self._threads = self._threads, ThreadPoolExecutor(thread_name_prefix="jaxlm-request")
+        asyncio.get_running_loop().set_default_executor(self._threads)
+        if before is not None:
+            before.shutdown(wait=False)
+        await asyncio.to_thread(_trim_heap)
 
     async def _finish_requests(self) -> None:
         try:
@@ -83,8 +94,7 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def _return_memory() -> None:
-    """Gives memory that large requests had back to the system; glibc would keep most of it."""
+def _trim_heap() -> None:
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (OSError, TypeError, AttributeError):  # other systems
