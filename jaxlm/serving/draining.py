@@ -79,9 +79,7 @@ class DrainingServer(uvicorn.Server):
         thread until that ends."""
         before, self._threads = self._threads, ThreadPoolExecutor(thread_name_prefix="jaxlm-request")
         asyncio.get_running_loop().set_default_executor(self._threads)
-        if before is not None:
-            before.shutdown(wait=False)
-        await asyncio.to_thread(_trim_heap)
+        await asyncio.to_thread(_trim_heap, before)
 
     async def _finish_requests(self) -> None:
         try:
@@ -94,7 +92,10 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def _trim_heap() -> None:
+def _trim_heap(threads: ThreadPoolExecutor | None) -> None:
+    """Ends threads, and has glibc give back what is free."""
+    if threads is not None:
+        threads.shutdown()
     try:
         trim = ctypes.CDLL(None).malloc_trim
     except (OSError, TypeError, AttributeError):  # other systems

@@ -7,7 +7,6 @@ import json
 import math
 import re
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -49,7 +48,7 @@ class BodyReader:
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
-        self._thread = ThreadPoolExecutor(1, "jaxlm-json")
+        self._parsing = asyncio.Lock()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by client
 
     @asynccontextmanager
@@ -76,7 +75,9 @@ class BodyReader:
         turn = self._turns.setdefault(request.state.client, asyncio.Lock())
         await cancel_on_disconnect(request, turn.acquire())
         try:
-            yield await asyncio.get_running_loop().run_in_executor(self._thread, validate, schema, data)
+            async with self._parsing:
+                body = await asyncio.to_thread(validate, schema, data)
+            yield body
         finally:
             turn.release()
 
