@@ -13,8 +13,8 @@ from jaxlm.hf.validate import MAX_LAYERS
 from jaxlm.nn.config import StackConfig
 
 __all__ = [
-    "first_dense_layers", "full_attention", "interleaved_sliding_window", "nope_layers", "sliding_window",
-    "sliding_window_from_layer", "sliding_window_or_nope", "sliding_windows", "sparse_moe_layers",
+    "first_dense_layers", "full_attention", "interleaved_sliding_window", "layer_range", "nope_layers",
+    "sliding_window", "sliding_window_from_layer", "sliding_window_or_nope", "sliding_windows", "sparse_moe_layers",
     "switchable_sliding_window",
 ]
 
@@ -49,7 +49,7 @@ def sliding_windows(default: int) -> ConfigField:
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
         kind = "full_attention" if fields["sliding_window"] is None else "sliding_attention"
-        return {"windows": _windows(fields, [kind for _ in _layers(fields)])}
+        return {"windows": _windows(fields, [kind for _ in layer_range(fields)])}
 
     return ConfigField(names, from_hf, _layer_types)
 
@@ -82,7 +82,7 @@ def sliding_window_from_layer(
         if not _uses_window({"use_sliding_window": True, **fields}):
             return {"windows": ()}
         start = fields["max_window_layers"]
-        kinds = ["sliding_attention" if has_window(i, start) else "full_attention" for i in _layers(fields)]
+        kinds = ["sliding_attention" if has_window(i, start) else "full_attention" for i in layer_range(fields)]
         return {"windows": _windows(fields, kinds)}
 
     def to_hf(config: StackConfig) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def interleaved_sliding_window(default: int, period: int, period_field: str = ""
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
         every = fields.get(period_field) or period
-        kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in _layers(fields)]
+        kinds = ["sliding_attention" if (i + 1) % every else "full_attention" for i in layer_range(fields)]
         return {"windows": _windows(fields, kinds)}
 
     return ConfigField(names, from_hf, _layer_types)
@@ -117,7 +117,7 @@ def sliding_window_or_nope(period: int, *, rope_without_window: bool = False) ->
     names |= {"sliding_window_pattern": period}
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
-        window, kinds, layers = fields["sliding_window"], fields["layer_types"], _layers(fields)
+        window, kinds, layers = fields["sliding_window"], fields["layer_types"], layer_range(fields)
         if window is None and rope_without_window:
             _check_layer_types(kinds, "full_attention")
             return {"windows": (), "nope_layers": ()}
@@ -139,7 +139,7 @@ def nope_layers(interval: int) -> ConfigField:
     }
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
-        layers, rotary = _layers(fields), fields["no_rope_layers"]
+        layers, rotary = layer_range(fields), fields["no_rope_layers"]
         if rotary is None:
             rotary = [(i + 1) % fields["no_rope_layer_interval"] for i in layers]
         if len(rotary) < len(layers):
@@ -164,7 +164,7 @@ def sparse_moe_layers() -> ConfigField:
         step, dense = fields["decoder_sparse_step"], set(fields["mlp_only_layers"] or ())
         if not isinstance(step, int) or step < 1:
             raise UserError(f"decoder_sparse_step = {step!r} is not a positive whole number")
-        return {"dense_layers": tuple(i for i in _layers(fields) if i in dense or (i + 1) % step)}
+        return {"dense_layers": tuple(i for i in layer_range(fields) if i in dense or (i + 1) % step)}
 
     def to_hf(config: StackConfig) -> dict[str, Any]:
         return {"decoder_sparse_step": 1, "mlp_only_layers": list(config.dense_layers)}
@@ -177,7 +177,7 @@ def first_dense_layers(default: int) -> ConfigField:
 
     def from_hf(fields: HfFields) -> dict[str, Any]:
         count = fields["first_k_dense_replace"] or 0
-        return {"dense_layers": tuple(i for i in _layers(fields) if i < count)}
+        return {"dense_layers": tuple(i for i in layer_range(fields) if i < count)}
 
     return ConfigField(
         {"first_k_dense_replace": default, "num_hidden_layers": REQUIRED}, from_hf,
@@ -189,7 +189,7 @@ def _uses_window(fields: HfFields) -> bool:
     return bool(fields["use_sliding_window"] and fields["sliding_window"])
 
 
-def _layers(fields: HfFields) -> range:
+def layer_range(fields: HfFields) -> range:
     """The indices of all layers. Their number is bounded, because a damaged config.json may claim any number."""
     count = fields["num_hidden_layers"]
     if not isinstance(count, int) or count > MAX_LAYERS:

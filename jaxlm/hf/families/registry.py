@@ -23,7 +23,7 @@ from jaxlm.hf.families.fields import Family
 from jaxlm.hf.families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxlm.hf.families.gpt import GPT2, GPT_NEOX, GPT_OSS, GPTJ, OPT
 from jaxlm.hf.families.llama import LLAMA, MISTRAL, MIXTRAL
-from jaxlm.hf.families.mixtures import DOTS1, GLM4_MOE, MINIMAX_M2
+from jaxlm.hf.families.mixtures import DOTS1, ERNIE4_5_MOE, GLM4_MOE, GRANITEMOE, MINIMAX_M2
 from jaxlm.hf.families.olmo import OLMO, OLMO2, OLMO3, OLMOE
 from jaxlm.hf.families.phi import PHI, PHI3
 from jaxlm.hf.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
@@ -55,10 +55,12 @@ FAMILIES: dict[str, Family] = {
     "olmo2": OLMO2,
     "olmo3": OLMO3,
     "granite": GRANITE,
+    "granitemoe": GRANITEMOE,
     "smollm3": SMOLLM3,
     "arcee": ARCEE,
     "seed_oss": SEED_OSS,
     "ernie4_5": ERNIE4_5,
+    "ernie4_5_moe": ERNIE4_5_MOE,
     "cohere": COHERE,
     "cohere2": COHERE2,
     "glm": GLM,

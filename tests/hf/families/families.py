@@ -163,6 +163,15 @@ CASES: dict[str, dict[str, Any]] = {
         model_type="minimax_m2", **_LLAMA, num_local_experts=5, num_experts_per_tok=2, head_dim=12,
         **_rope("default", partial_rotary_factor=0.5),
     ),
+    "ernie4_5_moe": dict(
+        model_type="ernie4_5_moe", **(_LLAMA | {"num_hidden_layers": 4}), moe_num_experts=5, moe_k=2,
+        moe_intermediate_size=24, moe_num_shared_experts=2, moe_layer_start_index=1, moe_layer_end_index=2,
+        use_bias=True, tie_word_embeddings=False,
+    ),
+    "granitemoe": dict(
+        model_type="granitemoe", **_LLAMA, num_local_experts=5, attention_bias=True, embedding_multiplier=3.0,
+        residual_multiplier=0.7, attention_multiplier=0.2, logits_scaling=2.5,
+    ),
     "gpt_oss": dict(
         model_type="gpt_oss", **_LLAMA, num_local_experts=4, num_experts_per_tok=2, head_dim=12, sliding_window=5,
         swiglu_limit=0.5, swiglu_alpha=1.3, **_rope("yarn", **_YARN),

@@ -9,20 +9,21 @@ from jaxlm.hf.families.layer_fields import full_attention, nope_layers
 from jaxlm.hf.families.llama import ATTENTION_BIAS, LLAMA, llama_fields
 from jaxlm.hf.families.rope_fields import rope
 
-__all__ = ["ARCEE", "ERNIE4_5", "GRANITE", "SEED_OSS", "SMOLLM3"]
+__all__ = ["ARCEE", "ERNIE4_5", "GRANITE", "MULTIPLIERS", "SEED_OSS", "SMOLLM3"]
 
 _MLP_BIAS = renamed("mlp_bias", "mlp_bias", default=False)
+
+MULTIPLIERS = (
+    renamed("embedding_multiplier", "embedding_multiplier", default=1.0, cast=float),
+    renamed("residual_multiplier", "residual_multiplier", default=1.0, cast=float),
+    renamed("attention_multiplier", "attention_scale", default=1.0, cast=float),
+    reciprocal("logits_scaling", "logits_multiplier"),
+)
 
 GRANITE = dataclasses.replace(
     LLAMA,
     architecture="GraniteForCausalLM",
-    fields=(
-        *LLAMA.fields,
-        renamed("embedding_multiplier", "embedding_multiplier", default=1.0, cast=float),
-        renamed("residual_multiplier", "residual_multiplier", default=1.0, cast=float),
-        renamed("attention_multiplier", "attention_scale", default=1.0, cast=float),
-        reciprocal("logits_scaling", "logits_multiplier"),
-    ),
+    fields=(*LLAMA.fields, *MULTIPLIERS),
 )
 
 SMOLLM3 = dataclasses.replace(
