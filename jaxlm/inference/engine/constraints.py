@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Constraint", "Grammar", "GrammarCompiler", "Matcher"]
 
 _MAX_KEPT = 16  # grammars that are kept
-_MAX_KEPT_BYTES = 1 << 18  # of their sources together; a grammar takes about 80 times its source
+_MAX_KEPT_BYTES = 1 << 17  # of their sources together; a grammar takes up to 400 times its source
 MAX_FORCED = 1024  # characters of forced text that are tokenized in a step; only the first token of them is used
 LIMITS = {  # of ``llguidance.LLParserLimits``: about a tenth of its own, so that no step is long
     "initial_lexer_fuel": 500_000, "step_lexer_fuel": 50_000, "step_max_items": 20_000, "max_lexer_states": 10_000,
@@ -105,7 +105,7 @@ class GrammarCompiler:
     """Compiles constraints for the tokens of a model; any thread may call it.
 
     The vocabulary is read at the first constraint. The grammars that were used last are kept, at most 16 of them and
-    those of 256 KiB of constraints.
+    those of 128 KiB of constraints.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_ids: tuple[int, ...]):
@@ -176,8 +176,9 @@ class GrammarCompiler:
         library, bitmasks = self._library
         matcher = library.LLMatcher(self._tokens, source, log_level=0, limits=library.LLParserLimits(**LIMITS))
         if not (error := matcher.get_error()):
-            bitmasks.fill_next_token_bitmask(matcher, bitmasks.allocate_token_bitmask(1, self._vocab_size))
-            error = matcher.get_error()
+            first = matcher.deep_copy()  # it remembers all text that must come; the one that is kept does not
+            bitmasks.fill_next_token_bitmask(first, bitmasks.allocate_token_bitmask(1, self._vocab_size))
+            error = first.get_error()
         if error:
             raise UserError(refusal(error))
         grammar = Grammar(bitmasks, matcher, self._vocab_size)
