@@ -141,7 +141,7 @@ def test_transformers_agrees_and_reads_what_we_export(tmp_path, name):
 
 @pytest.mark.parametrize("name", [
     "mixtral", "gpt2", pytest.param("t5", marks=pytest.mark.slow), pytest.param("gpt_neox", marks=pytest.mark.slow),
-    pytest.param("marian-two-vocabularies", marks=pytest.mark.slow),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("marian-two-vocabularies", "gpt_oss", "granitemoe")),
 ])
 def test_a_mesh_changes_nothing(tmp_path, name):
     """Stacked, fused and expert tensors, read by eight devices."""
