@@ -21,7 +21,7 @@ from jaxlm.serving.protocol.errors import ApiError, internal_error
 
 __all__ = ["SliceQueue", "run_into"]
 
-_MAX_PROGRAMS = 16  # compiled programs that are kept; each has megabytes
+_MAX_PROGRAMS = 8  # compiled programs that are kept; each has megabytes
 _log = logging.getLogger("jaxlm.serving")
 
 
