@@ -7,6 +7,7 @@ import functools
 import math
 import mmap
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, since Linux 5.14
 _LARGE = 1 << 22  # bytes of an array for which threads are worth their start
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # of glibc's malloc.h
 
 
 @functools.cache
@@ -26,15 +27,28 @@ def keep_freed_memory() -> None:
     step, page by page. Measured on two cores: a training step of configs/shakespeare.py went from 50 to 35 ms, and the
     kernel took a quarter of the time of configs/books.py. Without glibc this does nothing.
     """
-    if jax.default_backend() != "cpu":
-        return
+    if jax.default_backend() == "cpu" and (mallopt := _mallopt()):
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, -1)  # never
+        mallopt(_TOP_PAD, 64 << 20)  # bytes to ask for beyond what is needed
+
+
+def share_one_heap() -> None:
+    """Tells glibc to let all threads that start from now on allocate from one heap.
+
+    By default each has a heap of its own, which keeps what the largest request took. Measured with a server: 1.47 times
+    its memory after requests of a mebibyte, and 1.03 times with one heap, at the same speed.
+    """
+    if mallopt := _mallopt():
+        mallopt(_ARENA_MAX, 1)
+
+
+def _mallopt() -> Callable[[int, int], int] | None:
+    """glibc's ``mallopt``; None where there is another C library."""
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        return ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
-        return
-    mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, -1)  # never
-    mallopt(_TOP_PAD, 64 << 20)  # bytes to ask for beyond what is needed
+        return None
 
 
 def fresh_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -74,8 +74,10 @@ def serve(
         from jaxlm.serving.draining import DrainingServer
     except ImportError as error:
         raise UserError(f'serving needs {error.name}: pip install "jaxlm[serve]"') from None
+    from jaxlm.core.host_memory import share_one_heap
     from jaxlm.serving.models import serve_model
 
+    share_one_heap()
     keys, origins = ApiKeys.load(api_keys), [parse_origin(origin) for origin in origins]
     listener = _listen(host, port)
     try:
