@@ -59,7 +59,7 @@ class Store:
         self._scores = {step: score for step in self.steps() if (score := self._score_of(step)) is not None}
 
     def _leave_out_unreadable(self, read_only: bool) -> None:
-        """Sets aside the checkpoints because of which Orbax would open none at all."""
+        """Sets damaged checkpoints aside: while one of them is there, Orbax opens no checkpoint at all."""
         unreadable = [step for step in self.directory.glob("*") if step.name.isdigit() and not _orbax_opens(step)]
         if unreadable and read_only:
             raise UserError(f"{unreadable[0] / _ORBAX_FILE} is damaged; move {unreadable[0]} away")

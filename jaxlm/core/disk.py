@@ -1,8 +1,8 @@
 """Full disks as errors that the user can fix, and files and directories that are replaced in one step.
 
-New content is written beside its target, in ``.NAME.XXXXXXXX.new``, and then renamed. A file ``.NAME.XXXXXXXX.writing``
-exists for as long as that takes, and its writer holds a lock on it, which the kernel releases when the writer dies. So
-the next writer in the same directory knows what was abandoned, and removes it.
+A writer writes new content to ``.NAME.XXXXXXXX.new`` beside the target NAME, and then renames it. As long as it writes,
+it holds a lock on a file ``.NAME.XXXXXXXX.writing``, which the kernel releases when the writer dies. So the next writer
+in the same directory knows what was abandoned, and removes it.
 """
 
 from __future__ import annotations

@@ -43,6 +43,14 @@ def share_one_heap() -> None:
         mallopt(_ARENA_MAX, 1)
 
 
+def return_freed_memory() -> None:
+    """Has glibc return to the system what was freed; with another C library this does nothing."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, TypeError, AttributeError):
+        return
+
+
 def _mallopt() -> Callable[[int, int], int] | None:
     """glibc's ``mallopt``; None where there is another C library."""
     try:
@@ -76,7 +84,7 @@ def fresh_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 @functools.cache
 def host_threads() -> ThreadPoolExecutor:
-    """A few threads that move memory. They are started once: a model has hundreds of tensors to copy."""
+    """A few threads that go over memory. They are started once: a model has hundreds of tensors to read."""
     return ThreadPoolExecutor(min(4, os.cpu_count() or 1), "jaxlm-memory")
 
 

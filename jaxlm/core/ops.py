@@ -65,8 +65,8 @@ def _dot(x_MxI: jax.Array, w: Weight, parts: int = 1) -> jax.Array:
 
 
 def _sum_of_parts(product, x_MxI: jax.Array, w: QArray | Codebook, parts: int, dtype: jnp.dtype | None = None):
-    """``product(x, w)``, or the sum of the products of this many parts of I, of which each becomes ``dtype`` (that of
-    ``x``) before it is added. One product where scales of groups do not divide.
+    """``product(x, w)``, computed for ``parts`` parts of I: each result becomes ``dtype`` (that of ``x``) before all
+    are added. Where the groups of scales do not divide into the parts, it is one product.
     """
     dtype, groups = x_MxI.dtype if dtype is None else dtype, 1 if w.scale is None else w.scale.shape[-1]
     whole = groups == 1 or groups % parts == 0 and groups * w.group == x_MxI.shape[-1]

@@ -83,8 +83,8 @@ def _windows(
         token_stream(source, tokenizer)
     )
     first = FirstToken(stream.first_token, stream.ids, stream.lengths)
-    length, offset = context - len(first), first.begin if len(first) else 0
-    total = (len(stream.ids) - offset) // length if length > 0 else 0
+    length = context - len(first)
+    total = (len(stream.ids) - first.leading) // length if length > 0 else 0
     if not total:
         raise UserError(
             f"{source.spec!r} is {len(stream.ids)} tokens, less than one window of {context} with {len(first)} before "
@@ -93,7 +93,7 @@ def _windows(
     drawn = np.arange(total)
     if total > samples:
         drawn = np.sort(random_state(seed, 0).choice(total, samples, replace=False))
-    begin_N = first.skip(offset + drawn * length)
+    begin_N = first.skip(first.leading + drawn * length)
     windows_NxT = stream.ids[np.minimum(begin_N[:, None] + np.arange(length), len(stream.ids) - 1)].astype(np.int32)
     windows_NxT = np.concatenate([np.tile(first.ids, (len(drawn), 1)), windows_NxT], axis=1)
     rows = max(1, _BATCH_TOKENS // context)

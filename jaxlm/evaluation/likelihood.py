@@ -108,7 +108,7 @@ class StreamWindows:
         """
         self.ids, self.context = text.ids, context
         self.first = first = FirstToken(text.first_token, text.ids, text.lengths)
-        begin, length = first.begin if len(first) else 0, context - len(first)
+        begin, length = first.leading, context - len(first)
         self.stride = min(stride or length, length)
         spans = windows(len(self.ids) - begin, length, self.stride, len(first) > 0)
         self.spans = [tuple(begin + place for place in span) for span in spans]

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from jaxlm.core.host_memory import host_threads
 from jaxlm.core.untrusted import json_checksum, parse_json
 
 __all__ = ["CHECKSUMS", "FileChecksums", "VERSION", "block_checksums", "checksum_metadata", "unknown_checksums"]
@@ -22,7 +22,7 @@ __all__ = ["CHECKSUMS", "FileChecksums", "VERSION", "block_checksums", "checksum
 VERSION, CHECKSUMS = "jaxlm.version", "jaxlm.checksums"
 _VERSION_1 = "jaxlm.crc32"
 _BLOCK = 1 << 22  # bytes
-_THREADS, _MIN_THREADED = 4, 8  # blocks; fewer are not worth a thread
+_MIN_THREADED = 8  # blocks; fewer are not worth a thread
 _NO_BLOCKS = 1 << 62  # of version 1: larger than any tensor
 
 
@@ -98,8 +98,7 @@ def _split(sums: Any) -> list[str]:
 def _checksums(blocks: Sequence[memoryview]) -> list[str]:
     if len(blocks) < _MIN_THREADED:
         return [f"{zlib.crc32(each):08x}" for each in blocks]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return [f"{each:08x}" for each in pool.map(zlib.crc32, blocks)]
+    return [f"{each:08x}" for each in host_threads().map(zlib.crc32, blocks)]
 
 
 def _header_checksum(header: Mapping[str, Any]) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import signal
 import socket
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import FrameType
 
 import uvicorn
 
+from jaxlm.core.host_memory import return_freed_memory
 from jaxlm.serving.connections import Connection, ConnectionLimits
 from jaxlm.serving.middleware import ServerMiddleware
 
@@ -47,7 +46,6 @@ class DrainingServer(uvicorn.Server):
         self._app, self._drain, self._ready = app, drain, ready
         self._draining: asyncio.Task[None] | None = None
         self._returning: asyncio.Task[None] | None = None
-        self._threads: ThreadPoolExecutor | None = None  # of ``asyncio.to_thread``
         self._seen_requests = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -71,15 +69,9 @@ class DrainingServer(uvicorn.Server):
                 connection.check()
         if counter % 50 == 0 and self._seen_requests != self.server_state.total_requests:
             self._seen_requests = self.server_state.total_requests
-            self._returning = asyncio.create_task(self._return_memory())
+            # What large requests took goes back to the system.
+            self._returning = asyncio.create_task(asyncio.to_thread(return_freed_memory))
         return await super().on_tick(counter)
-
-    async def _return_memory(self) -> None:
-        """Gives memory that large requests had back to the system. glibc would keep it: until it is told, or for a
-        thread until that ends."""
-        before, self._threads = self._threads, ThreadPoolExecutor(thread_name_prefix="jaxlm-request")
-        asyncio.get_running_loop().set_default_executor(self._threads)
-        await asyncio.to_thread(_trim_heap, before)
 
     async def _finish_requests(self) -> None:
         try:
@@ -90,14 +82,3 @@ class DrainingServer(uvicorn.Server):
             _log.warning("%d requests did not finish within %g s", self._app.open_requests, self._drain)
             self.force_exit = True
         self.should_exit = True
-
-
-def _trim_heap(threads: ThreadPoolExecutor | None) -> None:
-    """Ends threads, and has glibc give back what is free."""
-    if threads is not None:
-        threads.shutdown()
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, TypeError, AttributeError):  # other systems
-        return
-    trim(0)

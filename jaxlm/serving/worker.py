@@ -129,8 +129,8 @@ class Worker:
         return min(max(1, round(self._mean_seconds)), 60)
 
     async def run(self, slices: Slices[T], client: str) -> T:
-        """The result of slices, each of which is called in the thread. Those that are left are not, when this is
-        cancelled."""
+        """Runs slices one by one in the worker's thread, and returns their result. When this is cancelled, the
+        remaining slices do not run."""
         self.acquire(1, client)
         begin, future = time.monotonic(), Future()
         try:

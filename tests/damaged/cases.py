@@ -12,13 +12,10 @@ import fnmatch
 import functools
 import hashlib
 import random
-import resource
 import shutil
-import signal
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +25,13 @@ import numpy as np
 from jaxlm.core.errors import UserError
 from tests.damaged.formats import FORMATS
 from tests.damaged.mutations import mutate
+from tests.limits import Hang, limited, traced
 
 SECONDS = 10  # of CPU time
 GROWTH = 1.5  # times the memory of a process that reads the good example
 _BASE = 1 << 28  # bytes that such a process has before; this one may have more, of other work
 _ADDRESSES = 4 << 30  # bytes: where a case asks for more, it has failed already
 GOOD = ("loaded", "refused")
-
-
-class Hang(BaseException):
-    """The time is up."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +80,7 @@ def outcome(case: Case, directory: Path) -> tuple[str, str]:
         path.write_bytes(case.content if name == case.file else content)
     before = reset_peak()
     try:
-        with limited(), warnings.catch_warnings():
+        with limited(_ADDRESSES, SECONDS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = fingerprint(form.read(directory), directory)
         result = "loaded", ""
@@ -102,11 +96,7 @@ def outcome(case: Case, directory: Path) -> tuple[str, str]:
     except MemoryError:
         result = "memory", "more than 4 GiB"
     except BaseException as error:
-        where = error.__traceback__
-        while where.tb_next is not None:
-            where = where.tb_next
-        place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}"
-        result = "traceback", f"{type(error).__name__} in {place}: {str(error)[:300]!r}"
+        result = "traceback", traced(error)
     if result[0] in GOOD and peak() - before > memory:
         result = "memory", f"{peak() - before >> 20} MiB more, with the good example at most {memory >> 20} MiB"
     return result
@@ -119,26 +109,6 @@ def run(seed: int, numbers: range, formats: tuple[str, ...] = tuple(FORMATS)) ->
             each, directory = case(seed, number, formats), Path(root, str(number))
             yield each, *outcome(each, directory)
             shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextmanager
-def limited() -> Iterator[None]:
-    """Inside, memory is limited, and Hang is raised when the time is up."""
-
-    def stop(*_: Any) -> None:
-        raise Hang
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    handler = signal.signal(signal.SIGPROF, stop)
-    resource.setrlimit(resource.RLIMIT_AS, (size + _ADDRESSES, hard))
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGPROF, handler)
 
 
 def reset_peak() -> int:

@@ -10,6 +10,7 @@ import pytest
 from jaxlm.core.errors import UserError
 from tests.damaged import cases
 from tests.damaged.formats import FORMATS, Format
+from tests.limits import Hang
 
 SAMPLE = tuple(name for name in FORMATS if not name.startswith("SentencePiece") or name.endswith("Llama"))
 
@@ -37,7 +38,7 @@ def test_each_kind_of_fault_is_noticed(tmp_path, monkeypatch):
         return read
 
     faults = {
-        "refused": raises(UserError("x")), "traceback": raises(KeyError("x")), "hang": raises(cases.Hang()),
+        "refused": raises(UserError("x")), "traceback": raises(KeyError("x")), "hang": raises(Hang()),
         "memory": lambda path: take_memory() if path.name == "case" else None,
         "wrong": lambda path: path.name == "case",
     }

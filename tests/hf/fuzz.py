@@ -16,9 +16,7 @@ import faulthandler
 import functools
 import json
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +24,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.numpy import save
@@ -37,6 +34,7 @@ from jaxlm.hf.directory import read_model
 from jaxlm.hf.tensor_files import WEIGHTS_FILE
 from tests.hf.damage import CONFIG, DAMAGE, Files
 from tests.hf.families.families import GOLDEN, weights
+from tests.limits import Hang, limited, traced
 
 COMPRESSED = {"jaxlm-w4a16": "w4a16-rtn-g8"}  # models in jaxlm's own format: name -> recipe
 BASES = (
@@ -69,34 +67,10 @@ def case(seed: int, number: int, bases: tuple[str, ...]) -> tuple[str, Files]:
     return f"{name}: {rng.choice(DAMAGE)(rng, files)}", files
 
 
-class Hang(BaseException):
-    """The time is up. Not an Exception: code that catches those must not take it for damage."""
-
-
-@contextmanager
-def limited() -> Iterator[None]:
-    """Inside, memory runs out once the process has grown by BYTES, and Hang is raised after SECONDS."""
-
-    def stop(*_):
-        raise Hang
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    handler = signal.signal(signal.SIGPROF, stop)
-    resource.setrlimit(resource.RLIMIT_AS, (size + BYTES, hard))
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGPROF, handler)
-
-
 def outcome(directory: Path) -> str:
     """The outcome of reading a directory: "loaded", "refused", or what went wrong."""
     try:
-        with limited(), warnings.catch_warnings():
+        with limited(BYTES, SECONDS), warnings.catch_warnings():
             warnings.simplefilter("error")
             read_model(directory)
     except UserError as error:
@@ -107,11 +81,7 @@ def outcome(directory: Path) -> str:
     except Hang:
         return f"it took {SECONDS} seconds"
     except BaseException as error:
-        where = error.__traceback__
-        while where.tb_next is not None:
-            where = where.tb_next
-        place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}"
-        return f"{type(error).__name__} in {place}: {str(error)[:300]!r}"
+        return traced(error)
     return "loaded"
 
 

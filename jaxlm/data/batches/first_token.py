@@ -18,8 +18,9 @@ class FirstToken:
 
     Attributes:
         ids: int32 [P]; P is 0 where the tokenizer puts nothing before a text.
-        begin: the position in the stream of the first token that a model predicts: behind the first token where the
-            stream begins with one; 1 where there is nothing to predict the very first token from.
+        leading: how many tokens at the start of the stream are a first token: P or 0.
+        begin: the position in the stream of the first token that a model predicts: ``leading``, or 1 where there is
+            nothing to predict the very first token from.
     """
 
     def __init__(self, ids: Sequence[int], stream: np.ndarray, lengths: np.ndarray | None = None):
@@ -37,7 +38,8 @@ class FirstToken:
             at_DxP = starts_D[:, None] + np.arange(size)
             starts_D = starts_D[(stream[at_DxP] == self.ids).all(-1)]
         self._starts = starts_D[:0] if not size else np.unique(starts_D)
-        self.begin = (size if len(self._starts) and self._starts[0] == 0 else 0) if size else 1
+        self.leading = size if 0 in self._starts[:1] else 0
+        self.begin = self.leading if size else 1
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -126,7 +126,7 @@ def begin_rows(batch: Batch, first_P: np.ndarray) -> Batch:
 
 
 def _num_targets(length: int, first: int) -> int:
-    """The targets of a window of ``length`` tokens that begins with ``first`` tokens of which one predicts the text.
+    """The targets of a window of ``length`` tokens. ``first`` of them stand before the text, and the last predicts it.
 
     Raises:
         UserError: when there are none.

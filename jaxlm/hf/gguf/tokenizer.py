@@ -34,7 +34,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, rows: int, ends: Sequence[int]) -> 
         ends: the tokens that end a text.
 
     Raises:
-        UserError: llama.cpp has no such tokenizer, or no place for so many end tokens.
+        UserError: llama.cpp has no such tokenizer, or a GGUF file cannot name all of ``ends``.
     """
     file = tokenizer.files().get("tokenizer.json")
     spec = json.loads(file) if file else {"model": {"type": "SentencePiece"}}

@@ -49,8 +49,8 @@ def _by_zero_points(files: TensorFiles, module: str, grid: IntegerGrid) -> tuple
     """The grid, and a note, where the zero points of ``module`` are not those of the format that the file names. Some
     writers name "gptq" and store "gptq_v2".
 
-    Those of a symmetric grid are all in its middle. Of others only this can be told: the weights of a network average
-    about 0, so where they average a whole step from it, the user is told what to try.
+    Those of a symmetric grid are all in its middle. Other grids leave one sign only: the weights of a network average
+    about 0. Where these average a whole step more or less, the note tells the user what to try.
     """
     _check_tensors(files, module, grid)
     words, n_out = files.shape(f"{module}.qweight")

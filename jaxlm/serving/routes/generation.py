@@ -46,8 +46,8 @@ def engine_request(
     """The engine's request for a prompt of token ids.
 
     ``max_tokens`` is what the body asks for. If that is None, the number of new tokens is that of the server's owner,
-    of the model's generation_config.json, or else ``default_max_tokens``; at most as many as fit into the context,
-    and so many if that is None too.
+    of the model's generation_config.json, or else ``default_max_tokens``, but never more than fit into the context.
+    If nothing gives a number, the text may fill the context.
 
     Raises:
         ApiError: when prompt and ``max_tokens`` do not fit into the context.

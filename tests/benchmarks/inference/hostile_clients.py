@@ -326,7 +326,7 @@ def _attack(name: str, url: str, seconds: float, answers: multiprocessing.Queue)
 
 
 def under_attack(name: str, server: Server, seconds: float) -> dict:
-    """What the normal client notices of an attacker, and what the attacker is told."""
+    """The latencies of the normal client beside one attacker, and the answers that the attacker gets."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     process = context.Process(target=_attack, args=(name, server.url, seconds + 1, answers), daemon=True)

@@ -246,7 +246,7 @@ def _tojson(value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
 
 
 def _times(factor: int) -> _Cost:
-    """The cost of a filter that writes, or reads, so many units for each byte of its value."""
+    """The cost of a filter that writes or reads ``factor`` units for each byte of its value."""
     def cost(value: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         charge(factor * measure(value))
     return cost
