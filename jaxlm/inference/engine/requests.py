@@ -11,6 +11,7 @@ from typing import Literal
 from jaxlm.core.errors import UserError
 from jaxlm.inference.engine.constraints import Constraint, Grammar
 from jaxlm.inference.generation_config import GenerationConfig
+from jaxlm.inference.sampling import check_sampling
 
 __all__ = ["Event", "FinishReason", "Request", "Stats", "TokenLogprob"]
 
@@ -76,12 +77,10 @@ class Request:
         for name in ("prompt", "stop_tokens", "logit_bias"):
             if wrong := [token for token in getattr(self, name) if not 0 <= token < vocab_size]:
                 raise UserError(f"{name} has the token {wrong[0]}, and the model knows {vocab_size}")
+        check_sampling({name: getattr(self, name) for name in ("top_k", "top_p", "min_p")})
         for name, good, wanted in (
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 is off)"),
             ("presence_penalty", math.isfinite(self.presence_penalty), "a number (0 is off)"),
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "a number (0 is off)"),
